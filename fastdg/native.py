@@ -1,0 +1,43 @@
+"""Find and load the compiled extension, and say in words why it is not there.
+
+The extension holds no Python objects: loading it attaches C++ and CUDA implementations to the ops
+that Python has defined. Without it every op runs its plain-PyTorch reference.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+_RECORD = _PACKAGE / "_build.txt"  # written by setup.py: what was built, or why nothing was
+_NOT_INSTALLED = (
+    "not compiled: no fastdg/_C*.so beside the package; `pip install -v -e .` with a C++ compiler "
+    "builds it and shows what fails"
+)
+
+
+def load() -> None:
+    """Load the compiled extension if it is there; never raises, ``status()`` tells the outcome."""
+    status()
+
+
+@cache
+def status() -> tuple[bool, str]:
+    """Return whether the compiled extension is loaded, and what was built or why it is missing.
+
+    The first call loads it; every later call returns the same answer.
+    """
+    record = _RECORD.read_text().strip() if _RECORD.is_file() else ""
+    library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
+    if library is None:
+        return False, record if record.startswith("not compiled") else _NOT_INSTALLED
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) < (2, 10):
+        return False, f"built for torch >= 2.10, found {torch.__version__}: upgrade torch"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return False, f"{library.name} does not load: {error}"
+    return True, record or library.name
