@@ -5,41 +5,32 @@ back to pure Python when something is missing or fails; none, cpp and cuda mean 
 MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. Metadata: pyproject.toml.
 """
 
-import importlib.util
 import os
 import re
-import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
+from subprocess import run
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-POLICIES = ("auto", "none", "cpp", "cuda")
 NO_TORCH = "torch was not found while building"
+STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10's; runs on all later ones
+# No -march: wider vector units are chosen at run time. a*b+c may become one FMA.
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-g0"]
 RECORD = "_build.txt"  # read by fastdg/native.py: what was built, or why nothing was
 
 
-def build_policy() -> str:
-    value = os.environ.get("FASTDG_BUILD", "auto")
-    if value not in POLICIES:
-        raise SystemExit(f"FASTDG_BUILD must be one of {', '.join(POLICIES)}; got {value!r}")
-    return value
-
-
 def find_torch() -> str | None:
-    """Return the site-packages of the target environment's torch, which build isolation hides.
-
-    Isolation works through PYTHONPATH and PYTHONNOUSERSITE; a child started with -E ignores them.
-    """
-    probe = (
-        "import sys, importlib.util; sys.path.pop(0); "
-        "spec = importlib.util.find_spec('torch'); print((spec and spec.origin) or '')"
-    )
-    child = subprocess.run([sys.executable, "-E", "-c", probe], capture_output=True, text=True)
-    return str(Path(child.stdout.strip()).parents[1]) if child.stdout.strip() else None
+    """Return the site-packages of the target environment's torch, which build isolation hides."""
+    # Isolation works through PYTHONPATH and PYTHONNOUSERSITE; a child started with -E ignores both.
+    probe = "import sys; from importlib.util import find_spec; sys.path.pop(0); "
+    probe += "spec = find_spec('torch'); print((spec and spec.origin) or '')"
+    origin = run([sys.executable, "-E", "-c", probe], capture_output=True, text=True).stdout.strip()
+    return str(Path(origin).parents[1]) if origin else None
 
 
 def compiler_fault() -> str | None:
@@ -48,11 +39,11 @@ def compiler_fault() -> str | None:
     flags = ["-std=c++20", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-x", "c++", "-"]
     source = "#include <Python.h>\n#include <atomic>\n"
     try:
-        run = subprocess.run([*cxx.split(), *flags], input=source, capture_output=True, text=True)
+        child = run([*cxx.split(), *flags], input=source, capture_output=True, text=True)
     except OSError as error:
         return f"no C++ compiler ({cxx}: {error.strerror})"
-    errors = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-    return f"the C++ compiler {cxx} does not work ({errors[0]})" if run.returncode else None
+    errors = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    return f"the C++ compiler {cxx} does not work ({errors[0]})" if child.returncode else None
 
 
 def cuda_fault() -> str | None:
@@ -62,25 +53,25 @@ def cuda_fault() -> str | None:
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
-    if not CUDA_HOME or not nvcc.is_file():
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "nvcc was not found (set CUDA_HOME)"
-    banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)", banner)
-    if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"torch is built for CUDA {torch.version.cuda}, {nvcc} is another: {banner[-90:]!r}"
-    return None
+    banner = run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    release = (re.findall(r"release (\d+\.\d+)", banner) or ["unknown"])[0]
+    same = release.split(".")[0] == torch.version.cuda.split(".")[0]
+    return None if same else f"nvcc is CUDA {release}, torch is built for {torch.version.cuda}"
 
 
 def plan(policy: str) -> tuple[str | None, str]:
     """Return what to compile ("cpp", "cuda" or None) and why it is not more than that."""
+    if policy not in ("auto", "none", "cpp", "cuda"):
+        raise SystemExit(f"FASTDG_BUILD must be auto, none, cpp or cuda; got {policy!r}")
     if policy == "none":
         return None, "FASTDG_BUILD=none"
     if not any(ROOT.glob("csrc/*.cpp")):
         return None, "this source tree has no csrc/*.cpp"
     if fault := compiler_fault():
         return None, fault
-    if importlib.util.find_spec("torch") is None:
+    if find_spec("torch") is None:
         return None, NO_TORCH
     import torch
 
@@ -98,24 +89,22 @@ def native_extension(cuda: bool):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     sources = [*ROOT.glob("csrc/*.cpp"), *(ROOT.glob("csrc/*.cu") if cuda else ())]
-    macros = [("TORCH_TARGET_VERSION", "0x020a000000000000"), *([("USE_CUDA", None)] * cuda)]
     return (CUDAExtension if cuda else CppExtension)(
         "fastdg._C",
-        sorted(str(path.relative_to(ROOT)) for path in sources),
-        define_macros=macros,
-        # a*b+c may become one FMA; no -march: vector units are chosen at run time in the sources.
-        extra_compile_args={
-            "cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-g0"],
-            "nvcc": ["-O3", "-std=c++20"],
-        },
+        sorted(f"csrc/{path.name}" for path in sources),
+        define_macros=[STABLE_ABI, *([("USE_CUDA", None)] if cuda else ())],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,
     )
 
 
-def record(outcome: str, *folders: Path) -> None:
+def record(command: Command, outcome: str) -> None:
+    """Print the outcome and leave it beside the modules, without an extension of earlier builds."""
     print(f"fastdg: {outcome}", flush=True)
-    for folder in folders:
-        (folder / RECORD).write_text(outcome + "\n")
+    package = Path(ROOT if command.editable_mode else command.build_lib, "fastdg")
+    for stale in package.glob("_C*.so"):
+        stale.unlink()
+    (package / RECORD).write_text(outcome + "\n")
 
 
 def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
@@ -125,11 +114,8 @@ def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
         def run(self) -> None:
             if target is None and policy in ("cpp", "cuda"):
                 raise SystemExit(f"fastdg: FASTDG_BUILD={policy} is impossible here: {reason}")
-            outcome = f"{target} {reason}".rstrip() if target else f"not compiled: {reason}"
-            record(outcome, ROOT / "fastdg")
-            for stale in ROOT.glob("fastdg/_C*.so"):  # of an earlier in-place build
-                stale.unlink()
             super().run()
+            record(self, f"{target} {reason}".rstrip() if target else f"not compiled: {reason}")
 
     if target is None:
         return {"build_py": BuildPython}
@@ -144,16 +130,14 @@ def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
                     raise
                 print(error, file=sys.stderr)
                 self.extensions = []  # so that nothing is copied into place
-                built = Path(self.build_lib, "fastdg")
-                folders = [ROOT / "fastdg", *([built] if built.is_dir() else [])]
-                record("not compiled: the compiler failed, pip install -v shows how", *folders)
+                record(self, "not compiled: the compiler failed, `pip install -v` shows how")
 
     return {"build_py": BuildPython, "build_ext": BuildNative}
 
 
 def main() -> None:
-    policy = build_policy()
-    if importlib.util.find_spec("torch") is None and (site := find_torch()):
+    policy = os.environ.get("FASTDG_BUILD", "auto")
+    if find_spec("torch") is None and (site := find_torch()):
         sys.path.append(site)
     target, reason = plan(policy)
     setup(
