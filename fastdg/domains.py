@@ -1,0 +1,115 @@
+"""Domain ids as a partition of the batch; every check on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The samples of a batch, sorted by domain without moving them.
+
+    Attributes:
+        order: sample numbers sorted by domain, stable, ``[N]`` int64.
+        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        domains: the domain of each sample, ``[N]`` int64.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    domains: Tensor
+
+    @property
+    def num_domains(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def count(self) -> Tensor:
+        """Samples of each domain, ``[D]`` int64."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def grouped(self, groups: int) -> Partition:
+        """The partition of ``N * groups`` rows (sample-major) into ``D * groups`` domains."""
+        if groups == 1:
+            return self
+        blocks = torch.arange(groups, device=self.domains.device)
+        return _sorted((self.domains.unsqueeze(1) * groups + blocks).flatten(), self.num_domains * groups)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [N]`` over each domain, ``[D]``; NaN for an empty domain."""
+        total = values.new_zeros((self.num_domains,)).index_add(0, self.domains, values)
+        return total / self.count.to(values.dtype)
+
+
+def _sorted(domains: Tensor, num_domains: int) -> Partition:
+    order = torch.argsort(domains, stable=True)
+    bounds = torch.arange(num_domains + 1, device=domains.device)
+    return Partition(order, torch.searchsorted(domains[order], bounds), domains)
+
+
+def single(samples: int, device: torch.device) -> Partition:
+    """Every sample in one domain."""
+    return Partition(
+        torch.arange(samples, device=device),
+        torch.tensor([0, samples], device=device),
+        torch.zeros(samples, dtype=torch.int64, device=device),
+    )
+
+
+def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -> Partition:
+    """Check domain ids against the losses they belong to and sort the samples by domain.
+
+    No host sync when ``domains`` is on the CPU or ``num_domains`` is given.
+
+    Args:
+        domains: domain of each sample, ``[N]``, any integer dtype, >= 0; on the device of ``losses`` or the CPU.
+        losses: ``[N]`` per-sample losses.
+        num_domains: number of domains D; default: one more than the largest id.
+
+    Raises:
+        TypeError: ``domains`` is not an integer tensor.
+        ValueError: wrong length, wrong device, a negative id, or an id >= ``num_domains``.
+    """
+    if not isinstance(domains, Tensor):
+        raise TypeError(
+            f"domains: expected an integer tensor of shape (N,), got {type(domains).__name__}; "
+            "use torch.as_tensor(domains)"
+        )
+    if domains.dtype == torch.bool or domains.is_floating_point() or domains.is_complex():
+        raise TypeError(f"domains: expected integer domain ids, got dtype {domains.dtype}")
+    if domains.shape != losses.shape:
+        raise ValueError(
+            f"domains: expected one id a sample, shape {tuple(losses.shape)} as losses, "
+            f"got shape {tuple(domains.shape)}"
+        )
+    if domains.device != losses.device and domains.device.type != "cpu":
+        raise ValueError(
+            f"domains: expected them on {losses.device} (where losses are) or on the CPU, "
+            f"got {domains.device}"
+        )
+    ids = domains.detach().to(torch.int64)
+    if ids.device.type == "cpu" or num_domains is None:
+        low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
+        if low < 0:
+            raise ValueError(f"domains: expected ids >= 0, got {low}")
+        if num_domains is None:
+            num_domains = high + 1
+        elif high >= num_domains:
+            raise ValueError(
+                f"domains: expected ids below num_domains={num_domains}, got {high}; "
+                "pass num_domains= the number of training domains"
+            )
+    else:
+        torch._assert_async(((ids >= 0) & (ids < num_domains)).all())
+    result = _sorted(ids, num_domains)
+    if ids.device != losses.device:
+        result = Partition(
+            *(
+                t.pin_memory().to(losses.device, non_blocking=True)
+                for t in (result.order, result.offsets, result.domains)
+            )
+        )
+    return result

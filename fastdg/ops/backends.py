@@ -1,0 +1,93 @@
+"""Which backends are here, and why one is not. Importing this attaches what is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from .. import native
+from .registry import OPS, attach
+
+CPP_OPS = (
+    "moments",
+    "moments_backward",
+    "outer_moments",
+    "outer_moments_backward",
+    "outer_domain",
+    "outer_norms",
+    "variance_gap",
+    "variance_gap_backward",
+)
+CUDA_OPS = ("variance_gap", "variance_gap_backward")
+
+
+def _float32(*args: Any) -> bool:
+    """The compiled ops take fp32; every other dtype goes to the reference."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.is_floating_point() and arg.dtype != torch.float32:
+                return False
+        elif isinstance(arg, (list, tuple)) and not _float32(*arg):
+            return False
+    return True
+
+
+def _attach_native() -> None:
+    native.load()
+    available, reason = native.status()
+    if not available:
+        if os.environ.get("FASTDG_BACKEND") != "reference":
+            warnings.warn(
+                f"fastdg: the compiled CPU ops are not available ({reason}); "
+                "using plain PyTorch, which is correct but slower",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return
+    for backend, names, namespace in (
+        ("cpp", CPP_OPS, "fastdg_cpp"),
+        ("cuda", CUDA_OPS, "fastdg_cuda"),
+    ):
+        for name in names:
+            implementation = getattr(getattr(torch.ops, namespace), name, None)
+            if implementation is not None:
+                attach(name, backend, implementation.default, _float32)
+
+
+def _attach_triton() -> None:
+    if importlib.util.find_spec("triton") is not None and torch.cuda.is_available():
+        from ..kernels import attach_all
+
+        attach_all()
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """What can compute the ops here: name -> (available, why or why not)."""
+    has_native, native_reason = native.status()
+    has_cuda_ops = any("cuda" in op.backends for op in OPS.values())
+    if importlib.util.find_spec("triton") is None:
+        triton = (False, "the package triton is not installed")
+    elif not torch.cuda.is_available():
+        triton = (False, "no CUDA device (torch.cuda.is_available() is False)")
+    else:
+        triton = (True, "Triton kernels on CUDA tensors")
+    if has_cuda_ops and torch.cuda.is_available():
+        cuda = (True, "compiled CUDA ops on CUDA tensors")
+    elif has_cuda_ops:
+        cuda = (False, "compiled, but there is no CUDA device")
+    else:
+        cuda = (False, "not compiled: needs nvcc and a CUDA build of torch at install time")
+    return {
+        "reference": (True, "plain PyTorch, any device"),
+        "cpp": (has_native, native_reason),
+        "triton": triton,
+        "cuda": cuda,
+    }
+
+
+_attach_native()
+_attach_triton()

@@ -1,0 +1,55 @@
+"""``outer_gram``: inner products between the domains' mean gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .moments import domain_of
+from .registry import define
+from .window import sizes
+
+
+def reference(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> Tensor:
+    T, inputs = sizes(a.shape, window)
+    outputs, domains = delta.shape[2], offsets.numel() - 1
+    samples = a.shape[0]
+    # Sample by sample: N^2 (I + O) products, no gradient formed; else the domains' gradients: N T I O.
+    if T == 1 and not window and samples * (inputs + outputs) <= inputs * outputs:
+        x, d = a[:, 0], delta[:, 0]
+        pairs = (d @ d.t()) * (x @ x.t())  # <g_i, g_j>
+        count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(a.dtype)
+        share = a.new_zeros((domains, samples))
+        domain = domain_of(order, offsets)
+        share[domain, torch.arange(samples, device=a.device)] = 1 / count[domain]
+        return share @ pairs @ share.t()
+    flat = torch.ops.fastdg.outer_domain(a, delta, order, offsets, window).flatten(1)
+    return flat @ flat.t()
+
+
+def _fake(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> Tensor:
+    return a.new_empty((offsets.shape[0] - 1, offsets.shape[0] - 1))
+
+
+define(
+    "outer_gram(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def outer_gram(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int] = ()
+) -> Tensor:
+    r"""Gram matrix :math:`\langle G_d, G_e\rangle` of the domains' mean gradients.
+
+    Takes the cheaper of two contraction orders. Arguments as `outer_moments`. Returns ``[D, D]``; zero rows
+    for an empty domain. Not differentiable.
+    """
+    return torch.ops.fastdg.outer_gram(a, delta, order, offsets, list(window))

@@ -1,0 +1,150 @@
+"""``outer_moments``: moments of gradients that are sums of outer products, which are never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import define, library
+from .window import fold, sizes, unfold
+
+# Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).
+CHUNK_ELEMENTS = 1 << 24
+
+
+def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """``(domain, its sample numbers)`` for every non-empty domain."""
+    bounds = offsets.tolist()
+    for domain, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if stop > start:
+            yield domain, order[start:stop]
+
+
+def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
+    """``rows`` in pieces whose per-sample gradients of ``elements`` entries fit the chunk budget."""
+    return rows.split(max(1, CHUNK_ELEMENTS // max(1, elements)))
+
+
+def reference(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    T, inputs = sizes(a.shape, window)
+    outputs = delta.shape[2]
+    mean = a.new_zeros((offsets.numel() - 1, outputs, inputs))
+    variance = torch.zeros_like(mean)
+    for domain, rows in domain_rows(order, offsets):
+        m, v = mean[domain], variance[domain]
+        if T == 1 and not window:
+            x, d = a[rows, 0], delta[rows, 0]
+            torch.mm(d.t(), x, out=m)
+            torch.mm((d * d).t(), x * x, out=v)
+        else:
+            for part in chunks(rows, outputs * inputs):
+                g = torch.bmm(delta[part].transpose(1, 2), unfold(a[part], window))
+                m += g.sum(0)
+                v += g.square_().sum(0)
+        m /= rows.numel()
+        # v - m*m cancels where the samples agree; rounding must not turn that into a negative variance.
+        v.div_(rows.numel()).addcmul_(m, m, value=-1).clamp_(min=0)
+    return mean, variance
+
+
+def _fake(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    shape = (offsets.shape[0] - 1, delta.shape[2], sizes(a.shape, window)[1])
+    return a.new_empty(shape), a.new_empty(shape)
+
+
+def reference_backward(
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    a: Tensor,
+    delta: Tensor,
+    mean: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    grad_a = torch.zeros(a.shape, dtype=a.dtype, device=a.device)
+    grad_delta = torch.zeros(delta.shape, dtype=delta.dtype, device=delta.device)
+    for domain, rows in domain_rows(order, offsets):
+        # dL/dg_i = 2/n (g_i - mean) * grad_variance + grad_mean / n
+        slope = grad_variance[domain] * (2 / rows.numel())
+        level = grad_mean[domain] / rows.numel() - mean[domain] * slope
+        for part in chunks(rows, slope.numel()):
+            x, d = unfold(a[part], window), delta[part]
+            upstream = torch.bmm(d.transpose(1, 2), x).mul_(slope).add_(level)
+            grad_delta[part] = torch.bmm(x, upstream.transpose(1, 2))
+            grad_a[part] = fold(torch.bmm(d, upstream), (len(part), *a.shape[1:]), window)
+    return grad_a, grad_delta
+
+
+def _fake_backward(
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    a: Tensor,
+    delta: Tensor,
+    mean: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape), delta.new_empty(delta.shape)
+
+
+define(
+    "outer_moments(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) "
+    "-> (Tensor, Tensor)",
+    reference,
+    _fake,
+)
+define(
+    "outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
+    "Tensor mean, Tensor order, Tensor offsets, int[] window) -> (Tensor, Tensor)",
+    reference_backward,
+    _fake_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, delta, order, offsets, window = inputs
+    ctx.save_for_backward(a, delta, output[0], order, offsets)
+    ctx.window = window
+
+
+def _backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor | None, ...]:
+    a, delta, mean, order, offsets = ctx.saved_tensors
+    grad_a, grad_delta = torch.ops.fastdg.outer_moments_backward(
+        grad_mean, grad_variance, a, delta, mean, order, offsets, ctx.window
+    )
+    return grad_a, grad_delta, None, None, None
+
+
+torch.library.register_autograd(
+    "fastdg::outer_moments", _backward, setup_context=_setup, lib=library
+)
+
+
+def outer_moments(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    r"""Mean and biased variance, by domain, of the gradients :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
+
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i, \qquad v_d = \frac1{n_d}\sum_{i\in d} g_i^2 - m_d^2 \ge 0
+
+    Args:
+        a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a convolution.
+        delta: gradients at the layer's outputs ``[N, T, O]``, any strides, the dtype of ``a``.
+        order: sample numbers sorted by domain ``[N]``, int64.
+        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``.
+
+    Returns:
+        ``(mean, variance)``, each ``[D, O, I]``; zeros for an empty domain. Differentiable once, by
+        recomputation. The variance is accurate to rounding of :math:`E[g^2]`.
+    """
+    return torch.ops.fastdg.outer_moments(a, delta, order, offsets, list(window))

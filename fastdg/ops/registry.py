@@ -1,0 +1,111 @@
+"""One schema per op; backends attach implementations to it, and a call is routed at run time.
+
+Every op lives in ``torch.ops.fastdg``. Its schema, shapes (fake) and reference are defined in Python; compiled
+parts only *attach*. The route is chosen per call, inside the op, so that a backend can be switched under
+``torch.compile`` without recompiling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+# Fastest first. Whatever is absent, or does not support the arguments, is passed over.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+Implementation = Callable[..., Any]
+Supports = Callable[..., bool]
+
+library = torch.library.Library("fastdg", "DEF")
+_forced: ContextVar[str | None] = ContextVar("fastdg_backend", default=None)
+
+
+@dataclass
+class Op:
+    """One op: its reference and whatever else can compute it."""
+
+    name: str
+    reference: Implementation
+    backends: dict[str, tuple[Implementation, Supports]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.route(*args)(*args)
+
+    def route(self, *args: Any) -> Implementation:
+        """The implementation that serves these arguments."""
+        device = _first_tensor(args).device.type
+        forced = _forced.get() or os.environ.get("FASTDG_BACKEND") or None
+        if forced is not None and forced not in BACKENDS:
+            raise ValueError(f"FASTDG_BACKEND: expected one of {BACKENDS}, got {forced!r}")
+        order = PREFERENCE.get(device, ("reference",)) if forced is None else (forced, "reference")
+        for backend in order:
+            if backend == "reference":
+                break
+            entry = self.backends.get(backend)
+            if entry is not None and entry[1](*args):
+                return entry[0]
+        return self.reference
+
+
+OPS: dict[str, Op] = {}
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise TypeError("a fastdg op needs at least one tensor argument")
+
+
+def define(schema: str, reference: Implementation, fake: Implementation) -> Op:
+    """Define ``fastdg::<schema>`` with its reference and its shape rule."""
+    name = schema.split("(", 1)[0]
+    op = Op(name, reference)
+    library.define(schema)
+    library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdg::{name}", fake, lib=library)
+    OPS[name] = op
+    return op
+
+
+def attach(
+    name: str, backend: str, implementation: Implementation, supports: Supports | None = None
+) -> None:
+    """Let ``backend`` compute op ``name`` for the arguments that ``supports`` accepts."""
+    OPS[name].backends[backend] = (implementation, supports or (lambda *args: True))
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Compute every op on ``backend`` inside the ``with`` block (arguments it cannot take: reference).
+
+    Args:
+        backend: one of ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not available here; says why.
+    """
+    from . import backends  # the loaders import this module
+
+    available = backends()
+    if backend not in available:
+        raise ValueError(f"backend: expected one of {tuple(available)}, got {backend!r}")
+    ok, reason = available[backend]
+    if not ok:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,108 @@
+"""``variance_gap``: how far the domains' gradient variances are apart, over all parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import define, library
+
+
+def _gap(variance: Tensor, ema: Tensor | None, present: Tensor, history: float) -> Tensor:
+    """``u - mean(u)`` over the domains present; zero rows for the others."""
+    u = variance if ema is None else variance + history * ema
+    mask = present.to(u.dtype).view(-1, *([1] * (u.dim() - 1)))
+    centre = (u * mask).sum(0) / mask.sum().clamp(min=1)
+    return (u - centre) * mask
+
+
+def _pairs(variance: Sequence[Tensor], ema: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    return list(zip(variance, ema or [None] * len(variance), strict=True))  # type: ignore[list-item]
+
+
+def reference(
+    variance: Sequence[Tensor], ema: Sequence[Tensor], present: Tensor, history: float
+) -> Tensor:
+    total = variance[0].new_zeros(())
+    for v, m in _pairs(variance, ema):
+        total = total + _gap(v, m, present, history).square().sum()
+    return total
+
+
+def _fake(
+    variance: Sequence[Tensor], ema: Sequence[Tensor], present: Tensor, history: float
+) -> Tensor:
+    return variance[0].new_empty(())
+
+
+def reference_backward(
+    grad: Tensor,
+    variance: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    present: Tensor,
+    history: float,
+) -> list[Tensor]:
+    return [_gap(v, m, present, history) * (2 * grad) for v, m in _pairs(variance, ema)]
+
+
+def _fake_backward(
+    grad: Tensor,
+    variance: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    present: Tensor,
+    history: float,
+) -> list[Tensor]:
+    return [v.new_empty(v.shape) for v in variance]
+
+
+define(
+    "variance_gap(Tensor[] variance, Tensor[] ema, Tensor present, float history) -> Tensor",
+    reference,
+    _fake,
+)
+define(
+    "variance_gap_backward(Tensor grad, Tensor[] variance, Tensor[] ema, Tensor present, "
+    "float history) -> Tensor[]",
+    reference_backward,
+    _fake_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    variance, ema, present, history = inputs
+    ctx.save_for_backward(present, *variance, *ema)
+    ctx.parts, ctx.history = len(variance), history
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
+    present, *saved = ctx.saved_tensors
+    variance, ema = saved[: ctx.parts], saved[ctx.parts :]
+    grads = torch.ops.fastdg.variance_gap_backward(grad, variance, ema, present, ctx.history)
+    return grads, None, None, None
+
+
+torch.library.register_autograd(
+    "fastdg::variance_gap", _backward, setup_context=_setup, lib=library
+)
+
+
+def variance_gap(
+    variance: Sequence[Tensor], ema: Sequence[Tensor], present: Tensor, history: float
+) -> Tensor:
+    r"""Spread of the domains' gradient variances around their mean.
+
+    .. math:: \sum_k \sum_{d\in\text{present}} (u_{dk} - \bar u_k)^2, \qquad u = v + h\,m
+
+    Args:
+        variance: per-parameter variances, each ``[D, *]``.
+        ema: detached history of the same shapes, or an empty list (then ``u = v``).
+        present: ``[D]`` bool; domains without samples take no part.
+        history: the weight h of the history; :math:`\gamma/(1-\gamma)` in DomainBed's Fishr.
+
+    Returns:
+        0-dim tensor, differentiable once with respect to ``variance``.
+    """
+    return torch.ops.fastdg.variance_gap(list(variance), list(ema), present, history)

@@ -1,0 +1,254 @@
+"""Fishr: match the variances of per-sample gradients across domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import ops
+from ..statistics.api import moments_of
+from ..statistics.moments import DomainMoments, merge, rows
+from ..statistics.tape import Selection
+from .wrapper import Batch, DomainOptimizer
+
+
+class Fishr(DomainOptimizer):
+    r"""Invariant gradient variances: ``loss = mean loss + w * penalty``.
+
+    .. math::
+        v_d &= \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 ,\qquad g_i = \nabla_{\text{params}}\,\ell_i \\
+        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d ,\qquad m_d \leftarrow \gamma m_d + (1-\gamma) v_d \\
+        \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
+
+    The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0, reset_base=False`` are
+    those of the paper's ColoredMNIST script.
+
+    Args:
+        base: any ``torch.optim.Optimizer``.
+        params: ``"head"`` (the last module with tracked parameters that ran, as the paper), ``"all"``, a list
+            of names or parameters, or a predicate ``(name, parameter)``.
+        penalty_weight: w from step ``anneal_steps`` on.
+        anneal_steps: steps before that, with ``pre_anneal_weight``.
+        ema: decay :math:`\gamma` of the variances' history in [0, 1), or None for no history. The history moves
+            in `step`, and is kept in ``state_dict``.
+        reduction: ``"mean"`` over parameters and domains, or ``"sum"`` over both.
+        pre_anneal_weight: w before ``anneal_steps``. With 0 the statistics and the history are computed all the
+            same, at the price of a plain step.
+        reset_base: clear the base optimizer's state (moments and step) when the anneal ends.
+        num_domains: D; default: as many as have been seen. A domain without samples in a batch takes no part in
+            its penalty, and its history rests.
+        model: skip discovery and watch this model.
+        check: compare captured gradients with autograd's on the first backward.
+
+    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` and ``domain_count``
+    (``[D]``).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization,
+        ICML 2022.
+
+    Example:
+        >>> opt = fastdg.Fishr(torch.optim.Adam(model.parameters()), num_domains=3)
+        >>> losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
+    """
+
+    prefix = "fishr"
+    tensors = ("ema",)
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        params: Selection = "head",
+        penalty_weight: float = 1000.0,
+        anneal_steps: int = 1500,
+        ema: float | None = 0.95,
+        reduction: Literal["mean", "sum"] = "mean",
+        pre_anneal_weight: float = 0.0,
+        reset_base: bool = True,
+        num_domains: int | None = None,
+        model: nn.Module | None = None,
+        check: bool = True,
+    ) -> None:
+        if ema is not None and not 0 <= ema < 1:
+            raise ValueError(f"ema: expected None or a decay in [0, 1), got {ema!r}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        if penalty_weight < 0 or pre_anneal_weight < 0:
+            raise ValueError(
+                "penalty_weight, pre_anneal_weight: expected numbers >= 0, "
+                f"got {penalty_weight!r} and {pre_anneal_weight!r}"
+            )
+        if not isinstance(anneal_steps, int) or anneal_steps < 0:
+            raise ValueError(f"anneal_steps: expected an integer >= 0, got {anneal_steps!r}")
+        self.penalty_weight = penalty_weight
+        self.anneal_steps = anneal_steps
+        self.ema = ema
+        self.reduction = reduction
+        self.pre_anneal_weight = pre_anneal_weight
+        self.reset_base = reset_base
+        self._pending: tuple[dict[str, Tensor], Tensor, dict[str, Tensor]] | None = None
+        super().__init__(base, params=params, num_domains=num_domains, model=model, check=check)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far; kept in ``param_groups`` and so in every checkpoint."""
+        return int(self.param_groups[0]["fishr_steps"])
+
+    def _weight(self) -> float:
+        return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
+
+    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+        weight = self._weight()
+        samples = sum(batch.losses.shape[0] for batch in staged)
+        loss = torch.stack([batch.losses.sum() for batch in staged]).sum() / samples
+        if weight > 0 or self.params == "head":
+            moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
+            penalty = self._penalty(moments, staged)
+            # With w = 0 the penalty stays out: 0 * inf would be NaN, and no second derivative is needed.
+            objective = loss + weight * penalty if weight > 0 else loss
+            objective.backward()
+        else:
+            moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])
+            penalty, objective = self._penalty(moments, staged), loss
+        self._pending = (
+            {n: v.detach() for n, v in moments.variance.items()},
+            moments.present,
+            _parameters(staged),
+        )
+        self._statistics = {
+            "loss": loss.detach(),
+            "penalty": penalty.detach(),
+            "objective": objective.detach(),
+            "domain_loss": _domain_loss(staged, moments.count),
+            "domain_count": moments.count,
+        }
+        return loss.detach()
+
+    def _moments(self, batch: Batch, create_graph: bool) -> DomainMoments:
+        return moments_of(
+            batch.losses,
+            batch.resolved,
+            batch.partition,
+            create_graph=create_graph,
+            retain_graph=True,
+        )[0]
+
+    def _moments_and_gradient(self, batch: Batch, samples: int) -> DomainMoments:
+        """Both from one backward: the gradient of the mean loss is the count-weighted mean of the means."""
+        chosen = batch.resolved.chosen
+        tracked = set(chosen.values())
+        rest = [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.requires_grad and p not in tracked
+        ]
+        moments, grads = moments_of(
+            batch.losses,
+            batch.resolved,
+            batch.partition,
+            create_graph=False,
+            retain_graph=False,
+            extra=rest,
+        )
+        share = moments.count / samples
+        for name, mean in moments.mean.items():
+            flat = share.to(mean.dtype) @ mean.flatten(1)
+            _accumulate(chosen[name], flat.view_as(chosen[name]))
+        for p, grad in zip(rest, grads, strict=True):
+            if grad is not None:
+                _accumulate(p, grad.div_(samples))
+        return moments
+
+    def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:
+        domains = moments.count.shape[0]
+        history: list[Tensor] = []
+        decay = 0.0
+        if self.ema is not None:
+            decay = self.ema / (1 - self.ema)
+            kept = self._kept["ema"]
+            named = _parameters(staged)
+            for name, v in moments.variance.items():
+                ema = kept.get(named[name])
+                history.append(torch.zeros_like(v) if ema is None else rows(ema, domains))
+        gap = ops.variance_gap(list(moments.variance.values()), history, moments.present, decay)
+        if self.reduction == "sum":
+            return gap
+        numel = sum(v[0].numel() for v in moments.variance.values())
+        return gap / (numel * moments.present.sum().clamp(min=1))
+
+    def _prepare(self) -> None:
+        if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
+            self.base.state.clear()
+
+    def _commit(self) -> None:
+        assert self._pending is not None
+        variance, present, named = self._pending
+        self._pending = None
+        self.param_groups[0]["fishr_steps"] += 1
+        if self.ema is None:
+            return
+        kept = self._kept["ema"]
+        for name, v in variance.items():
+            p = named[name]
+            if p not in kept:
+                kept[p] = torch.zeros_like(v)
+            elif kept[p].shape[0] < v.shape[0]:  # domains not seen before
+                kept[p] = rows(kept[p], v.shape[0])
+            rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
+            kept[p][: v.shape[0]].lerp_(v, rate)
+
+    def _fill(self) -> None:
+        self.param_groups[0].setdefault("fishr_steps", 0)
+
+    def _admit(
+        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        steps = groups[0].get("fishr_steps", 0)
+        if steps and self.ema is not None and not kept["ema"]:
+            raise ValueError(
+                f"state_dict: it comes from a Fishr run of {steps} steps but holds no fishr_ema tensors; the "
+                "history would silently start anew. Save and load state_dict() whole, or pass ema=None"
+            )
+        for ema in kept["ema"].values():
+            if self.num_domains is not None and ema.shape[0] != self.num_domains:
+                raise ValueError(
+                    f"state_dict: its history has {ema.shape[0]} domains, num_domains is {self.num_domains}"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        names = ("params", "penalty_weight", "anneal_steps", "ema", "reduction")
+        more = ("pre_anneal_weight", "reset_base", "num_domains")
+        return {name: getattr(self, name) for name in (*names, *more)}
+
+
+def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
+    return {name: p for batch in staged for name, p in batch.resolved.chosen.items()}
+
+
+def _domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
+    """Mean loss of each domain ``[D]``; NaN for an empty one."""
+    total = sum(
+        rows(
+            batch.losses.new_zeros((batch.partition.num_domains,)).index_add(
+                0, batch.partition.domains, batch.losses.detach()
+            ),
+            count.shape[0],
+        )
+        for batch in staged
+    )
+    return total / count.to(staged[0].losses.dtype)
+
+
+def _accumulate(p: Tensor, grad: Tensor) -> None:
+    grad = grad.to(p.dtype)
+    p.grad = grad if p.grad is None else p.grad + grad

@@ -1,0 +1,1 @@
+"""What algorithms ask for: per-domain gradients, moments, Gram matrices, per-sample norms."""

@@ -1,0 +1,297 @@
+"""The statistics on their own: record a forward, then ask."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..domains import Partition, partition
+from .check import verify
+from .collect import adopt, choose_head, collect, refuse_mixing
+from .factors import Factor
+from .moments import DomainMoments
+from .tape import Found, Recorder, Selection, find
+
+
+class Resolved(NamedTuple):
+    """What a forward left behind for these losses: the calls that matter, the names of the parameters each uses,
+    and the parameters asked for."""
+
+    found: Found
+    owned: dict[int, dict[str, str]]
+    chosen: dict[str, Tensor]
+
+
+class Tape:
+    """What a forward left behind: who may be asked for per-sample gradients. Made by `record`."""
+
+    def __init__(self, recorder: Recorder, params: Selection, check: bool = True) -> None:
+        self.recorder, self.params, self.check = recorder, params, check
+        self.verified = False
+
+    def resolve(self, losses: Tensor) -> Resolved:
+        """Find the forward below ``losses``; check it the first time."""
+        check_losses(losses)
+        head = isinstance(self.params, str)  # "head" or "all", checked by select()
+        named = {name: p for p, name in self.recorder.names.values() if p.requires_grad}
+        root = losses.grad_fn
+        assert root is not None
+        if head and self.params == "head":
+            found = choose_head(find(root, self.recorder, until=self.recorder.last))
+            selected: Callable[[str, Tensor], bool] = lambda name, p: True  # noqa: E731
+        else:
+            found = find(root, self.recorder)
+            selected = select(self.params, named)
+        if not found.calls:
+            raise RuntimeError(
+                "losses: no tracked layer was seen in the forward that made them. The model has to run after "
+                "this object was made, outside torch.no_grad and torch.func, and losses must depend on it; "
+                "for a compiled or stateless model use fastdg.func"
+            )
+        owned = adopt(found, {id(p): name for name, p in named.items()})
+        seen = {name for own in owned.values() for name in own.values()}
+        chosen = {n: p for n, p in named.items() if n in seen and selected(n, p)}
+        if not chosen:
+            raise RuntimeError(
+                f"params: none of the selected parameters was used in this forward; seen: {sorted(seen)}"
+            )
+        refuse_mixing(found)
+        if self.check and not self.verified:
+            verify(losses, found, owned, chosen)
+            self.verified = True
+        return Resolved(found, owned, chosen)
+
+
+def select(params: Selection, named: dict[str, Tensor]) -> Callable[[str, Tensor], bool]:
+    """A predicate on (name, parameter) from what the user passed as ``params``."""
+    if isinstance(params, str):
+        if params not in ("head", "all"):
+            raise ValueError(
+                f"params: expected 'head', 'all', a list of names or parameters, or a predicate, got {params!r}"
+            )
+        return lambda name, p: True
+    if callable(params):
+        return lambda name, p: bool(params(name, p))
+    names, ids = set(), set()
+    for item in params:
+        if isinstance(item, str):
+            if item not in named:
+                near = difflib.get_close_matches(item, named, n=3, cutoff=0.0)
+                raise ValueError(f"params: no parameter is called {item!r}; nearest: {near}")
+            names.add(item)
+        elif isinstance(item, Tensor):
+            if all(item is not p for p in named.values()):
+                raise ValueError(
+                    f"params: a tensor of shape {tuple(item.shape)} is not one of the tracked parameters"
+                )
+            ids.add(id(item))
+        else:
+            raise TypeError(f"params: expected names or parameters, got {type(item).__name__}")
+    return lambda name, p: name in names or id(p) in ids
+
+
+def check_losses(losses: Tensor) -> None:
+    """Raise unless ``losses`` is ``[N]``, floating, and has a graph."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}")
+    if losses.dim() != 1:
+        advice = "pass reduction='none' to the loss" if losses.dim() == 0 else "one loss a sample"
+        raise ValueError(f"losses: expected shape (N,), got {tuple(losses.shape)}; {advice}")
+    if losses.numel() == 0:
+        raise ValueError("losses: expected at least one sample, got an empty batch")
+    if not losses.is_floating_point():
+        raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}")
+    if losses.grad_fn is None:
+        raise ValueError(
+            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad from a model whose "
+            "parameters require gradients"
+        )
+
+
+@contextmanager
+def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -> Iterator[Tape]:
+    """Record a forward, for the functions of this module.
+
+    Args:
+        model: the module whose layers are watched inside the ``with`` block.
+        params: ``"head"``, ``"all"``, a list of names or parameters, or a predicate ``(name, parameter)``.
+        check: compare captured with autograd's gradients the first time (two further backward passes).
+
+    Example:
+        >>> with fastdg.record(model) as tape:
+        ...     losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> fastdg.domain_moments(tape, losses, domains).variance["0.weight"]  # (D, O, I)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    recorder = Recorder({p: name for name, p in model.named_parameters()}, model)
+    if isinstance(params, str):
+        select(params, {})
+    try:
+        yield Tape(recorder, params, check)
+    finally:
+        recorder.close()
+
+
+def _by_name(
+    tape: Tape,
+    losses: Tensor,
+    compute: Callable[[Factor], Tensor],
+    retain_graph: bool,
+) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+
+    def use(name: str, factor: Factor) -> None:
+        with torch.no_grad():
+            out[name] = compute(factor)
+
+    found, owned, chosen = tape.resolve(losses)
+    collect(losses, found, owned, chosen.__contains__, use, retain_graph=retain_graph)
+    return {name: out[name] for name in chosen if name in out}
+
+
+def moments_of(
+    losses: Tensor,
+    resolved: Resolved,
+    parts: Partition,
+    *,
+    create_graph: bool,
+    retain_graph: bool,
+    extra: Sequence[Tensor] = (),
+) -> tuple[DomainMoments, list[Tensor | None]]:
+    """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for ``extra``."""
+    mean: dict[str, Tensor] = {}
+    variance: dict[str, Tensor] = {}
+
+    def use(name: str, factor: Factor) -> None:
+        with torch.set_grad_enabled(create_graph):
+            mean[name], variance[name] = factor.moments(parts)
+
+    rest = collect(
+        losses,
+        resolved.found,
+        resolved.owned,
+        resolved.chosen.__contains__,
+        use,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        extra=extra,
+    )
+    names = [name for name in resolved.chosen if name in mean]
+    moments = DomainMoments(
+        {n: mean[n] for n in names}, {n: variance[n] for n in names}, parts.count
+    )
+    return moments, rest
+
+
+def domain_moments(
+    tape: Tape,
+    losses: Tensor,
+    domains: Tensor,
+    *,
+    num_domains: int | None = None,
+    create_graph: bool = False,
+    retain_graph: bool = True,
+) -> DomainMoments:
+    r"""Mean and biased variance of per-sample gradients in each domain.
+
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad v_d = \frac1{n_d}\sum_{i\in d}(g_i-m_d)^2,\qquad
+              g_i = \nabla_\theta \ell_i
+
+    Args:
+        tape: of the forward that made ``losses``.
+        losses: per-sample losses ``[N]``.
+        domains: domain of each sample ``[N]``, integer.
+        num_domains: D; default one more than the largest id.
+        create_graph: make the result differentiable with respect to the model's parameters.
+        retain_graph: keep the graph, so that the losses can be used again.
+
+    Returns:
+        `DomainMoments`; statistics are fp32 (fp64 for an fp64 model). An empty domain has zeros, a domain of
+        one sample has variance 0, NaN losses give NaN.
+
+    Raises:
+        ValueError, TypeError: ``losses`` or ``domains`` are not as described.
+        RuntimeError: no tracked layer was seen, or the captured gradients are not autograd's.
+
+    Reference:
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization,
+        ICML 2022.
+    """
+    check_losses(losses)
+    parts = partition(domains, losses, num_domains)
+    resolved = tape.resolve(losses)
+    return moments_of(
+        losses, resolved, parts, create_graph=create_graph, retain_graph=retain_graph
+    )[0]
+
+
+def domain_gradients(
+    tape: Tape,
+    losses: Tensor,
+    domains: Tensor,
+    *,
+    num_domains: int | None = None,
+    retain_graph: bool = True,
+) -> dict[str, Tensor]:
+    r"""Gradient of each domain's mean loss, :math:`G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, in one backward.
+
+    Arguments as `domain_moments`. Returns name -> ``[D, *shape]``; zeros for an empty domain.
+    """
+    check_losses(losses)
+    parts = partition(domains, losses, num_domains)
+    return _by_name(tape, losses, lambda factor: factor.domain(parts), retain_graph)
+
+
+def domain_gram(
+    tape: Tape,
+    losses: Tensor,
+    domains: Tensor,
+    *,
+    num_domains: int | None = None,
+    retain_graph: bool = True,
+) -> Tensor:
+    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients over all tracked parameters.
+
+    Arguments as `domain_moments`. Returns ``[D, D]``; no more than one layer's gradients exist at a time.
+    """
+    check_losses(losses)
+    parts: Partition = partition(domains, losses, num_domains)
+    grams = _by_name(tape, losses, lambda factor: factor.gram(parts), retain_graph)
+    return torch.stack(list(grams.values())).sum(0)
+
+
+def per_sample_gradients(
+    tape: Tape, losses: Tensor, *, retain_graph: bool = True
+) -> dict[str, Tensor]:
+    r"""The gradients :math:`g_i` themselves. Returns name -> ``[N, *shape]``: N copies of the parameters."""
+    return _by_name(tape, losses, lambda factor: factor.per_sample(), retain_graph)
+
+
+def per_sample_norms(tape: Tape, losses: Tensor, *, retain_graph: bool = True) -> Tensor:
+    r"""Norms :math:`\|g_i\|_2` over all tracked parameters, ``[N]``, without forming the gradients."""
+    squares = _by_name(tape, losses, lambda factor: factor.norms(), retain_graph)
+    return torch.stack(list(squares.values())).sum(0).sqrt()
+
+
+def check(tape: Tape, losses: Tensor) -> None:
+    """Compare the captured per-sample gradients with autograd's, now (two further backward passes).
+
+    Args:
+        tape: from `record`, or a wrapper's ``opt.tape``.
+        losses: ``[N]``, made by the recorded forward.
+
+    Raises:
+        RuntimeError: names the first parameter whose gradients do not agree, and the likely cause.
+    """
+    before = tape.check, tape.verified
+    tape.check, tape.verified = True, False
+    try:
+        tape.resolve(losses)
+    finally:
+        tape.check, tape.verified = before

@@ -1,0 +1,265 @@
+"""Per-sample gradients of one parameter, kept in the form its layer makes them in.
+
+Every statistic is asked of a `Factor`; what never has to be formed is never formed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..domains import Partition, single
+from ..ops.window import unfold
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """``x`` in the dtype statistics are computed in: float64 stays, all else is float32."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+class Factor(ABC):
+    """Gradients :math:`g_1..g_N` of one parameter of shape ``shape``."""
+
+    shape: Sequence[int]
+    samples: int
+
+    @abstractmethod
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each domain, each ``[D, *shape]``; differentiable."""
+
+    @abstractmethod
+    def domain(self, partition: Partition) -> Tensor:
+        """Mean gradient of each domain, ``[D, *shape]``."""
+
+    @abstractmethod
+    def per_sample(self) -> Tensor:
+        """The gradients themselves, ``[N, *shape]``."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Squared norms, ``[N]``."""
+
+    @abstractmethod
+    def scaled(self, weights: Tensor) -> Factor:
+        """The gradients times ``weights [N]``."""
+
+    @abstractmethod
+    def fold(self, samples: int) -> Factor:
+        """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over k."""
+
+    def gram(self, partition: Partition) -> Tensor:
+        """Inner products of the domains' mean gradients, ``[D, D]``."""
+        flat = self.domain(partition).flatten(1)
+        return flat @ flat.t()
+
+    def plus(self, other: Factor) -> Factor:
+        """The gradient of a parameter that is used twice."""
+        return Dense(self.per_sample() + other.per_sample())
+
+
+def total(parts: Sequence[Factor]) -> Factor:
+    """One factor for all uses of a parameter: summed before anything is squared."""
+    return reduce(lambda a, b: a.plus(b), parts)
+
+
+class Dense(Factor):
+    """Gradients that are small enough to hold: biases, norm weights, modules without a rule.
+
+    Args:
+        grads: ``[N, *shape]``.
+    """
+
+    def __init__(self, grads: Tensor) -> None:
+        self.grads = accumulated(grads)
+        self.shape, self.samples = grads.shape[1:], grads.shape[0]
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        mean, variance = ops.moments(self.grads.flatten(1), partition.order, partition.offsets)
+        return mean.unflatten(1, self.shape), variance.unflatten(1, self.shape)
+
+    def domain(self, partition: Partition) -> Tensor:
+        flat = self.grads.flatten(1)
+        total = flat.new_zeros((partition.num_domains, flat.shape[1]))
+        total = total.index_add(0, partition.domains, flat)
+        count = partition.count.clamp(min=1).to(flat.dtype).unsqueeze(1)
+        return (total / count).unflatten(1, self.shape)
+
+    def per_sample(self) -> Tensor:
+        return self.grads
+
+    def norms(self) -> Tensor:
+        return self.grads.flatten(1).square().sum(1)
+
+    def scaled(self, weights: Tensor) -> Factor:
+        return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))
+
+    def fold(self, samples: int) -> Factor:
+        return Dense(self.grads.unflatten(0, (samples, -1)).sum(1))
+
+
+class Outer(Factor):
+    r"""Weights of linear maps: :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
+
+    Args:
+        a: layer inputs ``[N, T, I]``; with ``window`` a padded convolution input ``[N, C, *S]``.
+        delta: gradients at the outputs, ``[N, T, O]``.
+        shape: shape of the weight; its numel is ``O * I / groups``.
+        window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
+        groups: blocks that see their own channels only. They are served as further domains.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        delta: Tensor,
+        shape: Sequence[int],
+        window: Sequence[int] = (),
+        groups: int = 1,
+    ) -> None:
+        self.a, self.delta = accumulated(a), accumulated(delta)
+        if self.a.dtype != self.delta.dtype:
+            self.a, self.delta = self.a.double(), self.delta.double()
+        self.shape, self.samples = tuple(shape), a.shape[0]
+        self.window, self.groups = list(window), groups
+
+    def _grouped(self) -> tuple[Tensor, Tensor]:
+        """``a`` and ``delta`` with one row for each (sample, group)."""
+        if self.groups == 1:
+            return self.a, self.delta
+        a = self.a.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        delta = self.delta.transpose(1, 2).unflatten(1, (self.groups, -1)).flatten(0, 1)
+        return a, delta.transpose(1, 2)
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        blocks = partition.grouped(self.groups)
+        mean, variance = ops.outer_moments(
+            *self._grouped(), blocks.order, blocks.offsets, self.window
+        )
+        shape = (partition.num_domains, *self.shape)
+        return mean.view(shape), variance.view(shape)
+
+    def domain(self, partition: Partition) -> Tensor:
+        blocks = partition.grouped(self.groups)
+        mean = ops.outer_domain(*self._grouped(), blocks.order, blocks.offsets, self.window)
+        return mean.view(partition.num_domains, *self.shape)
+
+    def gram(self, partition: Partition) -> Tensor:
+        if self.groups > 1:
+            return super().gram(partition)
+        return ops.outer_gram(
+            self.a, self.delta, partition.order, partition.offsets, self.window
+        )
+
+    def per_sample(self) -> Tensor:
+        a, delta = self._grouped()
+        grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
+        return grads.reshape(self.samples, *self.shape)
+
+    def norms(self) -> Tensor:
+        return ops.outer_norms(*self._grouped(), self.window).view(self.samples, -1).sum(1)
+
+    def scaled(self, weights: Tensor) -> Factor:
+        delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
+        return Outer(self.a, delta, self.shape, self.window, self.groups)
+
+    def _rows(self) -> Outer:
+        """The same without a window: the patches become rows."""
+        if not self.window:
+            return self
+        return Outer(unfold(self.a, self.window), self.delta, self.shape)
+
+    def fold(self, samples: int) -> Factor:
+        if self.groups > 1:
+            return Dense(self.per_sample()).fold(samples)
+        rows = self._rows()
+        a, delta = (
+            x.unflatten(0, (samples, -1)).flatten(1, 2) for x in (rows.a, rows.delta)
+        )
+        return Outer(a, delta, self.shape)
+
+    def plus(self, other: Factor) -> Factor:
+        if not isinstance(other, Outer) or self.groups > 1 or other.groups > 1:
+            return super().plus(other)
+        one, two = self._rows(), other._rows()
+        return Outer(torch.cat([one.a, two.a], 1), torch.cat([one.delta, two.delta], 1), self.shape)
+
+
+class Lookup(Factor):
+    r"""Rows of a table that were looked up: :math:`g_i[v] = \sum_{t: index_{it} = v} \delta_{it}`.
+
+    Args:
+        index: row numbers ``[N, T]``.
+        delta: gradients at what was read, ``[N, T, E]``.
+        rows: rows V of the table.
+    """
+
+    def __init__(self, index: Tensor, delta: Tensor, rows: int) -> None:
+        self.index, self.delta, self.rows = index, accumulated(delta), rows
+        self.shape, self.samples = (rows, delta.shape[2]), index.shape[0]
+
+    def _reads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient sums of each distinct (sample, row): ``(sums [M, E], sample [M], row [M])``.
+
+        M = N * T whatever the data, so that nothing waits for the device; the surplus sums are zero.
+        """
+        sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
+        key, by_key = (sample * self.rows + self.index).flatten().sort()
+        fresh = torch.ones_like(key)
+        fresh[1:] = (key[1:] != key[:-1]).to(key.dtype)
+        slot = fresh.cumsum(0) - 1
+        delta = self.delta.flatten(0, 1)
+        sums = delta.new_zeros(delta.shape).index_add(0, slot, delta[by_key])
+        owner = torch.zeros_like(key).scatter(0, slot, key)
+        return sums, owner // self.rows, owner % self.rows
+
+    def _spread(self, values: Tensor, cell: Tensor, partition: Partition) -> Tensor:
+        table = values.new_zeros((partition.num_domains * self.rows, values.shape[1]))
+        table = table.index_add(0, cell, values).unflatten(0, (partition.num_domains, self.rows))
+        return table / partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1)
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        sums, sample, row = self._reads()
+        cell = partition.domains[sample] * self.rows + row
+        mean = self._spread(sums, cell, partition)
+        variance = self._spread(sums.square(), cell, partition) - mean.square()
+        return mean, variance.clamp(min=0)
+
+    def domain(self, partition: Partition) -> Tensor:
+        cell = partition.domains.unsqueeze(1) * self.rows + self.index
+        return self._spread(self.delta.flatten(0, 1), cell.flatten(), partition)
+
+    def per_sample(self) -> Tensor:
+        sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
+        cell = (sample * self.rows + self.index).flatten()
+        table = self.delta.new_zeros((self.samples * self.rows, self.delta.shape[2]))
+        table = table.index_add(0, cell, self.delta.flatten(0, 1))
+        return table.unflatten(0, (self.samples, self.rows))
+
+    def norms(self) -> Tensor:
+        sums, sample, _ = self._reads()
+        return sums.new_zeros((self.samples,)).index_add(0, sample, sums.square().sum(1))
+
+    def scaled(self, weights: Tensor) -> Factor:
+        delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
+        return Lookup(self.index, delta, self.rows)
+
+    def fold(self, samples: int) -> Factor:
+        index = self.index.unflatten(0, (samples, -1)).flatten(1, 2)
+        return Lookup(index, self.delta.unflatten(0, (samples, -1)).flatten(1, 2), self.rows)
+
+    def plus(self, other: Factor) -> Factor:
+        if not isinstance(other, Lookup):
+            return super().plus(other)
+        index = torch.cat([self.index, other.index], 1)
+        return Lookup(index, torch.cat([self.delta, other.delta], 1), self.rows)
+
+
+def weighted_sum(factor: Factor, weights: Tensor) -> Tensor:
+    """``sum_i weights_i g_i``, of the parameter's shape."""
+    everything = single(factor.samples, weights.device)
+    return factor.scaled(weights).domain(everything)[0] * factor.samples

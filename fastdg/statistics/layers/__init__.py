@@ -1,0 +1,61 @@
+"""Layer rules: from a layer's input and output gradient to its parameters' per-sample gradients.
+
+A rule is a function ``rule(module, inputs, delta) -> dict[str, Factor]``. ``inputs`` are the positional arguments
+of the call, ``delta`` is the gradient of the summed losses at the output, and the result has a `Factor` for each
+of the module's own parameters. Register one with `register_rule`; whatever has none is served by `generic`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..factors import Factor
+
+Rule = Callable[[Any, tuple[Any, ...], Tensor], dict[str, Factor]]
+RULES: dict[type[nn.Module], Rule] = {}
+R = TypeVar("R", bound=Rule)
+
+
+def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
+    """Register how a layer's per-sample gradients are made (decorator).
+
+    The rule serves exactly the classes named, and subclasses that inherit their ``forward`` unchanged.
+
+    Example:
+        >>> @fastdg.register_rule(Scale)                # y = x * module.gain, x (N, C)
+        ... def scale(module, inputs, delta):
+        ...     return {"gain": fastdg.Dense(delta * inputs[0])}
+    """
+    for module in modules:
+        if not (isinstance(module, type) and issubclass(module, nn.Module)):
+            raise TypeError(f"modules: expected nn.Module classes, got {module!r}")
+
+    def register(rule: R) -> R:
+        for module in modules:
+            RULES[module] = rule
+        return rule
+
+    return register
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    """The rule that serves ``module``, or None if that is the generic one."""
+    forward = type(module).forward
+    for cls in type(module).__mro__:
+        rule = RULES.get(cls)
+        if rule is not None:
+            return rule if getattr(cls, "forward", None) is forward else None
+    return None
+
+
+def spans_samples(module: nn.Module) -> bool:
+    """Whether the layer mixes the samples of a batch, so that per-sample gradients do not exist."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return module.training or module.running_mean is None
+
+
+from . import conv, embedding, linear, norm  # noqa: E402, F401  (they register themselves)

@@ -1,0 +1,64 @@
+"""Moments by domain, and how those of two batches become those of their union."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DomainMoments:
+    """Mean and biased variance of per-sample gradients, by domain.
+
+    Attributes:
+        mean, variance: name -> ``[D, *shape]``; zeros for an empty domain.
+        count: samples of each domain, ``[D]`` int64.
+    """
+
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+    count: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """Domains that have samples, ``[D]`` bool."""
+        return self.count > 0
+
+
+def rows(tensor: Tensor, domains: int) -> Tensor:
+    """``tensor [d, *]`` with zero rows added up to ``[domains, *]``."""
+    if tensor.shape[0] == domains:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros((domains - tensor.shape[0], *tensor.shape[1:]))])
+
+
+def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
+    r"""Moments of the union of batches, by count; differentiable.
+
+    .. math:: m = \sum_b \tfrac{n_b}{n} m_b, \qquad v = \sum_b \tfrac{n_b}{n}\left(v_b + (m_b - m)^2\right)
+
+    A parameter that only some of the batches used has zero gradients in the others.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    domains = max(part.count.shape[0] for part in parts)
+    counts = [rows(part.count, domains) for part in parts]
+    count = torch.stack(counts).sum(0)
+    mean: dict[str, Tensor] = {}
+    variance: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.variance):
+        like = next(part.mean[name] for part in parts if name in part.mean)
+        zero = like.new_zeros((domains, *like.shape[1:]))
+        wide = [1] * (like.dim() - 1)
+        shares = [(c / count.clamp(min=1)).to(like.dtype).view(-1, *wide) for c in counts]
+        means = [rows(part.mean[name], domains) if name in part.mean else zero for part in parts]
+        m = torch.stack([s * x for s, x in zip(shares, means, strict=True)]).sum(0)
+        v = zero
+        for part, share, part_mean in zip(parts, shares, means, strict=True):
+            own = rows(part.variance[name], domains) if name in part.variance else zero
+            v = v + share * (own + (part_mean - m).square())
+        mean[name], variance[name] = m, v
+    return DomainMoments(mean, variance, count)

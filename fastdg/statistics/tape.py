@@ -1,0 +1,318 @@
+"""Which layer saw which input, written onto the autograd graph itself.
+
+A forward hook leaves a `Call` on the graph node of the layer's output. A backward sweep that computes gradients
+at those nodes only, not at the weights, then meets every (input, output gradient) pair. Because the record
+lives on the graph it dies with the graph: a forward that is never followed by a backward costs nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils import _pytree as pytree
+
+Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
+
+_KEY = "fastdg"
+_paused: ContextVar[bool] = ContextVar("fastdg_paused", default=False)
+_clock = itertools.count()
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No forward is recorded inside: recomputation and functional re-runs are not the user's forward."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
+
+
+@dataclass
+class Call:
+    """One call of a module that owns tracked parameters.
+
+    Attributes:
+        module: the module.
+        args, kwargs: what it was called with, detached from nothing.
+        parameters: local name -> full name of its own tracked parameters.
+        outputs: shape, dtype and device of each tensor it returned that carries a gradient, else None.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: dict[str, str]
+    outputs: list[tuple[torch.Size, torch.dtype, torch.device] | None]
+    versions: list[tuple[Tensor, int]]
+    autocast: tuple[bool, torch.dtype]
+    time: int = field(default_factory=lambda: next(_clock))
+    swept: bool = False
+
+    @property
+    def where(self) -> str:
+        """The module in words for messages."""
+        names = ", ".join(self.parameters.values())
+        return f"{type(self.module).__name__} ({names})"
+
+    def unchanged(self) -> None:
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{self.where}: its input of shape {tuple(tensor.shape)} was changed in place after the "
+                    "layer had seen it; its per-sample gradients are lost. Make that operation out of place."
+                )
+
+
+class Recorder:
+    """Leaves a `Call` on the graph for every module that owns one of ``names``' parameters.
+
+    Args:
+        names: parameter -> its name.
+        modules: where to look; default: every module that runs, until `settle`.
+    """
+
+    def __init__(self, names: Mapping[Tensor, str], modules: nn.Module | None = None) -> None:
+        self.names = {id(p): (p, name) for p, name in names.items()}
+        self.last = -1
+        self.seen: dict[int, weakref.ref[nn.Module]] = {}
+        self.handles: list[Any] = []
+        if modules is None:
+            self.discover()
+        else:
+            for module in modules.modules():
+                if self._own(module):
+                    self._watch(module)
+
+    def discover(self) -> None:
+        """Look at every module that runs, until `settle`."""
+        self.close()
+        self.seen.clear()
+        self.handles = [register_module_forward_hook(_Hook(self), with_kwargs=True)]  # type: ignore[arg-type]
+        self.discovering = True
+
+    discovering = False
+
+    def settle(self) -> None:
+        """From now on watch only the modules seen so far."""
+        if not self.discovering or not self.seen:
+            return
+        self.close()
+        for reference in self.seen.values():
+            if (module := reference()) is not None:
+                self._watch(module)
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.discovering = False
+
+    def _watch(self, module: nn.Module) -> None:
+        self.handles.append(module.register_forward_hook(_Hook(self), with_kwargs=True))
+
+    def _own(self, module: nn.Module) -> dict[str, str]:
+        return {
+            local: self.names[id(p)][1]
+            for local, p in module._parameters.items()
+            if p is not None and id(p) in self.names
+        }
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not module._parameters or not torch.is_grad_enabled() or _paused.get():
+            return
+        own = self._own(module)
+        if not own:
+            return
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+            return  # inside the user's own torch.func transform: that is what fastdg.func is for
+        self.seen.setdefault(id(module), weakref.ref(module))
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        device = inputs[0].device.type if inputs else "cpu"
+        call = Call(
+            module=module,
+            args=args,
+            kwargs=kwargs,
+            parameters={k: v for k, v in own.items() if module._parameters[k].requires_grad},  # type: ignore[union-attr]
+            outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
+            versions=[(t, t._version) for t in inputs if not t.is_inference()],
+            autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        )
+        if not call.parameters:
+            return
+        self.last = call.time
+        for slot, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                edge = get_gradient_edge(tensor)
+                edge.node.metadata.setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+
+
+class _Hook:
+    """A forward hook that neither keeps its recorder alive nor follows a copied or pickled module."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder = weakref.ref(recorder) if recorder is not None else lambda: None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder(module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
+@dataclass
+class Found:
+    """The calls of one forward, and where their gradients arrive."""
+
+    calls: list[Call]
+    slots: dict[Node, list[tuple[Call, int, int]]]
+    deepest: list[Node]
+
+
+def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
+    """The calls on the graph below ``root``.
+
+    ``until``: stop at the call made at that time. ``deepest`` are nodes with no other recorded node below them:
+    computing gradients there makes the sweep pass through all the others.
+    """
+    slots: dict[Node, list[tuple[Call, int, int]]] = {}
+    calls: dict[int, Call] = {}
+    parents: dict[Node, list[Node]] = {root: []}
+    queue = [root]
+    for node in queue:  # grows while we walk it
+        for owner, call, slot, output_nr in node.metadata.get(_KEY, ()):
+            if owner is recorder:
+                slots.setdefault(node, []).append((call, slot, output_nr))
+                calls[id(call)] = call
+        if until is not None and any(call.time == until for call in calls.values()):
+            break
+        for below, _ in node.next_functions:
+            if below is None:
+                continue
+            if below not in parents:
+                parents[below] = [node]
+                queue.append(below)
+            else:
+                parents[below].append(node)
+    covered: set[Node] = set()
+    pending = list(slots)
+    for node in pending:
+        for above in parents[node]:
+            if above not in covered:
+                covered.add(above)
+                pending.append(above)
+    ordered = sorted(calls.values(), key=lambda call: call.time)
+    return Found(ordered, slots, [node for node in slots if node not in covered])
+
+
+Visit = Callable[[Call, Sequence[Tensor]], None]
+
+
+def sweep(
+    losses: Tensor,
+    found: Found,
+    visit: Visit,
+    *,
+    create_graph: bool,
+    retain_graph: bool,
+    extra: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+) -> list[Tensor | None]:
+    """One backward of ``losses.sum()`` that computes gradients at the recorded outputs, not at the weights.
+
+    Without ``create_graph`` each call is visited the moment its output gradients are known, and they are let go.
+
+    Args:
+        losses: ``[N]``.
+        found: what to visit.
+        visit: called once a call with its output gradients, one a tensor it returned.
+        create_graph: make the gradients differentiable.
+        retain_graph: keep the graph for a further backward.
+        extra: tensors whose ordinary gradients are wanted from the same backward.
+        weight: gradient at ``losses``; default ones.
+
+    Returns:
+        The gradients of ``extra`` (None where unused).
+    """
+    waiting: dict[int, dict[int, Tensor | None]] = {}
+    expected = {
+        id(call): sum(c is call for entries in found.slots.values() for c, _, _ in entries)
+        for call in found.calls
+    }
+
+    def arrive(node: Node, grads: Sequence[Tensor | None]) -> None:
+        for call, slot, output_nr in found.slots[node]:
+            got = waiting.setdefault(id(call), {})
+            got[slot] = grads[output_nr]
+            if len(got) == expected[id(call)]:
+                deltas = waiting.pop(id(call))
+                if all(d is None for d in deltas.values()):
+                    continue
+                call.unchanged()
+                visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
+
+    targets = list(found.slots) if create_graph else found.deepest
+    handles = []
+    if not create_graph:
+        last = set(targets)
+        for node in found.slots:
+            if node not in last:
+                handles.append(node.register_prehook(lambda grads, node=node: arrive(node, grads)))
+    edges = [
+        torch.autograd.graph.GradientEdge(node, nr)
+        for node in targets
+        for nr in sorted({nr for _, _, nr in found.slots[node]})
+    ]
+    try:
+        with paused():
+            grads = list(
+                torch.autograd.grad(
+                    losses,
+                    [*edges, *extra],
+                    torch.ones_like(losses) if weight is None else weight,
+                    create_graph=create_graph,
+                    retain_graph=retain_graph or create_graph,
+                    allow_unused=True,
+                )
+            )
+            rest = grads[len(edges) :]
+            arrived: dict[Node, dict[int, Tensor | None]] = {}
+            for edge, grad in zip(edges, grads, strict=False):
+                arrived.setdefault(edge.node, {})[edge.output_nr] = grad
+            del grads
+            with torch.set_grad_enabled(create_graph):
+                for node in targets:
+                    by_output = arrived.pop(node)
+                    arrive(node, [by_output.get(nr) for nr in range(max(by_output) + 1)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rest
+
+
+def _filled(call: Call, slot: int, delta: Tensor | None) -> Tensor:
+    if delta is not None:
+        return delta
+    output = call.outputs[slot]
+    if output is None:  # an output without gradient, an integer tensor for one
+        return torch.empty(0)
+    shape, dtype, device = output
+    return torch.zeros(shape, dtype=dtype, device=device)
