@@ -77,11 +77,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.parts, ctx.history = len(variance), history
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None], None, None]:
     present, *saved = ctx.saved_tensors
     variance, ema = saved[: ctx.parts], saved[ctx.parts :]
     grads = torch.ops.fastdg.variance_gap_backward(grad, variance, ema, present, ctx.history)
-    return grads, None, None, None
+    return grads, [None] * len(ema), None, None
 
 
 torch.library.register_autograd(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
     dim = 0 if getattr(module, "batch_first", True) else 1
     samples = next(o for o in call.outputs if o is not None)[0][dim]
     every = dict(module.named_parameters())
-    chosen = {name: every[name].detach() for name in names}
-    others = {name: p.detach() for name, p in every.items() if name not in chosen}
+    chosen = {name: every[name] for name in names}
+    others = {name: p for name, p in every.items() if name not in chosen}
     buffers = dict(module.named_buffers())
 
-    leaves, tree = pytree.tree_flatten((call.args, call.kwargs))
+    arguments = _with_state(module, call, samples) if isinstance(module, nn.RNNBase) else None
+    leaves, tree = pytree.tree_flatten(arguments or (call.args, call.kwargs))
     along = [
         _sample_dim(module, leaf, dim, samples) if isinstance(leaf, Tensor) else None
         for leaf in leaves
@@ -87,6 +89,24 @@ def _sample_dim(module: nn.Module, tensor: Tensor, dim: int, samples: int) -> in
     return None
 
 
-def _plain_kernels() -> Any:
+def _with_state(module: nn.RNNBase, call: Call, samples: int) -> tuple[Any, Any] | None:
+    """The call with its initial state spelled out: the cells add to it in place, so it must be per sample."""
+    if len(call.args) > 1 or "hx" in call.kwargs:
+        return None
+    x = call.args[0] if call.args else call.kwargs["input"]
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    hidden = x.new_zeros((layers, samples, module.proj_size or module.hidden_size))
+    if isinstance(module, nn.LSTM):
+        return (x, (hidden, x.new_zeros((layers, samples, module.hidden_size)))), {}
+    return (x, hidden), {}
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
     """Fused CPU kernels (oneDNN's LSTM among them) have no batching rule; the plain ones do."""
-    return torch.backends.mkldnn.flags(enabled=False)
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
