@@ -68,10 +68,16 @@ define(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     grads, order, offsets = inputs
     ctx.save_for_backward(grads, output[0], order, offsets)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor, None, None]:
+def _backward(
+    ctx: Any, grad_mean: Tensor | None, grad_variance: Tensor | None
+) -> tuple[Tensor, None, None]:
     grads, mean, order, offsets = ctx.saved_tensors
+    zero = mean.new_zeros(()).expand_as(mean)
+    grad_mean = zero if grad_mean is None else grad_mean
+    grad_variance = zero if grad_variance is None else grad_variance
     return (
         torch.ops.fastdg.moments_backward(grad_mean, grad_variance, grads, mean, order, offsets),
         None,

@@ -75,6 +75,11 @@ def reference_backward(
         # dL/dg_i = 2/n (g_i - mean) * grad_variance + grad_mean / n
         slope = grad_variance[domain] * (2 / rows.numel())
         level = grad_mean[domain] / rows.numel() - mean[domain] * slope
+        if a.shape[1] == 1 and not window:  # g_i is one product, so it need not be formed
+            x, d = a[rows, 0], delta[rows, 0]
+            grad_delta[rows, 0] = d * ((x * x) @ slope.t()) + x @ level.t()
+            grad_a[rows, 0] = x * ((d * d) @ slope) + d @ level
+            continue
         for part in chunks(rows, slope.numel()):
             x, d = unfold(a[part], window), delta[part]
             upstream = torch.bmm(d.transpose(1, 2), x).mul_(slope).add_(level)
@@ -114,10 +119,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     a, delta, order, offsets, window = inputs
     ctx.save_for_backward(a, delta, output[0], order, offsets)
     ctx.window = window
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_mean: Tensor | None, grad_variance: Tensor | None
+) -> tuple[Tensor | None, ...]:
     a, delta, mean, order, offsets = ctx.saved_tensors
+    zero = mean.new_zeros(()).expand_as(mean)  # a penalty on the variance leaves the mean alone
+    grad_mean = zero if grad_mean is None else grad_mean
+    grad_variance = zero if grad_variance is None else grad_variance
     grad_a, grad_delta = torch.ops.fastdg.outer_moments_backward(
         grad_mean, grad_variance, a, delta, mean, order, offsets, ctx.window
     )
