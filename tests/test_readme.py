@@ -1,0 +1,31 @@
+"""The Python in README and CONTRIBUTING runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdg
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def snippets(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_python_snippets_run(document: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x, y, domains = torch.randn(12, 5), torch.arange(12) % 3, torch.arange(12) % 2
+    names = {"torch": torch, "F": F, "fastdg": fastdg, "model": model, "x": x, "y": y}
+    names |= {"domains": domains, "loader": [(x, y, domains)] * 2}
+    blocks = snippets(document)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, document, "exec"), names)
+    if document == "README.md":
+        assert names["moments"].variance["0.weight"].shape == (2, 8, 5)
