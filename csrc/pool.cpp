@@ -106,7 +106,7 @@ Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(
       block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
-      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle,
+      aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), like.get_device_index(), &handle,
       aoti_torch_layout_strided(), nullptr, 0,
       [](void* data, void*) { pool().give(data); }, nullptr));
   return Tensor(handle);
