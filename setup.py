@@ -6,7 +6,6 @@ MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. Metadata: p
 """
 
 import os
-import re
 import sys
 import sysconfig
 from importlib.util import find_spec
@@ -49,16 +48,18 @@ def compiler_fault() -> str | None:
 def cuda_fault() -> str | None:
     """Return why CUDA cannot be built for; the build machine need not have a GPU itself."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils.cpp_extension import CUDA_HOME, library_paths
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "nvcc was not found (set CUDA_HOME)"
+    if not any(any(Path(path).glob("libcudart.so*")) for path in library_paths("cuda")):
+        return f"no libcudart.so under {CUDA_HOME} (set CUDA_HOME)"
     banner = run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    release = (re.findall(r"release (\d+\.\d+)", banner) or ["unknown"])[0]
-    same = release.split(".")[0] == torch.version.cuda.split(".")[0]
-    return None if same else f"nvcc is CUDA {release}, torch is built for {torch.version.cuda}"
+    if f"release {torch.version.cuda.split('.')[0]}." not in banner:
+        return f"torch is built for CUDA {torch.version.cuda}, nvcc is {banner.split()[-1]}"
+    return None
 
 
 def plan(policy: str) -> tuple[str | None, str]:
@@ -67,15 +68,13 @@ def plan(policy: str) -> tuple[str | None, str]:
         raise SystemExit(f"FASTDG_BUILD must be auto, none, cpp or cuda; got {policy!r}")
     if policy == "none":
         return None, "FASTDG_BUILD=none"
-    if not any(ROOT.glob("csrc/*.cpp")):
-        return None, "this source tree has no csrc/*.cpp"
     if fault := compiler_fault():
         return None, fault
     if find_spec("torch") is None:
         return None, NO_TORCH
     import torch
 
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
         return None, f"torch {torch.__version__} is older than 2.10"
     if policy == "cpp":
         return "cpp", ""
@@ -88,10 +87,10 @@ def native_extension(cuda: bool):
     """Return the Extension fastdg._C: LibTorch's stable ABI and CPython's, hence one for all."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = [*ROOT.glob("csrc/*.cpp"), *(ROOT.glob("csrc/*.cu") if cuda else ())]
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     return (CUDAExtension if cuda else CppExtension)(
         "fastdg._C",
-        sorted(f"csrc/{path.name}" for path in sources),
+        sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*") if path.suffix in suffixes),
         define_macros=[STABLE_ABI, *([("USE_CUDA", None)] if cuda else ())],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,
@@ -108,8 +107,6 @@ def record(command: Command, outcome: str) -> None:
 
 
 def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
-    """Return the setuptools commands that build as planned and leave a record of it."""
-
     class BuildPython(build_py):
         def run(self) -> None:
             if target is None and policy in ("cpp", "cuda"):
@@ -129,16 +126,16 @@ def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
                 if policy != "auto":
                     raise
                 print(error, file=sys.stderr)
-                self.extensions = []  # so that nothing is copied into place
+                self.extensions = []  # nothing to copy into place
                 record(self, "not compiled: the compiler failed, `pip install -v` shows how")
 
     return {"build_py": BuildPython, "build_ext": BuildNative}
 
 
 def main() -> None:
-    policy = os.environ.get("FASTDG_BUILD", "auto")
     if find_spec("torch") is None and (site := find_torch()):
         sys.path.append(site)
+    policy = os.environ.get("FASTDG_BUILD", "auto")
     target, reason = plan(policy)
     setup(
         packages=[*find_packages(include=["fastdg*"]), "fastdg.kernels"],
