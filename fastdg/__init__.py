@@ -1,4 +1,5 @@
-"""fastdg: gradient statistics and algorithms for domain generalisation, at nearly the price of plain training."""
+"""fastdg: gradient statistics and algorithms for domain generalisation, at nearly the price of
+plain training."""
 
 from . import ops
 from .ops import backends, use_backend

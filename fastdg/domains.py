@@ -36,7 +36,9 @@ class Partition:
         if groups == 1:
             return self
         blocks = torch.arange(groups, device=self.domains.device)
-        return _sorted((self.domains.unsqueeze(1) * groups + blocks).flatten(), self.num_domains * groups)
+        return _sorted(
+            (self.domains.unsqueeze(1) * groups + blocks).flatten(), self.num_domains * groups
+        )
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of ``values [N]`` over each domain, ``[D]``; NaN for an empty domain."""
@@ -65,7 +67,8 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
     No host sync when ``domains`` is on the CPU or ``num_domains`` is given.
 
     Args:
-        domains: domain of each sample, ``[N]``, any integer dtype, >= 0; on the device of ``losses`` or the CPU.
+        domains: domain of each sample, ``[N]``, any integer dtype, >= 0; on the device of
+            ``losses`` or the CPU.
         losses: ``[N]`` per-sample losses.
         num_domains: number of domains D; default: one more than the largest id.
 

@@ -1,4 +1,5 @@
-"""The ops: ``torch.ops.fastdg.*``, one file each; see `fastdg.ops.registry` for how a call is routed."""
+"""The ops: ``torch.ops.fastdg.*``, one file each; see `fastdg.ops.registry` for how a call is
+routed."""
 
 from .moments import moments
 from .outer_domain import outer_domain
@@ -7,6 +8,7 @@ from .outer_moments import outer_moments
 from .outer_norms import outer_norms
 from .registry import use_backend
 from .variance_gap import variance_gap
+
 from .backends import backends  # isort: skip  (attaches what is installed; needs the ops above)
 
 __all__ = [

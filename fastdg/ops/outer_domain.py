@@ -39,8 +39,10 @@ define(
 def outer_domain(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int] = ()
 ) -> Tensor:
-    r"""Mean gradient of each domain, :math:`G_d = \frac1{n_d}\sum_{i\in d}\sum_t \delta_{it}\otimes a_{it}`.
+    r"""Mean gradient of each domain,
+    :math:`G_d = \frac1{n_d}\sum_{i\in d}\sum_t \delta_{it}\otimes a_{it}`.
 
-    Arguments as `outer_moments`. Returns ``[D, O, I]``; zeros for an empty domain. Not differentiable.
+    Arguments as `outer_moments`. Returns ``[D, O, I]``; zeros for an empty domain. Not
+    differentiable.
     """
     return torch.ops.fastdg.outer_domain(a, delta, order, offsets, list(window))

@@ -18,7 +18,8 @@ def reference(
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
     samples = a.shape[0]
-    # Sample by sample: N^2 (I + O) products, no gradient formed; else the domains' gradients: N T I O.
+    # Sample by sample: N^2 (I + O) products, no gradient formed; else the domains' gradients: N T
+    # I O.
     if T == 1 and not window and samples * (inputs + outputs) <= inputs * outputs:
         x, d = a[:, 0], delta[:, 0]
         pairs = (d @ d.t()) * (x @ x.t())  # <g_i, g_j>
@@ -49,7 +50,7 @@ def outer_gram(
 ) -> Tensor:
     r"""Gram matrix :math:`\langle G_d, G_e\rangle` of the domains' mean gradients.
 
-    Takes the cheaper of two contraction orders. Arguments as `outer_moments`. Returns ``[D, D]``; zero rows
-    for an empty domain. Not differentiable.
+    Takes the cheaper of two contraction orders. Arguments as `outer_moments`. Returns ``[D, D]``;
+    zero rows for an empty domain. Not differentiable.
     """
     return torch.ops.fastdg.outer_gram(a, delta, order, offsets, list(window))

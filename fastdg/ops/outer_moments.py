@@ -1,8 +1,10 @@
-"""``outer_moments``: moments of gradients that are sums of outer products, which are never stored."""
+"""``outer_moments``: moments of gradients that are sums of outer products, which are never
+stored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +20,14 @@ CHUNK_ELEMENTS = 1 << 24
 def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
     """``(domain, its sample numbers)`` for every non-empty domain."""
     bounds = offsets.tolist()
-    for domain, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for domain, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
             yield domain, order[start:stop]
 
 
 def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
-    """``rows`` in pieces whose per-sample gradients of ``elements`` entries fit the chunk budget."""
+    """``rows`` in pieces whose per-sample gradients of ``elements`` entries fit the chunk
+    budget."""
     return rows.split(max(1, CHUNK_ELEMENTS // max(1, elements)))
 
 
@@ -47,7 +50,8 @@ def reference(
                 m += g.sum(0)
                 v += g.square_().sum(0)
         m /= rows.numel()
-        # v - m*m cancels where the samples agree; rounding must not turn that into a negative variance.
+        # v - m*m cancels where the samples agree; rounding must not turn that into a negative
+        # variance.
         v.div_(rows.numel()).addcmul_(m, m, value=-1).clamp_(min=0)
     return mean, variance
 
@@ -143,12 +147,15 @@ torch.library.register_autograd(
 def outer_moments(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean and biased variance, by domain, of the gradients :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
+    r"""Mean and biased variance, by domain, of the gradients
+    :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
 
-    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i, \qquad v_d = \frac1{n_d}\sum_{i\in d} g_i^2 - m_d^2 \ge 0
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i, \qquad v_d = \frac1{n_d}\sum_{i\in d} g_i^2 -
+    m_d^2 \ge 0
 
     Args:
-        a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a convolution.
+        a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a
+            convolution.
         delta: gradients at the layer's outputs ``[N, T, O]``, any strides, the dtype of ``a``.
         order: sample numbers sorted by domain ``[N]``, int64.
         offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.

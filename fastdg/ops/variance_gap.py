@@ -1,4 +1,5 @@
-"""``variance_gap``: how far the domains' gradient variances are apart, over all parameters at once."""
+"""``variance_gap``: how far the domains' gradient variances are apart, over all parameters at
+once."""
 
 from __future__ import annotations
 

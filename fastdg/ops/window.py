@@ -1,6 +1,7 @@
 """The geometry of a convolution seen as an outer product.
 
-A convolution's weight gradient for sample i is ``sum_t delta[i, t] (x) patch[i, t]`` with one patch per output
+A convolution's weight gradient for sample i is ``sum_t delta[i, t] (x) patch[i, t]`` with one
+patch per output
 position. ``window = [*kernel, *stride, *dilation]`` describes the patches of a padded input
 ``a [N, C, *S]``; an empty ``window`` means that ``a [N, T, I]`` holds the rows themselves.
 """
@@ -89,8 +90,8 @@ def offsets(
 ) -> tuple[Tensor, Tensor]:
     """Element offsets ``(row [T], column [I])`` of a patch inside one sample of ``a``.
 
-    Element ``(t, i)`` of the unfolded sample lies at ``row[t] + column[i]``. ``strides`` are those of ``a``
-    without the sample dimension: ``(channel, *spatial)``.
+    Element ``(t, i)`` of the unfolded sample lies at ``row[t] + column[i]``. ``strides`` are those
+    of ``a`` without the sample dimension: ``(channel, *spatial)``.
     """
     kernel, stride, dilation = split(window)
     out = positions(spatial, window)
@@ -110,7 +111,8 @@ def offsets(
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
-    """``x`` padded as a convolution pads it; ``padding`` in the order of `torch.nn.functional.pad`."""
+    """``x`` padded as a convolution pads it; ``padding`` in the order of
+    `torch.nn.functional.pad`."""
     if not any(padding):
         return x
     return F.pad(x, list(padding), mode="constant" if mode == "zeros" else mode)

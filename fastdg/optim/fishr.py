@@ -20,39 +20,42 @@ class Fishr(DomainOptimizer):
     r"""Invariant gradient variances: ``loss = mean loss + w * penalty``.
 
     .. math::
-        v_d &= \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 ,\qquad g_i = \nabla_{\text{params}}\,\ell_i \\
-        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d ,\qquad m_d \leftarrow \gamma m_d + (1-\gamma) v_d \\
-        \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
+        v_d &= \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 ,\qquad g_i =
+        \nabla_{\text{params}}\,\ell_i \\
+        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d ,\qquad m_d \leftarrow \gamma m_d + (1-\gamma)
+        v_d \\ \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
 
-    The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0, reset_base=False`` are
+    The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0,
+    reset_base=False`` are
     those of the paper's ColoredMNIST script.
 
     Args:
         base: any ``torch.optim.Optimizer``.
-        params: ``"head"`` (the last module with tracked parameters that ran, as the paper), ``"all"``, a list
+        params: ``"head"`` (the last module with tracked parameters that ran, as the paper),
+            ``"all"``, a list
             of names or parameters, or a predicate ``(name, parameter)``.
         penalty_weight: w from step ``anneal_steps`` on.
         anneal_steps: steps before that, with ``pre_anneal_weight``.
-        ema: decay :math:`\gamma` of the variances' history in [0, 1), or None for no history. The history moves
-            in `step`, and is kept in ``state_dict``.
+        ema: decay :math:`\gamma` of the variances' history in [0, 1), or None for no history. The
+            history moves in `step`, and is kept in ``state_dict``.
         reduction: ``"mean"`` over parameters and domains, or ``"sum"`` over both.
-        pre_anneal_weight: w before ``anneal_steps``. With 0 the statistics and the history are computed all the
-            same, at the price of a plain step.
+        pre_anneal_weight: w before ``anneal_steps``. With 0 the statistics and the history are
+            computed all the same, at the price of a plain step.
         reset_base: clear the base optimizer's state (moments and step) when the anneal ends.
-        num_domains: D; default: as many as have been seen. A domain without samples in a batch takes no part in
-            its penalty, and its history rests.
+        num_domains: D; default: as many as have been seen. A domain without samples in a batch
+            takes no part in its penalty, and its history rests.
         model: skip discovery and watch this model.
         check: compare captured gradients with autograd's on the first backward.
 
-    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` and ``domain_count``
-    (``[D]``).
+    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` and
+    ``domain_count`` (``[D]``).
 
     Raises:
         TypeError, ValueError: an argument is not as described.
 
     Reference:
-        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization,
-        ICML 2022.
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution
+        Generalization, ICML 2022.
 
     Example:
         >>> opt = fastdg.Fishr(torch.optim.Adam(model.parameters()), num_domains=3)
@@ -113,7 +116,8 @@ class Fishr(DomainOptimizer):
         if weight > 0 or self.params == "head":
             moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
             penalty = self._penalty(moments, staged)
-            # With w = 0 the penalty stays out: 0 * inf would be NaN, and no second derivative is needed.
+            # With w = 0 the penalty stays out: 0 * inf would be NaN, and no second derivative is
+            # needed.
             objective = loss + weight * penalty if weight > 0 else loss
             objective.backward()
         else:
@@ -143,7 +147,8 @@ class Fishr(DomainOptimizer):
         )[0]
 
     def _moments_and_gradient(self, batch: Batch, samples: int) -> DomainMoments:
-        """Both from one backward: the gradient of the mean loss is the count-weighted mean of the means."""
+        """Both from one backward: the gradient of the mean loss is the count-weighted mean of the
+        means."""
         chosen = batch.resolved.chosen
         tracked = set(chosen.values())
         rest = [
@@ -216,13 +221,16 @@ class Fishr(DomainOptimizer):
         steps = groups[0].get("fishr_steps", 0)
         if steps and self.ema is not None and not kept["ema"]:
             raise ValueError(
-                f"state_dict: it comes from a Fishr run of {steps} steps but holds no fishr_ema tensors; the "
-                "history would silently start anew. Save and load state_dict() whole, or pass ema=None"
+                f"state_dict: it comes from a Fishr run of {steps} steps but holds no fishr_ema "
+                f"tensors; the "
+                "history would silently start anew. Save and load state_dict() whole, or pass "
+                "ema=None"
             )
         for ema in kept["ema"].values():
             if self.num_domains is not None and ema.shape[0] != self.num_domains:
                 raise ValueError(
-                    f"state_dict: its history has {ema.shape[0]} domains, num_domains is {self.num_domains}"
+                    f"state_dict: its history has {ema.shape[0]} domains, num_domains is "
+                    f"{self.num_domains}"
                 )
 
     def settings(self) -> dict[str, Any]:

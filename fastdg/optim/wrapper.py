@@ -31,16 +31,18 @@ class Batch:
 class DomainOptimizer(Optimizer):
     """Base of all wrappers; an algorithm implements `_gradient`, and `_commit` if it keeps state.
 
-    ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies: schedulers,
-    checkpoints and ``add_param_group`` work on either.
+    ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies:
+    schedulers, checkpoints and ``add_param_group`` work on either.
 
     Args:
         base: the optimizer to wrap (also kept as ``opt.base``).
-        params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (the last module with
+        params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (the last
+            module with
             tracked parameters that ran), ``"all"``, a list of names or parameters, or a predicate.
         num_domains: number of training domains D; default: as many as have been seen.
         model: skip discovery and watch this model's layers.
-        check: on the first backward compare captured with autograd's gradients (two further backward passes).
+        check: on the first backward compare captured with autograd's gradients (two further
+            backward passes).
     """
 
     base: Optimizer
@@ -76,7 +78,8 @@ class DomainOptimizer(Optimizer):
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
         self._start(model)
 
-    # ---- the wrapped optimizer's own, by reference -------------------------------------------------
+    # ---- the wrapped optimizer's own, by reference
+    # -------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -102,7 +105,8 @@ class DomainOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    # ---- training ----------------------------------------------------------------------------------
+    # ---- training
+    # ----------------------------------------------------------------------------------
 
     def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
         """In place of ``losses.mean().backward()``: adds the algorithm's gradient to ``.grad``.
@@ -110,18 +114,19 @@ class DomainOptimizer(Optimizer):
         Args:
             losses: one loss a sample ``[N]``, from ``reduction="none"``.
             domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU.
-            final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad`` alone; the
-                next final call merges everything staged, weighted by the number of samples. The graphs of
-                staged micro-batches stay alive until then.
+            final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad``
+                alone; the
+                next final call merges everything staged, weighted by the number of samples. The
+                graphs of staged micro-batches stay alive until then.
 
         Returns:
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
 
         Raises:
-            TypeError, ValueError: ``losses`` or ``domains`` are not as described; batch norm in training mode
-                among the tracked layers.
-            RuntimeError: no tracked layer was seen; backward was already called on this forward; the captured
-                gradients are not autograd's.
+            TypeError, ValueError: ``losses`` or ``domains`` are not as described; batch norm in
+                training mode among the tracked layers.
+            RuntimeError: no tracked layer was seen; backward was already called on this forward;
+                the captured gradients are not autograd's.
         """
         check_losses(losses)
         parts = partition(domains, losses, self.num_domains)
@@ -130,7 +135,8 @@ class DomainOptimizer(Optimizer):
         used = [call for call in calls if call.swept]
         if used or any(losses is batch.losses for batch in self._staged):
             raise RuntimeError(
-                f"{type(self).__name__}.backward was already called on this forward; run the model again, or "
+                f"{type(self).__name__}.backward was already called on this forward; run the "
+                f"model again, or "
                 "add the losses up first and call backward once"
             )
         for call in calls:
@@ -147,7 +153,8 @@ class DomainOptimizer(Optimizer):
 
     @abstractmethod
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        """Add the final gradient to ``.grad``, fill ``self._statistics``, return the mean loss, detached."""
+        """Add the final gradient to ``.grad``, fill ``self._statistics``, return the mean loss,
+        detached."""
 
     def _prepare(self) -> None:
         """Called right before the wrapped optimizer steps."""
@@ -159,8 +166,8 @@ class DomainOptimizer(Optimizer):
         """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
 
         Args:
-            closure: optional; returns ``(losses, domains)``, which are passed to `backward` first. It is called
-                once, with gradients enabled.
+            closure: optional; returns ``(losses, domains)``, which are passed to `backward` first.
+                It is called once, with gradients enabled.
 
         Returns:
             The mean loss if a closure was given, else None.
@@ -174,12 +181,14 @@ class DomainOptimizer(Optimizer):
                 losses, domains = closure()
                 loss = self.backward(losses, domains)
         elif not self._ready:
-            # Checkpoint libraries call step() on a fresh optimizer with every lr at 0 to make its state.
+            # Checkpoint libraries call step() on a fresh optimizer with every lr at 0 to make its
+            # state.
             if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
                 name = type(self).__name__
                 missing = "a final backward" if self._staged else "a backward"
                 raise RuntimeError(
-                    f"{name}.step() needs {missing} before it: call opt.backward(losses, domains) in place of "
+                    f"{name}.step() needs {missing} before it: call opt.backward(losses, "
+                    f"domains) in place of "
                     "loss.backward(), with losses from reduction='none'"
                 )
             self.base.step()
@@ -198,15 +207,18 @@ class DomainOptimizer(Optimizer):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What the last final `backward` saw: detached tensors, on the device; reading them is up to you."""
+        """What the last final `backward` saw: detached tensors, on the device; reading them is up
+        to you."""
         return self._statistics
 
     @property
     def tape(self) -> Tape:
-        """For `fastdg.check` and the other functions on tapes: the forwards this wrapper watches."""
+        """For `fastdg.check` and the other functions on tapes: the forwards this wrapper
+        watches."""
         return self._tape
 
-    # ---- groups, state, copies -----------------------------------------------------------------------
+    # ---- groups, state, copies
+    # -----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its layers are found in the next forward."""
@@ -214,10 +226,12 @@ class DomainOptimizer(Optimizer):
         self._start(self._model() if self._model is not None else None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by this wrapper, or by the bare wrapped optimizer (own state then starts anew).
+        """Load a state saved by this wrapper, or by the bare wrapped optimizer (own state then
+        starts anew).
 
         Raises:
-            ValueError: the state was saved with another number of domains, or lacks tensors it should have.
+            ValueError: the state was saved with another number of domains, or lacks tensors it
+                should have.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -19,8 +19,8 @@ from .tape import Found, Recorder, Selection, find
 
 
 class Resolved(NamedTuple):
-    """What a forward left behind for these losses: the calls that matter, the names of the parameters each uses,
-    and the parameters asked for."""
+    """What a forward left behind for these losses: the calls that matter, the names of the
+    parameters each uses, and the parameters asked for."""
 
     found: Found
     owned: dict[int, dict[str, str]]
@@ -49,8 +49,10 @@ class Tape:
             selected = select(self.params, named)
         if not found.calls:
             raise RuntimeError(
-                "losses: no tracked layer was seen in the forward that made them. The model has to run after "
-                "this object was made, outside torch.no_grad and torch.func, and losses must depend on it; "
+                "losses: no tracked layer was seen in the forward that made them. The model has "
+                "to run after "
+                "this object was made, outside torch.no_grad and torch.func, and losses must "
+                "depend on it; "
                 "for a compiled or stateless model use fastdg.func"
             )
         owned = adopt(found, {id(p): name for name, p in named.items()})
@@ -58,7 +60,8 @@ class Tape:
         chosen = {n: p for n, p in named.items() if n in seen and selected(n, p)}
         if not chosen:
             raise RuntimeError(
-                f"params: none of the selected parameters was used in this forward; seen: {sorted(seen)}"
+                f"params: none of the selected parameters was used in this forward; seen: "
+                f"{sorted(seen)}"
             )
         refuse_mixing(found)
         if self.check and not self.verified:
@@ -72,7 +75,8 @@ def select(params: Selection, named: dict[str, Tensor]) -> Callable[[str, Tensor
     if isinstance(params, str):
         if params not in ("head", "all"):
             raise ValueError(
-                f"params: expected 'head', 'all', a list of names or parameters, or a predicate, got {params!r}"
+                f"params: expected 'head', 'all', a list of names or parameters, or a predicate, "
+                f"got {params!r}"
             )
         return lambda name, p: True
     if callable(params):
@@ -87,7 +91,8 @@ def select(params: Selection, named: dict[str, Tensor]) -> Callable[[str, Tensor
         elif isinstance(item, Tensor):
             if all(item is not p for p in named.values()):
                 raise ValueError(
-                    f"params: a tensor of shape {tuple(item.shape)} is not one of the tracked parameters"
+                    f"params: a tensor of shape {tuple(item.shape)} is not one of the tracked "
+                    f"parameters"
                 )
             ids.add(id(item))
         else:
@@ -108,7 +113,8 @@ def check_losses(losses: Tensor) -> None:
         raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}")
     if losses.grad_fn is None:
         raise ValueError(
-            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad from a model whose "
+            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad from a "
+            "model whose "
             "parameters require gradients"
         )
 
@@ -119,8 +125,10 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
 
     Args:
         model: the module whose layers are watched inside the ``with`` block.
-        params: ``"head"``, ``"all"``, a list of names or parameters, or a predicate ``(name, parameter)``.
-        check: compare captured with autograd's gradients the first time (two further backward passes).
+        params: ``"head"``, ``"all"``, a list of names or parameters, or a predicate ``(name,
+            parameter)``.
+        check: compare captured with autograd's gradients the first time (two further backward
+            passes).
 
     Example:
         >>> with fastdg.record(model) as tape:
@@ -164,7 +172,8 @@ def moments_of(
     retain_graph: bool,
     extra: Sequence[Tensor] = (),
 ) -> tuple[DomainMoments, list[Tensor | None]]:
-    """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for ``extra``."""
+    """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
+    ``extra``."""
     mean: dict[str, Tensor] = {}
     variance: dict[str, Tensor] = {}
 
@@ -200,8 +209,8 @@ def domain_moments(
 ) -> DomainMoments:
     r"""Mean and biased variance of per-sample gradients in each domain.
 
-    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad v_d = \frac1{n_d}\sum_{i\in d}(g_i-m_d)^2,\qquad
-              g_i = \nabla_\theta \ell_i
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad v_d = \frac1{n_d}\sum_{i\in
+              d}(g_i-m_d)^2,\qquad g_i = \nabla_\theta \ell_i
 
     Args:
         tape: of the forward that made ``losses``.
@@ -212,16 +221,16 @@ def domain_moments(
         retain_graph: keep the graph, so that the losses can be used again.
 
     Returns:
-        `DomainMoments`; statistics are fp32 (fp64 for an fp64 model). An empty domain has zeros, a domain of
-        one sample has variance 0, NaN losses give NaN.
+        `DomainMoments`; statistics are fp32 (fp64 for an fp64 model). An empty domain has zeros, a
+        domain of one sample has variance 0, NaN losses give NaN.
 
     Raises:
         ValueError, TypeError: ``losses`` or ``domains`` are not as described.
         RuntimeError: no tracked layer was seen, or the captured gradients are not autograd's.
 
     Reference:
-        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution Generalization,
-        ICML 2022.
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution
+        Generalization, ICML 2022.
     """
     check_losses(losses)
     parts = partition(domains, losses, num_domains)
@@ -239,7 +248,8 @@ def domain_gradients(
     num_domains: int | None = None,
     retain_graph: bool = True,
 ) -> dict[str, Tensor]:
-    r"""Gradient of each domain's mean loss, :math:`G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, in one backward.
+    r"""Gradient of each domain's mean loss, :math:`G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, in
+    one backward.
 
     Arguments as `domain_moments`. Returns name -> ``[D, *shape]``; zeros for an empty domain.
     """
@@ -256,9 +266,11 @@ def domain_gram(
     num_domains: int | None = None,
     retain_graph: bool = True,
 ) -> Tensor:
-    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients over all tracked parameters.
+    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients over all tracked
+    parameters.
 
-    Arguments as `domain_moments`. Returns ``[D, D]``; no more than one layer's gradients exist at a time.
+    Arguments as `domain_moments`. Returns ``[D, D]``; no more than one layer's gradients exist at
+    a time.
     """
     check_losses(losses)
     parts: Partition = partition(domains, losses, num_domains)
@@ -269,12 +281,14 @@ def domain_gram(
 def per_sample_gradients(
     tape: Tape, losses: Tensor, *, retain_graph: bool = True
 ) -> dict[str, Tensor]:
-    r"""The gradients :math:`g_i` themselves. Returns name -> ``[N, *shape]``: N copies of the parameters."""
+    r"""The gradients :math:`g_i` themselves. Returns name -> ``[N, *shape]``: N copies of the
+    parameters."""
     return _by_name(tape, losses, lambda factor: factor.per_sample(), retain_graph)
 
 
 def per_sample_norms(tape: Tape, losses: Tensor, *, retain_graph: bool = True) -> Tensor:
-    r"""Norms :math:`\|g_i\|_2` over all tracked parameters, ``[N]``, without forming the gradients."""
+    r"""Norms :math:`\|g_i\|_2` over all tracked parameters, ``[N]``, without forming the
+    gradients."""
     squares = _by_name(tape, losses, lambda factor: factor.norms(), retain_graph)
     return torch.stack(list(squares.values())).sum(0).sqrt()
 

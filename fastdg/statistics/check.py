@@ -21,11 +21,13 @@ def verify(
     owned: dict[int, dict[str, str]],
     parameters: Mapping[str, Tensor],
 ) -> None:
-    r"""Compare :math:`\sum_i w_i g_i` with autograd's gradient of :math:`\sum_i w_i \ell_i`, random :math:`w`.
+    r"""Compare :math:`\sum_i w_i g_i` with autograd's gradient of :math:`\sum_i w_i \ell_i`,
+    random :math:`w`.
 
-    Equal sums alone would not notice samples that are mixed up; random weights do: a sample axis elsewhere,
-    tokens folded into the batch in another order, samples that influence each other. It costs two further
-    backward passes, once.
+    Equal sums alone would not notice samples that are mixed up; random weights do: a sample axis
+    elsewhere,
+    tokens folded into the batch in another order, samples that influence each other. It costs two
+    further backward passes, once.
 
     Raises:
         RuntimeError: a parameter's gradients do not agree; names it and the likely cause.
@@ -72,13 +74,14 @@ def _message(
         cause = f"it is used by several calls ({'; '.join(callers)}) and somewhere else besides"
     else:
         cause = (
-            f"{callers[0]} is not its only use (the weight is also used outside its module), or the sample is "
-            "not the first dimension there, or samples influence each other (batch statistics, a loss over pairs)"
+            f"{callers[0]} is not its only use (the weight is also used outside its module), or "
+            f"the sample is "
+            "not the first dimension there, or samples influence each other (batch statistics, a "
+            "loss over pairs)"
         )
     return (
         f"the per-sample gradients captured for {name!r} do not add up to autograd's gradient "
-        f"(relative difference {error:.1e}). Likely cause: {cause}. Leave the parameter out with params=, "
+        f"(relative difference {error:.1e}). Likely cause: {cause}. Leave the parameter out with "
+        f"params=, "
         "use fastdg.func, or, if you know better, switch the check off with check=False."
     )
-
-

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ Consume = Callable[[str, Factor], None]
 
 
 def choose_head(found: Found) -> Found:
-    """Only the calls of the last module that ran; a module that contains others that ran is not it."""
+    """Only the calls of the last module that ran; a module that contains others that ran is not
+    it."""
     ran = {call.module for call in found.calls}
     for call in reversed(found.calls):
         inner = set(call.module.modules()) - {call.module}
@@ -37,12 +37,14 @@ def keep(found: Found, calls: Sequence[Call]) -> Found:
     }
     slots = {node: entries for node, entries in slots.items() if entries}
     deepest = [node for node in found.deepest if node in slots]
-    # With inner nodes dropped, a node may have become deepest; asking for all of them is always right.
+    # With inner nodes dropped, a node may have become deepest; asking for all of them is always
+    # right.
     return Found(list(calls), slots, deepest if len(slots) == len(found.slots) else list(slots))
 
 
 def adopt(found: Found, names: dict[int, str]) -> dict[int, dict[str, str]]:
-    """Tracked parameters of each call: its own, and those of modules inside it that never ran themselves.
+    """Tracked parameters of each call: its own, and those of modules inside it that never ran
+    themselves.
 
     `nn.MultiheadAttention` reads the weight of its output projection without calling it.
     """
@@ -66,9 +68,11 @@ def refuse_mixing(found: Found) -> None:
     mixing = [call for call in found.calls if spans_samples(call.module)]
     if mixing:
         raise ValueError(
-            f"params: {mixing[0].where} is a batch norm that normalises over the batch, so per-sample "
+            f"params: {mixing[0].where} is a batch norm that normalises over the batch, so "
+            f"per-sample "
             "gradients do not exist in the tracked part. Ways out: freeze it (module.eval()), use "
-            "GroupNorm or LayerNorm, track a part without it (params='head'), or leave its parameters "
+            "GroupNorm or LayerNorm, track a part without it (params='head'), or leave its "
+            "parameters "
             "and the layers before it out with params=."
         )
 
@@ -87,7 +91,8 @@ def collect(
 ) -> list[Tensor | None]:
     """Sweep, and hand every selected parameter's `Factor` to ``consume`` as soon as it is complete.
 
-    A parameter used several times is complete when its last use was visited; its gradients are summed first.
+    A parameter used several times is complete when its last use was visited; its gradients are
+    summed first.
     """
     samples = losses.shape[0]
     uses: dict[str, int] = {}
@@ -125,14 +130,15 @@ def collect(
 
 def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
     rule = rule_of(call.module)
-    if rule is None or set(call.parameters) - {"weight", "bias"} and _builtin(call.module):
+    if rule is None or (set(call.parameters) - {"weight", "bias"} and _builtin(call.module)):
         return generic(call, deltas, names)
     inputs = call.args or tuple(call.kwargs.values())
     return rule(call.module, inputs, deltas[0])
 
 
 def _builtin(module: nn.Module) -> bool:
-    """A torch layer that was given further parameters (old-style weight norm) is no longer that layer."""
+    """A torch layer that was given further parameters (old-style weight norm) is no longer that
+    layer."""
     return any(cls.__module__.startswith("torch.nn") for cls in type(module).__mro__[:-2])
 
 
@@ -141,8 +147,10 @@ def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
         return factor
     if factor.samples == 0 or factor.samples % samples:
         raise ValueError(
-            f"{call.where}: its first dimension is {factor.samples}, but there are {samples} losses. "
-            "fastdg needs the sample in the first dimension of every tracked layer. A batch run in several "
+            f"{call.where}: its first dimension is {factor.samples}, but there are {samples} "
+            f"losses. "
+            "fastdg needs the sample in the first dimension of every tracked layer. A batch run "
+            "in several "
             "forwards is staged piece by piece with backward(..., final=False)."
         )
     return factor.fold(samples)
@@ -155,7 +163,8 @@ def _double_backward_advice(create_graph: bool) -> Iterator[None]:
     except RuntimeError as error:
         if create_graph and "derivative for" in str(error):
             raise RuntimeError(
-                f"{error}: the penalty needs a second derivative of every operation between the tracked "
+                f"{error}: the penalty needs a second derivative of every operation between the "
+                f"tracked "
                 "layers. Fused attention has none; run the model under "
                 "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or track less "
                 "(params='head')."
@@ -166,7 +175,5 @@ def _double_backward_advice(create_graph: bool) -> Iterator[None]:
 def gradients_of(losses: Tensor, parameters: Sequence[Tensor], weight: Tensor) -> list[Any]:
     """Autograd's own gradients of ``(weight * losses).sum()``."""
     return list(
-        torch.autograd.grad(
-            losses, list(parameters), weight, retain_graph=True, allow_unused=True
-        )
+        torch.autograd.grad(losses, list(parameters), weight, retain_graph=True, allow_unused=True)
     )

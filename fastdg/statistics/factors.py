@@ -50,7 +50,8 @@ class Factor(ABC):
 
     @abstractmethod
     def fold(self, samples: int) -> Factor:
-        """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over k."""
+        """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over
+        k."""
 
     def gram(self, partition: Partition) -> Tensor:
         """Inner products of the domains' mean gradients, ``[D, D]``."""
@@ -151,9 +152,7 @@ class Outer(Factor):
     def gram(self, partition: Partition) -> Tensor:
         if self.groups > 1:
             return super().gram(partition)
-        return ops.outer_gram(
-            self.a, self.delta, partition.order, partition.offsets, self.window
-        )
+        return ops.outer_gram(self.a, self.delta, partition.order, partition.offsets, self.window)
 
     def per_sample(self) -> Tensor:
         a, delta = self._grouped()
@@ -177,9 +176,7 @@ class Outer(Factor):
         if self.groups > 1:
             return Dense(self.per_sample()).fold(samples)
         rows = self._rows()
-        a, delta = (
-            x.unflatten(0, (samples, -1)).flatten(1, 2) for x in (rows.a, rows.delta)
-        )
+        a, delta = (x.unflatten(0, (samples, -1)).flatten(1, 2) for x in (rows.a, rows.delta))
         return Outer(a, delta, self.shape)
 
     def plus(self, other: Factor) -> Factor:
@@ -205,7 +202,8 @@ class Lookup(Factor):
     def _reads(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient sums of each distinct (sample, row): ``(sums [M, E], sample [M], row [M])``.
 
-        M = N * T whatever the data, so that nothing waits for the device; the surplus sums are zero.
+        M = N * T whatever the data, so that nothing waits for the device; the surplus sums are
+        zero.
         """
         sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
         key, by_key = (sample * self.rows + self.index).flatten().sort()

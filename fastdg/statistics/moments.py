@@ -38,7 +38,8 @@ def rows(tensor: Tensor, domains: int) -> Tensor:
 def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
     r"""Moments of the union of batches, by count; differentiable.
 
-    .. math:: m = \sum_b \tfrac{n_b}{n} m_b, \qquad v = \sum_b \tfrac{n_b}{n}\left(v_b + (m_b - m)^2\right)
+    .. math:: m = \sum_b \tfrac{n_b}{n} m_b, \qquad v = \sum_b \tfrac{n_b}{n}\left(v_b + (m_b -
+    m)^2\right)
 
     A parameter that only some of the batches used has zero gradients in the others.
     """

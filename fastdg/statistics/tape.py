@@ -1,8 +1,11 @@
 """Which layer saw which input, written onto the autograd graph itself.
 
-A forward hook leaves a `Call` on the graph node of the layer's output. A backward sweep that computes gradients
-at those nodes only, not at the weights, then meets every (input, output gradient) pair. Because the record
-lives on the graph it dies with the graph: a forward that is never followed by a backward costs nothing.
+A forward hook leaves a `Call` on the graph node of the layer's output. A backward sweep that
+computes gradients
+at those nodes only, not at the weights, then meets every (input, output gradient) pair. Because
+the record
+lives on the graph it dies with the graph: a forward that is never followed by a backward costs
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ _clock = itertools.count()
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No forward is recorded inside: recomputation and functional re-runs are not the user's forward."""
+    """No forward is recorded inside: recomputation and functional re-runs are not the user's
+    forward."""
     token = _paused.set(True)
     try:
         yield
@@ -46,7 +50,8 @@ class Call:
         module: the module.
         args, kwargs: what it was called with, detached from nothing.
         parameters: local name -> full name of its own tracked parameters.
-        outputs: shape, dtype and device of each tensor it returned that carries a gradient, else None.
+        outputs: shape, dtype and device of each tensor it returned that carries a gradient, else
+            None.
     """
 
     module: nn.Module
@@ -69,8 +74,10 @@ class Call:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{self.where}: its input of shape {tuple(tensor.shape)} was changed in place after the "
-                    "layer had seen it; its per-sample gradients are lost. Make that operation out of place."
+                    f"{self.where}: its input of shape {tuple(tensor.shape)} was changed in "
+                    f"place after the "
+                    "layer had seen it; its per-sample gradients are lost. Make that operation "
+                    "out of place."
                 )
 
 
@@ -161,7 +168,8 @@ class Recorder:
 
 
 class _Hook:
-    """A forward hook that neither keeps its recorder alive nor follows a copied or pickled module."""
+    """A forward hook that neither keeps its recorder alive nor follows a copied or pickled
+    module."""
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = weakref.ref(recorder) if recorder is not None else lambda: None
@@ -190,8 +198,8 @@ class Found:
 def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     """The calls on the graph below ``root``.
 
-    ``until``: stop at the call made at that time. ``deepest`` are nodes with no other recorded node below them:
-    computing gradients there makes the sweep pass through all the others.
+    ``until``: stop at the call made at that time. ``deepest`` are nodes with no other recorded
+    node below them: computing gradients there makes the sweep pass through all the others.
     """
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
     calls: dict[int, Call] = {}
@@ -236,9 +244,11 @@ def sweep(
     extra: Sequence[Tensor] = (),
     weight: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """One backward of ``losses.sum()`` that computes gradients at the recorded outputs, not at the weights.
+    """One backward of ``losses.sum()`` that computes gradients at the recorded outputs, not at the
+    weights.
 
-    Without ``create_graph`` each call is visited the moment its output gradients are known, and they are let go.
+    Without ``create_graph`` each call is visited the moment its output gradients are known, and
+    they are let go.
 
     Args:
         losses: ``[N]``.
@@ -270,12 +280,14 @@ def sweep(
                 visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
 
     targets = list(found.slots) if create_graph else found.deepest
-    handles = []
+    handles: list[Any] = []
     if not create_graph:
         last = set(targets)
-        for node in found.slots:
-            if node not in last:
-                handles.append(node.register_prehook(lambda grads, node=node: arrive(node, grads)))
+        handles = [
+            node.register_prehook(lambda grads, node=node: arrive(node, grads))
+            for node in found.slots
+            if node not in last
+        ]
     edges = [
         torch.autograd.graph.GradientEdge(node, nr)
         for node in targets

@@ -1,8 +1,11 @@
 """Layer rules: from a layer's input and output gradient to its parameters' per-sample gradients.
 
-A rule is a function ``rule(module, inputs, delta) -> dict[str, Factor]``. ``inputs`` are the positional arguments
-of the call, ``delta`` is the gradient of the summed losses at the output, and the result has a `Factor` for each
-of the module's own parameters. Register one with `register_rule`; whatever has none is served by `generic`.
+A rule is a function ``rule(module, inputs, delta) -> dict[str, Factor]``. ``inputs`` are the
+positional arguments
+of the call, ``delta`` is the gradient of the summed losses at the output, and the result has a
+`Factor` for each
+of the module's own parameters. Register one with `register_rule`; whatever has none is served by
+`generic`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ R = TypeVar("R", bound=Rule)
 def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
     """Register how a layer's per-sample gradients are made (decorator).
 
-    The rule serves exactly the classes named, and subclasses that inherit their ``forward`` unchanged.
+    The rule serves exactly the classes named, and subclasses that inherit their ``forward``
+    unchanged.
 
     Example:
         >>> @fastdg.register_rule(Scale)                # y = x * module.gain, x (N, C)

@@ -1,4 +1,5 @@
-"""Convolutions: outer products of output gradients and patches, which are addressed and never copied."""
+"""Convolutions: outer products of output gradients and patches, which are addressed and never
+copied."""
 
 from __future__ import annotations
 
@@ -29,4 +30,3 @@ def conv(
     if module.bias is not None and module.bias.requires_grad:
         factors["bias"] = Dense(delta.sum(1))
     return factors
-

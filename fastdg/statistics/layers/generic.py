@@ -1,7 +1,10 @@
-"""Any other module: ``torch.func`` on that module alone, at its recorded input and output gradient."""
+"""Any other module: ``torch.func`` on that module alone, at its recorded input and output
+gradient."""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,97 +19,149 @@ from ..tape import Call, paused
 
 
 def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
-    """Per-sample gradients of the parameters ``names`` (local to the module) by ``vmap(vjp)``.
-
-    Tensors whose size along the module's batch dimension is that of the outputs belong to samples; all others
-    are shared by every sample.
-    """
+    """Per-sample gradients of the parameters ``names`` (local to the module) by ``vmap(vjp)``."""
     module = call.module
-    dim = 0 if getattr(module, "batch_first", True) else 1
-    samples = next(o for o in call.outputs if o is not None)[0][dim]
+    dim, samples = output_samples(call)
     every = dict(module.named_parameters())
     chosen = {name: every[name] for name in names}
     others = {name: p for name, p in every.items() if name not in chosen}
     buffers = dict(module.named_buffers())
 
-    arguments = _with_state(module, call, samples) if isinstance(module, nn.RNNBase) else None
-    leaves, tree = pytree.tree_flatten(arguments or (call.args, call.kwargs))
-    along = [
-        _sample_dim(module, leaf, dim, samples) if isinstance(leaf, Tensor) else None
-        for leaf in leaves
-    ]
+    arguments = _with_state(call, samples)
+    along = sample_dims(call, arguments)
+    leaves, tree = pytree.tree_flatten(arguments)
     used = [slot for slot, output in enumerate(call.outputs) if output is not None]
-    out_dims = [_sample_dim(module, deltas[slot], dim, samples) for slot in used]
-    if any(d is None for d in out_dims):
+    out_dims = [_output_dim(module, deltas[slot], dim, samples) for slot in used]
+    if None in out_dims:
         raise ValueError(f"{call.where}: its output has no sample dimension of size {samples}")
-    mapped = [leaf for leaf, d in zip(leaves, along, strict=True) if d is not None]
 
-    def one(rows: tuple[Tensor, ...], delta: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        rest = iter(rows)
-        full = [
-            next(rest).unsqueeze(d) if d is not None else leaf
-            for leaf, d in zip(leaves, along, strict=True)
-        ]
+    def rows(tensor: Tensor, d: int) -> Tensor:
+        return tensor.unflatten(d, (samples, -1))  # what is left of d is one sample's own part
+
+    mapped = tuple(rows(leaf, d) for leaf, d in zip(leaves, along, strict=True) if d is not None)
+    delta_rows = tuple(rows(deltas[slot], d) for slot, d in zip(used, out_dims, strict=True))
+
+    def one(sample: tuple[Tensor, ...], delta: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        own = iter(sample)
+        full = [leaf if d is None else next(own) for leaf, d in zip(leaves, along, strict=True)]
         args, kwargs = pytree.tree_unflatten(full, tree)
 
         def run(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
             output = functional_call(module, ({**weights, **others}, buffers), args, kwargs)
             tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-            return tuple(
-                tensors[slot].squeeze(d) for slot, d in zip(used, out_dims, strict=True)
-            )
+            return tuple(tensors[slot] for slot in used)
 
         return vjp(run, chosen)[1](delta)[0]
 
-    rows_in = tuple(d for d in along if d is not None)
+    in_dims = (tuple(d for d in along if d is not None), tuple(out_dims))
     device, (autocast, dtype) = deltas[used[0]].device.type, call.autocast
     with paused(), torch.autocast(device, dtype=dtype, enabled=autocast), _plain_kernels():
         try:
-            grads = vmap(one, in_dims=(rows_in, tuple(out_dims)), randomness="error")(
-                tuple(mapped), tuple(deltas[slot] for slot in used)
-            )
-        except RuntimeError as error:
+            grads = vmap(one, in_dims=in_dims, randomness="error")(mapped, delta_rows)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RuntimeError(
-                f"{call.where} has no layer rule, and torch.func cannot take its per-sample gradients: "
-                f"{str(error).splitlines()[0]} (dropout cannot be replayed: set it to 0 or to eval; for "
-                "anything else register a rule with fastdg.register_rule, or leave these parameters "
+                f"{call.where} has no layer rule, and torch.func cannot take its per-sample "
+                f"gradients: "
+                f"{reason} (dropout cannot be replayed: set it to 0 or to eval; for "
+                "anything else register a rule with fastdg.register_rule, or leave these "
+                "parameters "
                 "out with params=)"
             ) from error
     return {name: Dense(grad) for name, grad in grads.items()}
 
 
-def _sample_dim(module: nn.Module, tensor: Tensor, dim: int, samples: int) -> int | None:
-    """Which dimension of ``tensor`` counts samples."""
-    if isinstance(module, nn.RNNBase) and tensor.dim() == 3 and tensor.shape[1] == samples:
-        # states are (layers, N, H) whatever batch_first says
+def output_samples(call: Call) -> tuple[int, int]:
+    """``(dimension, size)`` of the samples in what the module returned."""
+    dim = 0 if getattr(call.module, "batch_first", True) else 1
+    shape = next(output for output in call.outputs if output is not None)[0]
+    if len(shape) <= dim:
+        raise ValueError(f"{call.where}: its output {tuple(shape)} has no sample dimension")
+    return dim, shape[dim]
+
+
+def sample_dims(call: Call, arguments: tuple[Any, Any]) -> list[int | None]:
+    """Which dimension of each tensor the module was called with counts samples; None if all share
+    it.
+
+    Known for attention and recurrent layers. For any other module, tensors whose size along the
+    sample dimension is that of the output belong to samples.
+    """
+    module, (dim, samples) = call.module, output_samples(call)
+    args, kwargs = arguments
+    if isinstance(module, nn.MultiheadAttention):
+        roles = {"query": dim, "key": dim, "value": dim, "key_padding_mask": 0}
+        mask = kwargs.get("attn_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 3:  # (N * heads, L, S)
+            roles["attn_mask"] = 0
+        return [
+            roles.get(name) if isinstance(leaf, Tensor) else None for name, leaf in kwargs.items()
+        ]
+    if isinstance(module, nn.RNNBase):
+        first, *states = args
+        if not (isinstance(first, Tensor) and first.dim() == 3):
+            raise ValueError(
+                f"{call.where}: expected a padded batch of sequences; per-sample gradients of "
+                f"packed "
+                "sequences or of a single one cannot be told apart"
+            )
+        return [dim] + [1] * len(pytree.tree_leaves(states))  # states are (layers, N, H)
+    return [
+        dim
+        if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == samples
+        else None
+        for leaf in pytree.tree_leaves(arguments)
+    ]
+
+
+def _output_dim(module: nn.Module, delta: Tensor, dim: int, samples: int) -> int | None:
+    if isinstance(module, nn.RNNBase) and delta.dim() == 3:
         layers = module.num_layers * (2 if module.bidirectional else 1)
-        if tensor.shape[0] == layers and tensor.shape[2] in (module.hidden_size, module.proj_size):
-            return 1
-    if tensor.dim() > dim and tensor.shape[dim] == samples:
-        return dim
-    if tensor.dim() > 0 and dim == 1 and tensor.shape[0] == samples:
-        return 0  # masks are (N, T) even where sequences come first
-    return None
+        sizes = (module.hidden_size, module.proj_size)
+        if delta.shape[:2] == (layers, samples) and delta.shape[2] in sizes:
+            return 1  # a final state
+    return dim if delta.dim() > dim and delta.shape[dim] == samples else None
 
 
-def _with_state(module: nn.RNNBase, call: Call, samples: int) -> tuple[Any, Any] | None:
-    """The call with its initial state spelled out: the cells add to it in place, so it must be per sample."""
-    if len(call.args) > 1 or "hx" in call.kwargs:
-        return None
-    x = call.args[0] if call.args else call.kwargs["input"]
-    layers = module.num_layers * (2 if module.bidirectional else 1)
-    hidden = x.new_zeros((layers, samples, module.proj_size or module.hidden_size))
-    if isinstance(module, nn.LSTM):
-        return (x, (hidden, x.new_zeros((layers, samples, module.hidden_size)))), {}
-    return (x, hidden), {}
+def _with_state(call: Call, samples: int) -> tuple[Any, Any]:
+    """The call as it is replayed.
+
+    Attention by name, so that masks are told apart. Recurrent layers with their initial state
+    spelled out: the cells add to it in place, so it must be per sample.
+    """
+    module = call.module
+    if isinstance(module, nn.MultiheadAttention):
+        bound = inspect.signature(nn.MultiheadAttention.forward).bind(
+            module, *call.args, **call.kwargs
+        )
+        return (), {name: value for name, value in bound.arguments.items() if name != "self"}
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return call.args, call.kwargs
+    x, state = (*call.args, *call.kwargs.values(), None)[:2]
+    if state is None and isinstance(x, Tensor):
+        layers: tuple[int, ...] = ()
+        width = module.hidden_size
+        if isinstance(module, nn.RNNBase):
+            layers = (module.num_layers * (2 if module.bidirectional else 1),)
+            width = module.proj_size or width
+        hidden = x.new_zeros((*layers, samples, width))
+        cell = x.new_zeros((*layers, samples, module.hidden_size))
+        state = (hidden, cell) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else hidden
+    return (x, state), {}
 
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Fused CPU kernels (oneDNN's LSTM among them) have no batching rule; the plain ones do."""
+    """Fused CPU kernels (oneDNN's LSTM among them) have no batching rule; the plain ones do.
+
+    Where an operation has none either, torch runs it sample by sample and says that this is slow;
+    nobody can act on that here.
+    """
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            yield
     finally:
         torch._C._set_mkldnn_enabled(before)

@@ -11,8 +11,11 @@ from ..factors import Dense, Factor, accumulated
 from . import register_rule
 
 
-def _affine(module: Any, normalised: Tensor, delta: Tensor, keep: tuple[int, ...]) -> dict[str, Factor]:
-    """``weight`` and ``bias`` of ``normalised * weight + bias``, summed over all dimensions not in ``keep``."""
+def _affine(
+    module: Any, normalised: Tensor, delta: Tensor, keep: tuple[int, ...]
+) -> dict[str, Factor]:
+    """``weight`` and ``bias`` of ``normalised * weight + bias``, summed over all dimensions not in
+    ``keep``."""
     delta = accumulated(delta)
     over = tuple(d for d in range(1, delta.dim()) if d not in keep)
 
