@@ -71,12 +71,13 @@ def fold(rows: Tensor, a_shape: Sequence[int], window: Sequence[int]) -> Tensor:
     dims = len(kernel)
     folded = rows.new_zeros(tuple(a_shape))
     for taps in product(*(range(k) for k in kernel)):
-        where = tuple(
+        inside = tuple(
             slice(tap * d, tap * d + (o - 1) * s + 1, s)
             for tap, d, o, s in zip(taps, dilation, out, stride, strict=True)
         )
+        where = (slice(None), slice(None), *inside)
         part = values[(slice(None),) * (2 + dims) + taps]  # [N, *out, C]
-        folded[(slice(None), slice(None), *where)] += part.movedim(-1, 1)
+        folded[where] += part.movedim(-1, 1)
     return folded
 
 

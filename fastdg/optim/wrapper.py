@@ -46,6 +46,9 @@ class DomainOptimizer(Optimizer):
     """
 
     base: Optimizer
+    _tape: Tape
+    _staged: list[Batch]
+    _statistics: dict[str, Tensor]
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
     _own = ("_tape", "_staged", "_ready", "_model", "step", "_opt_called", "_statistics")
@@ -82,7 +85,7 @@ class DomainOptimizer(Optimizer):
     # -------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -90,7 +93,7 @@ class DomainOptimizer(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -98,7 +101,7 @@ class DomainOptimizer(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base.defaults
 
     @defaults.setter
@@ -287,9 +290,9 @@ class DomainOptimizer(Optimizer):
         if getattr(self, "_tape", None) is not None:
             self._tape.recorder.close()
         self._tape = Tape(Recorder(names, model), self.params, self.check)
-        self._staged: list[Batch] = []
+        self._staged = []
         self._ready = False
-        self._statistics: dict[str, Tensor] = {}
+        self._statistics = {}
         self._fill()
 
     def __getstate__(self) -> dict[str, Any]:

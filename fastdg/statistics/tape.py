@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
@@ -105,7 +105,7 @@ class Recorder:
         """Look at every module that runs, until `settle`."""
         self.close()
         self.seen.clear()
-        self.handles = [register_module_forward_hook(_Hook(self), with_kwargs=True)]  # type: ignore[arg-type]
+        self.handles = [register_module_forward_hook(_Hook(self), with_kwargs=True)]
         self.discovering = True
 
     discovering = False
@@ -164,7 +164,12 @@ class Recorder:
         for slot, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 edge = get_gradient_edge(tensor)
-                edge.node.metadata.setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+                _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+
+
+def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
+    """The dictionary that lives and dies with a graph node (torch types it as a method)."""
+    return node.metadata  # type: ignore[return-value]
 
 
 class _Hook:
@@ -206,7 +211,7 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
     for node in queue:  # grows while we walk it
-        for owner, call, slot, output_nr in node.metadata.get(_KEY, ()):
+        for owner, call, slot, output_nr in _notes(node).get(_KEY, ()):
             if owner is recorder:
                 slots.setdefault(node, []).append((call, slot, output_nr))
                 calls[id(call)] = call
@@ -288,8 +293,8 @@ def sweep(
             for node in found.slots
             if node not in last
         ]
-    edges = [
-        torch.autograd.graph.GradientEdge(node, nr)
+    edges: list[GradientEdge] = [
+        GradientEdge(node, nr)
         for node in targets
         for nr in sorted({nr for _, _, nr in found.slots[node]})
     ]
@@ -298,14 +303,14 @@ def sweep(
             grads = list(
                 torch.autograd.grad(
                     losses,
-                    [*edges, *extra],
+                    [*edges, *extra],  # type: ignore[arg-type]
                     torch.ones_like(losses) if weight is None else weight,
                     create_graph=create_graph,
                     retain_graph=retain_graph or create_graph,
                     allow_unused=True,
                 )
             )
-            rest = grads[len(edges) :]
+            rest: list[Tensor | None] = list(grads[len(edges) :])
             arrived: dict[Node, dict[int, Tensor | None]] = {}
             for edge, grad in zip(edges, grads, strict=False):
                 arrived.setdefault(edge.node, {})[edge.output_nr] = grad
