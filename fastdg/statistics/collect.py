@@ -39,7 +39,9 @@ def keep(found: Found, calls: Sequence[Call]) -> Found:
     deepest = [node for node in found.deepest if node in slots]
     # With inner nodes dropped, a node may have become deepest; asking for all of them is always
     # right.
-    return Found(list(calls), slots, deepest if len(slots) == len(found.slots) else list(slots))
+    if len(slots) != len(found.slots):
+        deepest = list(slots)
+    return Found(list(calls), slots, deepest, found.leaves)
 
 
 def adopt(found: Found, names: dict[int, str]) -> dict[int, dict[str, str]]:

@@ -94,6 +94,7 @@ class Recorder:
         self.last = -1
         self.seen: dict[int, weakref.ref[nn.Module]] = {}
         self.handles: list[Any] = []
+        weakref.finalize(self, _remove, self.handles).atexit = False
         if modules is None:
             self.discover()
         else:
@@ -105,24 +106,30 @@ class Recorder:
         """Look at every module that runs, until `settle`."""
         self.close()
         self.seen.clear()
-        self.handles = [register_module_forward_hook(_Hook(self), with_kwargs=True)]
-        self.discovering = True
+        self.handles.append(register_module_forward_hook(_Hook(self), with_kwargs=True))
+        self.discovering, self.looked_at = True, 0
 
     discovering = False
 
     def settle(self) -> None:
-        """From now on watch only the modules seen so far."""
-        if not self.discovering or not self.seen:
+        """Watch only the modules that own the parameters, once all owners are known.
+
+        Until then every module is looked at: a branch that this forward did not take may run in the
+        next.
+        """
+        if not self.discovering or len(self.seen) == self.looked_at:
             return
-        self.close()
-        for reference in self.seen.values():
-            if (module := reference()) is not None:
+        self.looked_at = len(self.seen)
+        seen = [module for reference in self.seen.values() if (module := reference()) is not None]
+        owners = dict.fromkeys(m for module in seen for m in module.modules() if self._own(m))
+        owned = {id(p) for module in owners for p in module._parameters.values()}
+        if self.names.keys() <= owned:
+            self.close()
+            for module in owners:
                 self._watch(module)
 
     def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        _remove(self.handles)
         self.discovering = False
 
     def _watch(self, module: nn.Module) -> None:
@@ -137,15 +144,17 @@ class Recorder:
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    ) -> Any:
+        """Record a call; returns what the module shall return in place of ``output``, or None."""
         if not module._parameters or not torch.is_grad_enabled() or _paused.get():
-            return
+            return None
         own = self._own(module)
         if not own:
-            return
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+            return None
+        replaced = _apart(module, output)
+        tensors = [t for t in pytree.tree_leaves(replaced) if isinstance(t, Tensor)]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-            return  # inside the user's own torch.func transform: that is what fastdg.func is for
+            return None  # inside the user's own torch.func transform: that is what fastdg.func is for
         self.seen.setdefault(id(module), weakref.ref(module))
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         device = inputs[0].device.type if inputs else "cpu"
@@ -159,7 +168,7 @@ class Recorder:
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         if not call.parameters:
-            return
+            return None
         self.last = call.time
         for slot, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -167,9 +176,28 @@ class Recorder:
                 _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
 
 
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
 def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
     """The dictionary that lives and dies with a graph node (torch types it as a method)."""
     return node.metadata  # type: ignore[return-value]
+
+
+def _apart(module: nn.Module, output: Any) -> Any:
+    """``output`` with each of several tensors on a graph node of its own.
+
+    An LSTM cell makes h from c: the gradient at c would count what came through h a second time.
+    """
+    if isinstance(output, Tensor) or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        return output
+    leaves, tree = pytree.tree_flatten(output)
+    if sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) < 2:
+        return output
+    copies = [t.clone() if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+    return pytree.tree_unflatten(copies, tree)
 
 
 class _Hook:
@@ -179,10 +207,9 @@ class _Hook:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = weakref.ref(recorder) if recorder is not None else lambda: None
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         recorder = self.recorder()
-        if recorder is not None:
-            recorder(module, args, kwargs, output)
+        return None if recorder is None else recorder(module, args, kwargs, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook()
@@ -198,6 +225,7 @@ class Found:
     calls: list[Call]
     slots: dict[Node, list[tuple[Call, int, int]]]
     deepest: list[Node]
+    leaves: list[Tensor]
 
 
 def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
@@ -205,7 +233,9 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
 
     ``until``: stop at the call made at that time. ``deepest`` are nodes with no other recorded
     node below them: computing gradients there makes the sweep pass through all the others.
+    ``leaves`` are the tensors that a backward gives a ``.grad`` (of what was walked).
     """
+    leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
     calls: dict[int, Call] = {}
     parents: dict[Node, list[Node]] = {root: []}
@@ -217,7 +247,10 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
                 calls[id(call)] = call
         if until is not None and any(call.time == until for call in calls.values()):
             break
-        for below, _ in node.next_functions:
+        next_functions = node.next_functions
+        if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        for below, _ in next_functions:
             if below is None:
                 continue
             if below not in parents:
@@ -233,7 +266,7 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
                 covered.add(above)
                 pending.append(above)
     ordered = sorted(calls.values(), key=lambda call: call.time)
-    return Found(ordered, slots, [node for node in slots if node not in covered])
+    return Found(ordered, slots, [node for node in slots if node not in covered], leaves)
 
 
 Visit = Callable[[Call, Sequence[Tensor]], None]
