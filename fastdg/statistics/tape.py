@@ -174,6 +174,7 @@ class Recorder:
             if tensor.requires_grad:
                 edge = get_gradient_edge(tensor)
                 _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+        return replaced
 
 
 def _remove(handles: list[Any]) -> None:

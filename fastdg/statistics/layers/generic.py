@@ -31,7 +31,7 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
     along = sample_dims(call, arguments)
     leaves, tree = pytree.tree_flatten(arguments)
     used = [slot for slot, output in enumerate(call.outputs) if output is not None]
-    out_dims = [_output_dim(module, deltas[slot], dim, samples) for slot in used]
+    out_dims = [_output_dim(module, deltas[slot], slot, dim, samples) for slot in used]
     if None in out_dims:
         raise ValueError(f"{call.where}: its output has no sample dimension of size {samples}")
 
@@ -102,8 +102,7 @@ def sample_dims(call: Call, arguments: tuple[Any, Any]) -> list[int | None]:
         if not (isinstance(first, Tensor) and first.dim() == 3):
             raise ValueError(
                 f"{call.where}: expected a padded batch of sequences; per-sample gradients of "
-                f"packed "
-                "sequences or of a single one cannot be told apart"
+                "packed sequences or of a single one cannot be told apart"
             )
         return [dim] + [1] * len(pytree.tree_leaves(states))  # states are (layers, N, H)
     return [
@@ -114,7 +113,11 @@ def sample_dims(call: Call, arguments: tuple[Any, Any]) -> list[int | None]:
     ]
 
 
-def _output_dim(module: nn.Module, delta: Tensor, dim: int, samples: int) -> int | None:
+def _output_dim(
+    module: nn.Module, delta: Tensor, slot: int, dim: int, samples: int
+) -> int | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return dim if slot == 0 else 0  # attention weights are (N, L, S) or (N, heads, L, S)
     if isinstance(module, nn.RNNBase) and delta.dim() == 3:
         layers = module.num_layers * (2 if module.bidirectional else 1)
         sizes = (module.hidden_size, module.proj_size)
