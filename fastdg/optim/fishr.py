@@ -13,42 +13,44 @@ from .. import ops
 from ..statistics.api import moments_of
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
+from .wrapped import accumulate
 from .wrapper import Batch, DomainOptimizer
 
 
 class Fishr(DomainOptimizer):
-    r"""Invariant gradient variances: ``loss = mean loss + w * penalty``.
+    r"""Invariant gradient variances: ``objective = mean loss + w * penalty``.
 
     .. math::
-        v_d &= \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 ,\qquad g_i =
-        \nabla_{\text{params}}\,\ell_i \\
-        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d ,\qquad m_d \leftarrow \gamma m_d + (1-\gamma)
-        v_d \\ \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
+        g_i &= \nabla_{\text{params}}\,\ell_i, \qquad
+        v_d = \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 \\
+        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d, \qquad
+        m_d \leftarrow \gamma m_d + (1-\gamma) v_d \\
+        \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
 
     The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0,
-    reset_base=False`` are
-    those of the paper's ColoredMNIST script.
+    reset_base=False`` are those of the paper's ColoredMNIST script.
 
     Args:
-        base: any ``torch.optim.Optimizer``.
-        params: ``"head"`` (the last module with tracked parameters that ran, as the paper),
-            ``"all"``, a list
-            of names or parameters, or a predicate ``(name, parameter)``.
+        base: any ``torch.optim.Optimizer`` that steps without a closure.
+        params: ``"head"`` (the last module with tracked parameters that ran, as in the paper),
+            ``"all"``, a list of names or parameters, or a predicate ``(name, parameter)``.
         penalty_weight: w from step ``anneal_steps`` on.
         anneal_steps: steps before that, with ``pre_anneal_weight``.
-        ema: decay :math:`\gamma` of the variances' history in [0, 1), or None for no history. The
-            history moves in `step`, and is kept in ``state_dict``.
+        ema: decay :math:`\gamma` of the variances' history m in [0, 1), or None for no history.
+            The history moves in `step` and is kept in ``state_dict``.
         reduction: ``"mean"`` over parameters and domains, or ``"sum"`` over both.
         pre_anneal_weight: w before ``anneal_steps``. With 0 the statistics and the history are
             computed all the same, at the price of a plain step.
-        reset_base: clear the base optimizer's state (moments and step) when the anneal ends.
+        reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
-            takes no part in its penalty, and its history rests.
+            takes no part in its penalty, and its history rests. One sample alone has variance 0,
+            one domain alone has penalty 0.
         model: skip discovery and watch this model.
         check: compare captured gradients with autograd's on the first backward.
 
-    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` and
-    ``domain_count`` (``[D]``).
+    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN
+    for an empty domain) and ``domain_count`` (``[D]``). NaN losses give a NaN penalty and NaN
+    gradients, as they do without the wrapper; the history is safe if `step` is skipped.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -85,7 +87,7 @@ class Fishr(DomainOptimizer):
             raise ValueError(f"ema: expected None or a decay in [0, 1), got {ema!r}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        if penalty_weight < 0 or pre_anneal_weight < 0:
+        if not (penalty_weight >= 0 and pre_anneal_weight >= 0):
             raise ValueError(
                 "penalty_weight, pre_anneal_weight: expected numbers >= 0, "
                 f"got {penalty_weight!r} and {pre_anneal_weight!r}"
@@ -98,7 +100,6 @@ class Fishr(DomainOptimizer):
         self.reduction = reduction
         self.pre_anneal_weight = pre_anneal_weight
         self.reset_base = reset_base
-        self._pending: tuple[dict[str, Tensor], Tensor, dict[str, Tensor]] | None = None
         super().__init__(base, params=params, num_domains=num_domains, model=model, check=check)
 
     @property
@@ -112,30 +113,28 @@ class Fishr(DomainOptimizer):
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self._weight()
         samples = sum(batch.losses.shape[0] for batch in staged)
-        loss = torch.stack([batch.losses.sum() for batch in staged]).sum() / samples
-        if weight > 0 or self.params == "head":
-            moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
-            penalty = self._penalty(moments, staged)
-            # With w = 0 the penalty stays out: 0 * inf would be NaN, and no second derivative is
-            # needed.
-            objective = loss + weight * penalty if weight > 0 else loss
-            objective.backward()
-        else:
+        loss = _total([batch.losses for batch in staged]) / samples
+        if weight == 0 and self.params != "head" and not _hooked(staged):
             moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])
             penalty, objective = self._penalty(moments, staged), loss
-        self._pending = (
-            {n: v.detach() for n, v in moments.variance.items()},
-            moments.present,
-            _parameters(staged),
-        )
+        else:
+            moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
+            penalty = self._penalty(moments, staged)
+            # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
+            objective = loss + weight * penalty if weight > 0 else loss
+            objective.backward()
+        variance = {name: v.detach() for name, v in moments.variance.items()}
+        self._pending = variance, moments.present, _parameters(staged)
+        domains = max(len(moments.count), *map(len, self._kept["ema"].values()), 0)
+        count = rows(moments.count, domains)
         self._statistics = {
             "loss": loss.detach(),
             "penalty": penalty.detach(),
             "objective": objective.detach(),
-            "domain_loss": _domain_loss(staged, moments.count),
-            "domain_count": moments.count,
+            "domain_loss": _domain_loss(staged, count),
+            "domain_count": count,
         }
-        return loss.detach()
+        return self._statistics["loss"]
 
     def _moments(self, batch: Batch, create_graph: bool) -> DomainMoments:
         return moments_of(
@@ -147,16 +146,10 @@ class Fishr(DomainOptimizer):
         )[0]
 
     def _moments_and_gradient(self, batch: Batch, samples: int) -> DomainMoments:
-        """Both from one backward: the gradient of the mean loss is the count-weighted mean of the
-        means."""
+        """Both from one backward: the gradient is the mean of the domains', weighted by count."""
         chosen = batch.resolved.chosen
         tracked = set(chosen.values())
-        rest = [
-            p
-            for group in self.param_groups
-            for p in group["params"]
-            if p.requires_grad and p not in tracked
-        ]
+        rest = [p for p in batch.resolved.found.leaves if p not in tracked]
         moments, grads = moments_of(
             batch.losses,
             batch.resolved,
@@ -167,24 +160,23 @@ class Fishr(DomainOptimizer):
         )
         share = moments.count / samples
         for name, mean in moments.mean.items():
-            flat = share.to(mean.dtype) @ mean.flatten(1)
-            _accumulate(chosen[name], flat.view_as(chosen[name]))
+            weighted = share.to(mean.dtype) @ mean.reshape(len(share), chosen[name].numel())
+            accumulate(chosen[name], weighted.view(chosen[name].shape))
         for p, grad in zip(rest, grads, strict=True):
             if grad is not None:
-                _accumulate(p, grad.div_(samples))
+                accumulate(p, grad / samples)
         return moments
 
     def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:
-        domains = moments.count.shape[0]
         history: list[Tensor] = []
         decay = 0.0
         if self.ema is not None:
             decay = self.ema / (1 - self.ema)
-            kept = self._kept["ema"]
             named = _parameters(staged)
             for name, v in moments.variance.items():
-                ema = kept.get(named[name])
-                history.append(torch.zeros_like(v) if ema is None else rows(ema, domains))
+                ema = self._kept["ema"].get(named[name], v[:0].detach())
+                # Domains beyond this batch's take no part; those not seen before have no history
+                history.append(rows(ema[: len(v)], len(v)))
         gap = ops.variance_gap(list(moments.variance.values()), history, moments.present, decay)
         if self.reduction == "sum":
             return gap
@@ -193,12 +185,10 @@ class Fishr(DomainOptimizer):
 
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
-            self.base.state.clear()
+            self._reset_base()
 
     def _commit(self) -> None:
-        assert self._pending is not None
         variance, present, named = self._pending
-        self._pending = None
         self.param_groups[0]["fishr_steps"] += 1
         if self.ema is None:
             return
@@ -207,10 +197,10 @@ class Fishr(DomainOptimizer):
             p = named[name]
             if p not in kept:
                 kept[p] = torch.zeros_like(v)
-            elif kept[p].shape[0] < v.shape[0]:  # domains not seen before
-                kept[p] = rows(kept[p], v.shape[0])
+            elif len(kept[p]) < len(v):  # domains not seen before
+                kept[p] = rows(kept[p], len(v))
             rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
-            kept[p][: v.shape[0]].lerp_(v, rate)
+            kept[p][: len(v)].lerp_(v, rate)
 
     def _fill(self) -> None:
         self.param_groups[0].setdefault("fishr_steps", 0)
@@ -221,42 +211,52 @@ class Fishr(DomainOptimizer):
         steps = groups[0].get("fishr_steps", 0)
         if steps and self.ema is not None and not kept["ema"]:
             raise ValueError(
-                f"state_dict: it comes from a Fishr run of {steps} steps but holds no fishr_ema "
-                f"tensors; the "
-                "history would silently start anew. Save and load state_dict() whole, or pass "
-                "ema=None"
+                f"state_dict: it comes from a Fishr run of {steps} steps but has no fishr_ema "
+                "tensors, so the history would silently start anew. torch.distributed.checkpoint "
+                "fills in only what the optimizer already has: run one backward and step before "
+                "loading; or pass ema=None"
             )
-        for ema in kept["ema"].values():
-            if self.num_domains is not None and ema.shape[0] != self.num_domains:
+        for p, ema in kept["ema"].items():
+            if self.num_domains is not None and len(ema) != self.num_domains:
                 raise ValueError(
-                    f"state_dict: its history has {ema.shape[0]} domains, num_domains is "
+                    f"state_dict: its history has {len(ema)} domains, but num_domains is "
                     f"{self.num_domains}"
+                )
+            if ema.shape[1:] != p.shape:
+                raise ValueError(
+                    f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "
+                    f"a domain, but the parameter has shape {tuple(p.shape)}"
                 )
 
     def settings(self) -> dict[str, Any]:
-        names = ("params", "penalty_weight", "anneal_steps", "ema", "reduction")
-        more = ("pre_anneal_weight", "reset_base", "num_domains")
-        return {name: getattr(self, name) for name in (*names, *more)}
+        own = ("penalty_weight", "anneal_steps", "ema", "reduction", "pre_anneal_weight")
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in (*own, "reset_base")},
+        }
 
 
 def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
     return {name: p for batch in staged for name, p in batch.resolved.chosen.items()}
 
 
+def _hooked(staged: Sequence[Batch]) -> bool:
+    """Whether a tracked parameter has hooks of the user's, which only autograd's backward calls."""
+    return any(
+        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in _parameters(staged).values()
+    )
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    if len(losses) == 1:
+        return losses[0].sum()
+    return torch.stack([part.sum() for part in losses]).sum()
+
+
 def _domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
     """Mean loss of each domain ``[D]``; NaN for an empty one."""
-    total = sum(
-        rows(
-            batch.losses.new_zeros((batch.partition.num_domains,)).index_add(
-                0, batch.partition.domains, batch.losses.detach()
-            ),
-            count.shape[0],
-        )
-        for batch in staged
-    )
-    return total / count.to(staged[0].losses.dtype)
-
-
-def _accumulate(p: Tensor, grad: Tensor) -> None:
-    grad = grad.to(p.dtype)
-    p.grad = grad if p.grad is None else p.grad + grad
+    total = staged[0].losses.new_zeros(count.shape)
+    for batch in staged:
+        total.index_add_(0, batch.partition.domains, batch.losses.detach())
+    return total / count.to(total.dtype)

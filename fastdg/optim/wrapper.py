@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from ..domains import Partition, partition
 from ..statistics.api import Resolved, Tape, check_losses, select
 from ..statistics.tape import Recorder, Selection, paused
+from .wrapped import accumulate, check_base, fresh_state, names_of
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -37,8 +39,9 @@ class DomainOptimizer(Optimizer):
     Args:
         base: the optimizer to wrap (also kept as ``opt.base``).
         params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (the last
-            module with
-            tracked parameters that ran), ``"all"``, a list of names or parameters, or a predicate.
+            module with tracked parameters that ran), ``"all"``, a list of names or parameters, or
+            a predicate ``(name, parameter)``. Names are those of ``model``, or those the optimizer
+            was given with ``model.named_parameters()``.
         num_domains: number of training domains D; default: as many as have been seen.
         model: skip discovery and watch this model's layers.
         check: on the first backward compare captured with autograd's gradients (two further
@@ -46,12 +49,18 @@ class DomainOptimizer(Optimizer):
     """
 
     base: Optimizer
-    _tape: Tape
-    _staged: list[Batch]
-    _statistics: dict[str, Tensor]
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
-    _own = ("_tape", "_staged", "_ready", "_model", "step", "_opt_called", "_statistics")
+
+    _tape: Tape
+    _staged: list[Batch]
+    _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _statistics: dict[str, Tensor]
+    # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
+    # patch onto the instance.
+    _transient = ("_tape", "_staged", "_ready", "_pending", "_statistics", "_model")
+    _patched = ("step", "_opt_called")
 
     def __init__(
         self,
@@ -62,27 +71,42 @@ class DomainOptimizer(Optimizer):
         model: nn.Module | None = None,
         check: bool = True,
     ) -> None:
-        if not isinstance(base, Optimizer):
+        if isinstance(base, DomainOptimizer):
             raise TypeError(
-                f"base: expected a torch.optim.Optimizer, got {type(base).__name__}; wrap one: "
-                f"fastdg.{type(self).__name__}(torch.optim.Adam(model.parameters()))"
+                f"base: {type(base).__name__} is a wrapper itself, and wrappers do not nest, since "
+                f"each has a backward of its own; give {type(self).__name__} the optimizer inside"
             )
+        check_base(base, type(self).__name__)
         if num_domains is not None and (not isinstance(num_domains, int) or num_domains < 1):
             raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(params, str):
-            select(params, {})
+        if isinstance(params, Tensor):
+            params = [params]
         self.base = base
         self.params = params if isinstance(params, str) or callable(params) else list(params)
         self.num_domains = num_domains
         self.check = check
         self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
+        self._names = names_of(self.param_groups, model)
+        self._check_params(model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
-        self._start(model)
+        self._watch(model)
+        self._clear()
+        self._fill()
 
-    # ---- the wrapped optimizer's own, by reference
-    # -------------------------------------------------
+    def _check_params(self, model: nn.Module | None) -> None:
+        if isinstance(self.params, list):
+            texts = [item for item in self.params if isinstance(item, str)]
+            if texts and model is None and "param_names" not in self.param_groups[0]:
+                raise ValueError(
+                    f"params: names ({texts[0]!r}) are known only with model=, or if the optimizer "
+                    "was made from model.named_parameters(); or pass the parameters themselves"
+                )
+        if not callable(self.params):
+            select(self.params, {name: p for p, name in self._names.items()})
+
+    # -- the wrapped optimizer's own, by reference --
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -108,8 +132,7 @@ class DomainOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    # ---- training
-    # ----------------------------------------------------------------------------------
+    # -- training --
 
     def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
         """In place of ``losses.mean().backward()``: adds the algorithm's gradient to ``.grad``.
@@ -118,9 +141,8 @@ class DomainOptimizer(Optimizer):
             losses: one loss a sample ``[N]``, from ``reduction="none"``.
             domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU.
             final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad``
-                alone; the
-                next final call merges everything staged, weighted by the number of samples. The
-                graphs of staged micro-batches stay alive until then.
+                alone; the next final call merges everything staged, weighted by the number of
+                samples. The graphs of staged micro-batches stay alive until then.
 
         Returns:
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
@@ -130,34 +152,61 @@ class DomainOptimizer(Optimizer):
                 training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
                 the captured gradients are not autograd's.
+
+        After an error ``.grad`` is as it was, and nothing is staged. A second final call before
+        `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
+        try:
+            self._stage(losses, domains)
+            if not final:
+                return losses.detach().mean()
+            staged, self._staged = self._staged, []
+            with paused(), self._all_or_nothing():
+                loss = self._gradient(staged)
+        except BaseException:
+            self._staged = []
+            raise
+        self._ready = True
+        return loss
+
+    def _stage(self, losses: Tensor, domains: Tensor) -> None:
         check_losses(losses)
         parts = partition(domains, losses, self.num_domains)
         resolved = self._tape.resolve(losses)
         calls = resolved.found.calls
-        used = [call for call in calls if call.swept]
-        if used or any(losses is batch.losses for batch in self._staged):
+        if any(call.swept for call in calls):
             raise RuntimeError(
-                f"{type(self).__name__}.backward was already called on this forward; run the "
-                f"model again, or "
-                "add the losses up first and call backward once"
+                f"{type(self).__name__}.backward was already called on this forward; run the model "
+                "again, or add the losses up first and call backward once"
             )
         for call in calls:
             call.swept = True
         self._tape.recorder.settle()
         self._staged.append(Batch(losses, parts, resolved))
-        if not final:
-            return losses.detach().mean()
-        staged, self._staged = self._staged, []
-        with paused():
-            loss = self._gradient(staged)
-        self._ready = True
-        return loss
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What is written to ``.grad`` inside is added to what was there, unless it fails."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [(p, p.grad) for p in parameters if p.grad is not None]
+        for p, _ in before:
+            p.grad = None
+        try:
+            yield
+        except BaseException:
+            for p in parameters:
+                p.grad = None
+            for p, grad in before:
+                p.grad = grad
+            raise
+        for p, grad in before:
+            added, p.grad = p.grad, grad
+            if added is not None:
+                accumulate(p, added)
 
     @abstractmethod
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        """Add the final gradient to ``.grad``, fill ``self._statistics``, return the mean loss,
-        detached."""
+        """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
 
     def _prepare(self) -> None:
         """Called right before the wrapped optimizer steps."""
@@ -176,89 +225,110 @@ class DomainOptimizer(Optimizer):
             The mean loss if a closure was given, else None.
 
         Raises:
-            RuntimeError: `backward` was not called since the last step.
+            RuntimeError: `backward` was not called since the last step, or not with ``final=True``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                losses, domains = closure()
-                loss = self.backward(losses, domains)
-        elif not self._ready:
-            # Checkpoint libraries call step() on a fresh optimizer with every lr at 0 to make its
-            # state.
-            if any(float(group.get("lr", 1.0)) != 0.0 for group in self.param_groups):
-                name = type(self).__name__
+                result = closure()
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(
+                        "closure: expected it to return (losses, domains) and to leave backward to "
+                        f"step, got {type(result).__name__}"
+                    )
+                loss = self.backward(*result)
+        elif self._staged or not self._ready:
+            # Checkpoint libraries call step() on a fresh optimizer, every lr 0, to make its state.
+            if self._staged or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
                 missing = "a final backward" if self._staged else "a backward"
                 raise RuntimeError(
-                    f"{name}.step() needs {missing} before it: call opt.backward(losses, "
-                    f"domains) in place of "
-                    "loss.backward(), with losses from reduction='none'"
+                    f"{type(self).__name__}.step() needs {missing} before it: call "
+                    "opt.backward(losses, domains) in place of loss.backward(), with losses from "
+                    "reduction='none'"
                 )
             self.base.step()
             return None
         self._prepare()
         self.base.step()
         self._commit()
-        self._ready = False
-        self._share()
+        self._ready, self._pending = False, None
+        for p, name, tensor in self._own_tensors():
+            if p.grad is not None:  # the wrapped optimizer has made its own state by now
+                self.state[p][name] = tensor
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and whatever ``backward(..., final=False)`` has staged."""
-        self._staged.clear()
+        """Clear gradients, and whatever `backward` has staged or left for `step`."""
+        self._staged, self._ready, self._pending = [], False, None
         self.base.zero_grad(set_to_none)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What the last final `backward` saw: detached tensors, on the device; reading them is up
-        to you."""
+        """What the last final `backward` saw: detached tensors, on the device."""
         return self._statistics
 
     @property
     def tape(self) -> Tape:
-        """For `fastdg.check` and the other functions on tapes: the forwards this wrapper
-        watches."""
+        """For `fastdg.check` and the other functions on tapes: the forwards this wrapper sees."""
         return self._tape
 
-    # ---- groups, state, copies
-    # -----------------------------------------------------------------------
+    # -- groups, state, copies --
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its layers are found in the next forward."""
         self.base.add_param_group(param_group)
-        self._start(self._model() if self._model is not None else None)
+        model = self._model() if self._model is not None else None
+        self._names = names_of(self.param_groups, model)
+        self._watch(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state with the wrapper's own in it; see `load_state_dict`."""
+        # Between loading and the next step own tensors may be ahead of the wrapped optimizer's.
+        early = {p for p, _, _ in self._own_tensors() if not self.state.get(p)}
+        for p, name, tensor in self._own_tensors():
+            self.state[p][name] = tensor
+        try:
+            return super().state_dict()
+        finally:
+            for p in early:
+                del self.state[p]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by this wrapper, or by the bare wrapped optimizer (own state then
-        starts anew).
+        """Load a state saved by this wrapper, or by the bare wrapped optimizer.
+
+        From the latter the wrapper's own state starts anew.
 
         Raises:
             ValueError: the state was saved with another number of domains, or lacks tensors it
-                should have.
+                should have. Nothing is changed then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        # Ids may be names (torch.distributed.checkpoint): the order of the groups says which is who
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        keys = {f"{self.prefix}_{name}": name for name in self.tensors}
+        named = dict(zip(ids, (p for g in self.param_groups for p in g["params"]), strict=False))
+        own = {f"{self.prefix}_{name}": name for name in self.tensors}
         kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
-        plain: dict[Any, Any] = {}
+        rest: dict[Any, Any] = {}
         for i, entry in state_dict["state"].items():
-            plain[i] = {k: v for k, v in entry.items() if k not in keys}
-            for key, name in keys.items():
-                if key in entry:
-                    p = parameters[ids.index(i)]
-                    kept[name][p] = entry[key].detach().to(p.device, copy=True)
+            if i in named:
+                p = named[i]
+                for key in own.keys() & entry.keys():
+                    kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
+                entry = {key: value for key, value in entry.items() if key not in own}
+            if entry:
+                rest[i] = entry
         self._admit(kept, state_dict["param_groups"])
-        # torch would cast our fp32 tensors to the parameters' dtype, so they do not go through it
-        self.base.load_state_dict({**state_dict, "state": {i: e for i, e in plain.items() if e}})
+        # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
+        self.base.load_state_dict({**state_dict, "state": rest})
         self._kept = kept
-        self._staged.clear()
-        self._ready = False
+        for p, name, tensor in self._own_tensors():
+            if self.state.get(p):  # an entry of ours alone would pass for the wrapped optimizer's
+                self.state[p][name] = tensor
+        self._clear()
         self._fill()
-        self._share()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -270,39 +340,35 @@ class DomainOptimizer(Optimizer):
     def _fill(self) -> None:
         """Give the first group the wrapper's counters where they are missing."""
 
-    def _share(self) -> None:
-        """Own tensors show in ``state``, after the wrapped optimizer has made its own there."""
+    def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         for name, tensors in self._kept.items():
             for p, tensor in tensors.items():
-                if p.grad is not None or p in self.state:
-                    self.state[p][f"{self.prefix}_{name}"] = tensor
+                yield p, f"{self.prefix}_{name}", tensor
 
-    def _start(self, model: nn.Module | None) -> None:
-        names: dict[Tensor, str] = {}
-        for g, group in enumerate(self.param_groups):
-            given = group.get("param_names") or [
-                f"param_groups[{g}][{i}]" for i in range(len(group["params"]))
-            ]
-            names.update(zip(group["params"], given, strict=True))
-        if model is not None:
-            names.update({p: n for n, p in model.named_parameters() if p in names})
-        self._model = weakref.ref(model) if model is not None else None
-        if getattr(self, "_tape", None) is not None:
+    def _reset_base(self) -> None:
+        """Make the wrapped optimizer's state that of a new one, in place."""
+        state = fresh_state(self.base)
+        self.state.clear()
+        self.state.update(state)
+
+    def _watch(self, model: nn.Module | None) -> None:
+        if "_tape" in self.__dict__:
             self._tape.recorder.close()
-        self._tape = Tape(Recorder(names, model), self.params, self.check)
-        self._staged = []
-        self._ready = False
-        self._statistics = {}
-        self._fill()
+        self._model = weakref.ref(model) if model is not None else None
+        self._tape = Tape(Recorder(self._names, model), self.params, self.check)
+
+    def _clear(self) -> None:
+        self._staged, self._ready, self._pending, self._statistics = [], False, None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in self._own and "hook" not in k}
+        dropped = (*self._transient, *self._patched)
+        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base = state["base"]  # __setstate__ of torch reads defaults, which are the base's
+        self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
         Optimizer.__setstate__(self, state)
-        self._tape = None  # type: ignore[assignment]
-        self._start(None)
+        self._watch(None)
+        self._clear()
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
@@ -311,4 +377,7 @@ class DomainOptimizer(Optimizer):
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""
-        return {"params": self.params, "num_domains": self.num_domains}
+        params = self.params
+        if isinstance(params, list):
+            params = [self._names[p] if isinstance(p, Tensor) else p for p in params]
+        return {"params": params, "num_domains": self.num_domains}

@@ -46,7 +46,8 @@ class Tape:
             selected: Callable[[str, Tensor], bool] = lambda name, p: True  # noqa: E731
         else:
             found = find(root, self.recorder)
-            selected = select(self.params, named)
+            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+            selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
         if not found.calls:
             raise RuntimeError(
                 "losses: no tracked layer was seen in the forward that made them. The model has "

@@ -1,0 +1,66 @@
+"""What a wrapper has to know of the optimizer that it wraps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def check_base(base: Any, name: str) -> None:
+    """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base: expected a torch.optim.Optimizer, got {type(base).__name__}; wrap one: "
+            f"fastdg.{name}(torch.optim.Adam(model.parameters()))"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base: {type(base).__name__} evaluates the model several times a step, which a "
+            "wrapped backward cannot follow; use an optimizer that steps without a closure"
+        )
+
+
+def names_of(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[Tensor, str]:
+    """Parameter -> its name: the model's, or the optimizer's, or its place in the groups."""
+    given = {p: name for name, p in model.named_parameters()} if model is not None else {}
+    names: dict[Tensor, str] = {}
+    taken: set[str] = set()
+    for g, group in enumerate(groups):
+        texts = group.get("param_names") or [None] * len(group["params"])
+        for i, (p, text) in enumerate(zip(group["params"], texts, strict=True)):
+            name = given.get(p, text)
+            if name is None or name in taken:  # two models may use the same names
+                name = f"param_groups[{g}][{i}]"
+            names[p] = name
+            taken.add(name)
+    return names
+
+
+def fresh_state(base: Optimizer) -> Mapping[Any, Any]:
+    """The state a new optimizer of this kind would have: none, but for Adagrad and the like."""
+    accepted = inspect.signature(type(base)).parameters
+    defaults = {key: value for key, value in base.defaults.items() if key in accepted}
+    try:
+        return type(base)([dict(group) for group in base.param_groups], **defaults).state
+    except (TypeError, ValueError):  # made in some other way; then its state is made as it steps
+        return {}
+
+
+def accumulate(p: Tensor, grad: Tensor) -> None:
+    """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
+    grad = grad.to(p.dtype)
+    if p.grad is None:
+        if grad.layout == torch.strided and grad.stride() != p.stride():
+            grad = torch.empty_like(p).copy_(grad)
+        p.grad = grad
+    elif p.grad.is_sparse:
+        p.grad = p.grad + grad
+    else:
+        with torch.no_grad():
+            p.grad.add_(grad)
