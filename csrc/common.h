@@ -1,0 +1,76 @@
+// What all operators share: argument checks, scratch memory, a work queue.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace fastdg {
+
+using torch::stable::Tensor;
+using Window = std::vector<int64_t>;
+
+inline void check_float(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, name,
+                  ": the compiled operator takes float32");
+}
+
+// The samples of each domain: order[offsets[d]] .. order[offsets[d + 1]].
+struct Partition {
+  std::vector<int64_t> order, offsets;
+
+  Partition(const Tensor& order_tensor, const Tensor& offsets_tensor, int64_t samples)
+      : order(read(order_tensor, "order")), offsets(read(offsets_tensor, "offsets")) {
+    STD_TORCH_CHECK(!offsets.empty() && offsets.front() >= 0 &&
+                        offsets.back() <= static_cast<int64_t>(order.size()),
+                    "offsets: expected D + 1 ascending positions in order");
+    for (size_t d = 1; d < offsets.size(); ++d)
+      STD_TORCH_CHECK(offsets[d - 1] <= offsets[d], "offsets: expected ascending positions");
+    for (int64_t n : order)
+      STD_TORCH_CHECK(n >= 0 && n < samples, "order: sample ", n, " of ", samples);
+  }
+
+  int64_t domains() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t count(int64_t d) const { return offsets[d + 1] - offsets[d]; }
+  const int64_t* samples(int64_t d) const { return order.data() + offsets[d]; }
+
+ private:
+  static std::vector<int64_t> read(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == torch::headeronly::ScalarType::Long, name,
+                    ": expected a vector of int64");
+    std::vector<int64_t> values(x.size(0));
+    const auto* data = static_cast<const int64_t*>(x.const_data_ptr());
+    for (size_t k = 0; k < values.size(); ++k) values[k] = data[k * x.stride(0)];
+    return values;
+  }
+};
+
+inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
+  Tensor out = allocate(like, sizes);
+  torch::stable::zero_(out);
+  return out;
+}
+
+inline int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Runs task(0) .. task(count - 1) on torch's threads; whoever is free takes the next one.
+template <class Task>
+void for_each_task(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(count, threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t k = next++; k < count; k = next++) task(k);
+  });
+}
+
+}  // namespace fastdg

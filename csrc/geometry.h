@@ -1,0 +1,17 @@
+// From tensors and a convolution's window to a problem made of outer products.
+#pragma once
+
+#include "common.h"
+#include "outer.h"
+
+namespace fastdg {
+
+// g = sum_t delta[t] (x) a[t] over the rows of a [N, T, I], or over the patches of a padded convolution
+// input [N, C, *S] that window = [*kernel, *stride, *dilation] describes. The patches are the left factor;
+// of two matrices the one that fills vector lanes better is the right one.
+Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window);
+
+// Whether the lanes of the right factor hold delta (else a).
+inline bool delta_right(const Outer& p) { return p.out_left == 1; }
+
+}  // namespace fastdg

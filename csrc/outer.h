@@ -1,0 +1,71 @@
+// Problems made of outer products, and the table of routines that an instruction set offers for them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastdg {
+
+// The factor that is read element by element. Element (t, m) of sample n lies at
+// data + n * sample + row[t] + col[m], which covers matrices of any strides and the patches of a
+// convolution alike, so that patches are never written out.
+struct Left {
+  float* data;
+  int64_t sample;
+  std::vector<int64_t> row;  // [T]
+  std::vector<int64_t> col;  // [M]
+};
+
+// The factor that fills vector lanes; it is packed before use.
+struct Right {
+  float* data;
+  int64_t sample, row, col;
+  int64_t width;  // V
+};
+
+// g_n = sum_t left[n, t] (x) right[n, t], with matrices of its shape addressed by two strides.
+struct Outer {
+  int64_t samples, positions;  // N, T
+  Left left;
+  Right right;
+  int64_t out_left, out_right, out_size;  // element (m, v) of a [D, O, I] tensor; size of O * I
+
+  int64_t left_width() const { return static_cast<int64_t>(left.col.size()); }
+  int64_t out(int64_t m, int64_t v) const { return m * out_left + v * out_right; }
+};
+
+struct Group {  // samples of one domain
+  const int64_t* samples;
+  int64_t count;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
+struct Routines {
+  const char* name;
+  int64_t panel;  // lanes of a packed panel
+  int64_t tile;   // rows of a register tile
+
+  // Mean and variance (null: mean only) of the block `rows` x [column, column + panel) of one domain.
+  void (*moments)(const Outer&, Group, Range rows, int64_t column, float* mean, float* variance);
+  // Both for T = 1, where the squares factor: sum g^2 = sum left^2 (x) right^2. Needs out_right = 1.
+  void (*moments_rank1)(const Outer&, Group, Range rows, Range columns, float* mean,
+                        float* variance);
+  // Squared norm of one sample's gradient, formed tile by tile.
+  float (*norm_direct)(const Outer&, int64_t sample);
+  // The same as sum_ts <left_t, left_s> <right_t, right_s>.
+  float (*norm_gram)(const Outer&, int64_t sample);
+};
+
+const Routines* generic_routines();
+const Routines* avx2_routines();    // null where the compiler cannot make them
+const Routines* avx512_routines();
+
+const Routines& routines();                      // the best this machine runs, unless set
+std::string set_routines(const std::string& name);  // for tests; returns the name in use before
+
+}  // namespace fastdg

@@ -1,0 +1,22 @@
+// The routines of one instruction set. The includer sets FASTDG_ISA (namespace), FASTDG_LANES and
+// FASTDG_ROWS, includes what this file needs, and only then switches the compiler to its target: code of
+// shared headers must not be compiled for an instruction set that the machine may lack.
+
+namespace fastdg {
+namespace FASTDG_ISA {
+
+#include "simd.h"
+
+constexpr int64_t PANEL_FLOATS = 4096;  // half of a 32 KiB first-level cache
+constexpr int64_t SUM_ROWS = 96;
+constexpr int64_t RANK1_DEPTH = 256;
+
+#include "outer_forward.h"
+#include "outer_norm.h"
+#include "outer_rank1.h"
+
+static const Routines table{FASTDG_NAME(FASTDG_ISA), R,           ROWS,      moments,
+                            moments_rank1,           norm_direct, norm_gram};
+
+}  // namespace FASTDG_ISA
+}  // namespace fastdg

@@ -1,0 +1,92 @@
+// fastdg::outer_moments and fastdg::outer_domain on the CPU.
+#include <tuple>
+
+#include "geometry.h"
+
+namespace fastdg {
+
+namespace {
+
+int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+// Blocks of at most `largest`, multiples of `unit`; more of them while there are fewer than `wanted`.
+int64_t block_size(int64_t width, int64_t unit, int64_t largest, int64_t wanted) {
+  const int64_t blocks = std::max(pieces(width, largest), std::max<int64_t>(1, wanted));
+  return std::max<int64_t>(1, pieces(pieces(width, blocks), unit)) * unit;
+}
+
+constexpr int64_t TASKS_PER_THREAD = 6;  // so that uneven tasks still end together
+constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-level cache
+constexpr int64_t LARGEST_COLUMNS = 512;
+
+// Mean and, unless null, variance of every domain.
+void run(const Outer& p, const Partition& partition, float* mean, float* variance) {
+  const Routines& isa = routines();
+  const int64_t D = partition.domains(), rows = p.left_width(), columns = p.right.width;
+  if (p.out_size == 0 || D == 0) return;
+  const bool rank1 = p.positions == 1 && p.out_right == 1;
+  const int64_t width = rank1 ? block_size(columns, isa.panel, LARGEST_COLUMNS, 1) : isa.panel;
+  const int64_t across = pieces(columns, width);
+  const int64_t wanted = pieces(threads() > 1 ? threads() * TASKS_PER_THREAD : 1, D * across);
+  const int64_t height = block_size(rows, 4 * isa.tile, rank1 ? rows : LARGEST_ROWS, wanted);
+  const int64_t down = pieces(rows, height);
+  for_each_task(D * across * down, [&](int64_t task) {
+    const int64_t d = task / (across * down), column = task / down % across * width;
+    const int64_t row = task % down * height;
+    const Group group{partition.samples(d), partition.count(d)};
+    const Range range{row, std::min(rows, row + height)};
+    const Range lanes{column, std::min(columns, column + width)};
+    float* m = mean + d * p.out_size;
+    float* v = variance == nullptr ? nullptr : variance + d * p.out_size;
+    if (group.count == 0 || p.positions == 0) {
+      for (int64_t r = range.begin; r < range.end; ++r)
+        for (int64_t c = lanes.begin; c < lanes.end; ++c) {
+          m[p.out(r, c)] = 0;
+          if (v != nullptr) v[p.out(r, c)] = 0;
+        }
+    } else if (rank1) {
+      isa.moments_rank1(p, group, range, lanes, m, v);
+    } else {
+      isa.moments(p, group, range, column, m, v);
+    }
+  });
+}
+
+std::vector<int64_t> output_shape(const Outer& p, const Partition& partition, const Tensor& delta) {
+  const int64_t O = delta.size(2);
+  return {partition.domains(), O, delta_right(p) ? p.left_width() : p.right.width};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, const Tensor& order,
+                                         const Tensor& offsets, Window window) {
+  const Outer p = outer_problem(a, delta, window);
+  const Partition partition(order, offsets, p.samples);
+  Tensor mean = allocate(a, output_shape(p, partition, delta));
+  Tensor variance = allocate(a, output_shape(p, partition, delta));
+  run(p, partition, floats(mean), floats(variance));
+  return {mean, variance};
+}
+
+Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, const Tensor& offsets,
+                    Window window) {
+  const Outer p = outer_problem(a, delta, window);
+  const Partition partition(order, offsets, p.samples);
+  Tensor mean = allocate(a, output_shape(p, partition, delta));
+  run(p, partition, floats(mean), nullptr);
+  return mean;
+}
+
+}  // namespace fastdg
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
+  m.def("outer_moments(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) "
+        "-> (Tensor, Tensor)");
+  m.def("outer_domain(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
+  m.impl("outer_moments", TORCH_BOX(&fastdg::outer_moments));
+  m.impl("outer_domain", TORCH_BOX(&fastdg::outer_domain));
+}

@@ -1,0 +1,140 @@
+// Moments for T = 1, where both are matrix products over the samples of a domain:
+// sum g = left^T right, sum g^2 = (left * left)^T (right * right).
+// Included once per instruction set, inside its namespace.
+
+struct Rank1 {  // one register tile of the output
+  const float *left, *left_squared;    // [depth][ROWS]
+  const float *right, *right_squared;  // [depth][R]
+  const int64_t* step;                 // k * ROWS
+  int64_t depth, count;
+  bool first, last;  // of the chunks of samples; sums wait in the output between chunks
+  float *mean, *variance;
+  int64_t stride;
+};
+
+template <int M, int V>
+struct Rank1Tile {
+  static void run(const Rank1& t) {
+    vec one[M][V] = {}, two[M][V] = {};
+    product(one, t.left, t.right, t);
+    if (!t.first) add(one, t.mean, t.stride);
+    if (t.last) scale(one, t.count);
+    put(one, t.mean, t.stride);
+    if (t.variance == nullptr) return;
+    product(two, t.left_squared, t.right_squared, t);
+    if (!t.first) add(two, t.variance, t.stride);
+    if (t.last) {
+      scale(two, t.count);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          const vec mean = load(t.mean + m * t.stride + v * W);
+          // One sample: zero, whatever the rounding; NaN stays.
+          const vec spread = t.count == 1 ? mean - mean : two[m][v] - mean * mean;
+          two[m][v] = spread < vec{} ? vec{} : spread;
+        }
+    }
+    put(two, t.variance, t.stride);
+  }
+
+  static inline void product(vec (&acc)[M][V], const float* left, const float* right,
+                             const Rank1& t) {
+    const float* p[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) p[m] = left + m;
+    multiply(acc, p, t.step, t.depth, right);
+  }
+  static inline void add(vec (&acc)[M][V], const float* from, int64_t stride) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[m][v] += load(from + m * stride + v * W);
+  }
+  static inline void scale(vec (&acc)[M][V], int64_t count) {
+    const vec n = vec{} + static_cast<float>(count);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[m][v] /= n;
+  }
+  static inline void put(const vec (&acc)[M][V], float* to, int64_t stride) {
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(to + m * stride + v * W, acc[m][v]);
+  }
+};
+
+// A tile that sticks out at the right edge is computed beside the output and copied.
+static void edge_tile(Rank1 t, int64_t height, int width) {
+  alignas(64) float mean[ROWS * R], variance[ROWS * R];
+  const auto copy = [&](float* to, int64_t to_row, const float* from, int64_t from_row) {
+    for (int64_t m = 0; m < height; ++m)
+      std::memcpy(to + m * to_row, from + m * from_row, sizeof(float) * width);
+  };
+  Rank1 inner = t;
+  inner.mean = mean;
+  inner.variance = t.variance == nullptr ? nullptr : variance;
+  inner.stride = R;
+  if (!t.first) {
+    copy(mean, R, t.mean, t.stride);
+    if (t.variance != nullptr) copy(variance, R, t.variance, t.stride);
+  }
+  tile_routine<Rank1Tile>(height, width > W ? 2 : 1)(inner);
+  copy(t.mean, t.stride, mean, R);
+  if (t.variance != nullptr) copy(t.variance, t.stride, variance, R);
+}
+
+// Rows of the samples' factor: `values` [depth][width] and their squares, samples gathered.
+static void gather(float* values, float* squares, int64_t width, const float* data,
+                   const int64_t* samples, int64_t depth, int64_t sample, const int64_t* col,
+                   int64_t columns) {
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t m = 0; m < width; ++m) {
+      const float x = m < columns ? data[samples[k] * sample + col[m]] : 0.f;
+      values[k * width + m] = x;
+      squares[k * width + m] = x * x;
+    }
+}
+
+static void moments_rank1(const Outer& p, Group group, Range rows, Range columns, float* mean,
+                          float* variance) {
+  const int64_t panels = (columns.end - columns.begin + R - 1) / R;
+  const int64_t chunk = std::min<int64_t>(group.count, RANK1_DEPTH);
+  Carver carver(2 * Carver::padded(chunk * ROWS) + 2 * panels * chunk * R +
+                2 * Carver::padded(2 * std::max<int64_t>(chunk, R)));
+  float* left = carver.take(chunk * ROWS);
+  float* left_squared = carver.take(chunk * ROWS);
+  float* right = carver.take(panels * chunk * R);
+  float* right_squared = carver.take(panels * chunk * R);
+  auto* step = reinterpret_cast<int64_t*>(carver.take(2 * chunk));
+  auto* lanes = reinterpret_cast<int64_t*>(carver.take(2 * R));
+  for (int64_t k = 0; k < chunk; ++k) step[k] = k * ROWS;
+  for (int64_t v = 0; v < R; ++v) lanes[v] = v * p.right.col;
+
+  for (int64_t s = 0; s < group.count; s += chunk) {
+    const int64_t depth = std::min(chunk, group.count - s);
+    for (int64_t j = 0; j < panels; ++j)
+      gather(right + j * chunk * R, right_squared + j * chunk * R, R,
+             p.right.data + (columns.begin + j * R) * p.right.col, group.samples + s, depth,
+             p.right.sample, lanes, std::min<int64_t>(R, columns.end - columns.begin - j * R));
+    for (int64_t m = rows.begin; m < rows.end; m += ROWS) {
+      const int64_t height = std::min<int64_t>(ROWS, rows.end - m);
+      gather(left, left_squared, ROWS, p.left.data, group.samples + s, depth, p.left.sample,
+             p.left.col.data() + m, height);
+      for (int64_t j = 0; j < panels; ++j) {
+        const int64_t column = columns.begin + j * R;
+        const int64_t width = std::min<int64_t>(R, columns.end - column);
+        const int64_t at = p.out(m, column);
+        const Rank1 tile{left, left_squared, right + j * chunk * R, right_squared + j * chunk * R,
+                         step, depth, group.count, s == 0, s + depth == group.count, mean + at,
+                         variance == nullptr ? nullptr : variance + at, p.out_left};
+        if (width % W == 0)
+          tile_routine<Rank1Tile>(height, width / W)(tile);
+        else
+          edge_tile(tile, height, static_cast<int>(width));
+      }
+    }
+  }
+}
