@@ -39,5 +39,6 @@ def status() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return False, f"{library.name} does not load: {error}"
+        # torch's own message names only the path; what the loader said is its cause
+        return False, f"{library.name} does not load: {error.__cause__ or error}"
     return True, record or library.name
