@@ -158,9 +158,9 @@ class Fishr(DomainOptimizer):
             retain_graph=False,
             extra=rest,
         )
-        share = moments.count / samples
         for name, mean in moments.mean.items():
-            weighted = share.to(mean.dtype) @ mean.reshape(len(share), chosen[name].numel())
+            share = moments.count.to(mean.dtype) / samples
+            weighted = share @ mean.reshape(len(share), chosen[name].numel())
             accumulate(chosen[name], weighted.view(chosen[name].shape))
         for p, grad in zip(rest, grads, strict=True):
             if grad is not None:

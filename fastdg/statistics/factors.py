@@ -22,6 +22,11 @@ def accumulated(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
+def _flat(grads: Tensor) -> Tensor:
+    """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
+    return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
+
+
 class Factor(ABC):
     """Gradients :math:`g_1..g_N` of one parameter of shape ``shape``."""
 
@@ -55,7 +60,7 @@ class Factor(ABC):
 
     def gram(self, partition: Partition) -> Tensor:
         """Inner products of the domains' mean gradients, ``[D, D]``."""
-        flat = self.domain(partition).flatten(1)
+        flat = _flat(self.domain(partition))
         return flat @ flat.t()
 
     def plus(self, other: Factor) -> Factor:
@@ -80,21 +85,22 @@ class Dense(Factor):
         self.shape, self.samples = grads.shape[1:], grads.shape[0]
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
-        mean, variance = ops.moments(self.grads.flatten(1), partition.order, partition.offsets)
-        return mean.unflatten(1, self.shape), variance.unflatten(1, self.shape)
+        mean, variance = ops.moments(_flat(self.grads), partition.order, partition.offsets)
+        shape = (partition.num_domains, *self.shape)
+        return mean.view(shape), variance.view(shape)
 
     def domain(self, partition: Partition) -> Tensor:
-        flat = self.grads.flatten(1)
+        flat = _flat(self.grads)
         total = flat.new_zeros((partition.num_domains, flat.shape[1]))
         total = total.index_add(0, partition.domains, flat)
         count = partition.count.clamp(min=1).to(flat.dtype).unsqueeze(1)
-        return (total / count).unflatten(1, self.shape)
+        return (total / count).view(partition.num_domains, *self.shape)
 
     def per_sample(self) -> Tensor:
         return self.grads
 
     def norms(self) -> Tensor:
-        return self.grads.flatten(1).square().sum(1)
+        return _flat(self.grads).square().sum(1)
 
     def scaled(self, weights: Tensor) -> Factor:
         return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))

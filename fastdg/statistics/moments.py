@@ -54,7 +54,7 @@ def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
         like = next(part.mean[name] for part in parts if name in part.mean)
         zero = like.new_zeros((domains, *like.shape[1:]))
         wide = [1] * (like.dim() - 1)
-        shares = [(c / count.clamp(min=1)).to(like.dtype).view(-1, *wide) for c in counts]
+        shares = [(c.to(like.dtype) / count.clamp(min=1)).view(-1, *wide) for c in counts]
         means = [rows(part.mean[name], domains) if name in part.mean else zero for part in parts]
         m = torch.stack([s * x for s, x in zip(shares, means, strict=True)]).sum(0)
         v = zero
