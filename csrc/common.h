@@ -54,6 +54,11 @@ struct Partition {
   }
 };
 
+inline Tensor dense(const Tensor& x, const char* name) {
+  check_float(x, name);
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -77,4 +77,12 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) 
   return p;
 }
 
+Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,
+                     const Window& window) {
+  const Tensor& to = delta_right(p) ? grad_a : grad_delta;
+  const Left left = window.empty() ? rows(to) : patches(to, window);
+  return {left.data, left.sample, left.row, left.col, !window.empty(),
+          floats(delta_right(p) ? grad_delta : grad_a)};
+}
+
 }  // namespace fastdg

@@ -11,6 +11,10 @@ namespace fastdg {
 // of two matrices the one that fills vector lanes better is the right one.
 Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window);
 
+// Where the derivative of the problem by its factors goes.
+Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,
+                     const Window& window);
+
 // Whether the lanes of the right factor hold delta (else a).
 inline bool delta_right(const Outer& p) { return p.out_left == 1; }
 

@@ -44,6 +44,21 @@ struct Range {
   int64_t begin, end;
 };
 
+// What the derivative of a domain's moments starts from; each [O, I].
+struct Upstream {
+  const float *grad_mean, *grad_variance, *mean;
+  int64_t count;  // samples of the domain
+};
+
+// Where the derivative goes: contiguous tensors of the factors' shapes.
+struct Gradient {
+  float* left;
+  int64_t left_sample;
+  std::vector<int64_t> row, col;  // as in Left
+  bool overlaps;                  // patches that share elements: contributions are added
+  float* right;                   // [N, T, V]
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -55,6 +70,8 @@ struct Routines {
   // Both for T = 1, where the squares factor: sum g^2 = sum left^2 (x) right^2. Needs out_right = 1.
   void (*moments_rank1)(const Outer&, Group, Range rows, Range columns, float* mean,
                         float* variance);
+  // Gradients of both factors for samples of one domain.
+  void (*backward)(const Outer&, const Upstream&, const Gradient&, Group);
   // Squared norm of one sample's gradient, formed tile by tile.
   float (*norm_direct)(const Outer&, int64_t sample);
   // The same as sum_ts <left_t, left_s> <right_t, right_s>.

@@ -10,13 +10,16 @@ namespace FASTDG_ISA {
 constexpr int64_t PANEL_FLOATS = 4096;  // half of a 32 KiB first-level cache
 constexpr int64_t SUM_ROWS = 96;
 constexpr int64_t RANK1_DEPTH = 256;
+constexpr int64_t UPSTREAM_FLOATS = 32768;  // slope, level and H fit 512 KiB of second-level cache
+constexpr int64_t UPSTREAM_ROWS = 252;
 
+#include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
 
-static const Routines table{FASTDG_NAME(FASTDG_ISA), R,           ROWS,      moments,
-                            moments_rank1,           norm_direct, norm_gram};
+static const Routines table{FASTDG_NAME(FASTDG_ISA), R,        ROWS,        moments,
+                            moments_rank1,           backward, norm_direct, norm_gram};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

@@ -69,6 +69,41 @@ std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, c
   return {mean, variance};
 }
 
+std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
+                                                  const Tensor& grad_variance, const Tensor& a,
+                                                  const Tensor& delta, const Tensor& mean,
+                                                  const Tensor& order, const Tensor& offsets,
+                                                  Window window) {
+  const Outer p = outer_problem(a, delta, window);
+  const Partition partition(order, offsets, p.samples);
+  const Tensor upstream[] = {dense(grad_mean, "grad_mean"), dense(grad_variance, "grad_variance"),
+                             dense(mean, "mean")};
+  const int64_t D = partition.domains();
+  for (const Tensor& x : upstream)
+    STD_TORCH_CHECK(x.numel() == D * p.out_size, "grad_mean, grad_variance, mean: expected ", D,
+                    " x ", p.out_size, " elements, got ", x.numel());
+  Tensor grad_a = allocate(a, {a.sizes().begin(), a.sizes().end()});
+  Tensor grad_delta = allocate(delta, {delta.sizes().begin(), delta.sizes().end()});
+  if (p.out_size == 0 || p.positions == 0 || partition.offsets.back() - partition.offsets[0] < p.samples) {
+    torch::stable::zero_(grad_a);
+    torch::stable::zero_(grad_delta);
+  }
+  if (p.out_size == 0 || p.positions == 0 || D == 0) return {grad_a, grad_delta};
+  const Gradient grad = gradient_of(p, grad_a, grad_delta, window);
+  const auto upstream_of = [&](int64_t d) {
+    return Upstream{floats(upstream[0]) + d * p.out_size, floats(upstream[1]) + d * p.out_size,
+                    floats(upstream[2]) + d * p.out_size, partition.count(d)};
+  };
+  const int64_t groups = threads() > 1 ? pieces(2 * threads(), D) : 1;
+  for_each_task(D * groups, [&](int64_t task) {
+    const int64_t d = task / groups, count = partition.count(d), size = pieces(count, groups);
+    const int64_t begin = std::min(count, task % groups * size);
+    const Group group{partition.samples(d) + begin, std::min(size, count - begin)};
+    if (group.count > 0) routines().backward(p, upstream_of(d), grad, group);
+  });
+  return {grad_a, grad_delta};
+}
+
 Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, const Tensor& offsets,
                     Window window) {
   const Outer p = outer_problem(a, delta, window);
@@ -84,9 +119,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
   m.def("outer_moments(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) "
         "-> (Tensor, Tensor)");
   m.def("outer_domain(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor");
+  m.def("outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
+        "Tensor mean, Tensor order, Tensor offsets, int[] window) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("outer_moments", TORCH_BOX(&fastdg::outer_moments));
+  m.impl("outer_moments_backward", TORCH_BOX(&fastdg::outer_moments_backward));
   m.impl("outer_domain", TORCH_BOX(&fastdg::outer_domain));
 }
