@@ -171,6 +171,13 @@ class DomainOptimizer(Optimizer):
 
     def _stage(self, losses: Tensor, domains: Tensor) -> None:
         check_losses(losses)
+        if self._size() != self._watched:
+            self._rewatch()
+            raise RuntimeError(
+                f"the wrapped {type(self.base).__name__} was given new parameters that this "
+                "forward was not watched for: run the model again, and call add_param_group on the "
+                f"{type(self).__name__}"
+            )
         parts = partition(domains, losses, self.num_domains)
         resolved = self._tape.resolve(losses)
         calls = resolved.found.calls
@@ -277,9 +284,7 @@ class DomainOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; its layers are found in the next forward."""
         self.base.add_param_group(param_group)
-        model = self._model() if self._model is not None else None
-        self._names = names_of(self.param_groups, model)
-        self._watch(model)
+        self._rewatch()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state with the wrapper's own in it; see `load_state_dict`."""
@@ -351,11 +356,20 @@ class DomainOptimizer(Optimizer):
         self.state.clear()
         self.state.update(state)
 
+    def _rewatch(self) -> None:
+        model = self._model() if self._model is not None else None
+        self._names = names_of(self.param_groups, model)
+        self._watch(model)
+
     def _watch(self, model: nn.Module | None) -> None:
         if "_tape" in self.__dict__:
             self._tape.recorder.close()
         self._model = weakref.ref(model) if model is not None else None
         self._tape = Tape(Recorder(self._names, model), self.params, self.check)
+        self._watched = self._size()
+
+    def _size(self) -> int:
+        return sum(len(group["params"]) for group in self.param_groups)
 
     def _clear(self) -> None:
         self._staged, self._ready, self._pending, self._statistics = [], False, None, {}
