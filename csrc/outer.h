@@ -72,6 +72,8 @@ struct Routines {
                         float* variance);
   // Gradients of both factors for samples of one domain.
   void (*backward)(const Outer&, const Upstream&, const Gradient&, Group);
+  // The same for T = 1 and out_right = 1, from a part of the right width: grad.left gets that part's share.
+  void (*backward_rank1)(const Outer&, const Upstream&, const Gradient&, Group, Range columns);
   // Squared norm of one sample's gradient, formed tile by tile.
   float (*norm_direct)(const Outer&, int64_t sample);
   // The same as sum_ts <left_t, left_s> <right_t, right_s>.

@@ -12,14 +12,17 @@ constexpr int64_t SUM_ROWS = 96;
 constexpr int64_t RANK1_DEPTH = 256;
 constexpr int64_t UPSTREAM_FLOATS = 32768;  // slope, level and H fit 512 KiB of second-level cache
 constexpr int64_t UPSTREAM_ROWS = 252;
+constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
+constexpr int64_t RANK1_SAMPLES = 64;
 
 #include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
+#include "outer_rank1_backward.h"
 
 static const Routines table{FASTDG_NAME(FASTDG_ISA), R,        ROWS,        moments,
-                            moments_rank1,           backward, norm_direct, norm_gram};
+                            moments_rank1,           backward, backward_rank1, norm_direct, norm_gram};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

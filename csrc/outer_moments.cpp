@@ -18,13 +18,16 @@ int64_t block_size(int64_t width, int64_t unit, int64_t largest, int64_t wanted)
 constexpr int64_t TASKS_PER_THREAD = 6;  // so that uneven tasks still end together
 constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-level cache
 constexpr int64_t LARGEST_COLUMNS = 512;
+constexpr int64_t LEAST_COLUMNS = 128;
+
+bool is_rank1(const Outer& p) { return p.positions == 1 && p.out_right == 1; }
 
 // Mean and, unless null, variance of every domain.
 void run(const Outer& p, const Partition& partition, float* mean, float* variance) {
   const Routines& isa = routines();
   const int64_t D = partition.domains(), rows = p.left_width(), columns = p.right.width;
   if (p.out_size == 0 || D == 0) return;
-  const bool rank1 = p.positions == 1 && p.out_right == 1;
+  const bool rank1 = is_rank1(p);
   const int64_t width = rank1 ? block_size(columns, isa.panel, LARGEST_COLUMNS, 1) : isa.panel;
   const int64_t across = pieces(columns, width);
   const int64_t wanted = pieces(threads() > 1 ? threads() * TASKS_PER_THREAD : 1, D * across);
@@ -48,6 +51,32 @@ void run(const Outer& p, const Partition& partition, float* mean, float* varianc
       isa.moments_rank1(p, group, range, lanes, m, v);
     } else {
       isa.moments(p, group, range, column, m, v);
+    }
+  });
+}
+
+// Several tasks of a domain share its right width; each has its own share of the left gradient.
+template <class UpstreamOf>
+void run_rank1_backward(const Outer& p, const Partition& partition, const Gradient& grad,
+                        const UpstreamOf& upstream_of, const Tensor& grad_left) {
+  const int64_t D = partition.domains(), columns = p.right.width;
+  const int64_t wanted = threads() > 1 ? pieces(2 * threads(), D) : 1;
+  const int64_t width = pieces(columns, std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, wanted));
+  const int64_t parts = pieces(columns, width), size = grad_left.numel();
+  const Tensor shares = allocate(grad_left, {parts - 1, size});
+  for_each_task(D * parts, [&](int64_t task) {
+    const int64_t d = task / parts, part = task % parts, begin = part * width;
+    const Group group{partition.samples(d), partition.count(d)};
+    if (group.count == 0) return;
+    Gradient mine = grad;
+    if (part > 0) mine.left = floats(shares) + (part - 1) * size;
+    routines().backward_rank1(p, upstream_of(d), mine, group, {begin, std::min(columns, begin + width)});
+  });
+  for_each_task(partition.offsets.back() - partition.offsets.front(), [&](int64_t k) {
+    const int64_t at = partition.samples(0)[k] * grad.left_sample;
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* share = floats(shares) + (part - 1) * size + at;
+      for (int64_t o = 0; o < grad.left_sample; ++o) grad.left[at + o] += share[o];
     }
   });
 }
@@ -94,6 +123,10 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
     return Upstream{floats(upstream[0]) + d * p.out_size, floats(upstream[1]) + d * p.out_size,
                     floats(upstream[2]) + d * p.out_size, partition.count(d)};
   };
+  if (is_rank1(p)) {
+    run_rank1_backward(p, partition, grad, upstream_of, grad_delta);
+    return {grad_a, grad_delta};
+  }
   const int64_t groups = threads() > 1 ? pieces(2 * threads(), D) : 1;
   for_each_task(D * groups, [&](int64_t task) {
     const int64_t d = task / groups, count = partition.count(d), size = pieces(count, groups);
