@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -40,6 +41,7 @@ struct Partition {
   }
 
   int64_t domains() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t covered() const { return offsets.back() - offsets.front(); }
   int64_t count(int64_t d) const { return offsets[d + 1] - offsets[d]; }
   const int64_t* samples(int64_t d) const { return order.data() + offsets[d]; }
 

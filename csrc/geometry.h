@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.h"
-#include "outer.h"
+#include "routines.h"
 
 namespace fastdg {
 

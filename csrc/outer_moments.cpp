@@ -72,7 +72,7 @@ void run_rank1_backward(const Outer& p, const Partition& partition, const Gradie
     if (part > 0) mine.left = floats(shares) + (part - 1) * size;
     routines().backward_rank1(p, upstream_of(d), mine, group, {begin, std::min(columns, begin + width)});
   });
-  for_each_task(partition.offsets.back() - partition.offsets.front(), [&](int64_t k) {
+  for_each_task(partition.covered(), [&](int64_t k) {
     const int64_t at = partition.samples(0)[k] * grad.left_sample;
     for (int64_t part = 1; part < parts; ++part) {
       const float* share = floats(shares) + (part - 1) * size + at;
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                     " x ", p.out_size, " elements, got ", x.numel());
   Tensor grad_a = allocate(a, {a.sizes().begin(), a.sizes().end()});
   Tensor grad_delta = allocate(delta, {delta.sizes().begin(), delta.sizes().end()});
-  if (p.out_size == 0 || p.positions == 0 || partition.offsets.back() - partition.offsets[0] < p.samples) {
+  if (p.out_size == 0 || p.positions == 0 || partition.covered() < p.samples) {
     torch::stable::zero_(grad_a);
     torch::stable::zero_(grad_delta);
   }

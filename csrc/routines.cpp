@@ -1,5 +1,5 @@
 // Which instruction set serves: the widest this machine runs.
-#include "outer.h"
+#include "routines.h"
 
 #include <atomic>
 

@@ -1,4 +1,4 @@
-// Problems made of outer products, and the table of routines that an instruction set offers for them.
+// What the operators compute on, and the table of routines that an instruction set offers for them.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +59,19 @@ struct Gradient {
   float* right;                   // [N, T, V]
 };
 
+// One parameter of the spread of variances: [D, size]; ema is null where there is no history.
+struct GapTensor {
+  const float *variance, *ema;
+  float* grad;
+  int64_t size;
+};
+
+struct GapDomains {
+  const bool* present;
+  int count;
+  float history;
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -78,6 +91,14 @@ struct Routines {
   float (*norm_direct)(const Outer&, int64_t sample);
   // The same as sum_ts <left_t, left_s> <right_t, right_s>.
   float (*norm_gram)(const Outer&, int64_t sample);
+  // Moments of `width` columns of given gradients, and their derivative by each sample's gradient.
+  void (*dense_moments)(const float* grads, int64_t stride, Group, int64_t width, float* mean,
+                        float* variance);
+  void (*dense_moments_backward)(const Upstream&, const float* grads, int64_t stride, Group,
+                                 int64_t width, float* out, int64_t out_stride);
+  // Sum over columns of the spread of the domains' values, and `scale` times their distance to the mean.
+  double (*variance_gap)(const GapTensor&, const GapDomains&, Range columns);
+  void (*variance_gap_backward)(const GapTensor&, const GapDomains&, float scale, Range columns);
 };
 
 const Routines* generic_routines();

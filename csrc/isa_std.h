@@ -1,4 +1,4 @@
-// What outer_isa.h needs from the standard library and from this one.
+// What isa.h needs from the standard library and from this one.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#include "outer.h"
+#include "routines.h"
 #include "scratch.h"
 
 #define FASTDG_TEXT(x) #x

@@ -1,5 +1,5 @@
 // 512-bit vectors: 12 x 32 accumulators take 24 of the 32 registers.
-#include "outer_std.h"
+#include "isa_std.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #ifdef __clang__
@@ -10,7 +10,7 @@
 #define FASTDG_ISA avx512
 #define FASTDG_LANES 16
 #define FASTDG_ROWS 12
-#include "outer_isa.h"
+#include "isa.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -15,14 +15,26 @@ constexpr int64_t UPSTREAM_ROWS = 252;
 constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
 constexpr int64_t RANK1_SAMPLES = 64;
 
+#include "columns.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
 #include "outer_rank1_backward.h"
 
-static const Routines table{FASTDG_NAME(FASTDG_ISA), R,        ROWS,        moments,
-                            moments_rank1,           backward, backward_rank1, norm_direct, norm_gram};
+static const Routines table{FASTDG_NAME(FASTDG_ISA),
+                            R,
+                            ROWS,
+                            moments,
+                            moments_rank1,
+                            backward,
+                            backward_rank1,
+                            norm_direct,
+                            norm_gram,
+                            dense_moments,
+                            dense_moments_backward,
+                            variance_gap,
+                            variance_gap_backward};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

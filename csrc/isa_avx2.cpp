@@ -1,5 +1,5 @@
 // 256-bit vectors: 6 x 16 accumulators take 12 of the 16 registers.
-#include "outer_std.h"
+#include "isa_std.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #ifdef __clang__
@@ -10,7 +10,7 @@
 #define FASTDG_ISA avx2
 #define FASTDG_LANES 8
 #define FASTDG_ROWS 6
-#include "outer_isa.h"
+#include "isa.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -1,10 +1,10 @@
 // 128-bit vectors, which every machine has.
-#include "outer_std.h"
+#include "isa_std.h"
 
 #define FASTDG_ISA generic
 #define FASTDG_LANES 4
 #define FASTDG_ROWS 6
-#include "outer_isa.h"
+#include "isa.h"
 
 namespace fastdg {
 const Routines* generic_routines() { return &generic::table; }
