@@ -11,19 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from ..domains import Partition, partition
-from .check import verify
+from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
 from .moments import DomainMoments
-from .tape import Found, Recorder, Selection, find
+from .tape import Call, Found, Recorder, Selection, find
 
 
 class Resolved(NamedTuple):
-    """What a forward left behind for these losses: the calls that matter, the names of the
-    parameters each uses, and the parameters asked for."""
+    """What a forward left behind for these losses.
+
+    Attributes:
+        found: the calls that use one of the parameters asked for.
+        owned: local -> full names of the parameters that each call answers for.
+        chosen: the parameters asked for that were used.
+    """
 
     found: Found
-    owned: dict[int, dict[str, str]]
+    owned: dict[Call, dict[str, str]]
     chosen: dict[str, Tensor]
 
 
@@ -32,42 +37,47 @@ class Tape:
 
     def __init__(self, recorder: Recorder, params: Selection, check: bool = True) -> None:
         self.recorder, self.params, self.check = recorder, params, check
-        self.verified = False
+        self.checks = Checks()
 
     def resolve(self, losses: Tensor) -> Resolved:
-        """Find the forward below ``losses``; check it the first time."""
+        """Find the forward below ``losses``; check what was not yet checked."""
         check_losses(losses)
-        head = isinstance(self.params, str)  # "head" or "all", checked by select()
         named = {name: p for p, name in self.recorder.names.values() if p.requires_grad}
         root = losses.grad_fn
         assert root is not None
-        if head and self.params == "head":
-            found = choose_head(find(root, self.recorder, until=self.recorder.last))
-            selected: Callable[[str, Tensor], bool] = lambda name, p: True  # noqa: E731
-        else:
-            found = find(root, self.recorder)
-            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
-            selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
-        if not found.calls:
+        head = isinstance(self.params, str) and self.params == "head"
+        found = find(root, self.recorder, until=self.recorder.last if head else None)
+        if not any(call.parameters for call in found.calls):
             raise RuntimeError(
-                "losses: no tracked layer was seen in the forward that made them. The model has "
-                "to run after "
-                "this object was made, outside torch.no_grad and torch.func, and losses must "
-                "depend on it; "
-                "for a compiled or stateless model use fastdg.func"
+                "losses: no tracked layer was seen in the forward that made them. The model has to "
+                "run after this object was made, outside torch.no_grad and torch.func, and losses "
+                "must depend on it; for a compiled or stateless model use fastdg.func"
             )
         owned = adopt(found, {id(p): name for name, p in named.items()})
-        seen = {name for own in owned.values() for name in own.values()}
-        chosen = {n: p for n, p in named.items() if n in seen and selected(n, p)}
-        if not chosen:
-            raise RuntimeError(
-                f"params: none of the selected parameters was used in this forward; seen: "
-                f"{sorted(seen)}"
-            )
-        refuse_mixing(found)
-        if self.check and not self.verified:
-            verify(losses, found, owned, chosen)
-            self.verified = True
+        if head:
+            calls = choose_head(found).calls
+            chosen = {name: named[name] for call in calls for name in owned[call].values()}
+        else:
+            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+            selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
+            used = {name for own in owned.values() for name in own.values()}
+            leaves = {id(leaf) for leaf in found.leaves}
+            wanted = {name: p for name, p in named.items() if selected(name, p)}
+            chosen = {name: p for name, p in wanted.items() if name in used}
+            if self.check:
+                self.checks.refuse_unseen(
+                    [name for name, p in wanted.items() if name not in used and id(p) in leaves]
+                )
+            if not chosen:
+                raise RuntimeError(
+                    "params: none of the selected parameters was used in this forward; "
+                    f"used: {sorted(used)}"
+                )
+            calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
+        refuse_mixing(found, calls)
+        found = found.keep(calls)
+        if self.check:
+            self.checks.verify(losses, found, owned, chosen)
         return Resolved(found, owned, chosen)
 
 
@@ -304,9 +314,9 @@ def check(tape: Tape, losses: Tensor) -> None:
     Raises:
         RuntimeError: names the first parameter whose gradients do not agree, and the likely cause.
     """
-    before = tape.check, tape.verified
-    tape.check, tape.verified = True, False
+    before = tape.check, tape.checks
+    tape.check, tape.checks = True, Checks()
     try:
         tape.resolve(losses)
     finally:
-        tape.check, tape.verified = before
+        tape.check, tape.checks = before

@@ -12,77 +12,70 @@ from torch import Tensor, nn
 from .factors import Factor, total
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
-from .tape import Call, Found, sweep
+from .tape import Call, Found, contents, own_parameters, sweep
 
 Consume = Callable[[str, Factor], None]
 
 
 def choose_head(found: Found) -> Found:
-    """Only the calls of the last module that ran; a module that contains others that ran is not
-    it."""
+    """Only the calls of the last module that ran; one that contains others that ran is not it."""
     ran = {call.module for call in found.calls}
     for call in reversed(found.calls):
-        inner = set(call.module.modules()) - {call.module}
-        if not inner & ran:
-            return keep(found, [c for c in found.calls if c.module is call.module])
+        if call.parameters and not any(inner in ran for inner in contents(call.module)):
+            return found.keep([c for c in found.calls if c.module is call.module])
     return found
 
 
-def keep(found: Found, calls: Sequence[Call]) -> Found:
-    """``found`` reduced to ``calls``."""
-    wanted = {id(call) for call in calls}
-    slots = {
-        node: [entry for entry in entries if id(entry[0]) in wanted]
-        for node, entries in found.slots.items()
-    }
-    slots = {node: entries for node, entries in slots.items() if entries}
-    deepest = [node for node in found.deepest if node in slots]
-    # With inner nodes dropped, a node may have become deepest; asking for all of them is always
-    # right.
-    if len(slots) != len(found.slots):
-        deepest = list(slots)
-    return Found(list(calls), slots, deepest, found.leaves)
-
-
-def adopt(found: Found, names: dict[int, str]) -> dict[int, dict[str, str]]:
-    """Tracked parameters of each call: its own, and those of modules inside it that never ran
-    themselves.
+def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
+    """Tracked parameters of each call: its own, and those of modules inside that never ran.
 
     `nn.MultiheadAttention` reads the weight of its output projection without calling it.
     """
-    ran = {call.module for call in found.calls}
-    owned: dict[int, dict[str, str]] = {}
+    ran = {call.module for call in found.calls if call.parameters}
+    used = {id(leaf) for leaf in found.leaves} if found.whole else names.keys()
+
+    def silent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        for name, child in module._modules.items():
+            if child is not None and child not in ran:
+                for local, p in own_parameters(child):
+                    yield f"{prefix}{name}.{local}", p
+                yield from silent(child, f"{prefix}{name}.")
+
+    owned: dict[Call, dict[str, str]] = {}
     for call in found.calls:
         own = dict(call.parameters)
-        if rule_of(call.module) is None:
-            for prefix, inner in call.module.named_modules():
-                if inner is call.module or inner in ran:
-                    continue
-                for local, p in inner._parameters.items():
-                    if p is not None and p.requires_grad and id(p) in names:
-                        own[f"{prefix}.{local}"] = names[id(p)]
-        owned[id(call)] = own
+        if own and rule_of(call.module) is None:
+            for local, p in silent(call.module, ""):
+                name = names.get(id(p))
+                if name is not None and id(p) in used and name not in own.values():
+                    own[local] = name
+        owned[call] = own
     return owned
 
 
-def refuse_mixing(found: Found) -> None:
-    """Batch statistics make every sample's gradient depend on the others."""
-    mixing = [call for call in found.calls if spans_samples(call.module)]
-    if mixing:
-        raise ValueError(
-            f"params: {mixing[0].where} is a batch norm that normalises over the batch, so "
-            f"per-sample "
-            "gradients do not exist in the tracked part. Ways out: freeze it (module.eval()), use "
-            "GroupNorm or LayerNorm, track a part without it (params='head'), or leave its "
-            "parameters "
-            "and the layers before it out with params=."
-        )
+def refuse_mixing(found: Found, wanted: Sequence[Call]) -> None:
+    """Batch statistics make the gradients of all layers below depend on all samples."""
+    mixing = {call for call in found.calls if spans_samples(call.module)}
+    if not mixing:
+        return
+    chosen = set(wanted)
+    reach = found.above(found.keep(wanted).slots)
+    for node, entries in found.slots.items():
+        for call, _, _ in entries:
+            if call in mixing and (call in chosen or node in reach):
+                raise ValueError(
+                    f"params: {call.where} normalises over the batch (training mode), so the "
+                    "gradients of single samples do not exist in it or in the layers before it. "
+                    "Ways out: freeze it with module.eval() after model.train(), use GroupNorm or "
+                    "LayerNorm in its place, or track only layers after it (params='head', or a "
+                    "list of parameters)."
+                )
 
 
 def collect(
     losses: Tensor,
     found: Found,
-    owned: dict[int, dict[str, str]],
+    owned: dict[Call, dict[str, str]],
     selected: Callable[[str], bool],
     consume: Consume,
     *,
@@ -99,12 +92,12 @@ def collect(
     samples = losses.shape[0]
     uses: dict[str, int] = {}
     for call in found.calls:
-        for name in owned[id(call)].values():
+        for name in owned[call].values():
             uses[name] = uses.get(name, 0) + 1
     parts: dict[str, list[Factor]] = {}
 
     def visit(call: Call, deltas: Sequence[Tensor]) -> None:
-        own = {local: name for local, name in owned[id(call)].items() if selected(name)}
+        own = {local: name for local, name in owned[call].items() if selected(name)}
         if not own:
             return
         for local, factor in _factors(call, deltas, list(own)).items():
@@ -132,16 +125,9 @@ def collect(
 
 def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
     rule = rule_of(call.module)
-    if rule is None or (set(call.parameters) - {"weight", "bias"} and _builtin(call.module)):
+    if rule is None:
         return generic(call, deltas, names)
-    inputs = call.args or tuple(call.kwargs.values())
-    return rule(call.module, inputs, deltas[0])
-
-
-def _builtin(module: nn.Module) -> bool:
-    """A torch layer that was given further parameters (old-style weight norm) is no longer that
-    layer."""
-    return any(cls.__module__.startswith("torch.nn") for cls in type(module).__mro__[:-2])
+    return rule(call.module, call.args or tuple(call.kwargs.values()), deltas[0])
 
 
 def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
@@ -150,10 +136,11 @@ def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
     if factor.samples == 0 or factor.samples % samples:
         raise ValueError(
             f"{call.where}: its first dimension is {factor.samples}, but there are {samples} "
-            f"losses. "
-            "fastdg needs the sample in the first dimension of every tracked layer. A batch run "
-            "in several "
-            "forwards is staged piece by piece with backward(..., final=False)."
+            "losses. Every tracked layer needs the sample in the first dimension and every sample "
+            "needs one loss. Ways out: batch_first=True for sequences; the mean over a sample's "
+            "tokens for losses; positions.expand(N, -1) for an input that all samples share; "
+            "backward(..., final=False) for a batch run in several forwards; or leave these "
+            "parameters out with params=."
         )
     return factor.fold(samples)
 
@@ -166,8 +153,7 @@ def _double_backward_advice(create_graph: bool) -> Iterator[None]:
         if create_graph and "derivative for" in str(error):
             raise RuntimeError(
                 f"{error}: the penalty needs a second derivative of every operation between the "
-                f"tracked "
-                "layers. Fused attention has none; run the model under "
+                "tracked layers. Fused attention has none; run the model under "
                 "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or track less "
                 "(params='head')."
             ) from error

@@ -24,6 +24,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
+from .layers import spans_samples
+
 Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
 
 _KEY = "fastdg"
@@ -42,9 +44,9 @@ def paused() -> Iterator[None]:
         _paused.reset(token)
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One call of a module that owns tracked parameters.
+    """One call of a module that owns tracked parameters, or that mixes samples.
 
     Attributes:
         module: the module.
@@ -67,17 +69,16 @@ class Call:
     @property
     def where(self) -> str:
         """The module in words for messages."""
-        names = ", ".join(self.parameters.values())
+        names = ", ".join(self.parameters.values()) or "no tracked parameters"
         return f"{type(self.module).__name__} ({names})"
 
     def unchanged(self) -> None:
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"{self.where}: its input of shape {tuple(tensor.shape)} was changed in "
-                    f"place after the "
-                    "layer had seen it; its per-sample gradients are lost. Make that operation "
-                    "out of place."
+                    f"{self.where}: its input of shape {tuple(tensor.shape)} was changed in place "
+                    "after the layer had seen it; its per-sample gradients are lost. Make that "
+                    "operation out of place."
                 )
 
 
@@ -93,13 +94,14 @@ class Recorder:
         self.names = {id(p): (p, name) for p, name in names.items()}
         self.last = -1
         self.seen: dict[int, weakref.ref[nn.Module]] = {}
+        self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self.handles: list[Any] = []
         weakref.finalize(self, _remove, self.handles).atexit = False
         if modules is None:
             self.discover()
         else:
             for module in modules.modules():
-                if self._own(module):
+                if self._concerns(module):
                     self._watch(module)
 
     def discover(self) -> None:
@@ -121,12 +123,13 @@ class Recorder:
             return
         self.looked_at = len(self.seen)
         seen = [module for reference in self.seen.values() if (module := reference()) is not None]
-        owners = dict.fromkeys(m for module in seen for m in module.modules() if self._own(m))
-        owned = {id(p) for module in owners for p in module._parameters.values()}
+        inside = dict.fromkeys(m for module in seen for m in module.modules())
+        owned = {id(p) for module in inside for p in module._parameters.values()}
         if self.names.keys() <= owned:
             self.close()
-            for module in owners:
-                self._watch(module)
+            for module in inside:
+                if self._concerns(module):
+                    self._watch(module)
 
     def close(self) -> None:
         _remove(self.handles)
@@ -136,25 +139,36 @@ class Recorder:
         self.handles.append(module.register_forward_hook(_Hook(self), with_kwargs=True))
 
     def _own(self, module: nn.Module) -> dict[str, str]:
-        return {
-            local: self.names[id(p)][1]
-            for local, p in module._parameters.items()
-            if p is not None and id(p) in self.names
+        """Local and full names of the module's own parameters, each parameter once."""
+        own = {
+            id(p): (local, self.names[id(p)][1])
+            for local, p in own_parameters(module)
+            if id(p) in self.names and p.requires_grad
         }
+        return dict(own.values())
+
+    def _ran(self, module: nn.Module) -> bool:
+        seen = self.seen.get(id(module))
+        return seen is not None and seen() is module
+
+    def _concerns(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.modules.batchnorm._BatchNorm) or any(
+            id(p) in self.names for _, p in own_parameters(module)
+        )
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Record a call; returns what the module shall return in place of ``output``, or None."""
-        if not module._parameters or not torch.is_grad_enabled() or _paused.get():
+        if not torch.is_grad_enabled() or _paused.get():
             return None
         own = self._own(module)
-        if not own:
+        if not own and not spans_samples(module):
             return None
         replaced = _apart(module, output)
         tensors = [t for t in pytree.tree_leaves(replaced) if isinstance(t, Tensor)]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-            return None  # inside the user's own torch.func transform: that is what fastdg.func is for
+            return None  # inside the user's own torch.func transform, for which fastdg.func is
         self.seen.setdefault(id(module), weakref.ref(module))
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         device = inputs[0].device.type if inputs else "cpu"
@@ -162,16 +176,18 @@ class Recorder:
             module=module,
             args=args,
             kwargs=kwargs,
-            parameters={k: v for k, v in own.items() if module._parameters[k].requires_grad},  # type: ignore[union-attr]
+            parameters=own,
             outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
             versions=[(t, t._version) for t in inputs if not t.is_inference()],
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
-        if not call.parameters:
-            return None
-        self.last = call.time
+        self.alive.add(call)
+        if own and not any(self._ran(inner) for inner in contents(module)):
+            self.last = call.time
         for slot, tensor in enumerate(tensors):
-            if tensor.requires_grad:
+            # A tensor passed through as it is is not this module's; noting the call on its node
+            # would also tie the graph into a cycle that nothing frees.
+            if tensor.requires_grad and not any(tensor is x for x in inputs):
                 edge = get_gradient_edge(tensor)
                 _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
         return replaced
@@ -185,6 +201,23 @@ def _remove(handles: list[Any]) -> None:
 def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
     """The dictionary that lives and dies with a graph node (torch types it as a method)."""
     return node.metadata  # type: ignore[return-value]
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(local name, parameter)`` of what is the module's own, under a parametrization or not."""
+    for local, p in module._parameters.items():
+        if p is not None:
+            yield local, p
+    if (hidden := module._modules.get("parametrizations")) is not None:
+        yield from hidden.named_parameters("parametrizations")
+
+
+def contents(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside ``module`` that are not part of how its own weights are made."""
+    for name, child in module._modules.items():
+        if child is not None and name != "parametrizations":
+            yield child
+            yield from contents(child)
 
 
 def _apart(module: nn.Module, output: Any) -> Any:
@@ -221,33 +254,75 @@ class _Hook:
 
 @dataclass
 class Found:
-    """The calls of one forward, and where their gradients arrive."""
+    """The calls of one forward, and where their gradients arrive.
+
+    Attributes:
+        calls: in the order they were made.
+        slots: graph node -> (call, which of its outputs, which output of the node).
+        parents: graph node -> the nodes above it that were walked.
+        leaves: tensors that a backward gives a ``.grad``, of what was walked.
+        whole: whether everything was walked.
+    """
 
     calls: list[Call]
     slots: dict[Node, list[tuple[Call, int, int]]]
-    deepest: list[Node]
+    parents: dict[Node, list[Node]]
     leaves: list[Tensor]
+    whole: bool
+
+    def above(self, nodes: Iterable[Node]) -> set[Node]:
+        """All nodes whose gradient ``nodes`` depend on."""
+        covered: set[Node] = set()
+        pending = list(nodes)
+        for node in pending:  # grows while we walk it
+            for parent in self.parents[node]:
+                if parent not in covered:
+                    covered.add(parent)
+                    pending.append(parent)
+        return covered
+
+    def deepest(self) -> list[Node]:
+        """Nodes with no other recorded node below them: a sweep to these passes all others."""
+        covered = self.above(self.slots)
+        return [node for node in self.slots if node not in covered]
+
+    def keep(self, calls: Sequence[Call]) -> Found:
+        """Only ``calls``."""
+        wanted = set(calls)
+        slots = {
+            node: kept
+            for node, entries in self.slots.items()
+            if (kept := [entry for entry in entries if entry[0] in wanted])
+        }
+        return Found(list(calls), slots, self.parents, self.leaves, self.whole)
 
 
 def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     """The calls on the graph below ``root``.
 
-    ``until``: stop at the call made at that time. ``deepest`` are nodes with no other recorded
-    node below them: computing gradients there makes the sweep pass through all the others.
-    ``leaves`` are the tensors that a backward gives a ``.grad`` (of what was walked).
+    ``until``: stop at the call made at that time, if it is its module's only one.
     """
     leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
-    calls: dict[int, Call] = {}
+    calls: set[Call] = set()
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
+    whole = True
     for node in queue:  # grows while we walk it
-        for owner, call, slot, output_nr in _notes(node).get(_KEY, ()):
-            if owner is recorder:
-                slots.setdefault(node, []).append((call, slot, output_nr))
-                calls[id(call)] = call
-        if until is not None and any(call.time == until for call in calls.values()):
-            break
+        entries = [
+            (call, slot, output_nr)
+            for owner, call, slot, output_nr in _notes(node).get(_KEY, ())
+            if owner is recorder
+        ]
+        if entries:
+            slots[node] = entries
+            calls.update(call for call, _, _ in entries)
+            last = next((call for call, _, _ in entries if call.time == until), None)
+            if last is not None and not any(
+                call.module is last.module and call is not last for call in recorder.alive
+            ):
+                whole = False
+                break
         next_functions = node.next_functions
         if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
             leaves.append(leaf)
@@ -259,15 +334,19 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
                 queue.append(below)
             else:
                 parents[below].append(node)
-    covered: set[Node] = set()
-    pending = list(slots)
-    for node in pending:
-        for above in parents[node]:
-            if above not in covered:
-                covered.add(above)
-                pending.append(above)
-    ordered = sorted(calls.values(), key=lambda call: call.time)
-    return Found(ordered, slots, [node for node in slots if node not in covered], leaves)
+    found = Found(sorted(calls, key=lambda call: call.time), slots, parents, leaves, whole)
+    return _without_parametrizations(found)
+
+
+def _without_parametrizations(found: Found) -> Found:
+    """What runs inside a parametrization sees weights, not samples: its host answers for it."""
+    hidden = {
+        inner
+        for call in found.calls
+        if (made := call.module._modules.get("parametrizations")) is not None
+        for inner in made.modules()
+    }
+    return found.keep([call for call in found.calls if call.module not in hidden])
 
 
 Visit = Callable[[Call, Sequence[Tensor]], None]
@@ -318,7 +397,7 @@ def sweep(
                 call.unchanged()
                 visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
 
-    targets = list(found.slots) if create_graph else found.deepest
+    targets = list(found.slots) if create_graph else found.deepest()
     handles: list[Any] = []
     if not create_graph:
         last = set(targets)
@@ -333,7 +412,8 @@ def sweep(
         for nr in sorted({nr for _, _, nr in found.slots[node]})
     ]
     try:
-        with paused():
+        # A backward, and all sums over what it finds, outside autocast wherever it is called
+        with paused(), torch.autocast(losses.device.type, enabled=False):
             grads = list(
                 torch.autograd.grad(
                     losses,

@@ -20,6 +20,7 @@ from ..factors import Factor
 Rule = Callable[[Any, tuple[Any, ...], Tensor], dict[str, Factor]]
 RULES: dict[type[nn.Module], Rule] = {}
 R = TypeVar("R", bound=Rule)
+LAYER = {"weight", "bias"}  # the parameters of every layer with a rule
 
 
 def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
@@ -47,11 +48,18 @@ def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule that serves ``module``, or None if that is the generic one."""
+    if "parametrizations" in module._modules:
+        return None
     forward = type(module).forward
     for cls in type(module).__mro__:
         rule = RULES.get(cls)
         if rule is not None:
-            return rule if getattr(cls, "forward", None) is forward else None
+            if getattr(cls, "forward", None) is not forward:
+                return None
+            # A torch layer that was given further parameters (old-style weight norm) is no longer
+            # that layer; what a rule of the user's own serves is up to the user.
+            more = cls.__module__.startswith("torch.nn") and set(module._parameters) - LAYER
+            return None if more else rule
     return None
 
 

@@ -22,18 +22,17 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
     """Per-sample gradients of the parameters ``names`` (local to the module) by ``vmap(vjp)``."""
     module = call.module
     dim, samples = output_samples(call)
-    every = dict(module.named_parameters())
+    every = dict(module.named_parameters(remove_duplicate=False))
     chosen = {name: every[name] for name in names}
-    others = {name: p for name, p in every.items() if name not in chosen}
+    taken = {id(p) for p in chosen.values()}
+    others = {name: p for name, p in module.named_parameters() if id(p) not in taken}
     buffers = dict(module.named_buffers())
 
     arguments = _with_state(call, samples)
     along = sample_dims(call, arguments)
     leaves, tree = pytree.tree_flatten(arguments)
     used = [slot for slot, output in enumerate(call.outputs) if output is not None]
-    out_dims = [_output_dim(module, deltas[slot], slot, dim, samples) for slot in used]
-    if None in out_dims:
-        raise ValueError(f"{call.where}: its output has no sample dimension of size {samples}")
+    out_dims = [_output_dim(call, deltas[slot], slot, dim, samples) for slot in used]
 
     def rows(tensor: Tensor, d: int) -> Tensor:
         return tensor.unflatten(d, (samples, -1))  # what is left of d is one sample's own part
@@ -55,7 +54,12 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
 
     in_dims = (tuple(d for d in along if d is not None), tuple(out_dims))
     device, (autocast, dtype) = deltas[used[0]].device.type, call.autocast
-    with paused(), torch.autocast(device, dtype=dtype, enabled=autocast), _plain_kernels():
+    with (
+        paused(),
+        torch.autocast(device, dtype=dtype, enabled=autocast),
+        _plain_kernels(),
+        _attributes_kept(module),
+    ):
         try:
             grads = vmap(one, in_dims=in_dims, randomness="error")(mapped, delta_rows)
         except Exception as error:
@@ -80,14 +84,13 @@ def output_samples(call: Call) -> tuple[int, int]:
     return dim, shape[dim]
 
 
-def sample_dims(call: Call, arguments: tuple[Any, Any]) -> list[int | None]:
-    """Which dimension of each tensor the module was called with counts samples; None if all share
-    it.
+def sample_dims(call: Call, arguments: tuple[Any, Any]) -> Sequence[int | None]:
+    """Which dimension of each argument counts samples; None if all samples share it.
 
     Known for attention and recurrent layers. For any other module, tensors whose size along the
     sample dimension is that of the output belong to samples.
     """
-    module, (dim, samples) = call.module, output_samples(call)
+    module, (dim, _) = call.module, output_samples(call)
     args, kwargs = arguments
     if isinstance(module, nn.MultiheadAttention):
         roles = {"query": dim, "key": dim, "value": dim, "key_padding_mask": 0}
@@ -105,17 +108,23 @@ def sample_dims(call: Call, arguments: tuple[Any, Any]) -> list[int | None]:
                 "packed sequences or of a single one cannot be told apart"
             )
         return [dim] + [1] * len(pytree.tree_leaves(states))  # states are (layers, N, H)
-    return [
-        dim
-        if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == samples
-        else None
-        for leaf in pytree.tree_leaves(arguments)
-    ]
+    return dims_by_size(call, arguments)
 
 
-def _output_dim(
-    module: nn.Module, delta: Tensor, slot: int, dim: int, samples: int
-) -> int | None:
+def dims_by_size(call: Call, arguments: tuple[Any, Any]) -> tuple[int | None, ...]:
+    """`sample_dims` as far as nothing but sizes tells them, which may coincide by chance."""
+    if isinstance(call.module, (nn.MultiheadAttention, nn.RNNBase)):
+        return ()
+    dim, samples = output_samples(call)
+
+    def counts_samples(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == samples
+
+    return tuple(dim if counts_samples(leaf) else None for leaf in pytree.tree_leaves(arguments))
+
+
+def _output_dim(call: Call, delta: Tensor, slot: int, dim: int, samples: int) -> int:
+    module = call.module
     if isinstance(module, nn.MultiheadAttention):
         return dim if slot == 0 else 0  # attention weights are (N, L, S) or (N, heads, L, S)
     if isinstance(module, nn.RNNBase) and delta.dim() == 3:
@@ -123,7 +132,12 @@ def _output_dim(
         sizes = (module.hidden_size, module.proj_size)
         if delta.shape[:2] == (layers, samples) and delta.shape[2] in sizes:
             return 1  # a final state
-    return dim if delta.dim() > dim and delta.shape[dim] == samples else None
+    if delta.dim() <= dim or delta.shape[dim] != samples:
+        raise ValueError(
+            f"{call.where}: its output of shape {tuple(delta.shape)} has no sample dimension of "
+            f"size {samples}"
+        )
+    return dim
 
 
 def _with_state(call: Call, samples: int) -> tuple[Any, Any]:
@@ -151,6 +165,20 @@ def _with_state(call: Call, samples: int) -> tuple[Any, Any]:
         cell = x.new_zeros((*layers, samples, module.hidden_size))
         state = (hidden, cell) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else hidden
     return (x, state), {}
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """A replay may leave tensors of torch.func behind, as old-style weight norm sets ``weight``."""
+    before = [
+        (inner, {k: v for k, v in vars(inner).items() if isinstance(v, Tensor)})
+        for inner in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for inner, tensors in before:
+            vars(inner).update(tensors)
 
 
 @contextmanager
