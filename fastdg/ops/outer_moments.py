@@ -49,6 +49,9 @@ def reference(
                 g = torch.bmm(delta[part].transpose(1, 2), unfold(a[part], window))
                 m += g.sum(0)
                 v += g.square_().sum(0)
+        if rows.numel() == 1:
+            torch.sub(m, m, out=v)  # nothing but 0, or the NaN of what is not finite
+            continue
         m /= rows.numel()
         # v - m*m cancels where the samples agree; rounding must not turn that into a negative
         # variance.
