@@ -1,1 +1,26 @@
-"""Triton kernels, one file per op, each under the name of its op in ``fastdg.ops``."""
+"""Triton kernels, one file per op, each under the name of its op in ``fastdg.ops``.
+
+``variance_gap`` is a CUDA op. ``outer_gram`` has no kernel of its own: its reference is ``outer_domain`` and one
+matrix product, which run on the device without waiting for it.
+"""
+
+from __future__ import annotations
+
+from ..ops.registry import attach
+from . import launch, moments, outer_domain, outer_moments, outer_moments_backward, outer_norms
+
+
+def attach_all() -> None:
+    """Let Triton compute what is here, for the arguments that each op's kernels support."""
+    plain, outer = launch.supports, launch.supports_outer
+    attach("moments", "triton", moments.moments, plain)
+    attach("moments_backward", "triton", moments.moments_backward, plain)
+    attach("outer_domain", "triton", outer_domain.outer_domain, outer)
+    attach("outer_moments", "triton", outer_moments.outer_moments, outer)
+    attach("outer_norms", "triton", outer_norms.outer_norms, outer)
+    attach(
+        "outer_moments_backward",
+        "triton",
+        outer_moments_backward.outer_moments_backward,
+        lambda grad_mean, grad_variance, *args: outer(*args) and plain(grad_mean, grad_variance),
+    )

@@ -1,0 +1,157 @@
+"""How kernels are launched: tile sizes, shares of the work, precision, and what they can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+
+from ..ops import window as windows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32 = 2**31 - 1
+# Partial sums of one launch, in elements (256 MiB of fp32).
+PARTIAL_ELEMENTS = 1 << 26
+
+
+def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
+    """Run ``kernel`` as ``programs`` programs on the device of the first tensor."""
+    if programs == 0:
+        return
+    device = args[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*args, **meta)
+
+
+def processors(device: torch.device) -> int:
+    """Programs that run at the same time, at least; interpreted kernels run one after the other."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def hopper(device: torch.device) -> bool:
+    """Whether matrix instructions read shared memory (compute capability 9 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def parts(programs: int, steps: int, size: int, device: torch.device) -> int:
+    """Into how many parts each program's sum is split so that every multiprocessor has two programs.
+
+    Args:
+        programs: programs there are without a split.
+        steps: what the longest sum can be divided into.
+        size: elements of the partial result of one part.
+        device: where they run.
+    """
+    wanted = (2 * processors(device)) // max(1, programs)
+    return max(1, min(wanted, steps, PARTIAL_ELEMENTS // max(1, size)))
+
+
+def block(size: int, largest: int, smallest: int = 16) -> int:
+    """Power of two that covers ``size``, within what `tl.dot` and the registers take."""
+    return max(smallest, min(largest, next_power_of_2(max(1, size))))
+
+
+def warps(block_o: int, block_i: int) -> int:
+    """Warps for a tile: at most 64 elements of it a thread."""
+    return 8 if block_o * block_i > 64 * 64 else 4
+
+
+def tile(
+    outputs: int, inputs: int, precise: str, a: Tensor, window: Sequence[int]
+) -> tuple[int, int, int]:
+    """``(O, I, summed)`` sizes of a tile that keeps three accumulators in registers without spills.
+
+    Hopper's instructions take operands from shared memory and leave room for twice the tile of earlier
+    GPUs. Splitting fp32 into TF32 parts happens in registers and costs that room again, and so do patches
+    of two-byte numbers, which cannot be copied to shared memory one by one.
+    """
+    wide = precise == "tf32" and hopper(a.device) and not (window and a.dtype != torch.float32)
+    summed = 32 if precise == "tf32" else 16
+    return block(outputs, 128), block(inputs, 128 if wide else 64), summed
+
+
+def precision(a: Tensor, window: Sequence[int]) -> str:
+    """Precision of products of fp32 numbers, as PyTorch's own layers are set.
+
+    Without TF32, three TF32 products per product: the accuracy of fp32 at the speed of tensor cores.
+    """
+    if a.dtype != torch.float32:
+        return "tf32"  # exact for fp16 and bf16
+    backend = torch.backends.cudnn.conv if window else torch.backends.cuda.matmul
+    return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
+
+
+def positions_last(x: Tensor) -> Tensor:
+    """fp32 rows ``[N, T, C]`` with positions next to each other, T rounded up to 16 with zeros.
+
+    Tensor cores take TF32 operands with the summed dimension contiguous only, and loads are 16 bytes wide
+    only if every row starts at such a boundary. fp16 and bf16 operands may lie either way.
+    """
+    T = x.shape[1]
+    if x.dtype != torch.float32 or (T % 16 == 0 and x.stride(1) == 1 and x.stride(2) % 16 == 0):
+        return x
+    rows = x.new_zeros((x.shape[0], x.shape[2], -(-T // 16) * 16))
+    rows[:, :, :T] = x.transpose(1, 2)
+    return rows.transpose(1, 2)
+
+
+def summed_last(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, int, int]:
+    """``a`` and ``delta`` for products over positions, and how many positions each has now."""
+    T = windows.sizes(a.shape, window)[0]
+    delta = positions_last(delta)
+    if window:
+        return a, delta, T, delta.shape[1]
+    a = positions_last(a)
+    return a, delta, a.shape[1], delta.shape[1]
+
+
+def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int, int, int, bool]:
+    """How kernels read rows ``[N, T, I]`` of ``a`` (see `tiles.load_rows`).
+
+    Returns:
+        ``(a, row, column, sample stride, row stride, column stride, windowed)``. Patches are read along
+        the positions, which therefore have to be next to each other in memory.
+    """
+    if not window:
+        return a, a, a, *a.stride(), False  # the tables are not read
+    a = a.contiguous()
+    spatial, strides = tuple(a.shape[2:]), tuple(a.stride()[1:])
+    row, column = windows.offsets(a.shape[1], spatial, strides, tuple(window), a.device)
+    return a, row, column, a.stride(0), 0, 0, True
+
+
+def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+    """``a`` and ``window``; a convolution that looks at one element at a time becomes plain rows."""
+    kernel, stride, _ = windows.split(window)
+    if window and all(step == 1 for step in (*kernel, *stride)):
+        return a.flatten(2).transpose(1, 2), ()
+    return a, window
+
+
+def supports(*args: Any) -> bool:
+    """Whether every tensor is on a CUDA device, of one dtype that kernels read, and not too large."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return (
+        all(tensor.is_cuda for tensor in tensors)
+        and all(tensor.dtype in DTYPES and tensor.dtype == floats[0].dtype for tensor in floats)
+        and all(_extent(tensor) <= INT32 for tensor in floats)
+    )
+
+
+def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
+    """`supports`, for ``(a, delta, ..., window)``."""
+    T, inputs = windows.sizes(a.shape, args[-1])
+    small = a.shape[0] * T <= INT32 and delta.shape[2] * inputs <= INT32
+    return small and supports(a, delta, *args)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Distance between the first and the last element of a row; rows themselves are 64 bits apart."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))

@@ -1,0 +1,147 @@
+"""``outer_domain``: the mean gradient of every domain, one grouped matrix product.
+
+With SQUARES the same kernel serves ``outer_moments`` at T = 1, where g * g is the outer product of
+delta * delta and a * a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.window import sizes
+from .launch import address, block, launch, parts, pointwise, precision, summed_last, tile, warps
+from .tiles import biased_variance, finish_kernel
+
+
+@triton.jit
+def _outer_domain_kernel(
+    a, delta, order, offsets, row, column, mean, variance, partial, domains, T, O, I,
+    a_sample, a_row, a_column, d_sample, d_row, d_column,
+    PARTS: tl.constexpr, WINDOW: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_O, BLOCK_I] of one domain; sums over its (sample, position) pairs."""
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tiles = tl.cdiv(O, BLOCK_O) * tiles_i
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles % PARTS
+    domain = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
+    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.load(offsets + domain)
+    samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), PARTS) * BLOCK_K
+    end = tl.minimum(samples * T, (part + 1) * share)
+    if WINDOW:
+        along_i = tl.load(column + i, mask=i < I, other=0)
+    else:
+        along_i = i * a_column
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for begin in range(part * share, end, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        t = k % T
+        sample = tl.load(order + first + k // T, mask=k < end, other=0)
+        if WINDOW:
+            along_k = sample * a_sample + tl.load(row + t, mask=k < end, other=0)
+        else:
+            along_k = sample * a_sample + t * a_row
+        d = tl.load(
+            delta + o[:, None] * d_column + (sample * d_sample + t * d_row)[None, :],
+            mask=(o < O)[:, None] & (k < end)[None, :], other=0.0,
+        )  # fmt: skip
+        x = tl.load(
+            a + along_i[:, None] + along_k[None, :],
+            mask=(i < I)[:, None] & (k < end)[None, :], other=0.0,
+        )  # fmt: skip
+        if SQUARES:
+            d = d.to(tl.float32)  # a square may not fit a half
+            x = x.to(tl.float32)
+            second = tl.dot(d * d, tl.trans(x * x), second, input_precision=PRECISION)
+        total = tl.dot(d, tl.trans(x), total, input_precision=PRECISION)
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    at = o[:, None].to(tl.int64) * I + i[None, :]
+    if PARTS == 1:
+        count = tl.maximum(samples, 1).to(tl.float32)
+        total = total / count
+        tl.store(mean + domain * O * I + at, total, mask=inside)
+        if SQUARES:
+            spread = biased_variance(second, total, count)
+            tl.store(variance + domain * O * I + at, spread, mask=inside)
+    else:
+        powers: tl.constexpr = 2 if SQUARES else 1
+        slab = domains.to(tl.int64) * O * I
+        at += part * powers * slab + domain * O * I
+        tl.store(partial + at, total, mask=inside)
+        if SQUARES:
+            tl.store(partial + slab + at, second, mask=inside)
+
+
+def grouped_product(
+    a: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    window: Sequence[int],
+    squares: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean and, with ``squares`` (T = 1 only), variance ``[D, O, I]``; else the mean twice."""
+    # One position: bound by memory, where the accuracy of fp32 costs nothing.
+    precise = "tf32x3" if squares else precision(a, window)
+    a, window = pointwise(a, window)
+    T, inputs = sizes(a.shape, window)
+    outputs, domains = delta.shape[2], offsets.numel() - 1
+    mean = a.new_empty((domains, outputs, inputs))
+    variance = torch.empty_like(mean) if squares else mean
+    if mean.numel() == 0:
+        return mean, variance
+    if squares:
+        block_o, block_i, block_k = block(outputs, 64), block(inputs, 64), 16
+    else:
+        block_o, block_i, block_k = tile(outputs, inputs, precise, a, window)
+    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
+    steps = triton.cdiv(triton.cdiv(a.shape[0], domains) * T, block_k)
+    powers = 2 if squares else 1
+    share = parts(domains * tiles, steps, powers * mean.numel(), a.device)
+    partial = (
+        mean.new_empty((share, powers, *mean.shape), dtype=torch.float32) if share > 1 else mean
+    )
+    if T >= 16 and not window:
+        a, delta, T, _ = summed_last(a, delta, window)
+    x, row, column, *strides, windowed = address(a, window)
+    launch(
+        _outer_domain_kernel, domains * tiles * share,
+        x, delta, order, offsets, row, column, mean, variance, partial, domains, T, outputs, inputs,
+        *strides, *delta.stride(),
+        PARTS=share, WINDOW=windowed, SQUARES=squares,
+        PRECISION=precise,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
+        num_warps=8 if squares else warps(block_o, block_i), num_stages=3,
+    )  # fmt: skip
+    finish(partial, offsets, mean, variance, share, squares)
+    return mean, variance
+
+
+def finish(
+    partial: Tensor, offsets: Tensor, mean: Tensor, variance: Tensor, share: int, squares: bool
+) -> None:
+    """Sum what ``share`` parts left in ``partial``, where there is more than one."""
+    if share > 1:
+        domains, size = mean.shape[0], mean[0].numel()
+        launch(
+            finish_kernel, domains * triton.cdiv(size, 512),
+            partial, offsets, mean, variance, size, domains,
+            PARTS=share, SQUARES=squares, BLOCK=512,
+        )  # fmt: skip
+
+
+def outer_domain(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> Tensor:
+    """See `fastdg.ops.outer_domain`."""
+    return grouped_product(a, delta, order, offsets, window, squares=False)[0]

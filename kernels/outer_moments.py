@@ -1,0 +1,132 @@
+"""``outer_moments``: moments of gradients that are sums of outer products, which are never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.window import sizes
+from .launch import address, block, launch, parts, pointwise, precision, summed_last, tile, warps
+from .outer_domain import finish, grouped_product
+from .tiles import biased_variance, load_delta, load_rows
+
+# Below this many positions a padded tl.dot (K >= 16) does more work than plain multiply-adds.
+DOT_POSITIONS = 8
+
+
+@triton.jit
+def _outer_moments_kernel(
+    a, delta, order, offsets, row, column, mean, variance, partial, domains, T, T_delta, O, I,
+    a_sample, a_row, a_column, d_sample, d_row, d_column,
+    PARTS: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_O, BLOCK_I] of one domain; each sample's gradient lives in registers only.
+
+    POSITIONS is T where T is small, else 0: then one loop runs over all (sample, block of positions), so
+    that loads for the next sample are under way while the last one ends.
+    """
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tiles = tl.cdiv(O, BLOCK_O) * tiles_i
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles % PARTS
+    domain = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
+    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.load(offsets + domain)
+    samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
+    share = tl.cdiv(samples, PARTS)
+    begin = tl.minimum(samples, part * share)
+    end = tl.minimum(samples, begin + share)
+    g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    if POSITIONS > 0:
+        for n in range(begin, end):
+            sample = tl.load(order + first + n)
+            g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+            for t in tl.static_range(POSITIONS):
+                if WINDOW:
+                    at = tl.load(row + t) + tl.load(column + i, mask=i < I, other=0)
+                else:
+                    at = t * a_row + i * a_column
+                x = tl.load(a + sample * a_sample + at, mask=i < I, other=0.0)
+                d = tl.load(
+                    delta + sample * d_sample + t * d_row + o * d_column, mask=o < O, other=0.0
+                )
+                g += d.to(tl.float32)[:, None] * x.to(tl.float32)[None, :]
+            total += g
+            second += g * g
+    else:
+        blocks = tl.cdiv(T, BLOCK_T)
+        n = begin
+        at_block = 0
+        for _ in range((end - begin) * blocks):
+            sample = tl.load(order + first + n)
+            t = at_block * BLOCK_T + tl.arange(0, BLOCK_T)
+            d = load_delta(delta + sample * d_sample, t, o, T_delta, O, d_row, d_column)
+            x = load_rows(a + sample * a_sample, row, column, t, i, T, I, a_row, a_column, WINDOW)
+            g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
+            at_block += 1
+            if at_block == blocks:
+                total += g
+                second += g * g
+                g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+                at_block = 0
+                n += 1
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    at = o[:, None].to(tl.int64) * I + i[None, :]
+    if PARTS == 1:
+        count = tl.maximum(samples, 1).to(tl.float32)
+        total = total / count
+        tl.store(mean + domain * O * I + at, total, mask=inside)
+        spread = biased_variance(second, total, count)
+        tl.store(variance + domain * O * I + at, spread, mask=inside)
+    else:
+        slab = domains.to(tl.int64) * O * I
+        at += part * 2 * slab + domain * O * I
+        tl.store(partial + at, total, mask=inside)
+        tl.store(partial + slab + at, second, mask=inside)
+
+
+def outer_moments(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """See `fastdg.ops.outer_moments`."""
+    if a.shape[1] == 1 and not window:
+        return grouped_product(a, delta, order, offsets, window, squares=True)
+    precise = precision(a, window)
+    a, window = pointwise(a, window)
+    T, inputs = sizes(a.shape, window)
+    outputs, domains = delta.shape[2], offsets.numel() - 1
+    mean = a.new_empty((domains, outputs, inputs))
+    variance = torch.empty_like(mean)
+    if mean.numel() == 0:
+        return mean, variance
+    by_dot = T >= DOT_POSITIONS
+    if by_dot:
+        block_o, block_i, block_t = tile(outputs, inputs, precise, a, window)
+    else:
+        block_o, block_i, block_t = block(outputs, 64), block(inputs, 64), 1
+    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
+    share = parts(domains * tiles, triton.cdiv(a.shape[0], domains), 2 * mean.numel(), a.device)
+    partial = mean.new_empty((share, 2, *mean.shape), dtype=torch.float32) if share > 1 else mean
+    T_delta = T
+    if by_dot:
+        a, delta, T, T_delta = summed_last(a, delta, window)
+    x, row, column, *strides, windowed = address(a, window)
+    launch(
+        _outer_moments_kernel, domains * tiles * share,
+        x, delta, order, offsets, row, column, mean, variance, partial, domains, T, T_delta, outputs, inputs,
+        *strides, *delta.stride(),
+        PARTS=share, WINDOW=windowed, POSITIONS=0 if by_dot else T,
+        PRECISION=precise,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_T=block_t,
+        num_warps=warps(block_o, block_i) if by_dot else 8, num_stages=3,
+    )  # fmt: skip
+    finish(partial, offsets, mean, variance, share, squares=True)
+    return mean, variance

@@ -1,0 +1,317 @@
+"""``outer_moments_backward``: dL/dg of every sample, from the recomputed g, drawn back to a and delta.
+
+Three matrix products a sample, as few as there can be: g, and the two that take dL/dg (kept for a bounded
+number of samples) to delta and to a. One position (T = 1) needs no g; see `_rank_one_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import window as windows
+from ..ops.moments import domain_of
+from .launch import block, launch, pointwise, precision, summed_last, tile, warps
+from .tiles import load_delta, load_rows
+
+# Elements of dL/dg that exist at once (128 MiB of fp32).
+UPSTREAM_ELEMENTS = 1 << 25
+
+
+@triton.jit
+def _upstream_kernel(
+    a, delta, domain, row, column, slope, level, upstream, first, T, T_delta, O, I,
+    a_sample, a_row, a_column, d_sample, d_row, d_column,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """``slope * g + level`` of one sample, one tile."""
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    tiles = tl.cdiv(O, BLOCK_O) * tiles_i
+    local = (tl.program_id(0) // tiles).to(tl.int64)
+    sample = first + local
+    tile = tl.program_id(0) % tiles
+    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for begin in range(0, T, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        d = load_delta(delta + sample * d_sample, t, o, T_delta, O, d_row, d_column)
+        x = load_rows(a + sample * a_sample, row, column, t, i, T, I, a_row, a_column, WINDOW)
+        g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    at = o[:, None].to(tl.int64) * I + i[None, :]
+    block = tl.load(domain + sample) * O * I
+    g = g * tl.load(slope + block + at, mask=inside) + tl.load(level + block + at, mask=inside)
+    tl.store(upstream + local * O * I + at, g, mask=inside)
+
+
+@triton.jit
+def _grad_delta_kernel(
+    a, upstream, row, tap_offset, out, first, T, O, C, taps, a_sample, a_row,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out[t, o] = sum_i a[t, i] upstream[o, i]`` of one sample, one tile; i = (tap, channel)."""
+    tiles_o = tl.cdiv(O, BLOCK_O)
+    tiles = tl.cdiv(T, BLOCK_T) * tiles_o
+    local = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    t = tile // tiles_o * BLOCK_T + tl.arange(0, BLOCK_T)
+    o = tile % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    if WINDOW:
+        along_t = tl.load(row + t, mask=t < T, other=0)
+    else:
+        along_t = t * a_row
+    rows = a + (first + local) * a_sample + along_t[:, None]
+    I = taps * C
+    columns = upstream + local * O * I + o[None, :].to(tl.int64) * I
+    blocks = tl.cdiv(C, BLOCK_C)
+    total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for step in range(taps * blocks):
+        tap = step // blocks
+        c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+        shift = 0
+        if WINDOW:
+            shift = tl.load(tap_offset + tap)
+        x = tl.load(
+            rows + (shift + c)[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0
+        )
+        h = tl.load(
+            columns + (tap * C + c)[:, None], mask=(c < C)[:, None] & (o < O)[None, :], other=0.0
+        )
+        total = tl.dot(x.to(tl.float32), h, total, input_precision=PRECISION)
+    at = ((first + local) * T + t[:, None]) * O + o[None, :]
+    tl.store(out + at, total, mask=(t < T)[:, None] & (o < O)[None, :])
+
+
+@triton.jit
+def _grad_a_kernel(
+    delta, upstream, position, source, out, first, places, T, O, C, taps,
+    d_sample, d_row, out_sample, out_place, out_channel,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """``out[p, c] = sum_(tap, o) delta[t(p, tap), o] upstream[o, tap, c]`` of one sample, one tile.
+
+    Every element is gathered by the one program that writes it: no atomics, the same bits every time.
+    """
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    tiles = tl.cdiv(places, BLOCK_P) * tiles_c
+    local = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    p = tile // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    I = taps * C
+    rows = delta + (first + local) * d_sample
+    base = upstream + local * O * I + c[None, :]
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for tap in range(taps):
+        if WINDOW:
+            t = tl.load(source + tap * places + p, mask=p < places, other=-1)
+        else:
+            t = tl.where(p < places, p, -1)
+        if tl.max(t, 0) >= 0:  # with strides, a place sees few of the taps
+            for begin in range(0, O, BLOCK_O):
+                o = begin + tl.arange(0, BLOCK_O)
+                d = tl.load(
+                    rows + t[:, None] * d_row + o[None, :],
+                    mask=(t >= 0)[:, None] & (o < O)[None, :], other=0.0,
+                )  # fmt: skip
+                h = tl.load(
+                    base + (o[:, None].to(tl.int64) * I + tap * C),
+                    mask=(o < O)[:, None] & (c < C)[None, :], other=0.0,
+                )  # fmt: skip
+                total = tl.dot(d.to(tl.float32), h, total, input_precision=PRECISION)
+    if WINDOW:
+        p_out = tl.load(position + p, mask=p < places, other=0)
+    else:
+        p_out = p
+    at = (first + local) * out_sample + p_out[:, None] * out_place + c[None, :] * out_channel
+    tl.store(out + at, total, mask=(p < places)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _rank_one_kernel(
+    u, v, grad_mean, grad_variance, mean, order, offsets, out, N, U, V,
+    u_sample, u_column, v_sample, v_column, m_domain, m_u, m_v, w_domain, w_u, w_v,
+    BLOCK_U: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``out = u * (v^2 slope) + v level`` for BLOCK_N samples of one domain, BLOCK_U columns.
+
+    With g = u v^T, dL/dg = slope * g + level, slope = 2/n grad_variance, level = 1/n grad_mean - mean * slope.
+    Strides m are those of grad_mean, w those of grad_variance and mean.
+    """
+    tiles_u = tl.cdiv(U, BLOCK_U)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_u  # a domain can hold every sample; mostly it does not
+    domain = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    start = tl.load(offsets + domain)
+    samples = tl.load(offsets + domain + 1) - start
+    begin = tile // tiles_u * BLOCK_N
+    if begin < samples:
+        n = begin + tl.arange(0, BLOCK_N)
+        x = tile % tiles_u * BLOCK_U + tl.arange(0, BLOCK_U)
+        sample = tl.load(order + start + n, mask=n < samples, other=0)
+        scale = 1.0 / samples.to(tl.float32)
+        by_slope = tl.zeros((BLOCK_U, BLOCK_N), tl.float32)
+        by_level = tl.zeros((BLOCK_U, BLOCK_N), tl.float32)
+        for first in range(0, V, BLOCK_V):
+            y = first + tl.arange(0, BLOCK_V)
+            inside = (x < U)[:, None] & (y < V)[None, :]
+            at = domain * w_domain + x[:, None] * w_u + y[None, :] * w_v
+            slope = tl.load(grad_variance + at, mask=inside, other=0.0).to(tl.float32)
+            slope *= 2.0 * scale
+            centre = tl.load(mean + at, mask=inside, other=0.0).to(tl.float32)
+            at = domain * m_domain + x[:, None] * m_u + y[None, :] * m_v
+            level = tl.load(grad_mean + at, mask=inside, other=0.0).to(tl.float32)
+            level = level * scale - centre * slope
+            values = tl.load(
+                v + (sample * v_sample)[None, :] + (y * v_column)[:, None],
+                mask=(n < samples)[None, :] & (y < V)[:, None], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            by_slope = tl.dot(slope, values * values, by_slope, input_precision="tf32x3")
+            by_level = tl.dot(level, values, by_level, input_precision="tf32x3")
+        inside = (x < U)[:, None] & (n < samples)[None, :]
+        factor = tl.load(
+            u + (sample * u_sample)[None, :] + (x * u_column)[:, None], mask=inside, other=0.0
+        ).to(tl.float32)
+        at = sample[None, :] * U + x[:, None]
+        tl.store(out + at, factor * by_slope + by_level, mask=inside)
+
+
+def _rank_one(
+    grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
+    order: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(grad_a, grad_delta)`` for rows ``a [N, I]`` and ``delta [N, O]``."""
+    domains, samples = offsets.numel() - 1, a.shape[0]
+    block_n = block(triton.cdiv(samples, max(1, domains)), 64)
+    grads = []
+    # [D, O, I] is read with its last two dimensions swapped where the result is along I.
+    for u, v, swap in ((delta, a, False), (a, delta, True)):
+        weights = [w.transpose(1, 2) if swap else w for w in (grad_mean, grad_variance, mean)]
+        out = u.new_empty(u.shape)
+        block_u = block(u.shape[1], 64)
+        launch(
+            _rank_one_kernel, domains * triton.cdiv(samples, block_n) * triton.cdiv(u.shape[1], block_u),
+            u, v, *weights, order, offsets, out, samples, u.shape[1], v.shape[1],
+            *u.stride(), *v.stride(), *weights[0].stride(), *weights[1].stride(),
+            BLOCK_U=block_u, BLOCK_V=16, BLOCK_N=block_n, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        grads.append(out)
+    return grads[1], grads[0]
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    channels: int, spatial: tuple[int, ...], window: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Tables of a convolution whose patches are ordered (tap, channel).
+
+    Returns:
+        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; ``row_last [T]`` and ``tap [taps]`` of an
+        input ``[*S, C]``; ``position [places]``, the places of the input, those that see the same taps
+        next to each other; ``source [taps, places]``, the output position that reads a place through a
+        tap, or -1.
+    """
+    kernel, stride, dilation = windows.split(window)
+    places, taps = prod(spatial), prod(kernel)
+    steps = [prod(spatial[j + 1 :]) for j in range(len(spatial))]
+    row, column = windows.offsets(channels, spatial, (places, *steps), window, device)
+    column = column.view(channels, taps).t().flatten()
+    strides = (1, *(step * channels for step in steps))
+    row_last, tap = windows.offsets(channels, spatial, strides, window, device)
+    phase = torch.zeros(spatial, dtype=torch.int64, device=device)
+    source = torch.zeros((*kernel, *spatial), dtype=torch.int64, device=device)
+    outside = torch.zeros_like(source, dtype=torch.bool)
+    dims = len(kernel)
+    for j, out in enumerate(windows.positions(spatial, window)):
+        place = torch.arange(spatial[j], device=device)
+        shift = torch.arange(kernel[j], device=device).unsqueeze(1) * dilation[j]
+        reach = place - shift  # [kernel, spatial]
+        missed = (reach < 0) | (reach % stride[j] != 0) | (reach // stride[j] >= out)
+        shape = [1] * (2 * dims)
+        shape[j], shape[dims + j] = kernel[j], spatial[j]
+        source = source * out + (reach // stride[j]).view(shape)
+        outside |= missed.view(shape)
+        phase = phase * stride[j] + (place % stride[j]).view(shape[dims:])
+    position = phase.flatten().argsort(stable=True)
+    source = source.masked_fill(outside, -1).view(taps, places)[:, position]
+    return row, column, row_last, tap[:taps], position.int(), source.int().contiguous()
+
+
+def outer_moments_backward(
+    grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
+    order: Tensor, offsets: Tensor, window: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of `outer_moments`."""
+    if a.shape[1] == 1 and not window:
+        rows = a[:, 0], delta[:, 0]
+        grads = _rank_one(grad_mean, grad_variance, *rows, mean, order, offsets)
+        return grads[0].unsqueeze(1), grads[1].unsqueeze(1)
+    grad_a, grad_delta = a.new_empty(a.shape), delta.new_empty(delta.shape)
+    if mean.numel() == 0 or a.numel() == 0 or delta.numel() == 0:
+        return grad_a.zero_(), grad_delta.zero_()
+    count = (offsets[1:] - offsets[:-1]).clamp(min=1).view(-1, 1, 1)
+    slope = grad_variance.float() * (2 / count)
+    level = torch.addcmul(grad_mean.float() / count, mean.float(), slope, value=-1)
+    precise, channels_first = precision(a, window), bool(window)
+    a, window = pointwise(a, window)
+    N, (T, I), O = a.shape[0], windows.sizes(a.shape, window), delta.shape[2]
+    x, d, T_x, T_d = summed_last(a, delta, window)
+    if window:
+        C, x = a.shape[1], a.contiguous()
+        tables = _geometry(C, tuple(a.shape[2:]), tuple(window), a.device)
+        taps, places = tables[-1].shape
+        slope, level = (
+            w.unflatten(2, (C, taps)).transpose(2, 3).flatten(2) for w in (slope, level)
+        )
+        x_strides = (x.stride(0), 0, 0)
+        last = a.flatten(2).transpose(1, 2).contiguous()
+    else:
+        C, taps, places = I, 1, T
+        tables = (order,) * 6  # not read
+        x_strides = x.stride()
+        last = a if a.stride(2) == 1 else a.contiguous()
+    row, column, row_last, tap, position, source = tables
+    delta = delta if delta.stride(2) == 1 else delta.contiguous()
+    domain = domain_of(order, offsets)
+    chunk = min(N, max(1, UPSTREAM_ELEMENTS // (O * I)))
+    upstream = slope.new_empty((chunk, O, I))
+
+    def run(kernel: Any, rows: int, columns: int, *args: Any, names: Sequence[str]) -> None:
+        """One launch for ``now`` samples, tiled over a result of ``rows`` by ``columns``."""
+        sides = tile(rows, columns, precise, a, window)
+        tiles = triton.cdiv(rows, sides[0]) * triton.cdiv(columns, sides[1])
+        launch(
+            kernel, now * tiles, *args, WINDOW=bool(window), PRECISION=precise,
+            **dict(zip(names, sides, strict=True)), num_warps=warps(*sides[:2]), num_stages=3,
+        )  # fmt: skip
+
+    for first in range(0, N, chunk):
+        now = min(chunk, N - first)
+        run(
+            _upstream_kernel, O, I,
+            x, d, domain, row, column, slope, level, upstream, first, T_x, T_d, O, I,
+            *x_strides, *d.stride(), names=("BLOCK_O", "BLOCK_I", "BLOCK_T"),
+        )  # fmt: skip
+        run(
+            _grad_delta_kernel, T, O,
+            last, upstream, row_last, tap, grad_delta, first, T, O, C, taps,
+            last.stride(0), last.stride(1), names=("BLOCK_T", "BLOCK_O", "BLOCK_C"),
+        )  # fmt: skip
+        run(
+            _grad_a_kernel, places, C,
+            delta, upstream, position, source, grad_a, first, places, T, O, C, taps,
+            *delta.stride()[:2], C * places, *((1, places) if channels_first else (C, 1)),
+            names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
+        )  # fmt: skip
+    return grad_a, grad_delta

@@ -1,0 +1,67 @@
+"""Device functions that several kernels share: reading rows, sharing out domains, and variances."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    base, row, column, t, i, T, I, row_stride, column_stride, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Tile ``[i, t]`` of one sample's rows; with a window element (t, i) is at row[t] + column[i]."""
+    inside = (i < I)[:, None] & (t < T)[None, :]
+    if WINDOW:
+        along_i = tl.load(column + i, mask=i < I, other=0)
+        along_t = tl.load(row + t, mask=t < T, other=0)
+    else:
+        along_i = i * column_stride
+        along_t = t * row_stride
+    return tl.load(base + along_i[:, None] + along_t[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_delta(base, t, o, T, O, row_stride, column_stride):
+    """Tile ``[o, t]`` of one sample's output gradients."""
+    inside = (o < O)[:, None] & (t < T)[None, :]
+    pointers = base + o[:, None] * column_stride + t[None, :] * row_stride
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def biased_variance(second, mean, count):
+    """``second / count - mean^2``, not below zero; NaN stays."""
+    return tl.maximum(second / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finish_kernel(
+    partial, offsets, mean, variance, size, domains,
+    PARTS: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums ``[PARTS, 1 or 2, D, size]`` of one or two powers -> mean (and variance)."""
+    blocks = tl.cdiv(size, BLOCK)
+    domain = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    start = partial + domain * size + at
+    step = domains.to(tl.int64) * size
+    total = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(PARTS):
+        total += tl.load(start, mask=inside, other=0.0)
+        start += step
+        if SQUARES:
+            second += tl.load(start, mask=inside, other=0.0)
+            start += step
+    count = tl.maximum(tl.load(offsets + domain + 1) - tl.load(offsets + domain), 1)
+    count = count.to(tl.float32)
+    average = total / count
+    tl.store(mean + domain * size + at, average, mask=inside)
+    if SQUARES:
+        tl.store(
+            variance + domain * size + at,
+            biased_variance(second, average, count),
+            mask=inside,
+        )
