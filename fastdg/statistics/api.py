@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -81,34 +81,51 @@ class Tape:
         return Resolved(found, owned, chosen)
 
 
-def select(params: Selection, named: dict[str, Tensor]) -> Callable[[str, Tensor], bool]:
+def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:
     """A predicate on (name, parameter) from what the user passed as ``params``."""
     if isinstance(params, str):
         if params not in ("head", "all"):
+            like = f"; for that parameter alone: [{params!r}]" if params in named else ""
             raise ValueError(
-                f"params: expected 'head', 'all', a list of names or parameters, or a predicate, "
-                f"got {params!r}"
+                "params: expected 'head', 'all', a list of names or parameters, or a predicate, "
+                f"got {params!r}{like}"
             )
         return lambda name, p: True
     if callable(params):
         return lambda name, p: bool(params(name, p))
-    names, ids = set(), set()
-    for item in params:
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            "params: expected 'head', 'all', a list of names or parameters, or a predicate, "
+            f"got {type(params).__name__}"
+        )
+    ids = {id(p): name for name, p in named.items()}
+    names: set[str] = set()
+    for item in [params] if isinstance(params, Tensor) else params:
         if isinstance(item, str):
             if item not in named:
                 near = difflib.get_close_matches(item, named, n=3, cutoff=0.0)
                 raise ValueError(f"params: no parameter is called {item!r}; nearest: {near}")
             names.add(item)
         elif isinstance(item, Tensor):
-            if all(item is not p for p in named.values()):
+            if id(item) not in ids:
                 raise ValueError(
                     f"params: a tensor of shape {tuple(item.shape)} is not one of the tracked "
-                    f"parameters"
+                    "parameters (those of the model or the optimizer; a copy or a .data of one is "
+                    "not it)"
                 )
-            ids.add(id(item))
+            names.add(ids[id(item)])
         else:
             raise TypeError(f"params: expected names or parameters, got {type(item).__name__}")
-    return lambda name, p: name in names or id(p) in ids
+    if not names:
+        raise ValueError("params: expected at least one name or parameter, got an empty list")
+    return lambda name, p: name in names
+
+
+def listed(params: Selection) -> Selection:
+    """``params`` so that it can be read again and again; one tensor is a list of one."""
+    if isinstance(params, Tensor):
+        return [params]
+    return params if isinstance(params, str) or callable(params) else list(params)
 
 
 def check_losses(losses: Tensor) -> None:
@@ -136,10 +153,13 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
 
     Args:
         model: the module whose layers are watched inside the ``with`` block.
-        params: ``"head"``, ``"all"``, a list of names or parameters, or a predicate ``(name,
-            parameter)``.
-        check: compare captured with autograd's gradients the first time (two further backward
-            passes).
+        params: ``"head"`` (the last module with tracked parameters that ran), ``"all"``, a list of
+            names or parameters, or a predicate ``(name, parameter)``.
+        check: compare the captured gradients with autograd's the first time a layer is used (two
+            further backward passes).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
 
     Example:
         >>> with fastdg.record(model) as tape:
@@ -148,9 +168,13 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    recorder = Recorder({p: name for name, p in model.named_parameters()}, model)
-    if isinstance(params, str):
-        select(params, {})
+    named = dict(model.named_parameters())
+    if not any(p.requires_grad for p in named.values()):
+        raise ValueError("model: it has no parameter that requires a gradient")
+    if not callable(params):
+        params = listed(params) if isinstance(params, Iterable) else params
+        select(params, named)
+    recorder = Recorder({p: name for name, p in named.items()}, model)
     try:
         yield Tape(recorder, params, check)
     finally:

@@ -1,4 +1,4 @@
-"""Tests are no package (import-mode=importlib), so the shared oracle is imported by its plain name."""
+"""Tests are no package (import-mode=importlib): the oracle is imported by its plain name."""
 
 import sys
 from pathlib import Path

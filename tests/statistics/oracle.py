@@ -1,4 +1,4 @@
-"""The truth in float64: one backward pass a sample, or ``torch.func``; nothing of fastdg is used to make it."""
+"""The truth in float64: one backward pass a sample, or ``torch.func``; made without fastdg."""
 
 from __future__ import annotations
 
@@ -46,10 +46,8 @@ def one_by_one(
     }
 
 
-def functional(
-    model: nn.Module, loss: Callable[..., Tensor], batch: Sequence[Tensor]
-) -> Gradients:
-    """Per-sample gradients of ``loss(outputs, *targets)`` of one sample by ``vmap(grad)``; batch[0] is the input."""
+def functional(model: nn.Module, loss: Callable[..., Tensor], batch: Sequence[Tensor]) -> Gradients:
+    """Per-sample gradients of ``loss(model(x), *targets)``, ``batch = (x, *targets)``."""
 
     def one(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
         x, *targets = (part.unsqueeze(0) for part in sample)
@@ -89,7 +87,11 @@ def scalar_of(variance: Mapping[str, Tensor]) -> Tensor:
 
 def assert_close(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-12) -> None:
     assert got.shape == expected.shape, f"{what}: {tuple(got.shape)} != {tuple(expected.shape)}"
-    error = float((got.detach().double() - expected.detach().double()).abs().max()) if got.numel() else 0.0
+    error = (
+        float((got.detach().double() - expected.detach().double()).abs().max())
+        if got.numel()
+        else 0.0
+    )
     size = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     assert error <= tolerance * size, f"{what}: off by {error:.2e} of {size:.2e}"
 
@@ -103,23 +105,23 @@ def assert_statistics(
     tolerance: float = 1e-12,
     twice: bool = True,
 ) -> None:
-    """Every statistic of every parameter, and with ``twice`` the gradient of a function of the variances."""
+    """Every statistic of every parameter; with ``twice`` a derivative of the variances too."""
     parameters = trainable(model)
     with fastdg.record(model) as tape:
         losses = losses_of(model)
     expected = one_by_one(losses, parameters)
     used = {name: g for name, g in expected.items() if g.count_nonzero()}
     got = fastdg.per_sample_gradients(tape, losses)
-    assert set(used) <= set(got) <= set(parameters), (set(used) ^ set(got))
+    assert set(used) <= set(got) <= set(parameters), set(used) ^ set(got)
     expected = {name: expected[name] for name in got}
     for name in got:
         assert_close(got[name], expected[name], f"gradients of {name}", tolerance)
 
-    flat = torch.cat([g.flatten(1) for g in expected.values()], 1)
+    flat = torch.cat([g.reshape(len(g), -1) for g in expected.values()], 1)
     assert_close(fastdg.per_sample_norms(tape, losses), flat.norm(dim=1), "norms", tolerance)
 
     mean, variance = naive_moments(expected, domains, num_domains)
-    G = torch.cat([m.flatten(1) for m in mean.values()], 1)
+    G = torch.cat([m.reshape(len(m), -1) for m in mean.values()], 1)
     gram = fastdg.domain_gram(tape, losses, domains, num_domains=num_domains)
     assert_close(gram, G @ G.t(), "gram", tolerance)
     by_domain = fastdg.domain_gradients(tape, losses, domains, num_domains=num_domains)
@@ -141,7 +143,7 @@ def assert_second_order(
     num_domains: int = NUM_DOMAINS,
     tolerance: float = 1e-12,
 ) -> None:
-    """The gradient of a function of the variances against double backward through the samples' own gradients."""
+    """A derivative of the variances against double backward through per-sample gradients."""
     parameters = trainable(model)
     with fastdg.record(model) as tape:
         losses = losses_of(model)

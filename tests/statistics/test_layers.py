@@ -1,4 +1,4 @@
-"""Every layer rule against one backward pass a sample, in float64, values and second derivatives."""
+"""Every layer rule against one backward pass a sample, in float64, first and second order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _float64() -> None:
 
 
 class Wrapped(nn.Module):
-    """A layer under test with layers before it and after it, so that inputs and outputs carry gradients."""
+    """A layer under test between others, so that its input and its output carry gradients."""
 
     def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor], Tensor] | None = None):
         super().__init__()
@@ -163,7 +163,9 @@ def test_embedding(shape: tuple[int, ...], options: dict[str, object]) -> None:
         model.table.weight.normal_()
     target = torch.randint(0, 3, (N,))
     losses = lambda m: nn.functional.cross_entropy(m(tokens), target, reduction="none")  # noqa: E731
-    assert_statistics(model, losses, twice="sparse" not in options)  # torch: no second derivative there
+    assert_statistics(
+        model, losses, twice="sparse" not in options
+    )  # torch: no second derivative there
 
 
 def attend(layer: nn.MultiheadAttention, x: Tensor, **options: object) -> Tensor:
