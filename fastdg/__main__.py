@@ -1,0 +1,5 @@
+"""``python -m fastdg`` is ``fastdg``."""
+
+from .cli import main
+
+main()

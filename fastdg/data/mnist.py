@@ -1,0 +1,61 @@
+"""MNIST from its idx files, plain or gzipped."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def read_train(folder: Path) -> tuple[Tensor, Tensor]:
+    """MNIST's training set: images ``[60000, 28, 28]`` uint8 and digits ``[60000]`` int64.
+
+    Args:
+        folder: where the idx files are, or a folder that has them in ``mnist/``.
+
+    Raises:
+        FileNotFoundError: names what was looked for and where.
+        ValueError: a file is damaged or is not an idx file of the right shape.
+    """
+    images, labels = read_idx(_find(folder, IMAGES)), read_idx(_find(folder, LABELS))
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) != len(labels):
+        raise ValueError(
+            f"{folder}: expected images (N, 28, 28) and N labels, got {images.shape} and "
+            f"{labels.shape}"
+        )
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def _find(folder: Path, name: str) -> Path:
+    folder = Path(folder)
+    tried = [base / (name + end) for base in (folder, folder / "mnist") for end in ("", ".gz")]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"MNIST's {name} (or .gz) is not in {folder} or {folder / 'mnist'}; pass the folder with "
+        f"the four idx "
+        "files of MNIST as --data, or set FASTDG_DATA to it"
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes as an array."""
+    try:
+        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as gzip: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: not an idx file of unsigned bytes (starts with {raw[:4]!r})")
+    dims = raw[3]
+    shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
+    if body.size != int(np.prod(shape)):
+        raise ValueError(f"{path}: expected {int(np.prod(shape))} bytes of data, got {body.size}")
+    return body.reshape(shape)
