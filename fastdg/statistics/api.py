@@ -65,9 +65,10 @@ class Tape:
             wanted = {name: p for name, p in named.items() if selected(name, p)}
             chosen = {name: p for name, p in wanted.items() if name in used}
             if self.check:
-                self.checks.refuse_unseen(
-                    [name for name, p in wanted.items() if name not in used and id(p) in leaves]
-                )
+                unused = [(name, p) for name, p in wanted.items() if name not in used]
+                self.checks.refuse_unseen([name for name, p in unused if id(p) in leaves])
+                if found.hidden:
+                    self.checks.refuse_hidden([name for name, _ in unused])
             if not chosen:
                 raise RuntimeError(
                     "params: none of the selected parameters was used in this forward; "

@@ -37,6 +37,14 @@ class Checks:
                 f"returned the very tensor it was given, changed in place. {_WAYS_OUT}"
             )
 
+    def refuse_hidden(self, names: Sequence[str]) -> None:
+        """Raise if there are ``names`` of parameters that a reentrant checkpoint may hide."""
+        if names:
+            raise RuntimeError(
+                f"{names[0]!r} was not seen, and a checkpoint with use_reentrant=True hides a part "
+                f"of the graph: pass use_reentrant=False to torch.utils.checkpoint. {_WAYS_OUT}"
+            )
+
     def verify(
         self,
         losses: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,16 +107,17 @@ def collect(
             if len(parts[name]) == uses[name]:
                 consume(name, total(parts.pop(name)))
 
-    with _double_backward_advice(create_graph):
-        rest = sweep(
-            losses,
-            found,
-            visit,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            extra=extra,
-            weight=weight,
-        )
+    if create_graph:
+        _refuse_fused_attention(found)
+    rest = sweep(
+        losses,
+        found,
+        visit,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        extra=extra,
+        weight=weight,
+    )
     for name, left in parts.items():  # some recorded uses do not lead to these losses
         consume(name, total(left))
     return rest
@@ -145,19 +145,16 @@ def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
     return factor.fold(samples)
 
 
-@contextmanager
-def _double_backward_advice(create_graph: bool) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if create_graph and "derivative for" in str(error):
+def _refuse_fused_attention(found: Found) -> None:
+    """The gradients' own gradients go through every operation above a tracked layer."""
+    for node in found.above(found.slots):
+        if type(node).__name__.startswith("ScaledDotProduct"):
             raise RuntimeError(
-                f"{error}: the penalty needs a second derivative of every operation between the "
-                "tracked layers. Fused attention has none; run the model under "
-                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or track less "
-                "(params='head')."
-            ) from error
-        raise
+                "create_graph: fused attention lies between the tracked layers and the losses, and "
+                "it has no second derivative. Run the model under "
+                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or track "
+                "only layers after the last attention (params='head', or a list of parameters)."
+            )
 
 
 def gradients_of(losses: Tensor, parameters: Sequence[Tensor], weight: Tensor) -> list[Any]:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from .layers import spans_samples
 
 Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
 
 _KEY = "fastdg"
+_REENTRANT = CheckpointFunction._backward_cls
 _paused: ContextVar[bool] = ContextVar("fastdg_paused", default=False)
 _clock = itertools.count()
 
@@ -261,6 +263,7 @@ class Found:
         slots: graph node -> (call, which of its outputs, which output of the node).
         parents: graph node -> the nodes above it that were walked.
         leaves: tensors that a backward gives a ``.grad``, of what was walked.
+        hidden: whether a reentrant checkpoint hides a part of the graph.
         whole: whether everything was walked.
     """
 
@@ -268,6 +271,7 @@ class Found:
     slots: dict[Node, list[tuple[Call, int, int]]]
     parents: dict[Node, list[Node]]
     leaves: list[Tensor]
+    hidden: bool
     whole: bool
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:
@@ -294,7 +298,7 @@ class Found:
             for node, entries in self.slots.items()
             if (kept := [entry for entry in entries if entry[0] in wanted])
         }
-        return Found(list(calls), slots, self.parents, self.leaves, self.whole)
+        return replace(self, calls=list(calls), slots=slots)
 
 
 def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
@@ -307,7 +311,7 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     calls: set[Call] = set()
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
-    whole = True
+    whole, hidden = True, False
     for node in queue:  # grows while we walk it
         entries = [
             (call, slot, output_nr)
@@ -323,6 +327,7 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
             ):
                 whole = False
                 break
+        hidden |= type(node) is _REENTRANT
         next_functions = node.next_functions
         if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
             leaves.append(leaf)
@@ -334,7 +339,8 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
                 queue.append(below)
             else:
                 parents[below].append(node)
-    found = Found(sorted(calls, key=lambda call: call.time), slots, parents, leaves, whole)
+    ordered = sorted(calls, key=lambda call: call.time)
+    found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
 
 

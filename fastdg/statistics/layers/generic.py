@@ -6,12 +6,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import _pytree as pytree
 
 from ..factors import Dense, Factor
@@ -26,7 +28,7 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
     chosen = {name: every[name] for name in names}
     taken = {id(p) for p in chosen.values()}
     others = {name: p for name, p in module.named_parameters() if id(p) not in taken}
-    buffers = dict(module.named_buffers())
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}  # may be updated
 
     arguments = _with_state(call, samples)
     along = sample_dims(call, arguments)
@@ -58,7 +60,7 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
         paused(),
         torch.autocast(device, dtype=dtype, enabled=autocast),
         _plain_kernels(),
-        _attributes_kept(module),
+        _as_it_was(module),
     ):
         try:
             grads = vmap(one, in_dims=in_dims, randomness="error")(mapped, delta_rows)
@@ -168,16 +170,23 @@ def _with_state(call: Call, samples: int) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """A replay may leave tensors of torch.func behind, as old-style weight norm sets ``weight``."""
-    before = [
-        (inner, {k: v for k, v in vars(inner).items() if isinstance(v, Tensor)})
-        for inner in module.modules()
-    ]
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """A replay makes the weights the forward made, and leaves the module as it was.
+
+    Spectral norm in training has iterated in the forward, and shall not do so again. Old-style
+    weight norm sets ``weight``, which would be left a tensor of torch.func.
+    """
+    inside = list(module.modules())
+    before = [{k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in inside]
+    spectral = [m for m in inside if isinstance(m, _SpectralNorm) and m.training]
+    for norm in spectral:
+        norm.training = False
     try:
         yield
     finally:
-        for inner, tensors in before:
+        for norm in spectral:
+            norm.training = True
+        for inner, tensors in zip(inside, before, strict=True):
             vars(inner).update(tensors)
 
 
@@ -185,14 +194,16 @@ def _attributes_kept(module: nn.Module) -> Iterator[None]:
 def _plain_kernels() -> Iterator[None]:
     """Fused CPU kernels (oneDNN's LSTM among them) have no batching rule; the plain ones do.
 
-    Where an operation has none either, torch runs it sample by sample and says that this is slow;
-    nobody can act on that here.
+    Fused attention has no second derivative. Where an operation has no batching rule at all, torch
+    runs it sample by sample and says that this is slow; nobody can act on that here.
     """
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            if torch.is_grad_enabled():
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
         torch._C._set_mkldnn_enabled(before)
