@@ -73,8 +73,9 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
         num_domains: number of domains D; default: one more than the largest id.
 
     Raises:
-        TypeError: ``domains`` is not an integer tensor.
-        ValueError: wrong length, wrong device, a negative id, or an id >= ``num_domains``.
+        TypeError: ``domains`` is not an integer tensor, ``num_domains`` not an integer.
+        ValueError: wrong length, wrong device, a negative id, an id >= ``num_domains``, or
+            ``num_domains`` < 1.
     """
     if not isinstance(domains, Tensor):
         raise TypeError(
@@ -82,12 +83,22 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
             "use torch.as_tensor(domains)"
         )
     if domains.dtype == torch.bool or domains.is_floating_point() or domains.is_complex():
-        raise TypeError(f"domains: expected integer domain ids, got dtype {domains.dtype}")
+        raise TypeError(
+            f"domains: expected integer domain ids, got dtype {domains.dtype}; use domains.long() "
+            "if they are whole numbers"
+        )
     if domains.shape != losses.shape:
         raise ValueError(
             f"domains: expected one id a sample, shape {tuple(losses.shape)} as losses, "
             f"got shape {tuple(domains.shape)}"
         )
+    if num_domains is not None:
+        if not isinstance(num_domains, int) or isinstance(num_domains, bool):
+            raise TypeError(
+                f"num_domains: expected an integer or None, got {type(num_domains).__name__}"
+            )
+        if num_domains < 1:
+            raise ValueError(f"num_domains: expected at least 1, got {num_domains}")
     if domains.device != losses.device and domains.device.type != "cpu":
         raise ValueError(
             f"domains: expected them on {losses.device} (where losses are) or on the CPU, "

@@ -134,7 +134,11 @@ def check_losses(losses: Tensor) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}")
     if losses.dim() != 1:
-        advice = "pass reduction='none' to the loss" if losses.dim() == 0 else "one loss a sample"
+        advice = (
+            "pass reduction='none' to the loss"
+            if losses.dim() == 0
+            else "reduce every sample's to one, as by losses.flatten(1).mean(1)"
+        )
         raise ValueError(f"losses: expected shape (N,), got {tuple(losses.shape)}; {advice}")
     if losses.numel() == 0:
         raise ValueError("losses: expected at least one sample, got an empty batch")
@@ -142,9 +146,8 @@ def check_losses(losses: Tensor) -> None:
         raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}")
     if losses.grad_fn is None:
         raise ValueError(
-            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad from a "
-            "model whose "
-            "parameters require gradients"
+            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad and "
+            "without detach, from a model whose parameters require gradients"
         )
 
 
@@ -182,12 +185,27 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
         recorder.close()
 
 
+def _check_tape(tape: Tape) -> None:
+    if not isinstance(tape, Tape):
+        raise TypeError(
+            "tape: expected what `with fastdg.record(model) as tape:` gives, or a wrapper's "
+            f"opt.tape, got {type(tape).__name__}"
+        )
+
+
+def _partition(tape: Tape, losses: Tensor, domains: Tensor, num_domains: int | None) -> Partition:
+    _check_tape(tape)
+    check_losses(losses)
+    return partition(domains, losses, num_domains)
+
+
 def _by_name(
     tape: Tape,
     losses: Tensor,
     compute: Callable[[Factor], Tensor],
     retain_graph: bool,
 ) -> dict[str, Tensor]:
+    _check_tape(tape)
     out: dict[str, Tensor] = {}
 
     def use(name: str, factor: Factor) -> None:
@@ -268,8 +286,7 @@ def domain_moments(
         Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution
         Generalization, ICML 2022.
     """
-    check_losses(losses)
-    parts = partition(domains, losses, num_domains)
+    parts = _partition(tape, losses, domains, num_domains)
     resolved = tape.resolve(losses)
     return moments_of(
         losses, resolved, parts, create_graph=create_graph, retain_graph=retain_graph
@@ -289,8 +306,7 @@ def domain_gradients(
 
     Arguments as `domain_moments`. Returns name -> ``[D, *shape]``; zeros for an empty domain.
     """
-    check_losses(losses)
-    parts = partition(domains, losses, num_domains)
+    parts = _partition(tape, losses, domains, num_domains)
     return _by_name(tape, losses, lambda factor: factor.domain(parts), retain_graph)
 
 
@@ -308,8 +324,7 @@ def domain_gram(
     Arguments as `domain_moments`. Returns ``[D, D]``; no more than one layer's gradients exist at
     a time.
     """
-    check_losses(losses)
-    parts: Partition = partition(domains, losses, num_domains)
+    parts = _partition(tape, losses, domains, num_domains)
     grams = _by_name(tape, losses, lambda factor: factor.gram(parts), retain_graph)
     return torch.stack(list(grams.values())).sum(0)
 
@@ -339,6 +354,7 @@ def check(tape: Tape, losses: Tensor) -> None:
     Raises:
         RuntimeError: names the first parameter whose gradients do not agree, and the likely cause.
     """
+    _check_tape(tape)
     before = tape.check, tape.checks
     tape.check, tape.checks = True, Checks()
     try:

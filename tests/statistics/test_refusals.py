@@ -33,7 +33,7 @@ def refused(
     *words: str,
     params: object = "all",
 ) -> None:
-    """The statistic, the check asked for, and a wrapper's backward all raise, and nothing is left."""
+    """Every statistic and the check asked for raise, in these words."""
     with fastdg.record(model, params=params) as tape:
         losses = losses_of()
     for ask in (

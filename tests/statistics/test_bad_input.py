@@ -1,0 +1,223 @@
+"""Bad input: an error that names the argument, what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastdg
+from fastdg.domains import partition
+
+N = 6
+DOMAINS = torch.tensor([0, 1, 0, 1, 2, 0])
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def recorded(params: object = "all") -> tuple[fastdg.Tape, Tensor]:
+    model = net()
+    with fastdg.record(model, params=params) as tape:
+        losses = F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N).long(), reduction="none")
+    return tape, losses
+
+
+def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
+    """name -> (a change of (tape, losses, domains), the error, what its message says)."""
+    return {
+        "scalar losses": (
+            lambda t, losses, d: (t, losses.mean(), d),
+            ValueError,
+            r"losses: expected shape \(N,\), got \(\); pass reduction='none'",
+        ),
+        "losses with two dimensions": (
+            lambda t, losses, d: (t, losses.view(3, 2), d),
+            ValueError,
+            r"losses: expected shape \(N,\), got \(3, 2\); reduce every sample's to one",
+        ),
+        "no losses": (lambda t, losses, d: (t, losses[:0], d[:0]), ValueError, "empty batch"),
+        "losses as numbers": (
+            lambda t, losses, d: (t, losses.tolist(), d),
+            TypeError,
+            r"losses: expected a tensor \(N,\), got list",
+        ),
+        "integer losses": (
+            lambda t, losses, d: (t, losses.detach().long(), d),
+            TypeError,
+            r"losses: expected a floating dtype, got torch\.int64",
+        ),
+        "detached losses": (
+            lambda t, losses, d: (t, losses.detach(), d),
+            ValueError,
+            r"no graph .* torch\.no_grad",
+        ),
+        "losses of another model": (
+            lambda t, losses, d: (t, recorded()[1], d),
+            RuntimeError,
+            "no tracked layer was seen",
+        ),
+        "domains too short": (
+            lambda t, losses, d: (t, losses, d[:4]),
+            ValueError,
+            r"domains: expected one id a sample, shape \(6,\) as losses, got shape \(4,\)",
+        ),
+        "domains one-hot": (
+            lambda t, losses, d: (t, losses, F.one_hot(d)),
+            ValueError,
+            r"domains: .* got shape \(6, 3\)",
+        ),
+        "domains as a list": (
+            lambda t, losses, d: (t, losses, d.tolist()),
+            TypeError,
+            r"domains: .* got list; use torch\.as_tensor",
+        ),
+        "float domains": (
+            lambda t, losses, d: (t, losses, d.float()),
+            TypeError,
+            r"domains: expected integer domain ids, got dtype torch\.float32; .*long\(\)",
+        ),
+        "bool domains": (
+            lambda t, losses, d: (t, losses, d > 0),
+            TypeError,
+            r"got dtype torch\.bool",
+        ),
+        "negative domains": (
+            lambda t, losses, d: (t, losses, d - 1),
+            ValueError,
+            "domains: expected ids >= 0, got -1",
+        ),
+        "domains on another device": (
+            lambda t, losses, d: (t, losses, d.to("meta")),
+            ValueError,
+            "domains: expected them on cpu .* got meta",
+        ),
+        "no tape": (
+            lambda t, losses, d: (net(), losses, d),
+            TypeError,
+            r"tape: expected .*fastdg\.record\(model\).* got Sequential",
+        ),
+    }
+
+
+@pytest.mark.parametrize(("change", "error", "message"), cases().values(), ids=cases().keys())
+@pytest.mark.parametrize(
+    "function", [fastdg.domain_moments, fastdg.domain_gradients, fastdg.domain_gram]
+)
+def test_by_domain(function: Callable[..., object], change, error, message) -> None:  # type: ignore[no-untyped-def]
+    tape, losses = recorded()
+    with pytest.raises(error, match=message):
+        function(*change(tape, losses, DOMAINS))
+    function(tape, losses, DOMAINS)  # nothing is left half done
+
+
+@pytest.mark.parametrize(
+    "function", [fastdg.per_sample_gradients, fastdg.per_sample_norms, fastdg.check]
+)
+def test_by_sample(function: Callable[..., object]) -> None:
+    tape, losses = recorded()
+    with pytest.raises(ValueError, match="reduction='none'"):
+        function(tape, losses.mean())
+    with pytest.raises(TypeError, match="tape: expected"):
+        function(None, losses)
+
+
+def test_number_of_domains() -> None:
+    tape, losses = recorded()
+    for num_domains, error, message in (
+        (2, ValueError, r"ids below num_domains=2, got 2; pass num_domains="),
+        (0, ValueError, "num_domains: expected at least 1, got 0"),
+        (2.5, TypeError, "num_domains: expected an integer or None, got float"),
+    ):
+        with pytest.raises(error, match=message):
+            fastdg.domain_moments(tape, losses, DOMAINS, num_domains=num_domains)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_any_integer_dtype(dtype: torch.dtype) -> None:
+    tape, losses = recorded()
+    expected = fastdg.domain_gram(tape, losses, DOMAINS)
+    assert torch.equal(fastdg.domain_gram(tape, losses, DOMAINS.to(dtype)), expected)
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ("heads", ValueError, "expected 'head', 'all', a list .* got 'heads'"),
+        ("2.weight", ValueError, r"for that parameter alone: \['2\.weight'\]"),
+        (["2.wieght"], ValueError, r"no parameter is called '2\.wieght'; nearest: \['2\.weight'"),
+        ([torch.zeros(5, 4)], ValueError, r"a tensor of shape \(5, 4\) is not one of the tracked"),
+        ([0], TypeError, "params: expected names or parameters, got int"),
+        ([], ValueError, "got an empty list"),
+        (3, TypeError, "params: .* got int"),
+    ],
+)
+def test_params(params: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), fastdg.record(net(), params=params):
+        pytest.fail("the mistake is found before the model runs")
+
+
+def test_params_that_select_nothing() -> None:
+    tape, losses = recorded(lambda name, p: False)
+    with pytest.raises(RuntimeError, match=r"none of the selected .* used: \['0\.bias', "):
+        fastdg.per_sample_gradients(tape, losses)
+
+
+def test_model() -> None:
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
+        fastdg.record(list(net().parameters())).__enter__()
+    with pytest.raises(ValueError, match="model: it has no parameter that requires a gradient"):
+        fastdg.record(net().requires_grad_(False)).__enter__()
+
+
+def test_forward_outside_the_block() -> None:
+    model = net()
+    x = torch.randn(N, 4)
+    before = model(x).square().sum(1)
+    with fastdg.record(model) as tape, torch.no_grad():
+        model(x)
+    after = model(x).square().sum(1)
+    for losses in (before, after):
+        with pytest.raises(RuntimeError, match=r"no tracked layer was seen .* fastdg\.func"):
+            fastdg.per_sample_gradients(tape, losses)
+
+
+def test_forward_under_torch_func() -> None:
+    """Inside the user's own transform there is nothing to record, and nothing breaks."""
+    model = net()
+    x = torch.randn(N, 4)
+    with fastdg.record(model) as tape:
+        call = torch.func.functional_call
+        torch.func.grad(lambda p: call(model, p, (x,)).sum())(dict(model.named_parameters()))
+        losses = model(x).square().sum(1)
+    assert set(fastdg.per_sample_gradients(tape, losses)) == dict(model.named_parameters()).keys()
+
+
+def test_rules_are_for_modules() -> None:
+    with pytest.raises(
+        TypeError, match=r"modules: expected nn\.Module classes, got <built-in function"
+    ):
+        fastdg.register_rule(F.linear)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        fastdg.use_backend("numpy").__enter__()
+
+
+def test_domains_given_apart_from_a_model() -> None:
+    parts = partition(torch.tensor([2, 0, 2, 5]), torch.zeros(4), 7)
+    assert parts.order.tolist() == [1, 0, 2, 3]
+    assert parts.offsets.tolist() == [0, 1, 1, 3, 3, 3, 4, 4]
+    assert parts.count.tolist() == [1, 0, 2, 0, 0, 1, 0]
+    means = parts.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    torch.testing.assert_close(
+        means, torch.tensor([2.0, torch.nan, 2, torch.nan, torch.nan, 4, torch.nan]), equal_nan=True
+    )
+    blocks = parts.grouped(2)
+    assert blocks.num_domains == 14
+    assert blocks.domains.tolist() == [4, 5, 0, 1, 4, 5, 10, 11]
