@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +41,29 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"MNIST's {name} (or .gz) is not in {folder} or {folder / 'mnist'}; pass the folder with "
-        f"the four idx "
-        "files of MNIST as --data, or set FASTDG_DATA to it"
+        f"data: MNIST's {name} (or {name}.gz) is neither in {folder} nor in {folder / 'mnist'}; "
+        "give the folder that holds MNIST's idx files"
     )
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file of unsigned bytes as an array."""
+    """An idx file of unsigned bytes as an array, or a ValueError that says how it is damaged."""
     try:
-        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as gzip: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an idx file of unsigned bytes (starts with {raw[:4]!r})")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: damaged, it cannot be unpacked: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(
+            f"{path}: not an idx file of unsigned bytes, which starts with 00 00 08 and its number "
+            f"of dimensions; it starts with {raw[:4].hex(' ') or 'nothing'}"
+        )
     dims = raw[3]
     shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
-    if body.size != int(np.prod(shape)):
-        raise ValueError(f"{path}: expected {int(np.prod(shape))} bytes of data, got {body.size}")
+    if body.size != math.prod(shape):
+        raise ValueError(
+            f"{path}: damaged, shape {shape} needs {math.prod(shape)} bytes of data, "
+            f"got {body.size}"
+        )
     return body.reshape(shape)
