@@ -288,9 +288,12 @@ class DomainOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state with the wrapper's own in it; see `load_state_dict`."""
-        # Between loading and the next step own tensors may be ahead of the wrapped optimizer's.
-        early = {p for p, _, _ in self._own_tensors() if not self.state.get(p)}
-        for p, name, tensor in self._own_tensors():
+        own = list(self._own_tensors())
+        # Own tensors may be ahead of the wrapped optimizer's (from loading to the next step). And
+        # who has entries for some parameters must have them for all: torch.distributed.checkpoint
+        early = [p for g in self.param_groups for p in g["params"] if own and not self.state.get(p)]
+        self.state.update({p: {} for p in early})
+        for p, name, tensor in own:
             self.state[p][name] = tensor
         try:
             return super().state_dict()

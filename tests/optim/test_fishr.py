@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -359,40 +360,40 @@ def test_low_precision_parameters_have_float32_statistics(dtype: torch.dtype) ->
         assert opt.state[p]["fishr_ema"].dtype == torch.float32
 
 
+@functools.cache
+def miniature(params: str, backend: str, dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
+    """Sixty steps on three domains that differ in noise: the losses and penalties, the model."""
+    generator = torch.Generator().manual_seed(1)
+    d = torch.arange(36) % 3
+    x = torch.randn(36, 2, 6, 6, generator=generator) * (0.5 + 0.5 * d.view(-1, 1, 1, 1))
+    y = (x.mean((1, 2, 3)) > 0).long() + (x[:, 0].std((1, 2)) > 1)
+    torch.manual_seed(2)
+    model = cnn().to(dtype)
+    # SGD: Adam divides by the gradient, and so makes steps of mere rounding
+    opt = fastdg.Fishr(
+        SGD(model.parameters(), lr=0.05, momentum=0.9),
+        params=params,
+        anneal_steps=20,
+        penalty_weight=0.5,
+        num_domains=3,
+    )
+    trace = []
+    with fastdg.use_backend(backend):
+        for step in range(60):
+            rows = torch.arange(12) + 12 * (step % 3)
+            opt.zero_grad()
+            loss = opt.backward(losses_of(model, x[rows].to(dtype), y[rows]), d[rows])
+            opt.step()
+            trace.append(torch.stack([loss, opt.statistics["penalty"]]))
+    return torch.stack(trace).double(), model
+
+
 @pytest.mark.parametrize("backend", [b for b, (there, _) in fastdg.backends().items() if there])
 @pytest.mark.parametrize("params", ["head", "all"])
 def test_convergence_is_the_same_on_every_backend(params: str, backend: str) -> None:
-    """60 steps on three domains that differ in noise: loss, penalty and weights, step by step."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(90, 2, 6, 6, generator=generator)
-    d = torch.arange(90) % 3
-    x = x * (0.5 + 0.5 * d.view(-1, 1, 1, 1))
-    y = (x.mean((1, 2, 3)) > 0).long() + (x[:, 0].std((1, 2)) > 1)
-    model = cnn()
-
-    def run(name: str, dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
-        net = copy.deepcopy(model).to(dtype)
-        # SGD: Adam divides by the gradient, and so makes steps of mere rounding
-        opt = fastdg.Fishr(
-            SGD(net.parameters(), lr=0.05, momentum=0.9),
-            params=params,
-            anneal_steps=20,
-            penalty_weight=0.5,
-            num_domains=3,
-        )
-        trace = []
-        with fastdg.use_backend(name):
-            for step in range(60):
-                rows = torch.arange(30) + 30 * (step % 3)
-                opt.zero_grad()
-                loss = opt.backward(losses_of(net, x[rows].to(dtype), y[rows]), d[rows])
-                opt.step()
-                trace.append(torch.stack([loss, opt.statistics["penalty"]]))
-        return torch.stack(trace).double(), net
-
-    truth, exact = run("reference", torch.float64)
-    plain, _ = run("reference", torch.float32)
-    got, net = run(backend, torch.float32)
+    truth, exact = miniature(params, "reference", torch.float64)
+    plain, _ = miniature(params, "reference", torch.float32)
+    got, net = miniature(params, backend, torch.float32)
     assert truth[-3:, 0].mean() < 0.75 * truth[:3, 0].mean()
     # Twice what float32 does to the reference, and a floor for where that is lucky
     scale = truth.abs().amax(0)

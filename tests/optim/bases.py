@@ -1,0 +1,71 @@
+"""The optimizers a wrapper has to get along with, and a small training to try it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
+
+import fastdg
+
+Make = Callable[[Any], Optimizer]
+BASES: dict[str, Make] = {
+    "sgd": lambda p: SGD(p, lr=0.05),
+    "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, dampening=0.1),
+    "adam": lambda p: Adam(p, lr=1e-2),
+    "fused_adamw": lambda p: AdamW(p, lr=1e-2, fused=True),
+    "rmsprop": lambda p: RMSprop(p, lr=1e-2, momentum=0.5),
+    "adagrad": lambda p: Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
+    "radam": lambda p: RAdam(p, lr=1e-2),
+}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def wrap(base: Optimizer, **settings: Any) -> fastdg.Fishr:
+    return fastdg.Fishr(base, **{"penalty_weight": 5.0, "anneal_steps": 2, **settings})
+
+
+def batch(model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Losses and domains of a forward on data that only the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, 4, generator=generator).to(next(model.parameters()).dtype)
+    y = torch.randint(3, (9,), generator=generator)
+    domains = torch.randint(3, (9,), generator=generator)
+    return F.cross_entropy(model(x), y, reduction="none"), domains
+
+
+def steps(model: nn.Module, opt: fastdg.Fishr, seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        opt.zero_grad()
+        opt.backward(*batch(model, seed))
+        opt.step()
+
+
+def trained(make: Make, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    model = network(dtype)
+    opt = wrap(make(model.parameters()), **settings)
+    steps(model, opt, range(4))
+    return model, opt
+
+
+def same(model: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def shared(opt: fastdg.Fishr) -> None:
+    assert opt.param_groups is opt.base.param_groups
+    assert opt.state is opt.base.state
+    assert opt.defaults is opt.base.defaults
+
+
+def emas(opt: fastdg.Fishr) -> list[Tensor]:
+    state = opt.state_dict()["state"]
+    return [state[i]["fishr_ema"] for i in sorted(state) if "fishr_ema" in state[i]]

@@ -1,0 +1,180 @@
+"""Copies, checkpoints and resuming, on every optimizer a wrapper may wrap."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from bases import Make, batch, emas, network, same, steps, trained, wrap
+from torch.optim import Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("through", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_copies_continue_alike_and_leave_the_original(
+    make: Make, through: str, scheduled: bool
+) -> None:
+    model, opt = trained(make)
+    if scheduled:  # patches step on the instance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # made after training: torch asks about the order
+            LambdaLR(opt, lambda epoch: 1.0)
+    if through == "deepcopy":
+        model2, opt2 = copy.deepcopy((model, opt))
+    else:
+        model2, opt2 = pickle.loads(pickle.dumps((model, opt)))
+    before = copy.deepcopy(model)
+    steps(model2, opt2, [7, 8])
+    same(model, before)
+    assert opt.steps == 4 and opt2.steps == 6
+    steps(model, opt, [7, 8])
+    same(model, model2)
+    assert [p.data_ptr() for p in opt2.param_groups[0]["params"]] == [
+        p.data_ptr() for p in model2.parameters()
+    ]
+
+
+def test_a_copy_made_between_backward_and_step_has_nothing_staged(make: Make) -> None:
+    model, opt = trained(make)
+    opt.backward(*batch(model))
+    with pytest.raises(RuntimeError, match="needs a backward"):
+        copy.deepcopy(opt).step()
+    opt.step()
+
+
+def test_names_survive_copies() -> None:
+    model = network()
+    opt = wrap(Adam(model.parameters()), model=model, params=["2.weight"])
+    model2, opt2 = copy.deepcopy((model, opt))
+    steps(model2, opt2, range(2))
+    assert "'2.weight'" in repr(opt2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("params", ["head", "all"])
+def test_state_dict_resumes_bit_for_bit(make: Make, params: str, dtype: torch.dtype) -> None:
+    model, opt = trained(make, dtype, params=params)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = network(dtype)
+    again.load_state_dict(saved["model"])
+    resumed = wrap(make(again.parameters()), params=params)
+    resumed.load_state_dict(state_dict=saved["opt"])
+    assert resumed.steps == 4
+    assert all(ema.dtype == torch.float32 for ema in emas(resumed))
+    assert len(emas(resumed)) == (4 if params == "all" else 2)
+    for seed in (7, 8):
+        steps(model, opt, [seed])
+        steps(again, resumed, [seed])
+        same(model, again)
+        for ema, expected in zip(emas(resumed), emas(opt), strict=True):
+            assert torch.equal(ema, expected)
+
+
+def test_state_dict_has_only_what_checkpoint_libraries_keep(make: Make) -> None:
+    _, opt = trained(make)
+    state = opt.state_dict()
+    assert set(state) == {"state", "param_groups"}
+    assert set(state["state"]) <= {0, 1, 2, 3}
+    assert state["param_groups"][0]["fishr_steps"] == 4
+    assert len(emas(opt)) == 2
+
+
+def test_a_state_saved_right_after_loading_is_whole(make: Make) -> None:
+    model, opt = trained(make)
+    saved = copy.deepcopy(opt.state_dict())
+    resumed = wrap(make(copy.deepcopy(model).parameters()))
+    resumed.load_state_dict(saved)
+    again = resumed.state_dict()
+    assert again["param_groups"] == saved["param_groups"]
+    for i, entry in saved["state"].items():
+        assert entry.keys() == again["state"][i].keys()
+
+
+def test_loading_takes_a_copy(make: Make) -> None:
+    model, opt = trained(make)
+    state = opt.state_dict()
+    twin = wrap(make(copy.deepcopy(model).parameters()))
+    twin.load_state_dict(state)
+    before = [ema.clone() for ema in emas(twin)]
+    steps(model, opt, [9])
+    assert all(torch.equal(a, b) for a, b in zip(before, emas(twin), strict=True))
+
+
+def test_state_of_the_bare_optimizer_loads(make: Make) -> None:
+    plain = network()
+    base = make(plain.parameters())
+    batch(plain)[0].mean().backward()
+    base.step()
+    model = copy.deepcopy(plain)
+    opt = wrap(make(model.parameters()))
+    opt.load_state_dict(copy.deepcopy(base.state_dict()))
+    assert opt.steps == 0 and not emas(opt)
+    steps(model, opt, range(3))
+    assert opt.steps == 3
+    # and the other way: the bare optimizer takes the wrapper's
+    make(plain.parameters()).load_state_dict(opt.state_dict())
+
+
+def test_a_state_without_its_history_is_refused(make: Make) -> None:
+    _, opt = trained(make)
+    state = copy.deepcopy(opt.state_dict())
+    for entry in state["state"].values():
+        entry.pop("fishr_ema", None)
+    fresh = network()
+    other = wrap(make(fresh.parameters()))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"4 steps but has no fishr_ema"):
+        other.load_state_dict(state)
+    assert str(other.state_dict()) == str(before)
+    wrap(make(fresh.parameters()), ema=None).load_state_dict(state)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_distributed_checkpoint_state_dict(make: Make, flatten: bool) -> None:
+    """Names in place of ids, a probing step, keyword loading; in one process."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, opt = trained(make)
+    weights = copy.deepcopy(model.state_dict())
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, opt, options=options))
+    assert "2.weight" in str(saved.keys() if flatten else saved["state"].keys())
+
+    again = network()
+    resumed = wrap(make(again.parameters()))
+    if flatten:  # takes only what the optimizer has already: refused before it has
+        with pytest.raises(ValueError, match="run one backward and step before loading"):
+            dcp.set_optimizer_state_dict(again, resumed, saved, options=options)
+        steps(again, resumed, [0])
+    again.load_state_dict(weights)
+    resumed.zero_grad()
+    dcp.set_optimizer_state_dict(again, resumed, saved, options=options)
+    assert resumed.steps == 4
+    steps(model, opt, [7])
+    steps(again, resumed, [7])
+    same(model, again)
+
+
+def test_a_probing_step_is_the_bare_optimizer_s(make: Make) -> None:
+    model = network()
+    opt = wrap(make(model.parameters()))
+    before = copy.deepcopy(model)
+    rates = [group["lr"] for group in opt.param_groups]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.param_groups[0]["lr"] = 0.0
+    opt.step(closure=None)
+    opt.param_groups[0]["lr"] = rates[0]
+    same(model, before)
+    assert opt.steps == 0 and not emas(opt)
+    steps(model, opt, range(2))
