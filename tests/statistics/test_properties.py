@@ -93,7 +93,7 @@ def test_symmetries(batch, random, scale: float) -> None:  # type: ignore[no-unt
         assert bool((v >= 0).all())
         assert bool((v[base.count <= 1] == 0).all())
         assert bool((m[base.count == 0] == 0).all())
-        size = m.square().max() + v.max()
+        size = (m.square().max() + v.max()).clamp(min=1e-30)
         assert_close(other.variance[name] / size, v / size, f"{name}: permuted")
         assert_close(other.mean[name], m, f"{name}: permuted", 1e-10)
         assert_close(renamed.variance[name][relabel] / size, v / size, f"{name}: renamed")
@@ -114,7 +114,7 @@ def test_merging_pieces_gives_the_whole(batch, first: int, second: int) -> None:
     merged = merge(parts)
     assert torch.equal(merged.count, whole.count)
     for name, v in whole.variance.items():
-        size = whole.mean[name].square().max() + v.max()
+        size = (whole.mean[name].square().max() + v.max()).clamp(min=1e-30)
         assert_close(merged.mean[name], whole.mean[name], f"{name}: mean", 1e-10)
         assert_close(merged.variance[name] / size, v / size, f"{name}: variance")
 
