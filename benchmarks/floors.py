@@ -1,7 +1,8 @@
 """The least work each question can cost: counts of multiply-adds from layer shapes.
 
-A unit is one product of the size of a layer's forward. A plain step takes three (output, weight gradient, input
-gradient), two for a layer whose input needs no gradient. What is not a matrix product is not counted.
+A unit is one product of the size of a layer's forward. A plain step takes three (output, weight
+gradient, input gradient), two for a layer whose input needs no gradient. What is not a matrix
+product is not counted.
 """
 
 from __future__ import annotations
@@ -43,16 +44,19 @@ class Work:
     def moments(self) -> int:
         """Forward, output gradients of every layer, and Σg, Σg² in place of the weight gradient.
 
-        With one position Σg² is a product of its own; with several, both come from the same products.
+        With one position Σg² is a product of its own; with several, both come from the same one.
         """
-        per_layer = (((1 if k.first else 2) + (2 if k.T == 1 else 1)) * k.macs for k in self.layers)
-        return sum(per_layer) + 3 * self.other
+        total = 3 * self.other
+        for k in self.layers:
+            total += ((1 if k.first else 2) + (2 if k.T == 1 else 1)) * k.macs
+        return total
 
     def differentiable(self) -> int:
         """`moments`, its backward, the backward of the output gradients, and that of the forward.
 
-        The op's backward takes two products for each operand with one position; with several, one to form g_i
-        again and one for each operand. Backward of the chain of output gradients: two products a layer.
+        The op's backward takes two products for each operand with one position; with several, one to
+        form g_i again and one for each operand. The backward of the chain of output gradients takes
+        two a layer.
         """
         total = self.moments() + 6 * self.other
         for k in self.layers:
@@ -62,13 +66,17 @@ class Work:
             total += operands * k.macs  # backward of the forward
         return total
 
+    def head(self) -> int:
+        """Plain training of one layer with one position, its moments and their backward."""
+        return sum((2 + 4) * k.macs for k in self.layers) + self.plain()
 
-def work(problem: Problem, *, features_need_gradient: bool = False) -> Work:
+
+def work(problem: Problem) -> Work:
     """Count one forward of ``problem``."""
     layers: list[Layer] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        first = not (args[0].requires_grad or features_need_gradient)
+        first = not args[0].requires_grad
         if isinstance(module, nn.Conv2d):
             taps = module.weight[0].numel()
             layers.append(

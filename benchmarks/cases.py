@@ -1,0 +1,329 @@
+"""The questions a user asks, and who answers them: one `Case` a row of the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import head_peers
+import peers
+import torch
+from floors import work
+from models import SPECS, Problem, problem
+from torch import Tensor
+
+import fastdg
+
+Run = Callable[[], Any]
+PLAIN, OURS, REFERENCE = "plain", "fastdg", "fastdg, reference backend"
+# Largest relative error (norm, worst parameter) against float64 per-sample gradients that is timed.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to answer.
+
+    Attributes:
+        make: settings of this contender and a problem of its own -> what to run.
+        settings: values to try; the fastest is measured.
+        result: the numbers to verify, from the problem and what the first run returned.
+        needs: a package that may be missing.
+        slow: not part of the smoke run (compilers).
+    """
+
+    make: Callable[..., Run]
+    settings: tuple[Any, ...] = ()
+    result: Callable[[Problem, Any], Mapping[str, Tensor]] = lambda problem, out: out
+    needs: str | None = None
+    slow: bool = False
+
+    def unavailable(self) -> str | None:
+        return peers.missing(self.needs) if self.needs else None
+
+    def start(self, on: Problem, setting: Any = None) -> Run:
+        return self.make(on) if setting is None else self.make(on, setting)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model, a batch, a plain step, a floor, and the contenders."""
+
+    question: str
+    model: str
+    samples: int
+    contenders: dict[str, Contender]
+    truth: Callable[[Problem], Mapping[str, Tensor]]
+    floor: Callable[[Problem], float]
+    reach: float
+    features_given: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.question}/{self.model}"
+
+    @property
+    def title(self) -> str:
+        return f"{SPECS[self.model].title}, N={self.samples}"
+
+    def problem(self, samples: int | None = None, name: str | None = None) -> Problem:
+        made = problem(name or self.model, samples or self.samples)
+        made.x.requires_grad_(self.features_given)
+        return made
+
+
+def error(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Largest relative error over the parameters, by norm; parameters without a gradient aside."""
+    largest = max(t.norm().item() for t in truth.values())
+    errors = [0.0]
+    for name, t in truth.items():
+        if t.norm().item() > 1e-9 * largest:
+            errors.append(((result[name].double() - t).norm() / t.norm()).item())
+    return max(errors)
+
+
+def verified(case: Case, contender: Contender, run: Run, on: Problem, truth: Any) -> float:
+    """Run once and compare; raises when the numbers are wrong."""
+    wrong = error(contender.result(on, run()), truth)
+    if not wrong <= TOLERANCE:
+        raise ArithmeticError(f"relative error {wrong:.1e} against float64 per-sample gradients")
+    return wrong
+
+
+# ---- the plain step -----------------------------------------------------------------------------------
+
+
+def plain(on: Problem) -> Run:
+    """Forward and backward of the mean loss."""
+
+    def run() -> None:
+        on.model.zero_grad(set_to_none=True)
+        on.losses().mean().backward()
+
+    return run
+
+
+# ---- (a) variances of all layers ------------------------------------------------------------------------
+
+
+def variance(on: Problem) -> Run:
+    def run() -> Mapping[str, Tensor]:
+        with fastdg.record(on.model, check=False) as tape:
+            losses = on.losses()
+        return fastdg.domain_moments(tape, losses, on.domains, retain_graph=False).variance
+
+    return run
+
+
+# ---- (b) their penalty, differentiated --------------------------------------------------------------------
+
+
+def penalty(on: Problem) -> Run:
+    present = torch.ones(3, dtype=torch.bool)
+
+    def run() -> Mapping[str, Tensor]:
+        on.model.zero_grad(set_to_none=True)
+        with fastdg.record(on.model, check=False) as tape:
+            losses = on.losses()
+        moments = fastdg.domain_moments(tape, losses, on.domains, create_graph=True)
+        fastdg.ops.variance_gap(list(moments.variance.values()), [], present, 0.0).backward()
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in on.parameters.items()
+        }
+
+    return run
+
+
+# ---- (c), (d) Fishr on the head ---------------------------------------------------------------------------
+
+
+def fishr(base: Callable[[Problem], Any], penalised: bool = True) -> Callable[[Problem], Run]:
+    """A whole step of `fastdg.Fishr` with the head's parameters, before or after the anneal."""
+
+    def make(on: Problem) -> Run:
+        opt = fastdg.Fishr(
+            base(on),
+            penalty_weight=head_peers.WEIGHT,
+            anneal_steps=0 if penalised else 10**9,
+            num_domains=3,
+        )
+
+        def run() -> None:
+            opt.zero_grad()
+            on.x.grad = None
+            opt.backward(on.losses(), on.domains)
+            opt.step()
+
+        return run
+
+    return make
+
+
+def _gradients(on: Problem, out: Any) -> Mapping[str, Tensor]:
+    return head_peers.gradients(on)
+
+
+def _head_peers(base: Callable[[Problem], Any], *names: str) -> dict[str, Contender]:
+    def step(variances: Callable[[Problem], head_peers.Variances]) -> Callable[[Problem], Run]:
+        return lambda on: head_peers.penalised(on, base(on), variances(on))
+
+    every = {
+        "closed form in plain PyTorch": Contender(step(head_peers.by_squares)),
+        "per-sample outer products": Contender(step(head_peers.by_products)),
+        "per-sample outer products, torch.compile": Contender(
+            step(head_peers.by_compiled_products), slow=True
+        ),
+        "torch.func vmap(grad)": Contender(step(head_peers.by_vmap)),
+        "BackPACK BatchGrad (DomainBed, repaired)": Contender(
+            lambda on: head_peers.backpack_step(on, base(on)), needs="backpack"
+        ),
+    }
+    return {
+        name: Contender(c.make, result=_gradients, needs=c.needs, slow=c.slow)
+        for name, c in every.items()
+        if not names or name in names
+    }
+
+
+def reference(make: Callable[[Problem], Run]) -> Callable[[Problem], Run]:
+    """The same on the plain-PyTorch implementation of the ops."""
+
+    def made(on: Problem) -> Run:
+        run = make(on)
+
+        def forced() -> Any:
+            with fastdg.use_backend("reference"):
+                return run()
+
+        return forced
+
+    return made
+
+
+def _ours(make: Callable[[Problem], Run], **more: Any) -> dict[str, Contender]:
+    found = {OURS: Contender(make, **more)}
+    if fastdg.backends()["cpp"][0]:
+        found[REFERENCE] = Contender(reference(make), **more)
+    return found
+
+
+def _nothing(on: Problem, out: Any) -> Mapping[str, Tensor]:
+    raise NotImplementedError("the plain step has nothing to verify")
+
+
+def _variance_case(model: str, reach: float, chunks: tuple[int, ...]) -> Case:
+    contenders = {
+        PLAIN: Contender(plain, result=_nothing),
+        **_ours(variance),
+        "loop over samples": Contender(peers.loop_variance),
+        "torch.func vmap(grad), chunked": Contender(peers.vmap_variance, chunks),
+        "Opacus GradSampleModule": Contender(peers.opacus_variance, needs="opacus"),
+        "BackPACK BatchGrad": Contender(peers.backpack_variance, needs="backpack"),
+        "BackPACK SumGradSquared by domain": Contender(peers.backpack_squares, needs="backpack"),
+    }
+    left_out = {}
+    if model == "mlp":
+        contenders["torch.func vmap(grad), torch.compile"] = Contender(
+            lambda on, chunk: peers.vmap_variance(on, chunk, compiled=True), chunks, slow=True
+        )
+    else:
+        left_out["torch.func vmap(grad), torch.compile"] = (
+            "minutes of compilation, and products of matrices remain what they are"
+        )
+    return Case(
+        "variance",
+        model,
+        96,
+        contenders,
+        lambda on: peers.loop_variance(on)(),
+        lambda on: (w := work(on)).moments() / w.plain(),
+        reach,
+        left_out=left_out,
+    )
+
+
+def _penalty_case(model: str, samples: int, reach: float, chunks: tuple[int, ...]) -> Case:
+    return Case(
+        "differentiable",
+        model,
+        samples,
+        {
+            PLAIN: Contender(plain, result=_nothing),
+            **_ours(penalty),
+            "loop over samples, two passes": Contender(peers.loop_penalty),
+            "torch.func vmap(grad)": Contender(peers.vmap_penalty),
+            "torch.func vmap(grad), chunked, two passes": Contender(
+                peers.vmap_penalty_chunked, chunks
+            ),
+            "BackPACK BatchGrad, create_graph": Contender(peers.backpack_penalty, needs="backpack"),
+        },
+        lambda on: peers.loop_penalty(on)(),
+        lambda on: (w := work(on)).differentiable() / w.plain(),
+        reach,
+        left_out={"Opacus GradSampleModule": "its per-sample gradients are not differentiable"},
+    )
+
+
+def _head_case() -> Case:
+    def floor(on: Problem) -> float:
+        w = work(on)
+        return w.head() / w.plain()
+
+    still = head_peers.still
+    return Case(
+        "head",
+        "head",
+        96,
+        {
+            PLAIN: Contender(lambda on: head_peers.plain(on, still(on)), result=_nothing),
+            **_ours(fishr(still), result=_gradients),
+            **_head_peers(still),
+        },
+        head_peers.truth,
+        floor,
+        4.0,
+        features_given=True,
+    )
+
+
+def _step_case() -> Case:
+    adam = head_peers.adam
+    return Case(
+        "step",
+        "resnet18",
+        96,
+        {
+            PLAIN: Contender(lambda on: head_peers.plain(on, adam(on)), result=_nothing),
+            OURS: Contender(fishr(adam), result=_gradients),
+            f"{OURS}, before the anneal": Contender(fishr(adam, penalised=False), result=_nothing),
+            **_head_peers(
+                adam,
+                "closed form in plain PyTorch",
+                "torch.func vmap(grad)",
+                "BackPACK BatchGrad (DomainBed, repaired)",
+            ),
+        },
+        head_peers.truth,
+        lambda on: 1.0,
+        1.03,
+    )
+
+
+CASES = {
+    case.key: case
+    for case in (
+        _variance_case("mlp", 1.6, (2, 8, 32)),
+        _variance_case("mnist_cnn", 1.2, (4, 8, 32)),
+        _variance_case("vit", 1.2, (4, 8, 32)),
+        _variance_case("resnet18", 1.5, (2, 8, 32)),
+        _penalty_case("mlp", 96, 4.8, (2, 8, 32)),
+        _penalty_case("mnist_cnn", 96, 4.5, (4, 8, 32)),
+        _penalty_case("vit", 96, 4.2, (4, 8, 32)),
+        _penalty_case("resnet18", 24, 5.0, (2, 8)),
+        _head_case(),
+        _step_case(),
+    )
+}

@@ -1,0 +1,11 @@
+"""What does Fishr cost on a large head alone, features given?"""
+
+from typing import Any
+
+from cases import CASES, Case
+from timing import answer, parameters
+
+
+@parameters([case for case in CASES.values() if case.question == "head"])
+def test_head(benchmark: Any, case: Case, name: str, smoke: bool, truths: dict[Any, Any]) -> None:
+    answer(benchmark, case, name, smoke, truths)
