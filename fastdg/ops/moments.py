@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import define, library
+from .registry import define, library, not_differentiable
 
 
 def reference(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +86,9 @@ def _backward(
 
 
 torch.library.register_autograd("fastdg::moments", _backward, setup_context=_setup, lib=library)
+not_differentiable(
+    "moments_backward", "moments is differentiable once: use its result in one backward"
+)
 
 
 def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .outer_moments import domain_rows
-from .registry import define
+from .registry import define, not_differentiable
 from .window import sizes, unfold
 
 
@@ -34,6 +34,7 @@ define(
     reference,
     _fake,
 )
+not_differentiable("outer_domain", "for a differentiable mean use outer_moments")
 
 
 def outer_domain(

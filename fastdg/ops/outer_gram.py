@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .moments import domain_of
-from .registry import define
+from .registry import define, not_differentiable
 from .window import sizes
 
 
@@ -43,6 +43,7 @@ define(
     reference,
     _fake,
 )
+not_differentiable("outer_gram", "for a differentiable result use outer_moments")
 
 
 def outer_gram(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import define, library
+from .registry import define, library, not_differentiable
 from .window import fold, sizes, unfold
 
 # Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).
@@ -144,6 +144,9 @@ def _backward(
 
 torch.library.register_autograd(
     "fastdg::outer_moments", _backward, setup_context=_setup, lib=library
+)
+not_differentiable(
+    "outer_moments_backward", "outer_moments is differentiable once: use its result in one backward"
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .outer_moments import chunks
-from .registry import define
+from .registry import define, not_differentiable
 from .window import sizes, unfold
 
 
@@ -36,6 +36,7 @@ def _fake(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
 
 
 define("outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor", reference, _fake)
+not_differentiable("outer_norms", "square the per-sample gradients instead")
 
 
 def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int] = ()) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import define, library
+from .registry import define, library, not_differentiable
 
 
 def _gap(variance: Tensor, ema: Tensor | None, present: Tensor, history: float) -> Tensor:
@@ -87,6 +87,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None], None, N
 
 torch.library.register_autograd(
     "fastdg::variance_gap", _backward, setup_context=_setup, lib=library
+)
+not_differentiable(
+    "variance_gap_backward", "variance_gap is differentiable once: use its result in one backward"
 )
 
 
