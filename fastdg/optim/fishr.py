@@ -241,10 +241,11 @@ def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def _hooked(staged: Sequence[Batch]) -> bool:
-    """Whether a tracked parameter has hooks of the user's, which only autograd's backward calls."""
+    """Whether a parameter has hooks of the user's, which only autograd's own backward calls."""
     return any(
         p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-        for p in _parameters(staged).values()
+        for batch in staged
+        for p in batch.resolved.found.leaves
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .factors import Factor, total
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
-from .tape import Call, Found, contents, own_parameters, sweep
+from .tape import Call, Found, contents, own_parameters, paused, sweep
 
 Consume = Callable[[str, Factor], None]
 
@@ -158,7 +158,16 @@ def _refuse_fused_attention(found: Found) -> None:
 
 
 def gradients_of(losses: Tensor, parameters: Sequence[Tensor], weight: Tensor) -> list[Any]:
-    """Autograd's own gradients of ``(weight * losses).sum()``."""
-    return list(
-        torch.autograd.grad(losses, list(parameters), weight, retain_graph=True, allow_unused=True)
-    )
+    """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
+    hooks = [(p, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for p, _ in hooks:
+        p._backward_hooks.clear()  # type: ignore[union-attr]
+    try:
+        with paused():
+            grads = torch.autograd.grad(
+                losses, list(parameters), weight, retain_graph=True, allow_unused=True
+            )
+    finally:
+        for p, own in hooks:
+            p._backward_hooks.update(own)  # type: ignore[union-attr]
+    return list(grads)
