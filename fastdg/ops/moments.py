@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import define, library, not_differentiable
+from .derivatives import call, differentiable, not_differentiable
+from .registry import define
 
 
 def reference(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,13 +80,13 @@ def _backward(
     grad_mean = zero if grad_mean is None else grad_mean
     grad_variance = zero if grad_variance is None else grad_variance
     return (
-        torch.ops.fastdg.moments_backward(grad_mean, grad_variance, grads, mean, order, offsets),
+        call("moments_backward", grad_mean, grad_variance, grads, mean, order, offsets),
         None,
         None,
     )
 
 
-torch.library.register_autograd("fastdg::moments", _backward, setup_context=_setup, lib=library)
+differentiable("moments", _setup, _backward)
 not_differentiable(
     "moments_backward", "moments is differentiable once: use its result in one backward"
 )
@@ -105,4 +106,4 @@ def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     Returns:
         ``(mean, variance)``, each ``[D, P]``; zeros for an empty domain. Differentiable once.
     """
-    return torch.ops.fastdg.moments(grads, order, offsets)
+    return call("moments", grads, order, offsets)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .derivatives import call, not_differentiable
 from .outer_moments import domain_rows
-from .registry import define, not_differentiable
+from .registry import define
 from .window import sizes, unfold
 
 
@@ -46,4 +47,4 @@ def outer_domain(
     Arguments as `outer_moments`. Returns ``[D, O, I]``; zeros for an empty domain. Not
     differentiable.
     """
-    return torch.ops.fastdg.outer_domain(a, delta, order, offsets, list(window))
+    return call("outer_domain", a, delta, order, offsets, list(window))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .derivatives import call, not_differentiable
 from .moments import domain_of
-from .registry import define, not_differentiable
+from .registry import define
 from .window import sizes
 
 
@@ -54,4 +55,4 @@ def outer_gram(
     Takes the cheaper of two contraction orders. Arguments as `outer_moments`. Returns ``[D, D]``;
     zero rows for an empty domain. Not differentiable.
     """
-    return torch.ops.fastdg.outer_gram(a, delta, order, offsets, list(window))
+    return call("outer_gram", a, delta, order, offsets, list(window))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import define, library, not_differentiable
+from .derivatives import call, differentiable, not_differentiable
+from .registry import define
 from .window import fold, sizes, unfold
 
 # Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).
@@ -136,15 +137,21 @@ def _backward(
     zero = mean.new_zeros(()).expand_as(mean)  # a penalty on the variance leaves the mean alone
     grad_mean = zero if grad_mean is None else grad_mean
     grad_variance = zero if grad_variance is None else grad_variance
-    grad_a, grad_delta = torch.ops.fastdg.outer_moments_backward(
-        grad_mean, grad_variance, a, delta, mean, order, offsets, ctx.window
+    grad_a, grad_delta = call(
+        "outer_moments_backward",
+        grad_mean,
+        grad_variance,
+        a,
+        delta,
+        mean,
+        order,
+        offsets,
+        ctx.window,
     )
     return grad_a, grad_delta, None, None, None
 
 
-torch.library.register_autograd(
-    "fastdg::outer_moments", _backward, setup_context=_setup, lib=library
-)
+differentiable("outer_moments", _setup, _backward)
 not_differentiable(
     "outer_moments_backward", "outer_moments is differentiable once: use its result in one backward"
 )
@@ -171,4 +178,4 @@ def outer_moments(
         ``(mean, variance)``, each ``[D, O, I]``; zeros for an empty domain. Differentiable once, by
         recomputation. The variance is accurate to rounding of :math:`E[g^2]`.
     """
-    return torch.ops.fastdg.outer_moments(a, delta, order, offsets, list(window))
+    return call("outer_moments", a, delta, order, offsets, list(window))

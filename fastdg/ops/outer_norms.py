@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .derivatives import call, not_differentiable
 from .outer_moments import chunks
-from .registry import define, not_differentiable
+from .registry import define
 from .window import sizes, unfold
 
 
@@ -45,4 +46,4 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int] = ()) -> Tensor:
     Takes the cheaper of two contraction orders. ``a``, ``delta``, ``window`` as in `outer_moments`.
     Returns ``[N]``. Not differentiable.
     """
-    return torch.ops.fastdg.outer_norms(a, delta, list(window))
+    return call("outer_norms", a, delta, list(window))

@@ -79,15 +79,6 @@ def define(schema: str, reference: Implementation, fake: Implementation) -> Op:
     return op
 
 
-def not_differentiable(name: str, instead: str) -> None:
-    """Let calls of op ``name`` be recorded, and raise when a backward reaches one."""
-
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"fastdg::{name} has no derivative; {instead}")
-
-    torch.library.register_autograd(f"fastdg::{name}", refuse, lib=library)
-
-
 def attach(
     name: str, backend: str, implementation: Implementation, supports: Supports | None = None
 ) -> None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .registry import define, library, not_differentiable
+from .derivatives import call, differentiable, not_differentiable
+from .registry import define
 
 
 def _gap(variance: Tensor, ema: Tensor | None, present: Tensor, history: float) -> Tensor:
@@ -81,13 +81,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None], None, None]:
     present, *saved = ctx.saved_tensors
     variance, ema = saved[: ctx.parts], saved[ctx.parts :]
-    grads = torch.ops.fastdg.variance_gap_backward(grad, variance, ema, present, ctx.history)
+    grads = call("variance_gap_backward", grad, variance, ema, present, ctx.history)
     return grads, [None] * len(ema), None, None
 
 
-torch.library.register_autograd(
-    "fastdg::variance_gap", _backward, setup_context=_setup, lib=library
-)
+differentiable("variance_gap", _setup, _backward)
 not_differentiable(
     "variance_gap_backward", "variance_gap is differentiable once: use its result in one backward"
 )
@@ -109,4 +107,4 @@ def variance_gap(
     Returns:
         0-dim tensor, differentiable once with respect to ``variance``.
     """
-    return torch.ops.fastdg.variance_gap(list(variance), list(ema), present, history)
+    return call("variance_gap", list(variance), list(ema), present, history)

@@ -1,0 +1,86 @@
+"""The derivatives of the ops, for autograd and for the transforms of ``torch.func``.
+
+``torch.library.register_autograd`` serves autograd and ``torch.compile``. The transforms of
+``torch.func`` and forward-mode differentiation do not see what is registered there: inside them
+an op is called through a `torch.autograd.Function` of the same formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from .registry import library
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give op ``name`` a derivative; ``setup`` and ``backward`` as in ``register_autograd``."""
+    torch.library.register_autograd(f"fastdg::{name}", backward, setup_context=setup, lib=library)
+    _FUNCTIONS[name] = _function(name, setup, backward)
+
+
+def not_differentiable(name: str, instead: str) -> None:
+    """Let calls of op ``name`` be recorded, and raise when a backward reaches one."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"fastdg::{name} has no derivative; {instead}")
+
+    differentiable(name, lambda ctx, inputs, output: None, refuse)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Op ``name`` on ``args``, wherever it is called."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        flat, spec = pytree.tree_flatten(args)
+        return _FUNCTIONS[name].apply(spec, *flat)
+    return getattr(torch.ops.fastdg, name)(*args)
+
+
+def _function(
+    name: str, setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """Op ``name`` on arguments that `torch.utils._pytree` has flattened."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(spec: pytree.TreeSpec, *flat: Any) -> Any:
+            output = getattr(torch.ops.fastdg, name)(*pytree.tree_unflatten(flat, spec))
+            return tuple(output) if isinstance(output, list) else output
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            spec, *flat = inputs
+            args = pytree.tree_unflatten(flat, spec)
+            ctx.leaves = [len(pytree.tree_leaves(arg)) for arg in args]
+            setup(ctx, args, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            flat: list[Any] = [None]
+            for found, leaves in zip(backward(ctx, *grads), ctx.leaves, strict=True):
+                flat += found if isinstance(found, (list, tuple)) else [found] * leaves
+            return tuple(flat)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], spec: Any, *flat: Any) -> tuple[Any, Any]:
+            rows = [
+                Function.apply(
+                    spec,
+                    *(
+                        x if d is None else x.select(d, i)
+                        for x, d in zip(flat, in_dims[1:], strict=True)
+                    ),
+                )
+                for i in range(info.batch_size)
+            ]
+            output = pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
+            return output, pytree.tree_map(lambda part: 0, output)
+
+    Function.__name__ = name
+    return Function
