@@ -1,7 +1,7 @@
 """Triton kernels, one file per op, each under the name of its op in ``fastdg.ops``.
 
-``variance_gap`` is a CUDA op. ``outer_gram`` has no kernel of its own: its reference is ``outer_domain`` and one
-matrix product, which run on the device without waiting for it.
+``variance_gap`` is a CUDA op. ``outer_gram`` has no kernel of its own: its reference is
+``outer_domain`` and one matrix product, which run on the device without waiting for it.
 """
 
 from __future__ import annotations

@@ -39,8 +39,13 @@ def hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def gradient_like(x: Tensor, order: Tensor) -> Tensor:
+    """A gradient of ``x`` to be written for every sample of a domain; zero for samples of none."""
+    return x.new_empty(x.shape) if order.numel() == x.shape[0] else x.new_zeros(x.shape)
+
+
 def parts(programs: int, steps: int, size: int, device: torch.device) -> int:
-    """Into how many parts each program's sum is split so that every multiprocessor has two programs.
+    """Into how many parts each program's sum is split, to have two programs a multiprocessor.
 
     Args:
         programs: programs there are without a split.
@@ -67,9 +72,9 @@ def tile(
 ) -> tuple[int, int, int]:
     """``(O, I, summed)`` sizes of a tile that keeps three accumulators in registers without spills.
 
-    Hopper's instructions take operands from shared memory and leave room for twice the tile of earlier
-    GPUs. Splitting fp32 into TF32 parts happens in registers and costs that room again, and so do patches
-    of two-byte numbers, which cannot be copied to shared memory one by one.
+    Hopper's instructions take operands from shared memory and leave room for twice the tile of
+    earlier GPUs. Splitting fp32 into TF32 parts happens in registers and costs that room again,
+    and so do patches of two-byte numbers, which cannot be copied to shared memory one by one.
     """
     wide = precise == "tf32" and hopper(a.device) and not (window and a.dtype != torch.float32)
     summed = 32 if precise == "tf32" else 16
@@ -79,7 +84,7 @@ def tile(
 def precision(a: Tensor, window: Sequence[int]) -> str:
     """Precision of products of fp32 numbers, as PyTorch's own layers are set.
 
-    Without TF32, three TF32 products per product: the accuracy of fp32 at the speed of tensor cores.
+    Without TF32, three TF32 products for each: nearly fp32's accuracy, and still tensor cores.
     """
     if a.dtype != torch.float32:
         return "tf32"  # exact for fp16 and bf16
@@ -90,8 +95,8 @@ def precision(a: Tensor, window: Sequence[int]) -> str:
 def positions_last(x: Tensor) -> Tensor:
     """fp32 rows ``[N, T, C]`` with positions next to each other, T rounded up to 16 with zeros.
 
-    Tensor cores take TF32 operands with the summed dimension contiguous only, and loads are 16 bytes wide
-    only if every row starts at such a boundary. fp16 and bf16 operands may lie either way.
+    Tensor cores take TF32 operands with the summed dimension contiguous only, and loads are 16
+    bytes wide only if every row starts at such a boundary. fp16 and bf16 may lie either way.
     """
     T = x.shape[1]
     if x.dtype != torch.float32 or (T % 16 == 0 and x.stride(1) == 1 and x.stride(2) % 16 == 0):
@@ -115,8 +120,8 @@ def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, i
     """How kernels read rows ``[N, T, I]`` of ``a`` (see `tiles.load_rows`).
 
     Returns:
-        ``(a, row, column, sample stride, row stride, column stride, windowed)``. Patches are read along
-        the positions, which therefore have to be next to each other in memory.
+        ``(a, row, column, sample stride, row stride, column stride, windowed)``. Patches are read
+        along the positions, which therefore have to be next to each other in memory.
     """
     if not window:
         return a, a, a, *a.stride(), False  # the tables are not read
@@ -127,7 +132,7 @@ def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, i
 
 
 def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-    """``a`` and ``window``; a convolution that looks at one element at a time becomes plain rows."""
+    """``a`` and ``window``; a convolution that sees one place at a time becomes plain rows."""
     kernel, stride, _ = windows.split(window)
     if window and all(step == 1 for step in (*kernel, *stride)):
         return a.flatten(2).transpose(1, 2), ()
@@ -135,7 +140,7 @@ def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
 
 
 def supports(*args: Any) -> bool:
-    """Whether every tensor is on a CUDA device, of one dtype that kernels read, and not too large."""
+    """Whether all tensors are on a CUDA device, of one dtype that kernels read, not too large."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     return (
@@ -153,5 +158,5 @@ def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Distance between the first and the last element of a row; rows themselves are 64 bits apart."""
+    """Distance from the first to the last element of a row; rows are addressed with 64 bits."""
     return sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))

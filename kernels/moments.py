@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import block, launch
+from .launch import block, gradient_like, launch
 
 
 @triton.jit
@@ -17,8 +17,8 @@ def _moments_kernel(
 ):  # fmt: skip
     """One domain and BLOCK_P columns, in one pass.
 
-    Sums of squares around the mean of BLOCK_N samples are merged as Chan, Golub and LeVeque do: nothing
-    cancels, nothing gets negative.
+    Sums of squares around the mean of BLOCK_N samples are merged as Chan, Golub and LeVeque do:
+    nothing cancels, nothing gets negative.
     """
     blocks = tl.cdiv(P, BLOCK_P)
     domain = (tl.program_id(0) // blocks).to(tl.int64)
@@ -38,8 +38,10 @@ def _moments_kernel(
         count = tl.minimum(end - first, BLOCK_N).to(tl.float32)
         part = tl.sum(g, 0)
         centred = tl.where(inside, g - (part / count)[None, :], 0.0)
-        apart = part / count - total / tl.maximum(seen, 1.0)
-        square += tl.sum(centred * centred, 0) + apart * apart * (seen * count / (seen + count))
+        square += tl.sum(centred * centred, 0)
+        if seen > 0:
+            apart = part / count - total / seen
+            square += apart * apart * (seen * count / (seen + count))
         total += part
         seen += count
     count = tl.maximum(end - begin, 1).to(tl.float32)
@@ -102,7 +104,7 @@ def moments_backward(
 ) -> Tensor:
     """The gradient of `moments`, one read and one write of ``grads``."""
     P, domains = grads.shape[1], offsets.numel() - 1
-    out = torch.empty_like(grads, memory_format=torch.contiguous_format)
+    out = gradient_like(grads, order)
     columns = _columns(P, domains)
     launch(
         _moments_backward_kernel, domains * triton.cdiv(P, columns),

@@ -4,6 +4,8 @@ With SQUARES the same kernel serves ``outer_moments`` at T = 1, where g * g is t
 delta * delta and a * a.
 """
 
+# ruff: noqa: E741  (O and I are shapes)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from .tiles import biased_variance, finish_kernel
 
 @triton.jit
 def _outer_domain_kernel(
-    a, delta, order, offsets, row, column, mean, variance, partial, domains, T, O, I,
+    a, delta, order, offsets, row, column, mean, variance, partial, slab, T, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
     PARTS: tl.constexpr, WINDOW: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -37,10 +39,7 @@ def _outer_domain_kernel(
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
     share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), PARTS) * BLOCK_K
     end = tl.minimum(samples * T, (part + 1) * share)
-    if WINDOW:
-        along_i = tl.load(column + i, mask=i < I, other=0)
-    else:
-        along_i = i * a_column
+    along_i = tl.load(column + i, mask=i < I, other=0) if WINDOW else i * a_column
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for begin in range(part * share, end, BLOCK_K):
@@ -65,7 +64,7 @@ def _outer_domain_kernel(
             second = tl.dot(d * d, tl.trans(x * x), second, input_precision=PRECISION)
         total = tl.dot(d, tl.trans(x), total, input_precision=PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
-    at = o[:, None].to(tl.int64) * I + i[None, :]
+    at = o[:, None] * I + i[None, :]
     if PARTS == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
         total = total / count
@@ -75,8 +74,7 @@ def _outer_domain_kernel(
             tl.store(variance + domain * O * I + at, spread, mask=inside)
     else:
         powers: tl.constexpr = 2 if SQUARES else 1
-        slab = domains.to(tl.int64) * O * I
-        at += part * powers * slab + domain * O * I
+        at += part.to(tl.int64) * powers * slab + domain * O * I
         tl.store(partial + at, total, mask=inside)
         if SQUARES:
             tl.store(partial + slab + at, second, mask=inside)
@@ -98,8 +96,8 @@ def grouped_product(
     outputs, domains = delta.shape[2], offsets.numel() - 1
     mean = a.new_empty((domains, outputs, inputs))
     variance = torch.empty_like(mean) if squares else mean
-    if mean.numel() == 0:
-        return mean, variance
+    if mean.numel() == 0 or T == 0:
+        return mean.zero_(), variance.zero_()
     if squares:
         block_o, block_i, block_k = block(outputs, 64), block(inputs, 64), 16
     else:
@@ -116,7 +114,8 @@ def grouped_product(
     x, row, column, *strides, windowed = address(a, window)
     launch(
         _outer_domain_kernel, domains * tiles * share,
-        x, delta, order, offsets, row, column, mean, variance, partial, domains, T, outputs, inputs,
+        x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(), T, outputs,
+        inputs,
         *strides, *delta.stride(),
         PARTS=share, WINDOW=windowed, SQUARES=squares,
         PRECISION=precise,
@@ -135,7 +134,7 @@ def finish(
         domains, size = mean.shape[0], mean[0].numel()
         launch(
             finish_kernel, domains * triton.cdiv(size, 512),
-            partial, offsets, mean, variance, size, domains,
+            partial, offsets, mean, variance, size, mean.numel(),
             PARTS=share, SQUARES=squares, BLOCK=512,
         )  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""``outer_moments``: moments of gradients that are sums of outer products, which are never stored."""
+"""``outer_moments``: moments of gradients that are sums of outer products, never stored."""
+
+# ruff: noqa: E741  (O and I are shapes)
 
 from __future__ import annotations
 
@@ -20,15 +22,15 @@ DOT_POSITIONS = 8
 
 @triton.jit
 def _outer_moments_kernel(
-    a, delta, order, offsets, row, column, mean, variance, partial, domains, T, T_delta, O, I,
+    a, delta, order, offsets, row, column, mean, variance, partial, slab, T, T_delta, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
     PARTS: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_O, BLOCK_I] of one domain; each sample's gradient lives in registers only.
 
-    POSITIONS is T where T is small, else 0: then one loop runs over all (sample, block of positions), so
-    that loads for the next sample are under way while the last one ends.
+    POSITIONS is T where T is small, else 0: then one loop runs over all (sample, block of
+    positions), so that loads for the next sample are under way while the last one ends.
     """
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tl.cdiv(O, BLOCK_O) * tiles_i
@@ -79,7 +81,7 @@ def _outer_moments_kernel(
                 at_block = 0
                 n += 1
     inside = (o < O)[:, None] & (i < I)[None, :]
-    at = o[:, None].to(tl.int64) * I + i[None, :]
+    at = o[:, None] * I + i[None, :]
     if PARTS == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
         total = total / count
@@ -87,8 +89,7 @@ def _outer_moments_kernel(
         spread = biased_variance(second, total, count)
         tl.store(variance + domain * O * I + at, spread, mask=inside)
     else:
-        slab = domains.to(tl.int64) * O * I
-        at += part * 2 * slab + domain * O * I
+        at += part.to(tl.int64) * 2 * slab + domain * O * I
         tl.store(partial + at, total, mask=inside)
         tl.store(partial + slab + at, second, mask=inside)
 
@@ -105,8 +106,8 @@ def outer_moments(
     outputs, domains = delta.shape[2], offsets.numel() - 1
     mean = a.new_empty((domains, outputs, inputs))
     variance = torch.empty_like(mean)
-    if mean.numel() == 0:
-        return mean, variance
+    if mean.numel() == 0 or T == 0:
+        return mean.zero_(), variance.zero_()
     by_dot = T >= DOT_POSITIONS
     if by_dot:
         block_o, block_i, block_t = tile(outputs, inputs, precise, a, window)
@@ -121,7 +122,8 @@ def outer_moments(
     x, row, column, *strides, windowed = address(a, window)
     launch(
         _outer_moments_kernel, domains * tiles * share,
-        x, delta, order, offsets, row, column, mean, variance, partial, domains, T, T_delta, outputs, inputs,
+        x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(),
+        T, T_delta, outputs, inputs,
         *strides, *delta.stride(),
         PARTS=share, WINDOW=windowed, POSITIONS=0 if by_dot else T,
         PRECISION=precise,

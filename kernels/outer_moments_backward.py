@@ -1,8 +1,10 @@
-"""``outer_moments_backward``: dL/dg of every sample, from the recomputed g, drawn back to a and delta.
+"""``outer_moments_backward``: dL/dg from the recomputed g, drawn back to ``a`` and ``delta``.
 
-Three matrix products a sample, as few as there can be: g, and the two that take dL/dg (kept for a bounded
-number of samples) to delta and to a. One position (T = 1) needs no g; see `_rank_one_kernel`.
+Three matrix products a sample, as few as there can be: g, and the two that take dL/dg (kept for a
+bounded number of samples) to delta and to a. One position (T = 1) needs no g: `_rank_one_kernel`.
 """
+
+# ruff: noqa: E741  (O and I are shapes)
 
 from __future__ import annotations
 
@@ -17,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import window as windows
-from ..ops.moments import domain_of
-from .launch import block, launch, pointwise, precision, summed_last, tile, warps
+from .launch import block, gradient_like, launch, pointwise, precision, summed_last, tile, warps
 from .tiles import load_delta, load_rows
 
 # Elements of dL/dg that exist at once (128 MiB of fp32).
@@ -27,7 +28,7 @@ UPSTREAM_ELEMENTS = 1 << 25
 
 @triton.jit
 def _upstream_kernel(
-    a, delta, domain, row, column, slope, level, upstream, first, T, T_delta, O, I,
+    a, delta, order, domain, row, column, slope, level, upstream, first, T, T_delta, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -36,7 +37,7 @@ def _upstream_kernel(
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tl.cdiv(O, BLOCK_O) * tiles_i
     local = (tl.program_id(0) // tiles).to(tl.int64)
-    sample = first + local
+    sample = tl.load(order + first + local)
     tile = tl.program_id(0) % tiles
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -47,15 +48,15 @@ def _upstream_kernel(
         x = load_rows(a + sample * a_sample, row, column, t, i, T, I, a_row, a_column, WINDOW)
         g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
-    at = o[:, None].to(tl.int64) * I + i[None, :]
-    block = tl.load(domain + sample) * O * I
+    at = o[:, None] * I + i[None, :]
+    block = tl.load(domain + first + local) * O * I
     g = g * tl.load(slope + block + at, mask=inside) + tl.load(level + block + at, mask=inside)
     tl.store(upstream + local * O * I + at, g, mask=inside)
 
 
 @triton.jit
 def _grad_delta_kernel(
-    a, upstream, row, tap_offset, out, first, T, O, C, taps, a_sample, a_row,
+    a, upstream, order, row, tap_offset, out, first, T, O, C, taps, a_sample, a_row,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -66,13 +67,11 @@ def _grad_delta_kernel(
     tile = tl.program_id(0) % tiles
     t = tile // tiles_o * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tile % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    if WINDOW:
-        along_t = tl.load(row + t, mask=t < T, other=0)
-    else:
-        along_t = t * a_row
-    rows = a + (first + local) * a_sample + along_t[:, None]
+    along_t = tl.load(row + t, mask=t < T, other=0) if WINDOW else t * a_row
+    sample = tl.load(order + first + local)
+    rows = a + sample * a_sample
     I = taps * C
-    columns = upstream + local * O * I + o[None, :].to(tl.int64) * I
+    columns = upstream + local * O * I
     blocks = tl.cdiv(C, BLOCK_C)
     total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for step in range(taps * blocks):
@@ -82,26 +81,30 @@ def _grad_delta_kernel(
         if WINDOW:
             shift = tl.load(tap_offset + tap)
         x = tl.load(
-            rows + (shift + c)[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0
+            rows + (along_t[:, None] + (shift + c)[None, :]),
+            mask=(t < T)[:, None] & (c < C)[None, :],
+            other=0.0,
         )
         h = tl.load(
-            columns + (tap * C + c)[:, None], mask=(c < C)[:, None] & (o < O)[None, :], other=0.0
+            columns + (o[None, :] * I + (tap * C + c)[:, None]),
+            mask=(c < C)[:, None] & (o < O)[None, :],
+            other=0.0,
         )
         total = tl.dot(x.to(tl.float32), h, total, input_precision=PRECISION)
-    at = ((first + local) * T + t[:, None]) * O + o[None, :]
+    at = (sample * T + t[:, None]) * O + o[None, :]
     tl.store(out + at, total, mask=(t < T)[:, None] & (o < O)[None, :])
 
 
 @triton.jit
 def _grad_a_kernel(
-    delta, upstream, position, source, out, first, places, T, O, C, taps,
+    delta, upstream, order, position, source, out, first, places, T, O, C, taps,
     d_sample, d_row, out_sample, out_place, out_channel,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """``out[p, c] = sum_(tap, o) delta[t(p, tap), o] upstream[o, tap, c]`` of one sample, one tile.
+    """``out[p, c] = sum_(tap, o) delta[t(p, tap), o] upstream[o, tap, c]`` of one sample and tile.
 
-    Every element is gathered by the one program that writes it: no atomics, the same bits every time.
+    Each element is gathered by the one program that writes it: no atomics, always the same bits.
     """
     tiles_c = tl.cdiv(C, BLOCK_C)
     tiles = tl.cdiv(places, BLOCK_P) * tiles_c
@@ -110,8 +113,9 @@ def _grad_a_kernel(
     p = tile // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tile % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     I = taps * C
-    rows = delta + (first + local) * d_sample
-    base = upstream + local * O * I + c[None, :]
+    sample = tl.load(order + first + local)
+    rows = delta + sample * d_sample
+    base = upstream + local * O * I
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tap in range(taps):
         if WINDOW:
@@ -122,19 +126,16 @@ def _grad_a_kernel(
             for begin in range(0, O, BLOCK_O):
                 o = begin + tl.arange(0, BLOCK_O)
                 d = tl.load(
-                    rows + t[:, None] * d_row + o[None, :],
+                    rows + (t[:, None] * d_row + o[None, :]),
                     mask=(t >= 0)[:, None] & (o < O)[None, :], other=0.0,
                 )  # fmt: skip
                 h = tl.load(
-                    base + (o[:, None].to(tl.int64) * I + tap * C),
+                    base + (o[:, None] * I + (tap * C + c)[None, :]),
                     mask=(o < O)[:, None] & (c < C)[None, :], other=0.0,
                 )  # fmt: skip
                 total = tl.dot(d.to(tl.float32), h, total, input_precision=PRECISION)
-    if WINDOW:
-        p_out = tl.load(position + p, mask=p < places, other=0)
-    else:
-        p_out = p
-    at = (first + local) * out_sample + p_out[:, None] * out_place + c[None, :] * out_channel
+    p_out = tl.load(position + p, mask=p < places, other=0) if WINDOW else p
+    at = sample * out_sample + p_out[:, None] * out_place + c[None, :] * out_channel
     tl.store(out + at, total, mask=(p < places)[:, None] & (c < C)[None, :])
 
 
@@ -146,8 +147,8 @@ def _rank_one_kernel(
 ):  # fmt: skip
     """``out = u * (v^2 slope) + v level`` for BLOCK_N samples of one domain, BLOCK_U columns.
 
-    With g = u v^T, dL/dg = slope * g + level, slope = 2/n grad_variance, level = 1/n grad_mean - mean * slope.
-    Strides m are those of grad_mean, w those of grad_variance and mean.
+    With g = u v^T, dL/dg = slope * g + level; slope = 2/n grad_variance, level = 1/n grad_mean -
+    mean * slope. Strides m are those of grad_mean, w those of grad_variance and mean.
     """
     tiles_u = tl.cdiv(U, BLOCK_U)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_u  # a domain can hold every sample; mostly it does not
@@ -198,10 +199,11 @@ def _rank_one(
     # [D, O, I] is read with its last two dimensions swapped where the result is along I.
     for u, v, swap in ((delta, a, False), (a, delta, True)):
         weights = [w.transpose(1, 2) if swap else w for w in (grad_mean, grad_variance, mean)]
-        out = u.new_empty(u.shape)
+        out = gradient_like(u, order)
         block_u = block(u.shape[1], 64)
+        tiles = triton.cdiv(samples, block_n) * triton.cdiv(u.shape[1], block_u)
         launch(
-            _rank_one_kernel, domains * triton.cdiv(samples, block_n) * triton.cdiv(u.shape[1], block_u),
+            _rank_one_kernel, domains * tiles,
             u, v, *weights, order, offsets, out, samples, u.shape[1], v.shape[1],
             *u.stride(), *v.stride(), *weights[0].stride(), *weights[1].stride(),
             BLOCK_U=block_u, BLOCK_V=16, BLOCK_N=block_n, num_warps=4, num_stages=3,
@@ -217,10 +219,10 @@ def _geometry(
     """Tables of a convolution whose patches are ordered (tap, channel).
 
     Returns:
-        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; ``row_last [T]`` and ``tap [taps]`` of an
-        input ``[*S, C]``; ``position [places]``, the places of the input, those that see the same taps
-        next to each other; ``source [taps, places]``, the output position that reads a place through a
-        tap, or -1.
+        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; ``row_last [T]`` and ``tap [taps]``
+        of an input ``[*S, C]``; ``position [places]``, the places of the input, those that see the
+        same taps next to each other; ``source [taps, places]``, the output position that reads a
+        place through a tap, or -1.
     """
     kernel, stride, dilation = windows.split(window)
     places, taps = prod(spatial), prod(kernel)
@@ -253,19 +255,21 @@ def outer_moments_backward(
     order: Tensor, offsets: Tensor, window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of `outer_moments`."""
+    grad_variance, mean = grad_variance.contiguous(), mean.contiguous()
     if a.shape[1] == 1 and not window:
         rows = a[:, 0], delta[:, 0]
         grads = _rank_one(grad_mean, grad_variance, *rows, mean, order, offsets)
         return grads[0].unsqueeze(1), grads[1].unsqueeze(1)
-    grad_a, grad_delta = a.new_empty(a.shape), delta.new_empty(delta.shape)
-    if mean.numel() == 0 or a.numel() == 0 or delta.numel() == 0:
+    grad_a, grad_delta = gradient_like(a, order), gradient_like(delta, order)
+    if mean.numel() == 0 or delta.numel() == 0 or order.numel() == 0:
         return grad_a.zero_(), grad_delta.zero_()
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).view(-1, 1, 1)
     slope = grad_variance.float() * (2 / count)
     level = torch.addcmul(grad_mean.float() / count, mean.float(), slope, value=-1)
+    level = level.contiguous()
     precise, channels_first = precision(a, window), bool(window)
     a, window = pointwise(a, window)
-    N, (T, I), O = a.shape[0], windows.sizes(a.shape, window), delta.shape[2]
+    (T, I), O = windows.sizes(a.shape, window), delta.shape[2]
     x, d, T_x, T_d = summed_last(a, delta, window)
     if window:
         C, x = a.shape[1], a.contiguous()
@@ -283,8 +287,10 @@ def outer_moments_backward(
         last = a if a.stride(2) == 1 else a.contiguous()
     row, column, row_last, tap, position, source = tables
     delta = delta if delta.stride(2) == 1 else delta.contiguous()
-    domain = domain_of(order, offsets)
-    chunk = min(N, max(1, UPSTREAM_ELEMENTS // (O * I)))
+    samples = order.numel()
+    ranks = torch.arange(samples, device=a.device)
+    domain = torch.searchsorted(offsets[1:].contiguous(), ranks, right=True)  # of each rank
+    chunk = min(samples, max(1, UPSTREAM_ELEMENTS // (O * I)))
     upstream = slope.new_empty((chunk, O, I))
 
     def run(kernel: Any, rows: int, columns: int, *args: Any, names: Sequence[str]) -> None:
@@ -296,21 +302,21 @@ def outer_moments_backward(
             **dict(zip(names, sides, strict=True)), num_warps=warps(*sides[:2]), num_stages=3,
         )  # fmt: skip
 
-    for first in range(0, N, chunk):
-        now = min(chunk, N - first)
+    for first in range(0, samples, chunk):
+        now = min(chunk, samples - first)
         run(
             _upstream_kernel, O, I,
-            x, d, domain, row, column, slope, level, upstream, first, T_x, T_d, O, I,
+            x, d, order, domain, row, column, slope, level, upstream, first, T_x, T_d, O, I,
             *x_strides, *d.stride(), names=("BLOCK_O", "BLOCK_I", "BLOCK_T"),
         )  # fmt: skip
         run(
             _grad_delta_kernel, T, O,
-            last, upstream, row_last, tap, grad_delta, first, T, O, C, taps,
+            last, upstream, order, row_last, tap, grad_delta, first, T, O, C, taps,
             last.stride(0), last.stride(1), names=("BLOCK_T", "BLOCK_O", "BLOCK_C"),
         )  # fmt: skip
         run(
             _grad_a_kernel, places, C,
-            delta, upstream, position, source, grad_a, first, places, T, O, C, taps,
+            delta, upstream, order, position, source, grad_a, first, places, T, O, C, taps,
             *delta.stride()[:2], C * places, *((1, places) if channels_first else (C, 1)),
             names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
         )  # fmt: skip

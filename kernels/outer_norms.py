@@ -1,5 +1,7 @@
 """``outer_norms``: squared norms of per-sample gradients that are sums of outer products."""
 
+# ruff: noqa: E741  (O and I are shapes)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -70,7 +72,7 @@ def _gram_kernel(
 
 
 @triton.jit
-def _rank_one_kernel(
+def _one_position_kernel(
     a, delta, out, O, I, a_sample, a_column, d_sample, d_column, BLOCK: tl.constexpr
 ):  # fmt: skip
     """``|delta|^2 |a|^2`` of one sample."""
@@ -95,7 +97,7 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
     if a.shape[1] == 1 and not window:
         norms = a.new_empty((N,))
         launch(
-            _rank_one_kernel, N, a, delta, norms, O, a.shape[2],
+            _one_position_kernel, N, a, delta, norms, O, a.shape[2],
             a.stride(0), a.stride(2), delta.stride(0), delta.stride(2), BLOCK=512,
         )  # fmt: skip
         return norms
@@ -110,8 +112,8 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
         launch(
             _gram_kernel, partial.numel(), x, delta, row, column, partial, T, O, I,
             *strides, *delta.stride(),
-            WINDOW=windowed, PRECISION=precise, BLOCK_T=block_t, BLOCK_K=32 if precise == "tf32" else 16,
-            num_warps=4, num_stages=3,
+            WINDOW=windowed, PRECISION=precise,
+            BLOCK_T=block_t, BLOCK_K=32 if precise == "tf32" else 16, num_warps=4, num_stages=3,
         )  # fmt: skip
         return partial.sum(1).clamp_(min=0).to(a.dtype)
     block_o, block_i, block_t = tile(O, I, precise, a, window)

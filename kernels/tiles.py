@@ -1,5 +1,7 @@
 """Device functions that several kernels share: reading rows, sharing out domains, and variances."""
 
+# ruff: noqa: E741  (O and I are shapes)
+
 from __future__ import annotations
 
 import triton
@@ -10,7 +12,7 @@ import triton.language as tl
 def load_rows(
     base, row, column, t, i, T, I, row_stride, column_stride, WINDOW: tl.constexpr
 ):  # fmt: skip
-    """Tile ``[i, t]`` of one sample's rows; with a window element (t, i) is at row[t] + column[i]."""
+    """Tile ``[i, t]`` of one sample's rows; with a window (t, i) is at row[t] + column[i]."""
     inside = (i < I)[:, None] & (t < T)[None, :]
     if WINDOW:
         along_i = tl.load(column + i, mask=i < I, other=0)
@@ -31,13 +33,14 @@ def load_delta(base, t, o, T, O, row_stride, column_stride):
 
 @triton.jit
 def biased_variance(second, mean, count):
-    """``second / count - mean^2``, not below zero; NaN stays."""
-    return tl.maximum(second / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    """``second / count - mean^2``, not below zero; exactly zero for one sample; NaN stays."""
+    spread = tl.maximum(second / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(count == 1, mean - mean, spread)
 
 
 @triton.jit
 def finish_kernel(
-    partial, offsets, mean, variance, size, domains,
+    partial, offsets, mean, variance, size, slab,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partial sums ``[PARTS, 1 or 2, D, size]`` of one or two powers -> mean (and variance)."""
@@ -46,15 +49,14 @@ def finish_kernel(
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     start = partial + domain * size + at
-    step = domains.to(tl.int64) * size
     total = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
     for _ in range(PARTS):
         total += tl.load(start, mask=inside, other=0.0)
-        start += step
+        start += slab
         if SQUARES:
             second += tl.load(start, mask=inside, other=0.0)
-            start += step
+            start += slab
     count = tl.maximum(tl.load(offsets + domain + 1) - tl.load(offsets + domain), 1)
     count = count.to(tl.float32)
     average = total / count

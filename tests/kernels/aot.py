@@ -1,27 +1,32 @@
 """Compile kernels, as their launchers configure them, for GPUs that are not here.
 
-Needs a process without TRITON_INTERPRET. Launchers are called with meta tensors of real sizes; what they
-would launch is compiled instead, with the specialisation of arguments that Triton's launcher does.
+Needs a process without TRITON_INTERPRET. Launchers are called with meta tensors of real sizes; what
+they would launch is compiled instead, with the arguments specialised as Triton's launcher does.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdg import kernels
+from fastdg.ops.window import sizes
 
-# Most shared memory a block can have: A100 163 KiB, H100 and H200 227 KiB.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+CAPABILITIES = (80, 90)
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -40,20 +45,19 @@ class Built:
     programs: int
     registers: int
     stack: int  # bytes of local memory; not zero when registers are spilled
-    shared: int
-    ptx: str
-
-    def count(self, instruction: str) -> int:
-        return len(re.findall(instruction, self.ptx))
+    shared: int  # bytes
+    wgmma: int  # matrix instructions of Hopper, of earlier GPUs, and copies that pass registers by
+    mma: int
+    async_copies: int
 
 
 def compile_launch(
-    capability: int, kernel: Any, programs: int, args: tuple[Any, ...], meta: dict[str, Any]
+    capability: int, kernel: Any, programs: int, args: tuple[Any, ...], named: dict[str, Any]
 ) -> Built:
-    """Compile ``kernel[(programs,)](*args, **meta)``."""
-    options = {k: meta[k] for k in ("num_warps", "num_stages") if k in meta}
+    """Compile ``kernel[(programs,)](*args, **named)``."""
+    options = {k: named[k] for k in ("num_warps", "num_stages") if k in named}
     values = dict(zip(kernel.arg_names, args, strict=False))
-    values |= {k: v for k, v in meta.items() if k not in options}
+    values |= {k: v for k, v in named.items() if k not in options}
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -70,22 +74,17 @@ def compile_launch(
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = resources(built.asm["cubin"])
-    return Built(
-        kernel.__name__.strip("_"),
-        capability,
-        programs,
-        registers,
-        stack,
-        built.metadata.shared,
-        built.asm["ptx"],
-    )
+    found = [
+        len(re.findall(instruction, built.asm["ptx"]))
+        for instruction in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async\.c[ag]")
+    ]
+    name, shared = kernel.__name__.strip("_"), built.metadata.shared
+    return Built(name, capability, programs, registers, stack, shared, *found)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes a thread, from the compiled code itself."""
     tool = triton.knobs.nvidia.cuobjdump.path
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -100,17 +99,101 @@ def compiling(capability: int, multiprocessors: int = 132) -> Iterator[list[Buil
     """Within, what kernels would launch is compiled and collected."""
     built: list[Built] = []
 
-    def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
-        built.append(compile_launch(capability, kernel, programs, args, meta))
+    def compile_only(kernel: Any, programs: int, *args: Any, **named: Any) -> None:
+        built.append(compile_launch(capability, kernel, programs, args, named))
 
-    modules = [m for m in vars(kernels).values() if hasattr(m, "launch")]
-    original = kernels.launch.launch, kernels.launch.processors
-    kernels.launch.processors = lambda device: multiprocessors
-    for module in modules:
-        module.launch = launch
-    try:
+    with ExitStack() as stack:
+        for module in vars(kernels).values():
+            if callable(getattr(module, "launch", None)):
+                stack.enter_context(patch.object(module, "launch", compile_only))
+        for name, value in (("processors", multiprocessors), ("hopper", capability >= 90)):
+            answer = partial(lambda value, device: value, value)
+            stack.enter_context(patch.object(kernels.launch, name, answer))
         yield built
-    finally:
-        kernels.launch.processors = original[1]
-        for module in modules:
-            module.launch = original[0]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def domains(N: int, D: int = 3) -> tuple[Tensor, Tensor]:
+    return meta(N, dtype=torch.int64), meta(D + 1, dtype=torch.int64)
+
+
+def rows(N: int, T: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, list[int]]:
+    return meta(N, T, inputs), meta(N, T, outputs), []
+
+
+def conv(
+    N: int, C: int, outputs: int, size: int, window: list[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, list[int]]:
+    a = meta(N, C, size, size, dtype=dtype)
+    delta = meta(N, outputs, sizes(a.shape, window)[0], dtype=dtype)
+    return a, delta.transpose(1, 2), window
+
+
+def moments_of(grads: Tensor) -> None:
+    kernels.moments.moments(grads, *domains(len(grads)))
+
+
+def moments_backward_of(grads: Tensor) -> None:
+    mean = meta(3, grads.shape[1])
+    kernels.moments.moments_backward(mean, mean, grads, mean, *domains(len(grads)))
+
+
+def forward(a: Tensor, delta: Tensor, window: list[int], D: int = 3) -> None:
+    kernels.outer_moments.outer_moments(a, delta, *domains(len(a), D), window)
+
+
+def mean_only(a: Tensor, delta: Tensor, window: list[int]) -> None:
+    kernels.outer_domain.outer_domain(a, delta, *domains(len(a)), window)
+
+
+def backward(a: Tensor, delta: Tensor, window: list[int]) -> None:
+    mean = meta(3, delta.shape[2], sizes(a.shape, window)[1])
+    kernels.outer_moments_backward.outer_moments_backward(
+        mean, mean, a, delta, mean, *domains(len(a)), window
+    )
+
+
+THREE = [3, 3, 1, 1, 1, 1]
+TF32, FP32 = True, False
+# What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
+WORK: list[tuple[str, bool, Callable[[], None]]] = [
+    ("moments", FP32, lambda: moments_of(meta(96, 1 << 20))),
+    ("moments", FP32, lambda: moments_backward_of(meta(96, 1 << 20))),
+    ("head", FP32, lambda: forward(*rows(96, 1, 2048, 345))),
+    ("head", FP32, lambda: backward(*rows(96, 1, 2048, 345))),
+    ("head", FP32, lambda: kernels.outer_norms.outer_norms(*rows(96, 1, 2048, 345))),
+    ("T=4", FP32, lambda: forward(*rows(96, 4, 768, 3072))),
+    ("ViT MLP", TF32, lambda: forward(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", FP32, lambda: forward(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", TF32, lambda: backward(*rows(14, 197, 768, 3072))),
+    ("ViT MLP", TF32, lambda: mean_only(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", TF32, lambda: kernels.outer_norms.outer_norms(*rows(96, 197, 768, 3072))),
+    ("conv 3x3", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
+    ("conv 3x3", FP32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
+    ("conv 3x3", TF32, lambda: backward(*conv(56, 256, 256, 16, THREE))),
+    ("conv 3x3", TF32, lambda: kernels.outer_norms.outer_norms(*conv(96, 64, 64, 58, THREE))),
+    ("bf16", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, torch.bfloat16))),
+    ("conv 1x1", TF32, lambda: forward(*conv(96, 256, 64, 56, [1] * 6))),
+    ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
+    ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
+    ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),
+]
+
+
+def main() -> None:
+    """Compile everything; one JSON line a kernel."""
+    for capability in CAPABILITIES:
+        for work, tf32, run in WORK:
+            for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+                backend.fp32_precision = "tf32" if tf32 else "ieee"
+            with compiling(capability) as built:
+                run()
+            for one in built:
+                print(json.dumps({"work": work, "tf32": tf32, **asdict(one)}))
+
+
+if __name__ == "__main__":
+    main()

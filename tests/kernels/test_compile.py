@@ -1,0 +1,52 @@
+"""The kernels compiled for GPUs that are not here: they fit, and nothing spills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have on A100; H100 and H200
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, Any]]:
+    """What `aot.py` compiles; a process of its own, as Triton cannot leave its interpreter."""
+    script = Path(__file__).with_name("aot.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    rows = [json.loads(line) for line in child.stdout.splitlines()]
+    for row in rows:
+        print(*(f"{name}={value}" for name, value in row.items()))
+    return rows
+
+
+def test_everything_is_compiled_for_both(built: list[dict[str, Any]]) -> None:
+    kernels = [{row["kernel"] for row in built if row["capability"] == c} for c in SHARED_LIMIT]
+    assert kernels[0] == kernels[1]
+    assert len(kernels[0]) == 12
+
+
+def test_nothing_spills_and_everything_fits(built: list[dict[str, Any]]) -> None:
+    for row in built:
+        assert row["stack"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+def test_products_are_on_tensor_cores_and_their_operands_prefetched(
+    built: list[dict[str, Any]],
+) -> None:
+    for row in built:
+        if row["kernel"] == "finish_kernel" or row["work"] not in ("ViT MLP", "conv 3x3"):
+            continue
+        assert row["wgmma" if row["capability"] >= 90 else "mma"] > 0, row
+        assert row["async_copies"] > 0, row

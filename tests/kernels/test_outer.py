@@ -1,0 +1,297 @@
+"""The kernels of outer products against float64: interpreted on the CPU, as they are on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from fastdg.kernels import (
+    launch,
+    outer_domain,
+    outer_moments,
+    outer_moments_backward,
+    outer_norms,
+)
+
+from fastdg import ops
+
+# The submodules share their names with the functions that fastdg.ops exports.
+moments_ops = sys.modules["fastdg.ops.outer_moments"]
+domain_ops = sys.modules["fastdg.ops.outer_domain"]
+norms_ops = sys.modules["fastdg.ops.outer_norms"]
+# The interpreter computes with NumPy, which warns of overflow and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Roundings a sum of random terms collects, and TF32 thirds instead of fp32 products, in eps.
+ROUNDINGS = 16
+
+
+def partition(counts: Sequence[int], extra: int) -> tuple[Tensor, Tensor]:
+    """Samples dealt to domains of these sizes at random; ``extra`` more belong to none."""
+    order = torch.randperm(sum(counts) + extra)[: sum(counts)]
+    offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
+    return order.to(DEVICE), offsets.to(DEVICE)
+
+
+def rows(N: int, T: int, inputs: int, outputs: int, layout: str = "plain") -> tuple:
+    """Rows ``a``, gradients ``delta`` and no window; ``layout`` says how they lie in memory."""
+    a, delta = torch.randn(N, T, inputs) + 0.5, torch.randn(N, T, outputs)
+    if layout == "transposed":
+        a, delta = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (a, delta))
+    elif layout == "sliced":
+        a = torch.randn(N, T, 2 * inputs + 1)[..., 1::2]
+        delta = torch.randn(2 * N, T + 3, outputs + 5)[::2, 3:, 5:]
+    elif layout == "expanded":
+        delta = delta[:, :1].expand(N, T, outputs)
+    return a, delta, []
+
+
+def conv(N: int, C: int, outputs: int, size: Sequence[int], window: Sequence[int]) -> tuple:
+    """A padded convolution input, gradients at the outputs and the window."""
+    a = torch.randn(N, C, *size) + 0.5
+    T, _ = ops.window.sizes(a.shape, window)
+    return a, torch.randn(N, outputs, T).transpose(1, 2), list(window)
+
+
+def channels_last() -> tuple:
+    a, delta, window = conv(3, 6, 17, (6, 5), (3, 2, 1, 1, 1, 1))
+    return a.contiguous(memory_format=torch.channels_last), delta.contiguous(), window
+
+
+# name -> (arguments, sizes of the domains)
+CASES: dict[str, tuple[Callable[[], tuple], tuple[int, ...]]] = {
+    "T=1": (lambda: rows(11, 1, 37, 70), (4, 1, 6)),
+    "T=1, one output": (lambda: rows(7, 1, 3, 1), (3, 4)),
+    "T=1, many samples, sliced": (lambda: rows(80, 1, 20, 33, "sliced"), (70, 10)),
+    "T=2": (lambda: rows(9, 2, 21, 40), (3, 0, 6)),
+    "T=8": (lambda: rows(6, 8, 70, 10), (2, 4)),
+    "T=17": (lambda: rows(6, 17, 24, 48), (1, 5)),
+    "T=16, positions last": (lambda: rows(4, 16, 32, 48, "transposed"), (2, 2)),
+    "T=33, transposed": (lambda: rows(5, 33, 13, 29, "transposed"), (2, 3)),
+    "T=9, sliced": (lambda: rows(5, 9, 13, 29, "sliced"), (2, 3)),
+    "T=65, expanded": (lambda: rows(3, 65, 20, 16, "expanded"), (1, 2)),
+    "wide": (lambda: rows(2, 8, 70, 130), (2,)),
+    "conv": (lambda: conv(3, 20, 18, (4, 5), (3, 3, 1, 1, 1, 1)), (1, 2)),
+    "conv, stride and dilation": (lambda: conv(3, 3, 18, (8, 9), (3, 2, 2, 3, 2, 1)), (1, 2)),
+    "conv, channels last": (channels_last, (1, 2)),
+    "conv, one position": (lambda: conv(4, 4, 8, (3, 3), (3, 3, 1, 1, 1, 1)), (2, 2)),
+    "conv 1x1": (lambda: conv(4, 18, 17, (4, 3), (1, 1, 1, 1, 1, 1)), (1, 3)),
+    "conv 1x1, stride 2": (lambda: conv(4, 18, 17, (6, 5), (1, 1, 2, 2, 1, 1)), (1, 3)),
+    "conv 1d": (lambda: conv(4, 3, 7, (20,), (5, 2, 1)), (2, 2)),
+    "conv 3d": (lambda: conv(3, 2, 6, (3, 4, 5), (2, 3, 2, 1, 1, 2, 1, 1, 1)), (1, 2)),
+    "depthwise": (lambda: conv(4, 1, 1, (5, 5), (3, 3, 1, 1, 1, 1)), (2, 2)),
+    "samples of no domain": (lambda: rows(7, 9, 12, 20), (3, 2)),
+    "samples of no domain, T=1": (lambda: rows(7, 1, 12, 20), (3, 2)),
+    "empty domains": (lambda: rows(3, 8, 6, 5), (0, 0)),
+    "no samples": (lambda: rows(0, 8, 6, 5), (0, 0)),
+    "no samples, T=1": (lambda: rows(0, 1, 6, 5), (0,)),
+    "no positions": (lambda: rows(4, 0, 6, 5), (2, 2)),
+    "no inputs": (lambda: rows(4, 8, 0, 5), (2, 2)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple:
+    build, counts = CASES[request.param]
+    a, delta, window = build()
+    order, offsets = partition(counts, a.shape[0] - sum(counts))
+    return a.to(DEVICE), delta.to(DEVICE), order, offsets, window
+
+
+@pytest.fixture(autouse=True)
+def _fp32() -> Iterator[None]:
+    """Convolutions use TF32 by default; the tolerances here are those of fp32."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def double(*args: object) -> list:
+    """Tensors in float64, on the CPU."""
+    moved = [x.cpu() if isinstance(x, Tensor) else x for x in args]
+    return [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in moved]
+
+
+def sizes(*args: object) -> list:
+    """Absolute values: what they give bounds the terms of every sum."""
+    return [
+        x.abs() if isinstance(x, Tensor) and x.is_floating_point() else x for x in double(*args)
+    ]
+
+
+def assert_near(actual: Tensor, expected: Tensor, terms: Tensor) -> None:
+    """Within the rounding of a sum whose terms have absolute values summing up to ``terms``."""
+    assert actual.shape == expected.shape
+    error = (actual.double().cpu() - expected).abs()
+    unit = torch.finfo(torch.float32).eps
+    if actual.dtype == torch.float32:
+        stored = torch.zeros_like(error)
+    else:  # rounded once more, perhaps to a subnormal number
+        store = torch.finfo(actual.dtype)
+        stored = store.eps * (expected.abs() + store.smallest_normal)
+    assert (error <= ROUNDINGS * unit * terms + stored).all()
+
+
+def test_outer_moments(case: tuple) -> None:
+    mean, variance = outer_moments.outer_moments(*case)
+    expected = moments_ops.reference(*double(*case))
+    of_mean, of_variance = moments_ops.reference(*sizes(*case))
+    assert_near(mean, expected[0], of_mean)
+    assert_near(variance, expected[1], of_variance + of_mean.square())
+    assert (variance >= 0).all()
+    assert (variance[case[3].diff() <= 1] == 0).all()
+
+
+def test_outer_domain(case: tuple) -> None:
+    expected = domain_ops.reference(*double(*case))
+    assert_near(outer_domain.outer_domain(*case), expected, domain_ops.reference(*sizes(*case)))
+
+
+@pytest.mark.parametrize("case", ["T=1", "T=2", "T=17", "conv", "empty domains"], indirect=True)
+def test_sums_split_over_many_multiprocessors(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "processors", lambda device: 16)
+    test_outer_moments(case)
+    test_outer_domain(case)
+
+
+def test_outer_norms(case: tuple) -> None:
+    a, delta, _, _, window = case
+    expected = norms_ops.reference(*double(a, delta), window)
+    terms = norms_ops.reference(*sizes(a, delta), window)
+    assert_near(outer_norms.outer_norms(a, delta, window), expected, terms)
+
+
+def weights(case: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of mean and variance, and a mean."""
+    a, delta, _, offsets, window = case
+    shape = (len(offsets) - 1, delta.shape[2], ops.window.sizes(a.shape, window)[1])
+    return tuple(torch.randn(3, *shape, device=DEVICE))
+
+
+def check_backward(case: tuple, of_mean: Tensor, of_variance: Tensor, mean: Tensor) -> None:
+    a, delta, *rest = case
+    args = of_mean, of_variance, a, delta, mean, *rest
+    expected = moments_ops.reference_backward(*double(*args))
+    large = sizes(*args)
+    large[4] = -large[4]  # it is subtracted
+    terms = moments_ops.reference_backward(*large)
+    for actual, want, size in zip(
+        outer_moments_backward.outer_moments_backward(*args), expected, terms, strict=True
+    ):
+        assert actual.is_contiguous()
+        assert_near(actual, want, size)
+
+
+def test_outer_moments_backward(case: tuple) -> None:
+    check_backward(case, *weights(case))
+
+
+@pytest.mark.parametrize("case", ["T=1", "T=2", "conv 1d"], indirect=True)
+def test_outer_moments_backward_of_the_variance_alone(
+    case: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No gradient of the mean, one of the variance in another order, one sample at a time."""
+    _, of_variance, mean = weights(case)
+    monkeypatch.setattr(outer_moments_backward, "UPSTREAM_ELEMENTS", 2 * mean[0].numel() - 1)
+    zero = torch.zeros((), device=DEVICE).expand(mean.shape)
+    check_backward(case, zero, of_variance.mT.contiguous().mT, mean)
+
+
+@pytest.mark.parametrize("T", [1, 4, 20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("counts", [(1, 4), (3, 2)])
+def test_what_is_not_finite_comes_through(T: int, value: float, counts: tuple[int, ...]) -> None:
+    a, delta, window = (x.to(DEVICE) if isinstance(x, Tensor) else x for x in rows(5, T, 20, 18))
+    order, offsets = partition(counts, 0)
+    delta[order[0], 0, 3] = value
+    results = *outer_moments.outer_moments(a, delta, order, offsets, window), None
+    for result in (*results[:2], outer_domain.outer_domain(a, delta, order, offsets, window)):
+        assert not result[0, 3].isfinite().any()
+        assert result[0, :3].isfinite().all()
+        assert result[1].isfinite().all()
+    norms = outer_norms.outer_norms(a, delta, window).isfinite()
+    assert not norms[order[0]] and norms.sum() == 4
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_equal_samples_have_no_variance(T: int) -> None:
+    a, delta = torch.randn(1, T, 20).expand(8, T, 20), torch.randn(1, T, 12).expand(8, T, 12)
+    args = a.to(DEVICE), delta.to(DEVICE), *partition((8,), 0), []
+    mean, variance = outer_moments.outer_moments(*args)
+    assert (variance <= 1e-6 * mean.square().max()).all()
+
+
+HALVES = [
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),  # not a type of the interpreter's dot
+]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("T", [1, 5, 20])
+def test_halves_are_summed_in_fp32(dtype: torch.dtype, T: int) -> None:
+    a, delta, window = rows(6, T, 20, 18)
+    args = a.to(DEVICE, dtype), delta.to(DEVICE, dtype), *partition((2, 4), 0), window
+    mean, variance = outer_moments.outer_moments(*args)
+    assert mean.dtype == variance.dtype == dtype
+    expected = moments_ops.reference(*double(*args))
+    terms = moments_ops.reference(*sizes(*args))
+    assert_near(mean, expected[0], terms[0])
+    assert_near(variance, expected[1], terms[1] + terms[0].square())
+
+
+def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdg import kernels
+
+    attached = {}
+    monkeypatch.setattr(kernels, "attach", lambda name, *rest: attached.update({name: rest}))
+    kernels.attach_all()
+    assert set(attached) <= set(ops.registry.OPS)
+    a, delta, window = rows(4, 3, 5, 6)
+    order, offsets = partition((4,), 0)
+    mean = torch.zeros(1, 6, 5)
+    arguments = {
+        "moments": (a[:, 0], order, offsets),
+        "moments_backward": (a[0, :1], a[0, :1], a[:, 0], a[0, :1], order, offsets),
+        "outer_domain": (a, delta, order, offsets, window),
+        "outer_moments": (a, delta, order, offsets, window),
+        "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
+        "outer_norms": (a, delta, window),
+    }
+    assert set(arguments) == set(attached)
+    for name, (backend, _, supports) in attached.items():
+        assert backend == "triton"
+        for dtype, taken in ((torch.float32, True), (torch.float16, True), (torch.float64, False)):
+            args = [
+                x.to("cuda" if DEVICE == "cuda" else "cpu", dtype)
+                if isinstance(x, Tensor) and x.is_floating_point()
+                else x
+                for x in arguments[name]
+            ]
+            assert supports(*args) == (taken and DEVICE == "cuda")
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    a, delta, window = (x.cuda() if isinstance(x, Tensor) else x for x in rows(6, 20, 24, 48))
+    order, offsets = partition((2, 4), 0)
+
+    def step() -> None:
+        with ops.use_backend("triton"):
+            leaves = a.clone().requires_grad_(), delta.clone().requires_grad_()
+            sum(x.sum() for x in ops.outer_moments(*leaves, order, offsets, window)).backward()
+            ops.outer_gram(a, delta, order, offsets, window)
+            ops.outer_norms(a, delta, window)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
