@@ -17,8 +17,11 @@ if not native.status()[0]:
 
 cpp = torch.ops.fastdg_cpp
 # The submodules share their names with the functions that fastdg.ops exports.
-refs = {name: sys.modules[f"fastdg.ops.{name}"] for name in fastdg.ops.registry.OPS
-        if f"fastdg.ops.{name}" in sys.modules}
+refs = {
+    name: sys.modules[f"fastdg.ops.{name}"]
+    for name in fastdg.ops.registry.OPS
+    if f"fastdg.ops.{name}" in sys.modules
+}
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -40,7 +43,7 @@ def partition(counts: Sequence[int], extra: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def rows(N: int, T: int, I: int, O: int, layout: str = "plain") -> tuple[Tensor, Tensor, list[int]]:  # noqa: E741
-    """Rows ``a``, gradients ``delta`` and an empty window; ``layout`` says how they lie in memory."""
+    """Rows ``a``, gradients ``delta`` and no window; ``layout`` says how they lie in memory."""
     a, delta = torch.randn(N, T, I) + 0.5, torch.randn(N, T, O)
     if layout == "transposed":
         a = a.transpose(1, 2).contiguous().transpose(1, 2)
@@ -54,7 +57,12 @@ def rows(N: int, T: int, I: int, O: int, layout: str = "plain") -> tuple[Tensor,
 
 
 def conv(
-    N: int, C: int, O: int, size: Sequence[int], window: Sequence[int], layout: str = "plain"  # noqa: E741
+    N: int,
+    C: int,
+    O: int,
+    size: Sequence[int],
+    window: Sequence[int],
+    layout: str = "plain",  # noqa: E741
 ) -> tuple[Tensor, Tensor, list[int]]:
     """A padded convolution input, gradients at the outputs and the window."""
     a = torch.randn(N, C, *size) + 0.5
@@ -80,7 +88,10 @@ CASES = {
     "linear, T=65, expanded": (lambda: rows(6, 65, 20, 16, "expanded"), (2, 4)),
     "linear, T=300": (lambda: rows(5, 300, 5, 3), (2, 3)),
     "conv 3x3": (lambda: conv(7, 3, 20, (8, 9), (3, 3, 1, 1, 1, 1)), (3, 4)),
-    "conv 3x3, stride 2, dilation 2": (lambda: conv(7, 5, 33, (11, 13), (3, 3, 2, 2, 2, 2)), (3, 4)),
+    "conv 3x3, stride 2, dilation 2": (
+        lambda: conv(7, 5, 33, (11, 13), (3, 3, 2, 2, 2, 2)),
+        (3, 4),
+    ),
     "conv 3x3, channels_last": (
         lambda: conv(7, 4, 8, (6, 6), (3, 3, 1, 1, 1, 1), "channels_last"),
         (3, 4),
@@ -272,7 +283,8 @@ def test_the_router_takes_the_compiled_ops() -> None:
     }.items():
         op = fastdg.ops.registry.OPS[name]
         assert op.route(*arguments) is getattr(cpp, name).default
-        in_double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-                     for x in arguments]
+        in_double = [
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        ]
         if name != "variance_gap":
             assert op.route(*in_double) is op.reference
