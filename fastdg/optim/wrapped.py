@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..statistics.api import select
+from ..statistics.tape import Selection
+
 
 def check_base(base: Any, name: str) -> None:
     """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
@@ -40,6 +43,28 @@ def names_of(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[
             names[p] = name
             taken.add(name)
     return names
+
+
+def check_params(
+    params: Selection,
+    names: Mapping[Tensor, str],
+    groups: Sequence[dict[str, Any]],
+    model: nn.Module | None,
+) -> None:
+    """Raise unless ``params`` can be made out among the optimizer's parameters."""
+    if model is not None and not any(p in names for p in model.parameters()):
+        raise ValueError(
+            f"model: none of the parameters of this {type(model).__name__} is one of the "
+            "optimizer's; was the model copied or made anew after the optimizer?"
+        )
+    texts = [item for item in params if isinstance(item, str)] if isinstance(params, list) else []
+    if texts and model is None and "param_names" not in groups[0]:
+        raise ValueError(
+            f"params: names ({texts[0]!r}) are known only with model=, or if the optimizer was "
+            "made from model.named_parameters(); or pass the parameters themselves"
+        )
+    if not callable(params):
+        select(params, {name: p for p, name in names.items()})
 
 
 def fresh_state(base: Optimizer) -> Mapping[Any, Any]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..domains import Partition, partition
-from ..statistics.api import Resolved, Tape, check_losses, select
+from ..statistics.api import Resolved, Tape, check_losses, listed
 from ..statistics.tape import Recorder, Selection, paused
-from .wrapped import accumulate, check_base, fresh_state, names_of
+from .wrapped import accumulate, check_base, check_params, fresh_state, names_of
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -81,30 +81,17 @@ class DomainOptimizer(Optimizer):
             raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(params, Tensor):
-            params = [params]
         self.base = base
-        self.params = params if isinstance(params, str) or callable(params) else list(params)
+        self.params = listed(params)
         self.num_domains = num_domains
         self.check = check
         self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
         self._names = names_of(self.param_groups, model)
-        self._check_params(model)
+        check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
         self._watch(model)
         self._clear()
         self._fill()
-
-    def _check_params(self, model: nn.Module | None) -> None:
-        if isinstance(self.params, list):
-            texts = [item for item in self.params if isinstance(item, str)]
-            if texts and model is None and "param_names" not in self.param_groups[0]:
-                raise ValueError(
-                    f"params: names ({texts[0]!r}) are known only with model=, or if the optimizer "
-                    "was made from model.named_parameters(); or pass the parameters themselves"
-                )
-        if not callable(self.params):
-            select(self.params, {name: p for p, name in self._names.items()})
 
     # -- the wrapped optimizer's own, by reference --
 
@@ -328,7 +315,8 @@ class DomainOptimizer(Optimizer):
                 entry = {key: value for key, value in entry.items() if key not in own}
             if entry:
                 rest[i] = entry
-        self._admit(kept, state_dict["param_groups"])
+        if len(ids) == self._size():  # otherwise the wrapped optimizer refuses it
+            self._admit(kept, state_dict["param_groups"])
         # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
         self.base.load_state_dict({**state_dict, "state": rest})
         self._kept = kept

@@ -124,9 +124,16 @@ def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Ten
 
 def listed(params: Selection) -> Selection:
     """``params`` so that it can be read again and again; one tensor is a list of one."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            "params: expected 'head', 'all', a list of names or parameters, or a predicate, got a "
+            f"module; pass list(module.parameters()) of that {type(params).__name__}"
+        )
     if isinstance(params, Tensor):
         return [params]
-    return params if isinstance(params, str) or callable(params) else list(params)
+    if isinstance(params, str) or callable(params) or not isinstance(params, Iterable):
+        return params
+    return list(params)
 
 
 def check_losses(losses: Tensor) -> None:

@@ -1,0 +1,251 @@
+"""Bad input to a wrapper: what is said, and that nothing is half-done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bases import batch, network, same, steps, trained, wrap
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam
+
+import fastdg
+
+
+def model_and_wrapper(**settings: Any) -> tuple[nn.Sequential, fastdg.Fishr]:
+    model = network()
+    return model, wrap(Adam(model.parameters()), **{"anneal_steps": 0, **settings})
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda m: m.parameters(), r"got generator; wrap one: fastdg.Fishr\(torch.optim.Adam"),
+        (lambda m: list(m.parameters()), r"expected a torch.optim.Optimizer, got list"),
+        (lambda m: Adam, r"expected a torch.optim.Optimizer, got type"),
+        (lambda m: fastdg.Fishr(Adam(m.parameters())), r"Fishr is a wrapper itself, .* not nest"),
+        (lambda m: LBFGS(m.parameters()), r"LBFGS evaluates the model several times a step"),
+    ],
+    ids=["generator", "list", "class", "nested", "lbfgs"],
+)
+def test_base(base: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fastdg.Fishr(base(network()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_domains": 0}, ValueError, "num_domains: expected an integer >= 1, got 0"),
+        ({"num_domains": 2.5}, ValueError, "num_domains: expected an integer >= 1, got 2.5"),
+        ({"model": "resnet"}, TypeError, "model: expected an nn.Module, got str"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "model: none of the parameters of this Linear"),
+        ({"params": "heads"}, ValueError, "params: expected 'head', 'all', .* got 'heads'"),
+        ({"params": ["2.weight"]}, ValueError, r"names .* only with model=, .*named_parameters"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, ValueError, r"tensor of shape \(2,\) is not"),
+        ({"params": nn.Linear(2, 2)}, TypeError, r"got a module; pass list\(module.parameters"),
+        ({"params": 7}, TypeError, "params: expected 'head', .* got int"),
+        ({"params": []}, ValueError, "params: expected at least one"),
+        ({"ema": 1.0}, ValueError, r"ema: expected None or a decay in \[0, 1\), got 1.0"),
+        ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
+        ({"penalty_weight": -1.0}, ValueError, "expected numbers >= 0, got -1.0 and 0.0"),
+        ({"pre_anneal_weight": float("nan")}, ValueError, "expected numbers >= 0, got 5.0 and nan"),
+        ({"anneal_steps": 1.5}, ValueError, "anneal_steps: expected an integer >= 0, got 1.5"),
+    ],
+)
+def test_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        wrap(Adam(network().parameters()), **settings)
+
+
+def test_a_name_that_is_not_there() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"no parameter is called 'fc.weight'; nearest: .*weight"):
+        wrap(Adam(model.parameters()), model=model, params=["fc.weight"])
+    with pytest.raises(ValueError, match="no parameter is called"):
+        wrap(Adam(model.named_parameters()), params=["fc.weight"])
+    wrap(Adam(model.named_parameters()), params=["2.weight"])
+
+
+def test_names_that_two_models_share() -> None:
+    """Every parameter is trained and regularised, though the optimizer knows two by one name."""
+    one, two = nn.Linear(4, 4), nn.Linear(4, 3)
+    base = Adam([{"params": list(m.named_parameters())} for m in (one, two)])
+    opt = wrap(base, params="all")
+    steps(nn.Sequential(one, two), opt, range(2))
+    assert all("fishr_ema" in opt.state[p] for m in (one, two) for p in m.parameters())
+
+
+class OnceOnly(torch.autograd.Function):
+    """Has a gradient, but no second one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Faulty(nn.Module):
+    """Can be made to break in the several ways a model breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5).eval()
+        self.middle, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.fault = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.train(self.fault == "batch norm")
+        h = self.middle(self.norm(self.body(x))).tanh()
+        if self.fault == "second derivative":
+            h = OnceOnly.apply(h)
+        if self.fault == "pairs":
+            h = h + h.mean(0)
+        if self.fault == "functional":
+            return F.linear(h, self.head.weight, self.head.bias)
+        return self.head(h)
+
+
+FAULTS = {
+    "batch norm": (ValueError, r"BatchNorm1d .* normalises over the batch"),
+    "second derivative": (RuntimeError, "once_differentiable"),
+    "pairs": (RuntimeError, "do not add up to autograd's gradient"),
+    "functional": (RuntimeError, "was used in this forward, but not by a call of the module"),
+    "ids": (ValueError, "domains: expected ids below num_domains=3, got 3"),
+    "negative": (ValueError, "domains: expected ids >= 0, got -1"),
+    "length": (ValueError, r"domains: expected one id a sample"),
+    "scalar": (ValueError, r"losses: .*reduction='none'"),
+    "twice": (RuntimeError, "already called on this forward; run the model again"),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["fresh", "accumulating"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_backward_leaves_nothing_half_done(fault: str, gradients: bool) -> None:
+    model = Faulty()
+    opt = wrap(SGD(model.parameters(), lr=0.1), params="all", anneal_steps=0, num_domains=3)
+    if fault != "pairs":  # what was right once is not checked again
+        steps(model, opt, range(2))
+    opt.zero_grad()
+    if gradients:
+        batch(model)[0].mean().backward()
+    held = {p: (p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()}
+    before = copy.deepcopy(opt.state_dict())
+    statistics = dict(opt.statistics)
+
+    if fault != "pairs":
+        opt.backward(*batch(model, 1), final=False)
+    model.fault = fault
+    losses, domains = batch(model, 2)
+    if fault == "ids":
+        domains[0] = 3
+    elif fault == "negative":
+        domains[0] = -1
+    elif fault == "length":
+        domains = domains[1:]
+    elif fault == "scalar":
+        losses = losses.mean()
+    elif fault == "twice":
+        opt.backward(losses, domains, final=False)
+    error, message = FAULTS[fault]
+    with pytest.raises(error, match=message):
+        opt.backward(losses, domains)
+
+    for p, (grad, value) in held.items():
+        assert p.grad is grad
+        assert grad is None or torch.equal(grad, value)
+    assert str(opt.state_dict()) == str(before)
+    assert opt.statistics == statistics
+    model.fault = ""
+    opt.zero_grad()
+    opt.backward(*batch(model, 3))  # and nothing is staged
+    assert int(opt.statistics["domain_count"].sum()) == 9
+    opt.step()
+
+
+def test_a_rejected_call_can_be_repeated() -> None:
+    model, opt = model_and_wrapper(num_domains=3)
+    losses, domains = batch(model)
+    with pytest.raises(ValueError, match="ids below num_domains"):
+        opt.backward(losses, domains + 3)
+    opt.backward(losses, domains)
+    opt.step()
+
+
+def test_backward_twice_on_one_forward() -> None:
+    model, opt = model_and_wrapper()
+    losses, domains = batch(model)
+    opt.backward(losses, domains)
+    for again in (losses, losses * 2):
+        with pytest.raises(RuntimeError, match="already called on this forward"):
+            opt.backward(again, domains)
+    steps(model, opt, range(1))
+
+
+def test_no_tracked_layer() -> None:
+    model = network()
+    early = batch(model)
+    opt = wrap(Adam(model.parameters()))
+    for losses, domains in (early, batch(network())):
+        with pytest.raises(RuntimeError, match=r"no tracked layer was seen .* after this object"):
+            opt.backward(losses, domains)
+    with torch.no_grad(), pytest.raises(ValueError, match="no_grad"):
+        opt.backward(*batch(model))
+    steps(model, opt, range(1))
+
+
+def test_batch_norm_in_the_tracked_part_names_the_module_and_ways_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    opt = wrap(Adam(model.named_parameters()), params="all")
+    with pytest.raises(ValueError, match=r"BatchNorm1d \(1.weight, 1.bias\)") as error:
+        opt.backward(*batch(model))
+    for way in (".eval()", "GroupNorm", "params="):
+        assert way in str(error.value)
+    steps(model, wrap(Adam(model.parameters()), params="head"), range(2))
+    model.eval()
+    steps(model, opt, range(2))
+
+
+def test_a_state_of_another_number_of_domains() -> None:
+    model, opt = trained(Adam, num_domains=3)
+    state = copy.deepcopy(opt.state_dict())
+    other = wrap(Adam(copy.deepcopy(model).parameters()), num_domains=4)
+    with pytest.raises(ValueError, match="its history has 3 domains, but num_domains is 4"):
+        other.load_state_dict(state)
+    assert other.steps == 0 and not other.state
+    free = wrap(Adam(model.parameters()))  # as many as are seen: these three, and then more
+    free.load_state_dict(state)
+    steps(model, free, range(1))
+
+
+def test_a_state_of_another_model() -> None:
+    _, opt = trained(Adam)
+    wide = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
+    other = wrap(Adam(wide.named_parameters()))
+    with pytest.raises(ValueError, match=r"history of 2.weight has shape \(3, 5\) a domain, but"):
+        other.load_state_dict(opt.state_dict())
+    small = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="parameter group"):
+        wrap(Adam(small.parameters())).load_state_dict(opt.state_dict())
+
+
+def test_check_can_be_turned_off_and_asked_for() -> None:
+    model = Faulty()
+    model.fault = "pairs"
+    opt = wrap(SGD(model.parameters(), lr=0.1), params="all", check=False)
+    losses, domains = batch(model)
+    with pytest.raises(RuntimeError, match="do not add up"):
+        fastdg.check(opt.tape, losses)
+    opt.backward(losses, domains)
+    before = copy.deepcopy(model)
+    opt.step()
+    with pytest.raises(AssertionError):
+        same(model, before)
