@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,23 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from .. import __version__, backends
 from ..data.digits import TASKS
+from ..experiments import colored_mnist as experiment
 from ..experiments import demo as demo_experiment
-from ..experiments.training import ALGORITHMS
+from ..experiments.settings import ALGORITHMS
+from .tables import colored_mnist_table, demo_table
 
 app = typer.Typer(
     add_completion=False,
@@ -33,24 +42,50 @@ app.add_typer(reproduce, name="reproduce")
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
+def _several(known: Iterable[str]) -> Any:
+    return typer.Option(help=f"Some of {', '.join(known)}; all by default.", metavar="NAME,NAME")
+
+
+def _names(given: list[str] | None) -> tuple[str, ...]:
+    """``--algorithms erm,fishr`` or ``--algorithms erm --algorithms fishr``; each once."""
+    names = [name.strip() for text in given or () for name in text.split(",")]
+    return tuple(dict.fromkeys(names))
+
+
 @contextmanager
 def _said() -> Iterator[None]:
     """Errors a user can act on, as one line."""
     try:
         yield
     except (ValueError, OSError) as error:
-        console.print(f"[red]fastdg:[/] {error}", highlight=False)
+        words = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            words = f"{error.filename}: {error.strerror}"
+        console.print(Text.assemble(("fastdg: ", "red"), words), soft_wrap=True)
         raise typer.Exit(2) from error
 
 
-def _progress() -> Progress:
-    return Progress(
+@contextmanager
+def _training() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar, and what to tell it: the unit in work, how many are done, and of how many."""
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
     )
+    try:
+        with Progress(*columns, console=console) as bars:
+            bar = bars.add_task("training", total=None)
+
+            def told(name: str, done: int, total: int) -> None:
+                bars.update(bar, description=name or "done", completed=done, total=total)
+
+            yield told
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -87,12 +122,8 @@ def info() -> None:
 
 @app.command()
 def demo(
-    algorithms: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(ALGORITHMS)}; repeat for several.")
-    ] = None,
-    datasets: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(TASKS)}; repeat for several.")
-    ] = None,
+    algorithms: Annotated[list[str] | None, _several(ALGORITHMS)] = None,
+    datasets: Annotated[list[str] | None, _several(TASKS)] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 300,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
@@ -104,108 +135,60 @@ def demo(
 
     A run that was killed goes on where it was.
     """
-    from ..report.figures import demo_figure
+    from ..report.demo_figure import demo_figure
+    from ..report.summary import closing_words
 
     with _said():
         plan = demo_experiment.Plan(
-            tuple(algorithms or ALGORITHMS), tuple(datasets or TASKS), seeds, steps
+            _names(algorithms) or tuple(ALGORITHMS), _names(datasets) or tuple(TASKS), seeds, steps
         )
         output.mkdir(parents=True, exist_ok=True)
-        with _progress() as bars:
-            bar = bars.add_task("training", total=None)
-
-            def progress(key: str, done: int, total: int) -> None:
-                bars.update(bar, description=key or "done", completed=done, total=total)
-
-            results = demo_experiment.run(plan, output / "results.json", fresh, progress)
+        with _training() as told:
+            results = demo_experiment.run(plan, output / "results.json", fresh, told)
         for task in plan.tasks:
-            console.print(_table(results, task))
+            console.print(demo_table(results, task))
         for task in plan.tasks:
-            console.print(demo_experiment.closing_words(results, task), highlight=False)
+            for words in closing_words(results, task):
+                console.print(words, highlight=False)
+            console.print()
         demo_figure(results, output / "figure.png")
-    console.print(f"Figure: {output / 'figure.png'}   Results: {output / 'results.json'}")
-
-
-def _value(pair: tuple[float, float]) -> str:
-    mean, error = pair
-    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
-
-
-def _table(results: dict[str, Any], task: str) -> Table:
-    shape = TASKS[task](0)
-    table = Table(title=f"{shape.name}: accuracy (%) on the domain left out", title_justify="left")
-    table.add_column("algorithm", no_wrap=True)
-    several = len(shape.tested) > 1
-    for d in shape.tested:
-        table.add_column(shape.domains[d], justify="right")
-    if several:
-        table.add_column("mean", justify="right")
-    for name in ("ms/step", "to ERM", "peak MB"):
-        table.add_column(name, justify="right")
-    for row in demo_experiment.rows(results, task):
-        table.add_row(
-            row.title,
-            *(_value(pair) for pair in row.accuracy.values()),
-            *([_value(row.mean)] if several else []),
-            f"{1e3 * row.step_seconds:.2f}",
-            "–" if math.isnan(row.ratio) else f"{row.ratio:.2f}×",
-            "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
-        )
-    return table
+    console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
 
 
 @reproduce.command("colored-mnist")
 def colored_mnist(
     data: Annotated[
         Path | None,
-        typer.Option(envvar="FASTDG_DATA", help="Folder with MNIST's idx files."),
+        typer.Option(
+            envvar="FASTDG_DATA", help="Folder of MNIST's idx files, or of their folder mnist/."
+        ),
     ] = None,
-    algorithms: Annotated[
-        list[str] | None, typer.Option(help="erm, fishr; repeat for several.")
-    ] = None,
+    algorithms: Annotated[list[str] | None, _several(experiment.ALGORITHMS)] = None,
     restarts: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 10,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-colored-mnist"
     ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
 ) -> None:
-    """ColoredMNIST as in the Fishr paper's own script; about 10 minutes a restart on 2 cores."""
-    from ..experiments import colored_mnist as experiment
-    from ..report.figures import colored_mnist_figure
+    """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a restart on 2 cores.
+
+    A run that was killed goes on where it was.
+    """
+    from ..report.colored_mnist_figure import colored_mnist_figure
 
     with _said():
         if data is None:
             raise ValueError(
-                "--data: expected the folder with MNIST's idx files (or set FASTDG_DATA); see "
-                "README"
+                "--data: expected the folder of MNIST's four idx files (or FASTDG_DATA set to it)"
             )
         output.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for path in (output / "results.json", *output.glob("*.checkpoint")):
+                path.unlink(missing_ok=True)
         command = " ".join(["fastdg", *sys.argv[1:]])
-        with _progress() as bars:
-            bar = bars.add_task("training", total=None)
-
-            def progress(name: str, done: int, total: int) -> None:
-                bars.update(bar, description=name, completed=done, total=total)
-
-            results = experiment.run_all(
-                tuple(algorithms or experiment.ALGORITHMS),
-                restarts,
-                data,
-                output,
-                command,
-                progress,
-            )
-        table = Table(title="ColoredMNIST: final accuracy (%), mean ± std", title_justify="left")
-        for column in ("algorithm", "environment", "here", "paper", "within"):
-            table.add_column(column)
-        for name, entry in results["algorithms"].items():
-            for key, value in entry["summary"].items():
-                table.add_row(
-                    name,
-                    key,
-                    f"{value['mean']:.1f} ± {value['std']:.1f}",
-                    f"{value['paper'][0]:.1f} ± {value['paper'][1]:.1f}",
-                    "[green]yes[/]" if value["within"] else f"[red]no[/] (±{value['tolerance']})",
-                )
-        console.print(table)
+        chosen = _names(algorithms) or experiment.ALGORITHMS
+        with _training() as told:
+            results = experiment.run_all(chosen, restarts, data, output, command, told)
+        console.print(colored_mnist_table(results))
         colored_mnist_figure(results, output / "figure.png")
-    console.print(f"Figure: {output / 'figure.png'}   Results: {output / 'results.json'}")
+    console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")

@@ -11,7 +11,6 @@ Reference:
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from .. import Fishr
 from ..data.mnist import read_train
 from .machine import machine
-from .storage import load_checkpoint, save_atomically, write_json
+from .storage import load_checkpoint, load_results, save_atomically, write_json
 
 ALGORITHMS = ("erm", "fishr")
 # What the paper reports over 10 restarts (mean, std) in per cent; what counts as reproduced here.
@@ -34,6 +33,7 @@ PAPER = {
     "erm": {"train": (86.4, 0.2), "test": (14.0, 0.7), "grey": (71.0, 0.7)},
     "fishr": {"train": (71.0, 0.9), "test": (69.5, 1.0), "grey": (70.2, 1.1)},
 }
+TEST_SIZE = 10_000  # the last of MNIST's training images
 TOLERANCE = {
     "erm": {"train": 1.0, "test": 3.0, "grey": 3.0},
     "fishr": {"train": 2.5, "test": 3.0, "grey": 3.5},
@@ -70,7 +70,10 @@ def environments(images: Tensor, digits: Tensor, seed: int, protocol: Protocol) 
     """``train`` (both environments and their ids), ``test`` and ``grey`` from MNIST's 60,000
     training images."""
     generator = torch.Generator().manual_seed(seed)
-    last = images.shape[0] - 10_000
+    needed = protocol.train_size + TEST_SIZE
+    if len(images) < needed:
+        raise ValueError(f"data: expected MNIST's {needed:,} images, got {len(images):,}")
+    last = len(images) - TEST_SIZE
     order = torch.randperm(last, generator=generator)[: protocol.train_size]
 
     def environment(x: Tensor, y: Tensor, colour_flip: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,17 +233,22 @@ def run_all(
     """
     protocol = protocol or Protocol()
     unknown = [name for name in algorithms if name not in ALGORITHMS]
-    if unknown or restarts < 1:
+    if unknown or not algorithms:
         raise ValueError(
-            f"algorithms: expected some of {', '.join(ALGORITHMS)}, got {unknown}; restarts >= 1"
+            f"algorithms: expected some of {', '.join(ALGORITHMS)}, "
+            f"got {', '.join(unknown) or 'none'}"
         )
+    if restarts < 1:
+        raise ValueError(f"restarts: expected >= 1, got {restarts}")
     read_train(data_dir)  # missing or damaged files before anything is written
     path = output / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if results and results["protocol"] != asdict(protocol):
-        raise ValueError(f"{path}: holds runs with other settings; use another --output")
-    results = {"protocol": asdict(protocol), "algorithms": results.get("algorithms", {})}
-    results |= {"machine": machine(), "command": command}
+    kept_before = load_results(path, "protocol", asdict(protocol)) or {"algorithms": {}}
+    results: dict[str, Any] = {
+        "command": command,
+        "machine": machine(),
+        "protocol": asdict(protocol),
+        "algorithms": kept_before["algorithms"],
+    }
     total = protocol.steps * restarts * len(algorithms)
     done = 0
     for seed in range(restarts):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,25 +38,49 @@ def write_json(value: Any, path: Path) -> None:
     _replace(path, lambda file: file.write(text.encode()))
 
 
-def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names every setting of ``now`` that was another at ``path``."""
+    changes = [
+        f"{key} was {was.get(key)!r}, now {value!r}"
+        for key, value in now.items()
+        if was.get(key) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"{path}: made with other settings ({'; '.join(changes)}); keep the settings, choose "
+            "another output folder, or start afresh"
+        )
+
+
+def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The checkpoint at ``path``, or None if there is none.
 
     Raises:
-        ValueError: it belongs to a run with other settings; names them.
+        ValueError: it is not a checkpoint, or belongs to a run with other settings; names them.
     """
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    other = {
-        k: (state["identity"].get(k), v)
-        for k, v in identity.items()
-        if state["identity"].get(k) != v
-    }
-    if other:
-        changes = ", ".join(f"{k} was {was!r}, now {now!r}" for k, (was, now) in other.items())
-        raise ValueError(
-            f"{path}: this checkpoint is of a run with other settings ({changes}); use the same "
-            f"settings, "
-            "another output folder, or --fresh"
-        )
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        was = state["identity"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program; remove it") from error
+    refuse_other(path, was, identity)
     return state
+
+
+def load_results(path: Path, key: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results at ``path``, or None if there are none; ``key`` is where their settings are.
+
+    Raises:
+        ValueError: not such a file, or made with other settings; names them.
+    """
+    if not path.exists():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        was = results[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a result file of this program; remove it") from error
+    refuse_other(path, was, identity)
+    return results

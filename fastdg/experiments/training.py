@@ -2,102 +2,60 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from .. import Fishr, domain_moments, record
 from ..data.digits import Task
+from .memory import measured
+from .settings import Setting
 
-BATCH = 32  # of each training domain
-LEARNING_RATE = 1e-3
 EVALUATIONS = 15
+Part = tuple[Tensor, Tensor]  # images and labels
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """How a run makes its optimizer: from (base, domains, steps), or plain training if None."""
+def train(
+    task: Task, setting: Setting, algorithm: str, left_out: int, seed: int, steps: int
+) -> dict[str, Any]:
+    """Train on all domains but one. Deterministic in its arguments, times and memory aside.
 
-    title: str
-    wrap: Callable[[Optimizer, int, int], Fishr] | None = None
-
-
-def _fishr(params: str) -> Callable[[Optimizer, int, int], Fishr]:
-    def wrap(base: Optimizer, domains: int, steps: int) -> Fishr:
-        # DomainBed's defaults, its anneal (1500 of 5001 steps) in proportion.
-        anneal = round(0.3 * steps)
-        return Fishr(base, params=params, anneal_steps=anneal, num_domains=domains)
-
-    return wrap
-
-
-ALGORITHMS = {
-    "erm": Algorithm("ERM"),
-    "fishr-head": Algorithm("Fishr, head", _fishr("head")),
-    "fishr-all": Algorithm("Fishr, all", _fishr("all")),
-}
-
-
-def network(channels: int, classes: int, seed: int) -> nn.Sequential:
-    """Two convolutions and two linear layers; no statistics over the batch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(channels, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 16, 64),
-            nn.ReLU(),
-            nn.Linear(64, classes),
-        )
-
-
-def train(task: Task, algorithm: str, left_out: int, seed: int, steps: int) -> dict[str, Any]:
-    """Train on all domains but one.
-
-    Each training domain is split 80:20; the checkpoint with the best mean accuracy on the 20 %
-    parts is kept,
-    and its accuracy on the whole of the domain left out is the result. Deterministic in its
-    arguments.
+    Each training domain is split 80:20 and trained on its 80 %. The checkpoint to report is the one
+    with the best mean accuracy on the 20 % parts, the first if there are several: DomainBed's
+    training-domain selection. The domain left out takes no part in it.
 
     Returns:
-        ``accuracy`` (per cent on the domain left out), ``chosen_step``, ``step_seconds`` (median),
-        ``peak_bytes`` (of this run, or None), and ``curve``: at each evaluation the step, both
-        accuracies, the loss, and the head's mean gradient variance in each training domain.
+        ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen
+        checkpoint and after the last step; ``chosen_step``; ``step_seconds``, the median;
+        ``peak_bytes`` of the last step; and ``curve``, at each evaluation ``step``, ``loss``,
+        ``validation``, ``test``, and of the head's gradients in the training domains ``variance``
+        (the mean over parameters, one value a domain) and ``distance`` (see `head_variances`).
     """
     generator = torch.Generator().manual_seed(1000 * seed + left_out)
-    chosen = [d for d in range(len(task.domains)) if d != left_out]
-    fit, held = [], []
-    for d in chosen:
-        order = torch.randperm(len(task.labels[d]), generator=generator)
-        cut = round(0.8 * len(order))
-        fit.append((task.images[d][order[:cut]], task.labels[d][order[:cut]]))
-        held.append((task.images[d][order[cut:]], task.labels[d][order[cut:]]))
-    model = network(task.images[0].shape[1], task.classes, seed)
-    base = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    wrap = ALGORITHMS[algorithm].wrap
-    opt = wrap(base, len(chosen), steps) if wrap else base
-    domains = torch.arange(len(chosen)).repeat_interleave(BATCH)
-    every = max(1, steps // EVALUATIONS)
-    curve: list[dict[str, Any]] = []
-    seconds: list[float] = []
-    floor = _reset_peak()
-    for count in range(1, steps + 1):
-        rows = [torch.randint(len(y), (BATCH,), generator=generator) for _, y in fit]
-        x = torch.cat([part[0][r] for part, r in zip(fit, rows, strict=True)])
-        y = torch.cat([part[1][r] for part, r in zip(fit, rows, strict=True)])
-        began = time.perf_counter()
+    training = [d for d in range(len(task.domains)) if d != left_out]
+    fit, held = split(task, training, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = setting.network(task.images[0].shape[1], task.classes)
+    opt = setting.optimizer(algorithm, model, len(training), steps)
+    domains = domain_ids(fit, setting.batch)
+    whole = torch.cat([part[0] for part in fit]), torch.cat([part[1] for part in fit])
+
+    def batch() -> Part:
+        if setting.batch is None:
+            return whole
+        rows = [torch.randint(len(y), (setting.batch,), generator=generator) for _, y in fit]
+        xs = [part[0][r] for part, r in zip(fit, rows, strict=True)]
+        ys = [part[1][r] for part, r in zip(fit, rows, strict=True)]
+        return torch.cat(xs), torch.cat(ys)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
         opt.zero_grad()
         if isinstance(opt, Fishr):
             loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
@@ -105,25 +63,60 @@ def train(task: Task, algorithm: str, left_out: int, seed: int, steps: int) -> d
             loss = F.cross_entropy(model(x), y)
             loss.backward()
         opt.step()
-        seconds.append(time.perf_counter() - began)
-        if count % every == 0 or count == steps:
+        return loss.detach()
+
+    curve: list[dict[str, Any]] = []
+    seconds: list[float] = []
+    peak = 0
+    marks = {round(steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
+    for count in range(1, steps + 1):
+        x, y = batch()
+        if count < steps:
+            began = time.perf_counter()
+            loss = step(x, y)
+            seconds.append(time.perf_counter() - began)
+        else:
+            loss, peak = measured(partial(step, x, y))
+        if count in marks:
+            variance, distance = head_variances(model, fit)
             curve.append(
                 {
                     "step": count,
-                    "loss": float(loss.detach()),
+                    "loss": float(loss),
                     "validation": statistics.fmean(accuracy(model, *part) for part in held),
                     "test": accuracy(model, task.images[left_out], task.labels[left_out]),
-                    "variance": head_variance(model, fit),
+                    "variance": variance,
+                    "distance": distance,
                 }
             )
     best = max(curve, key=lambda point: point["validation"])
     return {
-        "accuracy": best["test"],
+        "chosen": best["test"],
+        "last": curve[-1]["test"],
         "chosen_step": best["step"],
         "step_seconds": statistics.median(seconds),
-        "peak_bytes": _peak(floor),
+        "peak_bytes": peak,
         "curve": curve,
     }
+
+
+def split(
+    task: Task, training: Sequence[int], generator: torch.Generator
+) -> tuple[list[Part], list[Part]]:
+    """Each training domain's images and labels, 80 % to fit and 20 % to choose by."""
+    fit, held = [], []
+    for d in training:
+        order = torch.randperm(len(task.labels[d]), generator=generator)
+        cut = round(0.8 * len(order))
+        fit.append((task.images[d][order[:cut]], task.labels[d][order[:cut]]))
+        held.append((task.images[d][order[cut:]], task.labels[d][order[cut:]]))
+    return fit, held
+
+
+def domain_ids(parts: Sequence[Part], batch: int | None) -> Tensor:
+    """Domain of each sample of a batch, ``batch`` (or all) of each part one after the other."""
+    counts = torch.tensor([batch or len(y) for _, y in parts])
+    return torch.arange(len(parts)).repeat_interleave(counts)
 
 
 @torch.no_grad()
@@ -132,40 +125,19 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * float((model(x).argmax(1) == y).float().mean())
 
 
-def head_variance(model: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """Mean over the head's parameters of the gradient variance in each domain (all its training
-    images)."""
+def head_variances(model: nn.Module, parts: Sequence[Part]) -> tuple[list[float], float]:
+    r"""How the head's gradients vary in each domain, over all its images to fit.
+
+    Returns:
+        The mean over parameters of each domain's variance :math:`v_d`, and how far they are apart,
+        :math:`\sqrt{\frac1D\sum_d\|v_d-\bar v\|^2}\,/\,\|\bar v\|`: Fishr's penalty without scale.
+    """
     x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    domains = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p[1]) for p in parts]))
     with record(model, params="head", check=False) as tape:
         losses = F.cross_entropy(model(x), y, reduction="none")
+    domains = domain_ids(parts, None)
     moments = domain_moments(tape, losses, domains, num_domains=len(parts), retain_graph=False)
-    flat = torch.cat([v.flatten(1) for v in moments.variance.values()], 1)
-    return [float(v) for v in flat.mean(1)]
-
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _resident(field: str) -> int | None:
-    if not _STATUS.exists():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _reset_peak() -> int | None:
-    """Start a new resident-memory peak (Linux); the memory resident now."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide what this one takes
-        _CLEAR.write_text("5")
-    except (OSError, AttributeError):
-        return None
-    return _resident("VmRSS")
-
-
-def _peak(floor: int | None) -> int | None:
-    peak = _resident("VmHWM")
-    return None if floor is None or peak is None else max(0, peak - floor)
+    v = torch.cat([part.flatten(1) for part in moments.variance.values()], 1)
+    middle = v.mean(0)
+    apart = (v - middle).square().sum(1).mean().sqrt() / middle.norm()
+    return v.mean(1).tolist(), float(apart)

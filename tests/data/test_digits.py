@@ -15,7 +15,7 @@ def test_every_image_is_in_one_domain_and_seeds_decide(name: str) -> None:
     assert len(task.domains) == len(task.images) == len(task.labels)
     for x, y, x2, y2 in zip(task.images, task.labels, again.images, again.labels, strict=True):
         assert len(x) == len(y)
-        assert 0 <= float(x.min()) and float(x.max()) <= 1
+        assert float(x.min()) >= 0 and float(x.max()) <= 1
         assert torch.equal(x, x2) and torch.equal(y, y2)
     assert not torch.equal(task.labels[0], other.labels[0])
 
@@ -36,7 +36,9 @@ def test_the_label_is_below_five_but_for_the_flips() -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    digit = {image.tobytes(): int(y) for image, y in zip(bunch.images / 16, bunch.target)}
+    digit = {
+        image.tobytes(): int(y) for image, y in zip(bunch.images / 16, bunch.target, strict=True)
+    }
     flipped, seen = 0, 0
     for seed in range(5):
         task = coloured(seed)

@@ -1,0 +1,40 @@
+"""The memory a step takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch.profiler import ProfilerActivity, profile
+
+Result = TypeVar("Result")
+
+
+def measured(step: Callable[[], Result]) -> tuple[Result, int]:
+    """``step()`` and the most bytes of CPU tensors that it holds at a time, beyond those alive
+    before it."""
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = step()
+    results = profiler.profiler.kineto_results
+    alive = peak = 0
+    events = (event for event in results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return result, peak
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The profiler writes notes about itself to the process's error output."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

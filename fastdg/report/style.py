@@ -1,0 +1,32 @@
+"""How figures look, and how they reach the disk: matplotlib's file backend only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = {"erm": "#7f7f7f", "fishr-head": "#0072b2", "fishr-all": "#d55e00", "fishr": "#0072b2"}
+STYLE: Any = {
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(temporary, dpi=200)
+    temporary.replace(path)

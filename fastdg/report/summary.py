@@ -1,0 +1,131 @@
+"""What results say: a table's rows, and the words after it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.digits import TASKS
+from ..experiments.settings import ALGORITHMS, SETTINGS
+
+Estimate = tuple[float, float]  # mean and standard error
+
+
+def mean_and_error(values: Sequence[float]) -> Estimate:
+    """Mean and standard error; the error of a single value is NaN."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm on one task; accuracies in per cent on the domain left out.
+
+    Attributes:
+        domains: of the chosen checkpoint, on each domain left out, over seeds.
+        chosen: one value a seed, the mean over the domains left out; of the chosen checkpoint.
+        last: the same after the last step.
+        early: share of the runs whose chosen checkpoint lies before the penalty.
+        seconds: of a step, the median over runs of their medians.
+        ratio: to ERM's step, the median over pairs of runs that followed each other.
+        peak_bytes: of a step, the median over runs.
+    """
+
+    algorithm: str
+    title: str
+    domains: dict[str, Estimate]
+    chosen: list[float]
+    last: list[float]
+    early: float
+    seconds: float
+    ratio: float
+    peak_bytes: float
+
+
+def rows(results: dict[str, Any], task: str) -> list[Row]:
+    """The table of one task, in the plan's order."""
+    plan = results["plan"]
+    shape, seeds = TASKS[task](0), range(plan["seeds"])
+    anneal = SETTINGS[task].anneal_steps(results["settings"]["steps"])
+    pairs = [(d, seed) for d in shape.tested for seed in seeds]
+
+    def runs_of(algorithm: str) -> dict[tuple[int, int], dict[str, Any]]:
+        return {(d, s): results["runs"][f"{task}/{d}/{s}/{algorithm}"] for d, s in pairs}
+
+    def by_seed(runs: dict[tuple[int, int], dict[str, Any]], key: str) -> list[float]:
+        return [statistics.fmean(runs[d, s][key] for d in shape.tested) for s in seeds]
+
+    plain = runs_of("erm") if "erm" in plan["algorithms"] else None
+    out: list[Row] = []
+    for algorithm in plan["algorithms"]:
+        runs = runs_of(algorithm)
+        seconds = {pair: run["step_seconds"] for pair, run in runs.items()}
+        ratio = math.nan
+        if plain is not None:
+            ratio = statistics.median(seconds[p] / plain[p]["step_seconds"] for p in pairs)
+        out.append(
+            Row(
+                algorithm,
+                ALGORITHMS[algorithm].title,
+                {
+                    shape.domains[d]: mean_and_error([runs[d, s]["chosen"] for s in seeds])
+                    for d in shape.tested
+                },
+                by_seed(runs, "chosen"),
+                by_seed(runs, "last"),
+                statistics.fmean(run["chosen_step"] <= anneal for run in runs.values()),
+                statistics.median(seconds.values()),
+                ratio,
+                statistics.median(run["peak_bytes"] for run in runs.values()),
+            )
+        )
+    return out
+
+
+def _against(row: list[float], plain: list[float]) -> str:
+    gain, error = mean_and_error([a - b for a, b in zip(row, plain, strict=True)])
+    values = f"{statistics.fmean(row):.1f} against {statistics.fmean(plain):.1f} %"
+    if math.isnan(error):
+        return f"{values}, of one seed, which proves nothing"
+    if abs(gain) <= 2 * error:
+        return f"no clear difference to ERM ({values}; {gain:+.1f} ± {error:.1f} points)"
+    side = "better" if gain > 0 else "worse"
+    return f"{side} than ERM ({values}; {gain:+.1f} ± {error:.1f} points)"
+
+
+def closing_words(results: dict[str, Any], task: str) -> list[str]:
+    """What the numbers show, from the numbers alone, a sentence each.
+
+    A difference is the mean over seeds of the difference to ERM with the same seed; one within two
+    standard errors is called none.
+    """
+    table = rows(results, task)
+    shape = TASKS[task](0)
+    plain = next((row for row in table if row.algorithm == "erm"), None)
+    if plain is None or len(table) < 2:
+        return [f"{shape.name}: nothing to compare; run erm and another algorithm."]
+    words = [f"{shape.name}, on the domain left out:"]
+    for row in table:
+        if row is plain:
+            continue
+        words.append(
+            f"{row.title}, checkpoint chosen on the training domains: "
+            f"{_against(row.chosen, plain.chosen)}; after the last step: "
+            f"{_against(row.last, plain.last)}. A step takes {row.ratio:.2f} times ERM's."
+        )
+        if row.early > 0.5:
+            words.append(
+                f"The training domains chose a checkpoint from before the penalty in "
+                f"{row.early:.0%} of its runs: there, what the penalty takes away helps."
+            )
+    if shape.best is not None:
+        words.append(
+            f"Who ignores what misleads is right in at most {shape.best:.0f} %, who guesses in "
+            f"{100 / shape.classes:.0f} %."
+        )
+    words.append(f"Penalty: {SETTINGS[task].source}.")
+    return words
