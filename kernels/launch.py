@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton import next_power_of_2
+from triton import cdiv, next_power_of_2
 
 from ..ops import window as windows
+from .tiles import transpose_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31 - 1
@@ -101,8 +103,13 @@ def positions_last(x: Tensor) -> Tensor:
     T = x.shape[1]
     if x.dtype != torch.float32 or (T % 16 == 0 and x.stride(1) == 1 and x.stride(2) % 16 == 0):
         return x
-    rows = x.new_zeros((x.shape[0], x.shape[2], -(-T // 16) * 16))
-    rows[:, :, :T] = x.transpose(1, 2)
+    N, C, T_padded = x.shape[0], x.shape[2], cdiv(T, 16) * 16
+    rows = x.new_empty((N, C, T_padded))
+    block_t, block_c = block(T_padded, 64), block(C, 64)
+    launch(
+        transpose_kernel, N * cdiv(T_padded, block_t) * cdiv(C, block_c),
+        x, rows, T, T_padded, C, *x.stride(), BLOCK_T=block_t, BLOCK_C=block_c,
+    )  # fmt: skip
     return rows.transpose(1, 2)
 
 
@@ -159,4 +166,5 @@ def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     """Distance from the first to the last element of a row; rows are addressed with 64 bits."""
-    return sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+    return max(reach, prod(tensor.shape[1:]))  # a contiguous copy may reach further

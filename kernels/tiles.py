@@ -39,6 +39,26 @@ def biased_variance(second, mean, count):
 
 
 @triton.jit
+def transpose_kernel(
+    x, out, T, T_padded, C, sample_stride, row_stride, column_stride,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``x [N, T, C]`` of any strides -> contiguous ``out [N, C, T_padded]``, zero beyond T."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks = tl.cdiv(T_padded, BLOCK_T) * blocks_c
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks
+    t = tile // blocks_c * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tile % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = t[:, None] * row_stride + c[None, :] * column_stride
+    inside = (t < T)[:, None] & (c < C)[None, :]
+    values = tl.load(x + sample * sample_stride + at, mask=inside, other=0.0)
+    inside = (c < C)[:, None] & (t < T_padded)[None, :]
+    at = c[:, None] * T_padded + t[None, :]
+    tl.store(out + sample * C * T_padded + at, tl.trans(values), mask=inside)
+
+
+@triton.jit
 def finish_kernel(
     partial, offsets, mean, variance, size, slab,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
