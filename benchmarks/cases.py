@@ -92,7 +92,7 @@ def verified(case: Case, contender: Contender, run: Run, on: Problem, truth: Any
     return wrong
 
 
-# ---- the plain step -----------------------------------------------------------------------------------
+# ---- the plain step ----
 
 
 def plain(on: Problem) -> Run:
@@ -105,7 +105,7 @@ def plain(on: Problem) -> Run:
     return run
 
 
-# ---- (a) variances of all layers ------------------------------------------------------------------------
+# ---- (a) variances of all layers ----
 
 
 def variance(on: Problem) -> Run:
@@ -117,7 +117,7 @@ def variance(on: Problem) -> Run:
     return run
 
 
-# ---- (b) their penalty, differentiated --------------------------------------------------------------------
+# ---- (b) their penalty, differentiated ----
 
 
 def penalty(on: Problem) -> Run:
@@ -137,7 +137,7 @@ def penalty(on: Problem) -> Run:
     return run
 
 
-# ---- (c), (d) Fishr on the head ---------------------------------------------------------------------------
+# ---- (c), (d) Fishr on the head ----
 
 
 def fishr(base: Callable[[Problem], Any], penalised: bool = True) -> Callable[[Problem], Run]:

@@ -1,4 +1,7 @@
-"""`pytest benchmarks/`: each question's contenders, in groups; ``--benchmark-disable`` runs each once."""
+"""`pytest benchmarks/`: each question's contenders, in groups.
+
+``--benchmark-disable`` runs each once.
+"""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ class Work:
     def differentiable(self) -> int:
         """`moments`, its backward, the backward of the output gradients, and that of the forward.
 
-        The op's backward takes two products for each operand with one position; with several, one to
-        form g_i again and one for each operand. The backward of the chain of output gradients takes
-        two a layer.
+        The op's backward takes two products for each operand with one position; with several, one
+        to form g_i again and one for each operand. The backward of the chain of output gradients
+        takes two a layer.
         """
         total = self.moments() + 6 * self.other
         for k in self.layers:

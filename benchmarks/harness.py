@@ -34,21 +34,22 @@ def timed(run: Run) -> float:
 
 
 def interleave(
-    runs: Mapping[str, Run], seconds: float, least: int = 5, most: int = 60
+    runs: Mapping[str, Run], cost: Mapping[str, float], seconds: Mapping[str, float]
 ) -> dict[str, list[float]]:
-    """Call all ``runs`` in turns for about ``seconds``; whoever is slow gets fewer turns, but ``least / 2``.
+    """Call all ``runs`` in turns, each for about ``seconds``, the slow ones at least once.
 
-    A turn of a short run is several calls of which the first, on cold caches, is not counted.
+    A turn of a short run is several calls, of which the first, on cold caches, is not counted.
+    Fewer turns are spread over the whole time.
+
+    Args:
+        runs: name -> what to time, called before.
+        cost: name -> roughly how long a call takes.
+        seconds: name -> how long to spend.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    cost = {}
-    for name, run in runs.items():
-        run()
-        cost[name] = timed(run)
-    share = seconds / len(runs)
     turns = {
-        name: max(least // 2, min(most, int(share / max(c, TURN_SECONDS))))
-        for name, c in cost.items()
+        name: max(1 if cost[name] > 4 else 3, int(seconds[name] / max(cost[name], TURN_SECONDS)))
+        for name in runs
     }
     rounds = max(turns.values())
     gc.collect()
@@ -56,10 +57,9 @@ def interleave(
     try:
         for turn in range(rounds):
             for name, run in runs.items():
-                # spread the fewer turns of slow runs over the whole time
                 if turn * turns[name] // rounds == (turn + 1) * turns[name] // rounds:
                     continue
-                calls = min(5, int(TURN_SECONDS / max(cost[name], 1e-6)))
+                calls = max(1, min(6, int(TURN_SECONDS / cost[name])))
                 if calls > 1:
                     run()
                 times[name] += [timed(run) for _ in range(max(1, calls - 1))]
@@ -86,10 +86,10 @@ def _status() -> dict[str, int]:
 def peak_memory(make: Callable[[], Run], warm: Callable[[], Run]) -> int | None:
     """Peak bytes that ``make()()`` holds, in a forked process; None where the system does not tell.
 
-    Memory of the process itself is not counted: ``warm`` runs the same code on something tiny first, and mapped
-    files (libraries) are left out. Everything else is: weights, batch, activations, results, scratch memory
-    and whatever is kept for reuse. The process must not have computed anything before (threads do not survive
-    a fork).
+    Memory of the process itself is not counted: ``warm`` runs the same code on something tiny
+    first, and mapped files (libraries) are left out. Everything else is: weights, batch,
+    activations, results, scratch memory and whatever is kept for reuse. The process must not have
+    computed anything before (threads do not survive a fork).
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -104,12 +104,11 @@ def peak_memory(make: Callable[[], Run], warm: Callable[[], Run]) -> int | None:
             _trim()
             before = _status()["RssAnon"]
             run = make()
-            for _ in range(2):
+            for _ in range(2 if timed(run) < 1 else 0):
                 run()
             _trim()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-            for _ in range(2):
-                run()
+            run()
             after = _status()
             pipe.write(str(after["VmHWM"] - after["RssFile"] - after["RssShmem"] - before))
             pipe.flush()

@@ -1,7 +1,8 @@
 """Fishr on the head by other means: what DomainBed users run today, and what an expert would write.
 
-All follow DomainBed's formula (biased variances, history with decay 0.95, mean over parameters and domains).
-``make(problem, optimizer)`` returns one training step; the base optimizer decides what of it is measured.
+All follow DomainBed's formula (biased variances, history with decay 0.95, mean over parameters and
+domains). ``make(problem, optimizer)`` returns one training step; the base optimizer decides what of
+it is measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 
 WEIGHT = 1e6  # its gradient shows beside the loss's on every model here, so a wrong one is found
 DECAY = 0.95
-# (features, logits, losses) -> variances of the head's weight and bias, each [D, *shape], differentiable
+# (features, logits, losses) -> variances of the head's weight and bias, each [D, *shape],
+# differentiable
 Variances = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 
 

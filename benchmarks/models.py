@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def mlp() -> nn.Module:
 
 
 class MNISTCNN(nn.Module):
-    """DomainBed's network for 28x28 images of two channels: four 3x3 convolutions with GroupNorm(8)."""
+    """DomainBed's network for 2x28x28 images: four 3x3 convolutions with GroupNorm(8)."""
 
     def __init__(self, channels: int = 2, classes: int = 2) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class ResNet18(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer of a ResNet-50 for the 345 classes of DomainNet; its input are the features."""
+    """The last layer of a ResNet-50 for DomainNet's 345 classes; its input are the features."""
 
     def __init__(self, features: int = 2048, classes: int = 345) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class Problem:
         edges = [round(d * self.samples / DOMAINS) for d in range(DOMAINS + 1)]
         return [
             [slice(i, min(i + (chunk or stop), stop)) for i in range(start, stop, chunk or stop)]
-            for start, stop in zip(edges, edges[1:], strict=False)
+            for start, stop in pairwise(edges)
         ]
 
 

@@ -1,7 +1,8 @@
 """The same numbers by other means, each at its best correct settings.
 
-Every maker takes a `Problem` of its own and returns a function without arguments. Makers of variances return
-parameter name -> ``[D, *shape]``; makers of penalties return parameter name -> gradient.
+Every maker takes a `Problem` of its own and returns a function without arguments. Makers of
+variances return parameter name -> ``[D, *shape]``; makers of penalties return parameter name ->
+gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from models import DOMAINS, Position, Problem
+from models import Position, Problem
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ def missing(package: str) -> str | None:
     return None
 
 
-# ---- from sums over samples ---------------------------------------------------------------------------
+# ---- from sums over samples ----
 
 
 def _finish(total: Named, squares: Named, n: int) -> tuple[Named, Named]:
@@ -39,7 +40,7 @@ def _finish(total: Named, squares: Named, n: int) -> tuple[Named, Named]:
 
 
 def _variances(problem: Problem, grads: Named) -> Named:
-    """Of all per-sample gradients held. (``torch.var`` over the first dimension is ten times slower.)"""
+    """Of all per-sample gradients held; ``torch.var`` over dimension 0 is ten times slower."""
     out = {}
     for name, g in grads.items():
         parts = [g[rows] for (rows,) in problem.spans()]
@@ -72,7 +73,7 @@ def _gap_slopes(
         yield slope, {k: -slope[k] * m[k] for k in v}
 
 
-# ---- a loop over samples ------------------------------------------------------------------------------
+# ---- a loop over samples ----
 
 
 def _loop_moments(problem: Problem) -> tuple[list[Named], list[Named], list[int]]:
@@ -103,7 +104,7 @@ def loop_variance(problem: Problem) -> Run:
 
 
 def loop_penalty(problem: Problem) -> Run:
-    """Two passes over the samples: the moments, then each sample's share of the penalty's gradient."""
+    """Two passes over the samples: the moments, then each one's share of the penalty's gradient."""
     names, params = zip(*problem.parameters.items(), strict=True)
 
     def run() -> Named:
@@ -126,7 +127,7 @@ def loop_penalty(problem: Problem) -> Run:
     return run
 
 
-# ---- torch.func ---------------------------------------------------------------------------------------
+# ---- torch.func ----
 
 
 def _detached(problem: Problem) -> Named:
@@ -217,7 +218,7 @@ def _zeros(params: Named, grads: tuple[Tensor | None, ...]) -> Named:
     }
 
 
-# ---- Opacus -------------------------------------------------------------------------------------------
+# ---- Opacus ----
 
 
 def out_of_place(model: nn.Module) -> nn.Module:
@@ -245,7 +246,7 @@ def opacus_variance(problem: Problem) -> Run:
     return run
 
 
-# ---- BackPACK -----------------------------------------------------------------------------------------
+# ---- BackPACK ----
 
 
 def _batch_grad() -> Any:
@@ -336,7 +337,7 @@ def backpack_squares(problem: Problem) -> Run:
 
 
 def backpack_penalty(problem: Problem) -> Run:
-    """``BatchGrad`` with ``create_graph``: all per-sample gradients held and differentiated through."""
+    """``BatchGrad`` with ``create_graph``: all per-sample gradients held and differentiated."""
     from backpack import backpack, extend
 
     model = extend(out_of_place(problem.model))

@@ -28,8 +28,8 @@ def parameters(cases: list[Case]) -> pytest.MarkDecorator:
 def answer(benchmark: Any, case: Case, name: str, smoke: bool, truths: dict[Any, Any]) -> None:
     """Verify against float64 per-sample gradients, then time.
 
-    Groups are cases: within one, the plain step is the row to divide by, and the floor stands in the
-    extra information.
+    Groups are cases: within one, the plain step is the row to divide by, and the floor stands in
+    the extra information.
     """
     contender = case.contenders[name]
     if (reason := contender.unavailable()) is not None:

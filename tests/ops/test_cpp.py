@@ -59,10 +59,10 @@ def rows(N: int, T: int, I: int, O: int, layout: str = "plain") -> tuple[Tensor,
 def conv(
     N: int,
     C: int,
-    O: int,
+    O: int,  # noqa: E741
     size: Sequence[int],
     window: Sequence[int],
-    layout: str = "plain",  # noqa: E741
+    layout: str = "plain",
 ) -> tuple[Tensor, Tensor, list[int]]:
     """A padded convolution input, gradients at the outputs and the window."""
     a = torch.randn(N, C, *size) + 0.5
