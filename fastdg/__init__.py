@@ -1,7 +1,7 @@
 """fastdg: gradient statistics and algorithms for domain generalisation, at nearly the price of
 plain training."""
 
-from . import ops
+from . import func, ops
 from .ops import backends, use_backend
 from .optim.fishr import Fishr
 from .optim.wrapper import DomainOptimizer
@@ -34,6 +34,7 @@ __all__ = [
     "domain_gradients",
     "domain_gram",
     "domain_moments",
+    "func",
     "ops",
     "per_sample_gradients",
     "per_sample_norms",

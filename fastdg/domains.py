@@ -105,7 +105,9 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
             f"got {domains.device}"
         )
     ids = domains.detach().to(torch.int64)
-    if ids.device.type == "cpu" or num_domains is None:
+    # Values can be looked at without a wait on the CPU, unless they are only being traced.
+    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable or num_domains is None:
         low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
         if low < 0:
             raise ValueError(f"domains: expected ids >= 0, got {low}")

@@ -1,0 +1,293 @@
+"""The statistics in functional form, for stateless code and for models that hooks cannot see into.
+
+``loss(params, *sample)`` is one sample's loss. ``torch.func.vmap(torch.func.grad(loss))`` runs in
+chunks of the batch, and no more than one chunk of per-sample gradients is alive at a time, forward
+or backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .domains import Partition, partition
+from .statistics.moments import DomainMoments
+from .statistics.stream import Moments, Norms, Problem, Randomness, Samples, stream
+
+__all__ = [
+    "domain_gradients",
+    "domain_gram",
+    "domain_moments",
+    "per_sample_gradients",
+    "per_sample_norms",
+]
+
+# Bytes of per-sample gradients in a chunk where chunk_size is not given.
+CHUNK_BUDGET = 256 * 2**20
+
+
+def domain_moments(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *batch: Any,
+    domains: Tensor,
+    num_domains: int | None = None,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> DomainMoments:
+    r"""Mean and biased variance of per-sample gradients in each domain.
+
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad v_d = \frac1{n_d}\sum_{i\in
+              d}(g_i-m_d)^2,\qquad g_i = \nabla_\theta\,\ell(\theta, x_i)
+
+    Differentiable once, with respect to ``params`` and to the floating tensors of the batch; the
+    backward computes each chunk again instead of keeping it.
+
+    Args:
+        loss: ``loss(params, *sample)``, the loss of one sample: 0-dim, floating. It runs under
+            `torch.func.vmap`, so it must be free of side effects and of Python decisions on values.
+            What else it closes over must not require a gradient (one sample's forward finds out;
+            under ``torch.no_grad()`` anything goes).
+        params: name -> floating tensor, or any nesting of dicts, lists and tuples of them. A nested
+            one is called by its path, ``"encoder.0.weight"``.
+        batch: tensors with the sample in dimension 0, ``[N, *]`` of any dtype, or nestings of them.
+        domains: domain of each sample ``[N]``, integer; on the device of ``params`` or the CPU.
+        num_domains: D; default one more than the largest id.
+        chunk_size: samples whose gradients exist at a time. Default: as many as fit in 256 MiB (one
+            at least). A backward holds as much again.
+        randomness: what `torch.func.vmap` does with random numbers in ``loss``: ``"error"``,
+            ``"different"`` or ``"same"`` for all samples. A backward draws the same ones again.
+
+    Returns:
+        `DomainMoments`; fp32, or fp64 for fp64 parameters. An empty domain has zeros, a domain of
+        one sample has variance 0, a NaN loss gives NaN in its domain.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution
+        Generalization, ICML 2022.
+
+    Example:
+        >>> model = torch.nn.Linear(5, 3)
+        >>> x, y = torch.randn(8, 5), torch.arange(8) % 3
+        >>> def loss(params, x, y):
+        ...     return F.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+        >>> params = dict(model.named_parameters())
+        >>> moments = fastdg.func.domain_moments(loss, params, x, y, domains=torch.arange(8) % 2)
+        >>> moments.variance["weight"].shape
+        torch.Size([2, 3, 5])
+        >>> penalty = (moments.variance["weight"][0] - moments.variance["weight"][1]).square().sum()
+        >>> penalty.backward()
+    """
+    problem, tensors = _problem(loss, params, batch, chunk_size, randomness)
+    parts = _partition(domains, problem, tensors, num_domains)
+    out = stream(Moments, problem, tensors, parts.domains, parts.num_domains)
+    count = len(problem.names)
+    mean, variance = (
+        dict(zip(problem.names, half, strict=True)) for half in (out[:count], out[count:])
+    )
+    return DomainMoments(mean, variance, parts.count)
+
+
+def domain_gradients(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *batch: Any,
+    domains: Tensor,
+    num_domains: int | None = None,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> dict[str, Tensor]:
+    r"""Gradient of each domain's mean loss, :math:`G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`.
+
+    Arguments and errors as `domain_moments`, whose mean this is; differentiable as that is.
+
+    Returns:
+        name -> ``[D, *shape]``; zeros for an empty domain.
+
+    Example:
+        >>> gradients = fastdg.func.domain_gradients(loss, params, x, y, domains=domains)
+    """
+    return domain_moments(
+        loss,
+        params,
+        *batch,
+        domains=domains,
+        num_domains=num_domains,
+        chunk_size=chunk_size,
+        randomness=randomness,
+    ).mean
+
+
+def domain_gram(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *batch: Any,
+    domains: Tensor,
+    num_domains: int | None = None,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> Tensor:
+    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients over all of
+    ``params``.
+
+    Arguments and errors as `domain_moments`; differentiable as that is.
+
+    Returns:
+        ``[D, D]``, symmetric; zero rows for an empty domain.
+
+    Example:
+        >>> gram = fastdg.func.domain_gram(loss, params, x, y, domains=domains)
+    """
+    gradients = domain_gradients(
+        loss,
+        params,
+        *batch,
+        domains=domains,
+        num_domains=num_domains,
+        chunk_size=chunk_size,
+        randomness=randomness,
+    )
+    flat = (g.flatten(1) if g.dim() > 1 else g.unsqueeze(1) for g in gradients.values())
+    return torch.stack([g @ g.t() for g in flat]).sum(0)
+
+
+def per_sample_gradients(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *batch: Any,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> dict[str, Tensor]:
+    r"""The gradients :math:`g_i` themselves.
+
+    Arguments and errors as `domain_moments`; differentiable as that is.
+
+    Returns:
+        name -> ``[N, *shape]``: N copies of the parameters, filled chunk by chunk.
+
+    Example:
+        >>> samples = fastdg.func.per_sample_gradients(loss, params, x, y)
+    """
+    problem, tensors = _problem(loss, params, batch, chunk_size, randomness)
+    out = stream(Samples, problem, tensors, _no_domains(problem, tensors), 1)
+    return dict(zip(problem.names, out, strict=True))
+
+
+def per_sample_norms(
+    loss: Callable[..., Tensor],
+    params: Any,
+    *batch: Any,
+    chunk_size: int | None = None,
+    randomness: Randomness = "error",
+) -> Tensor:
+    r"""Norms :math:`\|g_i\|_2` over all of ``params``.
+
+    Arguments and errors as `domain_moments`; differentiable as that is, with gradient 0 where the
+    norm is 0.
+
+    Returns:
+        ``[N]``.
+
+    Example:
+        >>> norms = fastdg.func.per_sample_norms(loss, params, x, y)
+    """
+    problem, tensors = _problem(loss, params, batch, chunk_size, randomness)
+    return stream(Norms, problem, tensors, _no_domains(problem, tensors), 1)[0]
+
+
+def _problem(
+    loss: Callable[..., Tensor],
+    params: Any,
+    batch: tuple[Any, ...],
+    chunk_size: int | None,
+    randomness: Randomness,
+) -> tuple[Problem, list[Tensor]]:
+    """Check what was given and take it apart: tensors of ``params``, then those of the batch."""
+    if not callable(loss):
+        raise TypeError(
+            f"loss: expected a function loss(params, *sample), got {type(loss).__name__}"
+        )
+    if randomness not in ("error", "different", "same"):
+        raise ValueError(f"randomness: expected 'error', 'different' or 'same', got {randomness!r}")
+    named = _named(params)
+    rows, batch_spec = pytree.tree_flatten(batch)
+    if not rows:
+        raise ValueError("batch: expected at least one tensor with the sample in dimension 0")
+    for tensor in rows:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"batch: expected tensors with the sample in dimension 0, got "
+                f"{type(tensor).__name__}; what is the same for all samples belongs into loss"
+            )
+        if tensor.dim() == 0:
+            raise ValueError("batch: expected the sample in dimension 0, got a 0-dim tensor")
+    sizes = [tensor.shape[0] for tensor in rows]
+    if any(size != sizes[0] for size in sizes):
+        raise ValueError(f"batch: expected as many samples in every tensor, got {sizes}")
+    if sizes[0] == 0:
+        raise ValueError("batch: expected at least one sample, got an empty batch")
+    if chunk_size is None:
+        size = sum(p.numel() * max(p.element_size(), 4) for p in named.values())
+        chunk_size = max(1, CHUNK_BUDGET // max(size, 1))
+    elif not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected None or an integer >= 1, got {chunk_size!r}")
+    problem = Problem(
+        loss,
+        tuple(named),
+        pytree.tree_structure(params),
+        batch_spec,
+        sizes[0],
+        min(chunk_size, sizes[0]),
+        randomness,
+    )
+    return problem, [*named.values(), *rows]
+
+
+def _named(params: Any) -> dict[str, Tensor]:
+    """The tensors of ``params`` by their paths."""
+    leaves, _ = pytree.tree_flatten_with_path(params)
+    named: dict[str, Tensor] = {}
+    for path, leaf in leaves:
+        name = ".".join(str(_key(key)) for key in path)
+        if not path or not isinstance(leaf, Tensor):
+            where = f"params[{name!r}]" if path else "params"
+            expected = "a tensor" if path else "a dict name -> tensor"
+            raise TypeError(
+                f"{where}: expected {expected}, got {type(leaf).__name__}; for a module "
+                "dict(model.named_parameters())"
+            )
+        if not leaf.is_floating_point():
+            raise TypeError(
+                f"params[{name!r}]: expected a floating dtype, got {leaf.dtype}; what is not "
+                "differentiated belongs into loss"
+            )
+        if name in named:
+            raise ValueError(f"params: two of its tensors are called {name!r}")
+        named[name] = leaf
+    if not named:
+        raise ValueError("params: expected at least one tensor, got none")
+    return named
+
+
+def _key(key: Any) -> Any:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+def _partition(
+    domains: Tensor, problem: Problem, tensors: list[Tensor], num_domains: int | None
+) -> Partition:
+    return partition(domains, tensors[0].new_empty((problem.samples,)), num_domains)
+
+
+def _no_domains(problem: Problem, tensors: list[Tensor]) -> Tensor:
+    return torch.zeros(problem.samples, dtype=torch.int64, device=tensors[0].device)

@@ -1,0 +1,361 @@
+"""Per-sample gradients by `torch.func`, a chunk at a time: reduced as they come, and made again for
+a backward.
+
+``vmap(grad(loss))`` gives a chunk, the chunk is reduced, and the next one takes its place. The
+graph keeps the parameters and the batch alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..domains import Partition, partition
+from ..ops.derivatives import call
+from .factors import accumulated
+from .moments import DomainMoments, merge
+
+Loss = Callable[..., Tensor]
+Randomness = Literal["error", "different", "same"]
+
+
+class Chunk(NamedTuple):
+    """Samples ``start`` to ``stop - 1`` of the batch."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked for, except its tensors: those of ``params``, then those of the batch.
+
+    Attributes:
+        loss: ``loss(params, *sample)``, one sample's loss.
+        names: one for each tensor of ``params``.
+        params_spec, batch_spec: how the tensors make up ``params`` and the batch.
+        samples: N.
+        chunk_size: samples of which gradients exist at a time.
+        randomness: as in `torch.func.vmap`.
+    """
+
+    loss: Loss
+    names: tuple[str, ...]
+    params_spec: pytree.TreeSpec
+    batch_spec: pytree.TreeSpec
+    samples: int
+    chunk_size: int
+    randomness: Randomness
+
+    def chunks(self) -> list[Chunk]:
+        starts = range(0, self.samples, self.chunk_size)
+        return [Chunk(start, min(start + self.chunk_size, self.samples)) for start in starts]
+
+    def cut(self, tensors: Sequence[Tensor], rows: slice | int) -> list[Tensor]:
+        """``tensors`` with only ``rows`` of the batch."""
+        split = len(self.names)
+        return [*tensors[:split], *(t[rows] for t in tensors[split:])]
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
+        """``tensors`` as the user gave them: ``params`` and the batch."""
+        split = len(self.names)
+        params = pytree.tree_unflatten(list(tensors[:split]), self.params_spec)
+        return params, pytree.tree_unflatten(list(tensors[split:]), self.batch_spec)
+
+    def gradients(self, *tensors: Tensor) -> list[Tensor]:
+        """Per-sample gradients ``[n, *shape]`` in the dtype of statistics; the batch is cut."""
+        params, batch = self.arguments(tensors)
+        dims = (None, *[0] * len(batch))
+        gradient = torch.func.vmap(torch.func.grad(self.scalar), dims, randomness=self.randomness)
+        return [accumulated(g) for g in pytree.tree_leaves(gradient(params, *batch))]
+
+    def scalar(self, params: Any, *sample: Any) -> Tensor:
+        """One sample's loss, checked."""
+        value = self.loss(params, *sample)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss: expected a 0-dim tensor, got {type(value).__name__}")
+        if value.dim() != 0:
+            raise ValueError(
+                f"loss: expected one sample's loss, a 0-dim tensor, got shape {tuple(value.shape)};"
+                " it is called as loss(params, *sample), without the sample dimension"
+            )
+        if not value.is_floating_point():
+            raise TypeError(f"loss: expected a floating dtype, got {value.dtype}")
+        return value
+
+    def refuse_captured(self, tensors: Sequence[Tensor]) -> None:
+        """A backward reaches what was given, not what ``loss`` closes over."""
+        params, sample = self.arguments(self.cut([t.detach() for t in tensors], 0))
+        with replay(random_state(self.randomness, tensors[0].device)):
+            captured = self.scalar(params, *sample).requires_grad
+        if captured:
+            raise ValueError(
+                "loss: it uses a tensor that requires a gradient and is neither in params nor in "
+                "the batch, so a backward would not reach it. Pass it in one of them, detach() it "
+                "if it is a constant, or call under torch.no_grad() if only values are wanted"
+            )
+
+
+class Reduction(ABC):
+    """What becomes of the chunks."""
+
+    def __init__(self, problem: Problem, domains: Tensor, num_domains: int) -> None:
+        self.problem, self.domains, self.num_domains = problem, domains, num_domains
+
+    @abstractmethod
+    def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
+        """What is left of a chunk of per-sample gradients."""
+
+    @abstractmethod
+    def add(self, chunk: Chunk, part: list[Tensor]) -> None:
+        """Take in the `part` of a chunk."""
+
+    @abstractmethod
+    def result(self) -> list[Tensor]:
+        """The statistic of all chunks."""
+
+    @abstractmethod
+    def pull(
+        self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """From ``upstream``, the gradients of `result`, those of a chunk's ``grads``."""
+
+
+class Moments(Reduction):
+    """Means, then variances, by domain: those of each chunk, merged."""
+
+    merged: DomainMoments | None = None
+
+    def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
+        parts = self._partition(chunk, grads[0])
+        pairs = [ops.moments(_rows(g), parts.order, parts.offsets) for g in grads]
+        shapes = [(self.num_domains, *g.shape[1:]) for g in grads]
+        means = [pair[0].view(shape) for pair, shape in zip(pairs, shapes, strict=True)]
+        return means + [pair[1].view(shape) for pair, shape in zip(pairs, shapes, strict=True)]
+
+    def add(self, chunk: Chunk, part: list[Tensor]) -> None:
+        names = self.problem.names
+        moments = DomainMoments(
+            dict(zip(names, part[: len(names)], strict=True)),
+            dict(zip(names, part[len(names) :], strict=True)),
+            self._partition(chunk, part[0]).count,
+        )
+        self.merged = moments if self.merged is None else merge([self.merged, moments])
+
+    def result(self) -> list[Tensor]:
+        assert self.merged is not None
+        return [*self.merged.mean.values(), *self.merged.variance.values()]
+
+    def pull(
+        self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        parts, P = self._partition(chunk, grads[0]), len(grads)
+        ones = torch.ones_like(self.domains)
+        total = torch.zeros_like(parts.count).index_add(0, self.domains, ones).clamp(min=1)
+        pulled = []
+        for g, mean, up_mean, up_variance in zip(
+            grads, result[:P], upstream[:P], upstream[P:], strict=True
+        ):
+            # The op divides by the samples in the chunk; the moments are those of all chunks.
+            share = (parts.count.to(g.dtype) / total).unsqueeze(1)
+            back = call(
+                "moments_backward",
+                _rows(up_mean) * share,
+                _rows(up_variance) * share,
+                _rows(g),
+                _rows(mean),
+                parts.order,
+                parts.offsets,
+            )
+            pulled.append(back.view(g.shape))
+        return pulled
+
+    def _partition(self, chunk: Chunk, like: Tensor) -> Partition:
+        ids = self.domains[slice(*chunk)]
+        return partition(ids, like.new_empty(ids.shape), self.num_domains)
+
+
+class Samples(Reduction):
+    """The per-sample gradients themselves."""
+
+    out: list[Tensor] | None = None
+
+    def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
+        return grads
+
+    def add(self, chunk: Chunk, part: list[Tensor]) -> None:
+        if self.out is None:
+            self.out = [g.new_empty((self.problem.samples, *g.shape[1:])) for g in part]
+        for out, g in zip(self.out, part, strict=True):
+            out[slice(*chunk)] = g
+
+    def result(self) -> list[Tensor]:
+        assert self.out is not None
+        return self.out
+
+    def pull(
+        self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [up[slice(*chunk)] for up in upstream]
+
+
+class Norms(Reduction):
+    """The norm of each sample's gradient over all parameters."""
+
+    out: Tensor | None = None
+
+    def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
+        return [torch.stack([_rows(g).norm(dim=1) for g in grads]).norm(dim=0)]
+
+    def add(self, chunk: Chunk, part: list[Tensor]) -> None:
+        self.out = part[0] if self.out is None else torch.cat([self.out, part[0]])
+
+    def result(self) -> list[Tensor]:
+        assert self.out is not None
+        return [self.out]
+
+    def pull(
+        self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
+    ) -> list[Tensor]:
+        norm, up = result[0][slice(*chunk)], upstream[0][slice(*chunk)]
+        scale = torch.where(norm == 0, 0, up / norm)  # of the subgradients at zero: zero
+        return [(_rows(g) * scale.to(g.dtype).unsqueeze(1)).view(g.shape) for g in grads]
+
+
+def run(
+    kind: type[Reduction],
+    problem: Problem,
+    state: list[Tensor],
+    num_domains: int,
+    domains: Tensor,
+    *tensors: Tensor,
+) -> tuple[Tensor, ...]:
+    """Reduce the chunks one after the other. A compiler sees this, and is told to make each chunk
+    again for a backward."""
+    reduction = kind(problem, domains, num_domains)
+
+    def part(*cut: Tensor) -> list[Tensor]:
+        return reduction.part(chunk, problem.gradients(*cut))
+
+    for chunk in problem.chunks():
+        if problem.randomness == "same":
+            restore(state)
+        cut = problem.cut(tensors, slice(*chunk))
+        if torch.compiler.is_compiling():
+            reduction.add(chunk, checkpoint(part, *cut, use_reentrant=False))
+        else:
+            reduction.add(chunk, part(*cut))
+    return tuple(reduction.result())
+
+
+class Streamed(torch.autograd.Function):
+    """`run`; its backward, too, holds one chunk at a time.
+
+    A function of its own, because `torch.utils.checkpoint` does not go through `torch.func`.
+    """
+
+    forward = staticmethod(run)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.kind, ctx.problem, ctx.state, ctx.num_domains, domains, *tensors = inputs
+        ctx.results = len(output)
+        ctx.save_for_backward(domains, *output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        domains, *saved = ctx.saved_tensors
+        result, tensors = saved[: ctx.results], saved[ctx.results :]
+        problem: Problem = ctx.problem
+        reduction: Reduction = ctx.kind(problem, domains, ctx.num_domains)
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
+        total: dict[int, Tensor] = {}
+        rows: dict[int, list[Tensor]] = {i: [] for i in wanted if i >= len(problem.names)}
+        with replay(ctx.state):
+            for chunk in problem.chunks():
+                if problem.randomness == "same":
+                    restore(ctx.state)
+                cut = problem.cut(tensors, slice(*chunk))
+                pulled = _pull(reduction, chunk, cut, wanted, result, upstream)
+                for i, g in zip(wanted, pulled, strict=True):
+                    if i in rows:
+                        rows[i].append(g)
+                    else:
+                        total[i] = total[i] + g if i in total else g
+        total.update({i: torch.cat(parts) for i, parts in rows.items()})
+        return (*[None] * 5, *(total.get(i) for i in range(len(tensors))))
+
+
+def _pull(
+    reduction: Reduction,
+    chunk: Chunk,
+    cut: list[Tensor],
+    wanted: list[int],
+    result: list[Tensor],
+    upstream: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients of the ``wanted`` ones of ``cut``; nothing of the chunk is left on return."""
+
+    def gradients(*changed: Tensor) -> list[Tensor]:
+        given = list(cut)
+        for i, tensor in zip(wanted, changed, strict=True):
+            given[i] = tensor
+        return reduction.problem.gradients(*given)
+
+    grads, pullback = torch.func.vjp(gradients, *(cut[i] for i in wanted))
+    return pullback(reduction.pull(chunk, grads, result, upstream))
+
+
+def stream(
+    kind: type[Reduction],
+    problem: Problem,
+    tensors: Sequence[Tensor],
+    domains: Tensor,
+    num_domains: int,
+) -> tuple[Tensor, ...]:
+    """Reduce the per-sample gradients of ``tensors``, differentiably with respect to them."""
+    if torch.is_grad_enabled():
+        problem.refuse_captured(tensors)
+    state = random_state(problem.randomness, tensors[0].device)
+    function = run if torch.compiler.is_compiling() else Streamed.apply
+    return function(kind, problem, state, num_domains, domains, *tensors)
+
+
+def random_state(randomness: Randomness, device: torch.device) -> list[Tensor]:
+    """State of the generators that ``loss`` may draw from; none where it must not."""
+    if randomness == "error":
+        return []
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def restore(state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])
+
+
+@contextmanager
+def replay(state: Sequence[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn from ``state`` on, and leave the generators as they are."""
+    if not state:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if len(state) > 1 else []
+    with torch.random.fork_rng(devices):
+        restore(state)
+        yield
+
+
+def _rows(grads: Tensor) -> Tensor:
+    """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
+    return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
