@@ -67,6 +67,7 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) 
   p.left = !window.empty() ? patches(a, window) : on_delta ? rows(a) : rows(delta);
   p.right = on_delta ? lanes(delta) : lanes(a);
   if (!window.empty()) I = p.left_width();
+  p.delta_right = on_delta;
   p.out_left = on_delta ? 1 : I;
   p.out_right = on_delta ? I : 1;
   p.out_size = O * I;
@@ -79,10 +80,10 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) 
 
 Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,
                      const Window& window) {
-  const Tensor& to = delta_right(p) ? grad_a : grad_delta;
+  const Tensor& to = p.delta_right ? grad_a : grad_delta;
   const Left left = window.empty() ? rows(to) : patches(to, window);
   return {left.data, left.sample, left.row, left.col, !window.empty(),
-          floats(delta_right(p) ? grad_delta : grad_a)};
+          floats(p.delta_right ? grad_delta : grad_a)};
 }
 
 }  // namespace fastdg

@@ -15,7 +15,4 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window);
 Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,
                      const Window& window);
 
-// Whether the lanes of the right factor hold delta (else a).
-inline bool delta_right(const Outer& p) { return p.out_left == 1; }
-
 }  // namespace fastdg

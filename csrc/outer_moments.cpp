@@ -20,7 +20,7 @@ constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-le
 constexpr int64_t LARGEST_COLUMNS = 512;
 constexpr int64_t LEAST_COLUMNS = 128;
 
-bool is_rank1(const Outer& p) { return p.positions == 1 && p.out_right == 1; }
+bool is_rank1(const Outer& p) { return p.positions == 1 && !p.delta_right; }
 
 // Mean and, unless null, variance of every domain.
 void run(const Outer& p, const Partition& partition, float* mean, float* variance) {
@@ -83,7 +83,7 @@ void run_rank1_backward(const Outer& p, const Partition& partition, const Gradie
 
 std::vector<int64_t> output_shape(const Outer& p, const Partition& partition, const Tensor& delta) {
   const int64_t O = delta.size(2);
-  return {partition.domains(), O, delta_right(p) ? p.left_width() : p.right.width};
+  return {partition.domains(), O, p.delta_right ? p.left_width() : p.right.width};
 }
 
 }  // namespace

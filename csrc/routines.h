@@ -29,6 +29,7 @@ struct Outer {
   int64_t samples, positions;  // N, T
   Left left;
   Right right;
+  bool delta_right;  // whether the right factor is delta (else a)
   int64_t out_left, out_right, out_size;  // element (m, v) of a [D, O, I] tensor; size of O * I
 
   int64_t left_width() const { return static_cast<int64_t>(left.col.size()); }
@@ -80,12 +81,12 @@ struct Routines {
 
   // Mean and variance (null: mean only) of the block `rows` x [column, column + panel) of one domain.
   void (*moments)(const Outer&, Group, Range rows, int64_t column, float* mean, float* variance);
-  // Both for T = 1, where the squares factor: sum g^2 = sum left^2 (x) right^2. Needs out_right = 1.
+  // Both for T = 1, where the squares factor: sum g^2 = sum left^2 (x) right^2. a is the right factor.
   void (*moments_rank1)(const Outer&, Group, Range rows, Range columns, float* mean,
                         float* variance);
   // Gradients of both factors for samples of one domain.
   void (*backward)(const Outer&, const Upstream&, const Gradient&, Group);
-  // The same for T = 1 and out_right = 1, from a part of the right width: grad.left gets that part's share.
+  // The same for T = 1 and a on the right, from a part of its width: grad.left gets that part's share.
   void (*backward_rank1)(const Outer&, const Upstream&, const Gradient&, Group, Range columns);
   // Squared norm of one sample's gradient, formed tile by tile.
   float (*norm_direct)(const Outer&, int64_t sample);

@@ -78,6 +78,7 @@ CASES = {
     "linear, T=1": (lambda: rows(11, 1, 37, 19), (4, 1, 6)),
     "linear, T=1, wide": (lambda: rows(9, 1, 530, 70), (5, 4)),
     "linear, T=1, one output": (lambda: rows(7, 1, 3, 1), (3, 4)),
+    "linear, T=1, one input": (lambda: rows(7, 1, 1, 5), (3, 4)),
     "linear, T=1, sliced": (lambda: rows(9, 1, 20, 33, "sliced"), (2, 7)),
     "linear, T=1, more samples than a chunk": (lambda: rows(560, 1, 9, 5), (300, 260)),
     "linear, T=2": (lambda: rows(10, 2, 21, 40), (3, 0, 7)),
