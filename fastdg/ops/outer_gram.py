@@ -19,18 +19,18 @@ def reference(
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
     samples = a.shape[0]
-    # Sample by sample: N^2 (I + O) products, no gradient formed; else the domains' gradients: N T
-    # I O.
+    count = offsets[1:] - offsets[:-1]
+    # Sample by sample: N^2 (I + O) products and no gradient; else the domains' own, N T I O.
     if T == 1 and not window and samples * (inputs + outputs) <= inputs * outputs:
         x, d = a[:, 0], delta[:, 0]
         pairs = (d @ d.t()) * (x @ x.t())  # <g_i, g_j>
-        count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(a.dtype)
-        share = a.new_zeros((domains, samples))
-        domain = domain_of(order, offsets)
-        share[domain, torch.arange(samples, device=a.device)] = 1 / count[domain]
-        return share @ pairs @ share.t()
+        domain, n = domain_of(order, offsets), count.clamp(min=1).to(a.dtype)
+        # Sums, not products with zeros, which would carry a NaN over to the other domains.
+        rows = a.new_zeros((domains, samples)).index_add(0, domain, pairs) / n.unsqueeze(1)
+        return a.new_zeros((domains, domains)).index_add(1, domain, rows) / n
     flat = torch.ops.fastdg.outer_domain(a, delta, order, offsets, window).flatten(1)
-    return flat @ flat.t()
+    empty = count == 0
+    return (flat @ flat.t()).masked_fill_(empty | empty.unsqueeze(1), 0)
 
 
 def _fake(
