@@ -1,5 +1,4 @@
-"""The ops: ``torch.ops.fastdg.*``, one file each; see `fastdg.ops.registry` for how a call is
-routed."""
+"""The ops: ``torch.ops.fastdg.*``, one file each; `fastdg.ops.registry` routes a call."""
 
 from .moments import moments
 from .outer_domain import outer_domain

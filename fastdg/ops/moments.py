@@ -95,8 +95,8 @@ not_differentiable(
 def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and biased variance of per-sample gradients, by domain.
 
-    .. math:: m_d = \frac1{n_d} \sum_{i \in d} g_i, \qquad v_d = \frac1{n_d} \sum_{i \in d} (g_i -
-    m_d)^2
+    .. math:: m_d = \frac1{n_d} \sum_{i \in d} g_i, \qquad
+              v_d = \frac1{n_d} \sum_{i \in d} (g_i - m_d)^2
 
     Args:
         grads: per-sample gradients ``[N, P]``, floating point.

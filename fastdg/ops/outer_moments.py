@@ -1,5 +1,4 @@
-"""``outer_moments``: moments of gradients that are sums of outer products, which are never
-stored."""
+"""``outer_moments``: moments of gradients that are sums of outer products and never stored."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
-    """``rows`` in pieces whose per-sample gradients of ``elements`` entries fit the chunk
-    budget."""
+    """``rows`` in pieces whose gradients, of ``elements`` entries each, fit the chunk budget."""
     return rows.split(max(1, CHUNK_ELEMENTS // max(1, elements)))
 
 
@@ -54,8 +52,7 @@ def reference(
             torch.sub(m, m, out=v)  # nothing but 0, or the NaN of what is not finite
             continue
         m /= rows.numel()
-        # v - m*m cancels where the samples agree; rounding must not turn that into a negative
-        # variance.
+        # v - m*m cancels where the samples agree; rounding must not make a negative variance of it.
         v.div_(rows.numel()).addcmul_(m, m, value=-1).clamp_(min=0)
     return mean, variance
 
@@ -163,8 +160,8 @@ def outer_moments(
     r"""Mean and biased variance, by domain, of the gradients
     :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
 
-    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i, \qquad v_d = \frac1{n_d}\sum_{i\in d} g_i^2 -
-    m_d^2 \ge 0
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i, \qquad
+              v_d = \frac1{n_d}\sum_{i\in d} g_i^2 - m_d^2 \ge 0
 
     Args:
         a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a

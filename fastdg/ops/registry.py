@@ -1,9 +1,8 @@
 """One schema per op; backends attach implementations to it, and a call is routed at run time.
 
 Every op lives in ``torch.ops.fastdg``. Its schema, shapes (fake) and reference are defined in
-Python; compiled
-parts only *attach*. The route is chosen per call, inside the op, so that a backend can be switched
-under ``torch.compile`` without recompiling.
+Python; compiled parts only *attach*. The route is chosen per call, inside the op, so that a backend
+can be switched under ``torch.compile`` without recompiling.
 """
 
 from __future__ import annotations
@@ -88,8 +87,9 @@ def attach(
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Compute every op on ``backend`` inside the ``with`` block (arguments it cannot take:
-    reference).
+    """Compute every op on ``backend`` inside the ``with`` block.
+
+    Arguments that it cannot take go to the reference.
 
     Args:
         backend: one of ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``.

@@ -1,5 +1,4 @@
-"""``variance_gap``: how far the domains' gradient variances are apart, over all parameters at
-once."""
+"""``variance_gap``: how far the domains' gradient variances are apart, all parameters at once."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The geometry of a convolution seen as an outer product.
 
 A convolution's weight gradient for sample i is ``sum_t delta[i, t] (x) patch[i, t]`` with one
-patch per output
-position. ``window = [*kernel, *stride, *dilation]`` describes the patches of a padded input
-``a [N, C, *S]``; an empty ``window`` means that ``a [N, T, I]`` holds the rows themselves.
+patch per output position. ``window = [*kernel, *stride, *dilation]`` describes the patches of a
+padded input ``a [N, C, *S]``; an empty ``window`` means that ``a [N, T, I]`` holds the rows
+themselves.
 """
 
 from __future__ import annotations
@@ -112,8 +112,7 @@ def offsets(
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
-    """``x`` padded as a convolution pads it; ``padding`` in the order of
-    `torch.nn.functional.pad`."""
+    """``x`` padded as a convolution pads it; ``padding`` as in `torch.nn.functional.pad`."""
     if not any(padding):
         return x
     return F.pad(x, list(padding), mode="constant" if mode == "zeros" else mode)
