@@ -1,0 +1,21 @@
+"""Tests are no package (import-mode=importlib): the cases are imported by their plain name."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastdg
+
+sys.path.append(str(Path(__file__).parent))
+
+BACKENDS = [name for name, (available, _) in fastdg.backends().items() if available]
+DEVICES = {"reference": "cpu", "cpp": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a backend, which computes every op meanwhile."""
+    with fastdg.use_backend(request.param):
+        yield DEVICES[request.param]

@@ -1,0 +1,249 @@
+"""Every op, on every backend that is here, against loops in float64 written out in full."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from op_cases import (
+    CASES,
+    COUNTS,
+    LAYOUTS,
+    assert_close,
+    case,
+    deal,
+    gradients,
+    laid_out,
+    naive_moments,
+    rows_of,
+)
+from torch import Tensor
+
+import fastdg
+from fastdg import ops
+
+# -- values --
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize("columns", [1, 7, 64, 1031])
+def test_moments(device: str, columns: int, counts: tuple[int, ...]) -> None:
+    order, offsets = deal(counts, device)
+    for dtype, layout in itertools.product((torch.float32, torch.float64), LAYOUTS[:3]):
+        grads = torch.randn(sum(counts), columns) + 0.5
+        mean, variance = ops.moments(laid_out(grads.to(device, dtype), layout), order, offsets)
+        expected = naive_moments(grads.double(), counts, order)
+        assert_close(mean, expected[0])
+        assert_close(variance, expected[1], float(expected[0].square().norm() + expected[1].norm()))
+        assert bool((variance >= 0).all())
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_outer(device: str, kind: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    order, offsets = deal(counts, device)
+    rows, deltas, window = case(kind, shape, sum(counts), torch.float32, device)
+    grads = gradients(rows, deltas, window)
+    mean, variance = naive_moments(grads, counts, order)
+    squares = float(variance.norm() + mean.square().norm())
+    for dtype, layout in itertools.product((torch.float32, torch.float64), LAYOUTS):
+        a, delta = laid_out(rows.to(dtype), layout), laid_out(deltas.to(dtype), layout)
+        got = ops.outer_moments(a, delta, order, offsets, window)
+        assert_close(got[0], mean)
+        assert_close(got[1], variance, squares)
+        assert bool((got[1] >= 0).all())
+        single = torch.tensor(counts) <= 1
+        assert bool((got[1][single.to(device)] == 0).all())
+        assert_close(ops.outer_domain(a, delta, order, offsets, window), mean)
+        assert_close(ops.outer_norms(a, delta, window), grads.square().sum((1, 2)))
+        flat = mean.flatten(1)
+        gram = ops.outer_gram(a, delta, order, offsets, window)
+        assert_close(gram, flat @ flat.t(), float(grads.square().sum()))
+
+
+def naive_gap(
+    variance: Sequence[Tensor], ema: Sequence[Tensor], present: Tensor, h: float
+) -> Tensor:
+    total = sum((0 * v.double().sum() for v in variance), torch.zeros((), dtype=torch.float64))
+    for k, v in enumerate(variance):
+        u = (v if not ema else v + h * ema[k]).double()[present]
+        for row in u:
+            total = total + (row - u.mean(0)).square().sum()
+    return total
+
+
+GAPS = [[(3, 4)], [(3,), (3, 2, 5), (3, 70)], [(1, 6)], [(5, 0), (5, 3)], [(2, 1)] * 40]
+
+
+@pytest.mark.parametrize("present", ["all", "some", "none"])
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("shapes", GAPS, ids=[f"{len(g)} of {g[0]}" for g in GAPS])
+def test_variance_gap(device: str, shapes: list, history: bool, present: str) -> None:  # type: ignore[type-arg]
+    D = shapes[0][0]
+    here = {"all": torch.ones(D), "some": torch.arange(D) % 2, "none": torch.zeros(D)}[
+        present
+    ].bool()
+    for dtype in (torch.float32, torch.float64):
+        variance = [torch.rand(shape, dtype=dtype, device=device) for shape in shapes]
+        ema = [torch.rand_like(v) for v in variance] if history else []
+        inputs = [v.requires_grad_() for v in variance]
+        got = ops.variance_gap(inputs, ema, here.to(device), 3.0)
+        exact = [v.detach().double().cpu().requires_grad_() for v in variance]
+        expected = naive_gap(exact, [m.cpu() for m in ema], here, 3.0)
+        assert_close(got, expected.detach())
+        grads = torch.autograd.grad(2 * got, inputs)
+        wanted = torch.autograd.grad(2 * expected, exact)
+        for one, two in zip(grads, wanted, strict=True):
+            assert_close(one, two)
+
+
+# -- what is not a number --
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_comes_through(device: str, value: float) -> None:
+    counts = (3, 1, 2)
+    order, offsets = deal(counts, device)
+    grads = torch.randn(6, 37, device=device)
+    for position, domain in ((1, 0), (3, 1)):
+        bad = grads.clone()
+        bad[order[position], 30] = value
+        mean, variance = ops.moments(bad, order, offsets)
+        hit = torch.zeros(3, 37, dtype=torch.bool, device=device)
+        hit[domain, 30] = True
+        for out in (mean, variance):
+            assert torch.equal(~out.isfinite(), hit)
+
+    for T in (1, 3):
+        a, delta = torch.randn(6, T, 19, device=device), torch.randn(6, T, 11, device=device)
+        for position, domain in ((1, 0), (3, 1)):
+            bad = delta.clone()
+            bad[order[position], T - 1, 4] = value
+            hit = torch.zeros(3, 11, 19, dtype=torch.bool, device=device)
+            hit[domain, 4] = True
+            mean, variance = ops.outer_moments(a, bad, order, offsets)
+            for out in (mean, variance, ops.outer_domain(a, bad, order, offsets)):
+                assert torch.equal(~out.isfinite(), hit)
+            sample = torch.zeros(6, dtype=torch.bool, device=device)
+            sample[order[position]] = True
+            assert torch.equal(~ops.outer_norms(a, bad).isfinite(), sample)
+            gram = ~ops.outer_gram(a, bad, order, offsets).isfinite()
+            assert bool(gram[domain].all()) and bool(gram[:, domain].all())
+            assert int(gram.sum()) == 5
+
+    variance = torch.rand(3, 5, device=device)
+    variance[1, 2] = value
+    assert not ops.variance_gap([variance], [], torch.ones(3, device=device).bool(), 0.0).isfinite()
+
+
+# -- derivatives --
+
+
+SMALL = [
+    ("rows", (1, 3, 2)),
+    ("rows", (3, 2, 2)),
+    ("window", (2, 2, (5,), (2, 2, 2))),
+    ("window", (1, 2, (3, 4), (2, 2, 1, 2, 1, 1))),
+]
+
+
+def test_derivatives_in_double() -> None:
+    counts = (3, 1, 0, 2)
+    order, offsets = deal(counts)
+    with fastdg.use_backend("reference"):
+        grads = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda g: ops.moments(g, order, offsets), grads)
+        for kind, shape in SMALL:
+            a, delta, window = case(kind, shape, 6, torch.float64)
+            inputs = (a.requires_grad_(), delta.requires_grad_())
+            assert torch.autograd.gradcheck(
+                lambda a, d, w=window: ops.outer_moments(a, d, order, offsets, w), inputs
+            )
+        here = torch.tensor([True, True, False, True])
+        variance = [torch.rand(4, n, dtype=torch.float64, requires_grad=True) for n in (1, 3)]
+        ema = [torch.rand_like(v) for v in variance]
+        assert torch.autograd.gradcheck(
+            lambda *v: ops.variance_gap(v, ema, here, 2.0), tuple(variance)
+        )
+
+
+@pytest.mark.parametrize(("kind", "shape"), CASES)
+def test_derivatives(device: str, kind: str, shape: tuple[int, ...]) -> None:
+    """Of every backend against autograd through the loops."""
+    counts = (3, 1, 0, 2)
+    order, offsets = deal(counts, device)
+    for layout in LAYOUTS:
+        a, delta, window = case(kind, shape, 6, torch.float32, device)
+        a, delta = laid_out(a, layout), laid_out(delta, layout)
+        inputs = (a.requires_grad_(), delta.requires_grad_())
+        mean, variance = ops.outer_moments(*inputs, order, offsets, window)
+        exact = tuple(x.detach().double().cpu().requires_grad_() for x in inputs)
+        grads = torch.einsum("nto,nti->noi", exact[1], rows_of(exact[0], window))
+        expected = naive_moments(grads, counts, order)
+        c, e = torch.rand_like(mean), torch.rand_like(mean)
+        of_mean, of_variance = (c * mean).sum(), (e * variance).sum()
+        exact_mean = (c.double().cpu() * expected[0]).sum()
+        exact_variance = (e.double().cpu() * expected[1]).sum()
+        # One of the two alone comes to the op's backward as a zero expanded over all elements.
+        for loss, exact_loss in (
+            (of_mean + of_variance, exact_mean + exact_variance),
+            (of_mean, exact_mean),
+            (of_variance, exact_variance),
+        ):
+            got = torch.autograd.grad(loss, inputs, retain_graph=True)
+            wanted = torch.autograd.grad(exact_loss, exact, retain_graph=True)
+            for one, two in zip(got, wanted, strict=True):
+                assert_close(one, two)
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_derivatives_of_moments(device: str, counts: tuple[int, ...]) -> None:
+    order, offsets = deal(counts, device)
+    grads = torch.randn(sum(counts), 37, device=device, requires_grad=True)
+    mean, variance = ops.moments(grads, order, offsets)
+    c, e = torch.rand_like(mean), torch.rand_like(mean)
+    (got,) = torch.autograd.grad((c * mean).sum() + (e * variance).sum(), grads)
+    exact = grads.detach().double().cpu().requires_grad_()
+    mean, variance = naive_moments(exact, counts, order)
+    loss = (c.double().cpu() * mean).sum() + (e.double().cpu() * variance).sum()
+    assert_close(got, torch.autograd.grad(loss, exact)[0])
+
+
+def test_one_of_two_gradients_is_enough(device: str) -> None:
+    order, offsets = deal((4, 2), device)
+    a, delta = torch.randn(6, 3, 4, device=device), torch.randn(6, 3, 5, device=device)
+    both = (a.clone().requires_grad_(), delta.clone().requires_grad_())
+    expected = torch.autograd.grad(ops.outer_moments(*both, order, offsets)[1].sum(), both)
+    (got,) = torch.autograd.grad(ops.outer_moments(a, both[1], order, offsets)[1].sum(), both[1])
+    torch.testing.assert_close(got, expected[1])
+    (got,) = torch.autograd.grad(
+        ops.outer_moments(both[0], delta, order, offsets)[1].sum(), both[0]
+    )
+    torch.testing.assert_close(got, expected[0])
+
+
+def test_what_has_no_derivative_says_so(device: str) -> None:
+    order, offsets = deal((4, 2), device)
+    a = torch.randn(6, 3, 4, device=device, requires_grad=True)
+    delta = torch.randn(6, 3, 5, device=device)
+    grads = a.flatten(1)
+    present = torch.ones(2, device=device).bool()
+    once: dict[str, Callable[[], Tensor]] = {
+        "moments": lambda: ops.moments(grads, order, offsets)[1],
+        "outer_moments": lambda: ops.outer_moments(a, delta, order, offsets)[1],
+        "variance_gap": lambda: ops.variance_gap([grads[:2]], [], present, 0.0),
+    }
+    for name, run in once.items():
+        (first,) = torch.autograd.grad(run().square().sum(), a, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name} is differentiable once"):
+            first.sum().backward()
+    never: dict[str, Callable[[], Tensor]] = {
+        "outer_domain": lambda: ops.outer_domain(a, delta, order, offsets),
+        "outer_gram": lambda: ops.outer_gram(a, delta, order, offsets),
+        "outer_norms": lambda: ops.outer_norms(a, delta),
+    }
+    for name, run in never.items():
+        with pytest.raises(RuntimeError, match=f"fastdg::{name} has no derivative"):
+            run().sum().backward()
