@@ -14,9 +14,9 @@ from .registry import define
 def _gap(variance: Tensor, ema: Tensor | None, present: Tensor, history: float) -> Tensor:
     """``u - mean(u)`` over the domains present; zero rows for the others."""
     u = variance if ema is None else variance + history * ema
-    mask = present.to(u.dtype).view(-1, *([1] * (u.dim() - 1)))
-    centre = (u * mask).sum(0) / mask.sum().clamp(min=1)
-    return (u - centre) * mask
+    mask = present.view(-1, *([1] * (u.dim() - 1)))
+    centre = u.where(mask, 0).sum(0) / present.sum().clamp(min=1)
+    return (u - centre).where(mask, 0)
 
 
 def _pairs(variance: Sequence[Tensor], ema: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

@@ -104,14 +104,14 @@ def test_variance_gap(device: str, shapes: list, history: bool, present: str) ->
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_comes_through(device: str, value: float) -> None:
-    counts = (3, 1, 2)
+    counts = (3, 1, 0, 2)
     order, offsets = deal(counts, device)
     grads = torch.randn(6, 37, device=device)
     for position, domain in ((1, 0), (3, 1)):
         bad = grads.clone()
         bad[order[position], 30] = value
         mean, variance = ops.moments(bad, order, offsets)
-        hit = torch.zeros(3, 37, dtype=torch.bool, device=device)
+        hit = torch.zeros(4, 37, dtype=torch.bool, device=device)
         hit[domain, 30] = True
         for out in (mean, variance):
             assert torch.equal(~out.isfinite(), hit)
@@ -121,7 +121,7 @@ def test_what_is_not_finite_comes_through(device: str, value: float) -> None:
         for position, domain in ((1, 0), (3, 1)):
             bad = delta.clone()
             bad[order[position], T - 1, 4] = value
-            hit = torch.zeros(3, 11, 19, dtype=torch.bool, device=device)
+            hit = torch.zeros(4, 11, 19, dtype=torch.bool, device=device)
             hit[domain, 4] = True
             mean, variance = ops.outer_moments(a, bad, order, offsets)
             for out in (mean, variance, ops.outer_domain(a, bad, order, offsets)):
@@ -129,13 +129,20 @@ def test_what_is_not_finite_comes_through(device: str, value: float) -> None:
             sample = torch.zeros(6, dtype=torch.bool, device=device)
             sample[order[position]] = True
             assert torch.equal(~ops.outer_norms(a, bad).isfinite(), sample)
-            gram = ~ops.outer_gram(a, bad, order, offsets).isfinite()
-            assert bool(gram[domain].all()) and bool(gram[:, domain].all())
-            assert int(gram.sum()) == 5
+            hit = torch.zeros(4, 4, dtype=torch.bool, device=device)
+            hit[domain], hit[:, domain] = True, True
+            hit[2], hit[:, 2] = False, False  # the empty domain
+            assert torch.equal(~ops.outer_gram(a, bad, order, offsets).isfinite(), hit)
 
     variance = torch.rand(3, 5, device=device)
     variance[1, 2] = value
-    assert not ops.variance_gap([variance], [], torch.ones(3, device=device).bool(), 0.0).isfinite()
+    present = torch.tensor([True, True, True], device=device)
+    assert not ops.variance_gap([variance], [], present, 0.0).isfinite()
+    present[1] = False  # a domain that takes no part
+    variance.requires_grad_()
+    gap = ops.variance_gap([variance], [variance.detach()], present, 2.0)
+    (got,) = torch.autograd.grad(gap, variance)
+    assert gap.isfinite() and got.isfinite().all() and not got[1].any()
 
 
 # -- derivatives --
