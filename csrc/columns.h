@@ -48,7 +48,7 @@ static void dense_moments_backward(const Upstream& up, const float* grads, int64
   float *slope = carver.take(width), *level = carver.take(width);
   for (int64_t k = 0; k < width; ++k) {
     slope[k] = up.grad_variance[k] * (2 / n);
-    level[k] = up.grad_mean[k] / n;
+    level[k] = up.grad_mean == nullptr ? 0 : up.grad_mean[k] / n;
   }
   for (int64_t s = 0; s < group.count; ++s) {
     const float* row = grads + group.samples[s] * stride;

@@ -63,6 +63,13 @@ inline Tensor dense(const Tensor& x, const char* name) {
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
+// An upstream gradient, where nothing asks for one: a zero, expanded. There is no need to read it.
+inline bool is_expanded_zero(const Tensor& x) {
+  for (int64_t k = 0; k < x.dim(); ++k)
+    if (x.stride(k) != 0 && x.size(k) > 1) return false;
+  return x.numel() > 1 && *floats(x) == 0;
+}
+
 inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {
   Tensor out = allocate(like, sizes);
   torch::stable::zero_(out);

@@ -57,8 +57,10 @@ Tensor moments_backward(const Tensor& grad_mean, const Tensor& grad_variance, co
   const Tensor rows = rows_of(grads);
   const int64_t N = rows.size(0), P = rows.size(1);
   const Partition partition(order, offsets, N);
-  const Tensor gm = dense(grad_mean, "grad_mean"), gv = dense(grad_variance, "grad_variance"),
-               m = dense(mean, "mean");
+  check_float(grad_mean, "grad_mean");
+  const bool level = !is_expanded_zero(grad_mean);
+  const Tensor gm = level ? dense(grad_mean, "grad_mean") : grad_mean,
+               gv = dense(grad_variance, "grad_variance"), m = dense(mean, "mean");
   for (const Tensor& x : {gm, gv, m})
     STD_TORCH_CHECK(x.numel() == partition.domains() * P, "grad_mean, grad_variance, mean: expected ",
                     partition.domains(), " x ", P, " elements, got ", x.numel());
@@ -66,7 +68,8 @@ Tensor moments_backward(const Tensor& grad_mean, const Tensor& grad_variance, co
   if (partition.covered() < N) torch::stable::zero_(out);
   for_each_block(partition, P, [&](int64_t d, int64_t column, int64_t width) {
     const int64_t at = d * P + column;
-    const Upstream up{floats(gm) + at, floats(gv) + at, floats(m) + at, partition.count(d)};
+    const Upstream up{level ? floats(gm) + at : nullptr, floats(gv) + at, floats(m) + at,
+                      partition.count(d)};
     routines().dense_moments_backward(up, floats(rows) + column, rows.stride(0),
                                       {partition.samples(d), partition.count(d)}, width,
                                       floats(out) + column, P);

@@ -176,13 +176,16 @@ class Backward {
       const int64_t at = p_.out(begin_, j * R);
       float *slope = slope_ + j * rows_ * R, *level = level_ + j * rows_ * R;
       pack(slope, up_.grad_variance + at, p_.out_left, p_.out_right, rows_, width);
-      pack(level, up_.grad_mean + at, p_.out_left, p_.out_right, rows_, width);
-      pack(spare_, up_.mean + at, p_.out_left, p_.out_right, rows_, width);
+      pack(level, up_.mean + at, p_.out_left, p_.out_right, rows_, width);
       for (int64_t k = 0; k < rows_ * R; k += W) {
         const vec s = load(slope + k) * (2 / n);
         store(slope + k, s);
-        store(level + k, load(level + k) / n - s * load(spare_ + k));
+        store(level + k, -s * load(level + k));
       }
+      if (up_.grad_mean == nullptr) continue;
+      pack(spare_, up_.grad_mean + at, p_.out_left, p_.out_right, rows_, width);
+      for (int64_t k = 0; k < rows_ * R; k += W)
+        store(level + k, load(level + k) + load(spare_ + k) / n);
     }
   }
 

@@ -105,8 +105,10 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   Window window) {
   const Outer p = outer_problem(a, delta, window);
   const Partition partition(order, offsets, p.samples);
-  const Tensor upstream[] = {dense(grad_mean, "grad_mean"), dense(grad_variance, "grad_variance"),
-                             dense(mean, "mean")};
+  check_float(grad_mean, "grad_mean");
+  const bool level = !is_expanded_zero(grad_mean);
+  const Tensor upstream[] = {level ? dense(grad_mean, "grad_mean") : grad_mean,
+                             dense(grad_variance, "grad_variance"), dense(mean, "mean")};
   const int64_t D = partition.domains();
   for (const Tensor& x : upstream)
     STD_TORCH_CHECK(x.numel() == D * p.out_size, "grad_mean, grad_variance, mean: expected ", D,
@@ -120,8 +122,9 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
   if (p.out_size == 0 || p.positions == 0 || D == 0) return {grad_a, grad_delta};
   const Gradient grad = gradient_of(p, grad_a, grad_delta, window);
   const auto upstream_of = [&](int64_t d) {
-    return Upstream{floats(upstream[0]) + d * p.out_size, floats(upstream[1]) + d * p.out_size,
-                    floats(upstream[2]) + d * p.out_size, partition.count(d)};
+    const int64_t at = d * p.out_size;
+    return Upstream{level ? floats(upstream[0]) + at : nullptr, floats(upstream[1]) + at,
+                    floats(upstream[2]) + at, partition.count(d)};
   };
   if (is_rank1(p)) {
     run_rank1_backward(p, partition, grad, upstream_of, grad_delta);

@@ -69,13 +69,14 @@ class Rank1Backward {
     const float n = static_cast<float>(up_.count);
     for (int64_t k = 0; k < height; ++k) {
       const int64_t at = p_.out(r + k, c);
-      const float *variance = up_.grad_variance + at, *level = up_.grad_mean + at,
-                  *mean = up_.mean + at;
+      const float *variance = up_.grad_variance + at, *mean = up_.mean + at;
+      float *slope = slope_ + k * wide_, *level = level_ + k * wide_;
       for (int64_t i = 0; i < width; ++i) {
-        const float s = variance[i] * (2 / n);
-        slope_[k * wide_ + i] = s;
-        level_[k * wide_ + i] = level[i] / n - s * mean[i];
+        slope[i] = variance[i] * (2 / n);
+        level[i] = -slope[i] * mean[i];
       }
+      if (up_.grad_mean == nullptr) continue;
+      for (int64_t i = 0; i < width; ++i) level[i] += up_.grad_mean[at + i] / n;
     }
   }
 

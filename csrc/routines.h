@@ -45,7 +45,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// What the derivative of a domain's moments starts from; each [O, I].
+// What the derivative of a domain's moments starts from; each [O, I]. No grad_mean is one of zeros.
 struct Upstream {
   const float *grad_mean, *grad_variance, *mean;
   int64_t count;  // samples of the domain

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from .registry import library
+from .registry import OPS, library
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
@@ -39,7 +40,26 @@ def call(name: str, *args: Any) -> Any:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         flat, spec = pytree.tree_flatten(args)
         return _FUNCTIONS[name].apply(spec, *flat)
+    if _plain(args):
+        return OPS[name](*args)
     return getattr(torch.ops.fastdg, name)(*args)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether nothing records, traces or watches the call: then it needs no dispatcher, which takes
+    longer than a small op does."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(_ordinary(arg) for arg in args)
+    )
+
+
+def _ordinary(arg: Any) -> bool:
+    if isinstance(arg, list):
+        return all(_ordinary(item) for item in arg)
+    return type(arg) is Tensor or not isinstance(arg, Tensor)
 
 
 def _function(

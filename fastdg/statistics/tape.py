@@ -67,6 +67,7 @@ class Call:
     autocast: tuple[bool, torch.dtype]
     time: int = field(default_factory=lambda: next(_clock))
     swept: bool = False
+    forgotten: bool = False
 
     @property
     def where(self) -> str:
@@ -74,7 +75,16 @@ class Call:
         names = ", ".join(self.parameters.values()) or "no tracked parameters"
         return f"{type(self.module).__name__} ({names})"
 
+    def forget(self) -> None:
+        """Let go of the inputs, as autograd does of what it saved, so that memory is used again."""
+        self.args, self.kwargs, self.versions, self.forgotten = (), {}, [], True
+
     def unchanged(self) -> None:
+        if self.forgotten:
+            raise RuntimeError(
+                f"{self.where}: this forward was used up by a statistic with retain_graph=False; "
+                "pass retain_graph=True there, or run the model again"
+            )
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise RuntimeError(
@@ -168,11 +178,11 @@ class Recorder:
         if not own and not spans_samples(module):
             return None
         replaced = _apart(module, output)
-        tensors = [t for t in pytree.tree_leaves(replaced) if isinstance(t, Tensor)]
+        tensors = _tensors(replaced)
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
             return None  # inside the user's own torch.func transform, for which fastdg.func is
         self.seen.setdefault(id(module), weakref.ref(module))
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
         call = Call(
             module=module,
@@ -203,6 +213,15 @@ def _remove(handles: list[Any]) -> None:
 def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
     """The dictionary that lives and dies with a graph node (torch types it as a method)."""
     return node.metadata  # type: ignore[return-value]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors in ``tree``; pytree takes its time over what nearly always is one, or a tuple."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree)
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -402,6 +421,8 @@ def sweep(
                     continue
                 call.unchanged()
                 visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
+                if not (retain_graph or create_graph):
+                    call.forget()
 
     targets = list(found.slots) if create_graph else found.deepest()
     handles: list[Any] = []

@@ -307,5 +307,20 @@ def test_graph_is_kept_or_freed_as_asked() -> None:
         losses = model(torch.randn(4, 6), torch.zeros(4, 2).long()).sum(1)
     domains = torch.tensor([0, 0, 1, 1])
     fastdg.domain_moments(tape, losses, domains, retain_graph=False)
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError, match="second time|used up .* with retain_graph=False"):
+        fastdg.domain_moments(tape, losses, domains)
+
+
+def test_inputs_are_freed_with_the_graph() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    inner: list[weakref.ref[torch.Tensor]] = []
+    model[2].register_forward_pre_hook(lambda module, args: inner.append(weakref.ref(args[0])))
+    domains = torch.tensor([0, 0, 1, 1])
+    for kept in (True, False):
+        with fastdg.record(model, check=False) as tape:
+            losses = model(torch.randn(4, 3)).sum(1)
+        fastdg.domain_moments(tape, losses, domains, retain_graph=kept)
+        assert (inner[-1]() is not None) is kept
+        assert losses.grad_fn is not None
+    with pytest.raises(RuntimeError, match="used up .* with retain_graph=False"):
         fastdg.domain_moments(tape, losses, domains)

@@ -19,10 +19,9 @@ def positions(x: Tensor) -> Tensor:
 def linear(module: nn.Linear, inputs: tuple[Any, ...], delta: Tensor) -> dict[str, Factor]:
     if delta.dim() < 2:
         raise ValueError(f"Linear: expected a batch (N, ..., {module.in_features}), got one sample")
-    delta = positions(delta)
     factors: dict[str, Factor] = {}
     if module.weight.requires_grad:
-        factors["weight"] = Outer(positions(inputs[0]), delta, module.weight.shape)
+        factors["weight"] = Outer(positions(inputs[0]), positions(delta), module.weight.shape)
     if module.bias is not None and module.bias.requires_grad:
-        factors["bias"] = Dense(delta.sum(1))
+        factors["bias"] = Dense(delta if delta.dim() == 2 else positions(delta).sum(1))
     return factors

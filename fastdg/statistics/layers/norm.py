@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,9 @@ def _affine(
 
     factors: dict[str, Factor] = {}
     if module.weight is not None and module.weight.requires_grad:
-        factors["weight"] = summed(delta * normalised)
+        # Fresh memory costs more than the product; normalised is nobody else's
+        product = delta * normalised if torch.is_grad_enabled() else normalised.mul_(delta)
+        factors["weight"] = summed(product)
     bias = getattr(module, "bias", None)
     if bias is not None and bias.requires_grad:
         factors["bias"] = summed(delta)
