@@ -185,10 +185,9 @@ def colored_mnist(
         if fresh:
             for path in (output / "results.json", *output.glob("*.checkpoint")):
                 path.unlink(missing_ok=True)
-        command = " ".join(["fastdg", *sys.argv[1:]])
         chosen = _names(algorithms) or experiment.ALGORITHMS
         with _training() as told:
-            results = experiment.run_all(chosen, restarts, data, output, command, told)
+            results = experiment.run_all(chosen, restarts, data, output, told)
         console.print(colored_mnist_table(results))
         colored_mnist_figure(results, output / "figure.png")
     console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")

@@ -218,7 +218,6 @@ def run_all(
     restarts: int,
     data_dir: Path,
     output: Path,
-    command: str,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
@@ -242,27 +241,27 @@ def run_all(
         raise ValueError(f"restarts: expected >= 1, got {restarts}")
     read_train(data_dir)  # missing or damaged files before anything is written
     path = output / "results.json"
-    kept_before = load_results(path, "protocol", asdict(protocol)) or {"algorithms": {}}
+    kept = (load_results(path, "protocol", asdict(protocol)) or {"algorithms": {}})["algorithms"]
     results: dict[str, Any] = {
-        "command": command,
+        "command": f"fastdg reproduce colored-mnist --restarts {restarts}",
         "machine": machine(),
         "protocol": asdict(protocol),
-        "algorithms": kept_before["algorithms"],
+        "algorithms": {name: kept.get(name, {"restarts": []}) for name in (*algorithms, *kept)},
     }
     total = protocol.steps * restarts * len(algorithms)
     done = 0
     for seed in range(restarts):
         for name in algorithms:
-            kept = results["algorithms"].setdefault(name, {"restarts": []})["restarts"]
-            if all(restart["seed"] != seed for restart in kept):
+            made = results["algorithms"][name]["restarts"]
+            if all(restart["seed"] != seed for restart in made):
                 checkpoint = output / f"{name}-{seed}.checkpoint"
 
                 def told(count: int, name: str = name, seed: int = seed, done: int = done) -> None:
                     progress(f"{name}, restart {seed}", done + count, total)
 
                 restart = run(name, seed, data_dir, checkpoint, protocol, told)
-                kept.append(asdict(restart))
-                results["algorithms"][name]["summary"] = summary(name, kept)
+                made.append(asdict(restart))
+                results["algorithms"][name]["summary"] = summary(name, made)
                 write_json(results, path)
                 checkpoint.unlink(missing_ok=True)
             done += protocol.steps

@@ -39,7 +39,8 @@ def _over_training(axes: Axes, results: dict[str, Any], name: str) -> None:
             values = [point[key] for point in restart["curve"]]
             axes.plot(steps, values, color=colour, lw=1.1, alpha=0.8)
     axes.axhline(75, color="black", lw=0.7, ls="--", zorder=0)
-    axes.text(0, 76, "best without colour", fontsize=7)
+    last = results["protocol"]["steps"]
+    axes.text(last, 76, "best without colour", fontsize=7, ha="right")
     axes.axvline(results["protocol"]["anneal_steps"], color="black", lw=0.7, ls=":", zorder=0)
     axes.set_xlabel("step (dotted: the penalty gets its weight)")
     axes.set_title(f"{TITLES[name]}, {len(restarts)} restarts")

@@ -162,9 +162,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 
 def test_all_restarts_are_kept_summed_up_and_not_run_twice(mnist: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    first = experiment.run_all(("erm",), 2, mnist, tmp_path, "words", protocol=SMALL)
+    first = experiment.run_all(("erm",), 2, mnist, tmp_path, protocol=SMALL)
     results = experiment.run_all(
-        ("erm", "fishr"), 2, mnist, tmp_path, "words", lambda *now: told.append(now), SMALL
+        ("erm", "fishr"), 2, mnist, tmp_path, lambda *now: told.append(now), SMALL
     )
     assert results["algorithms"]["erm"] == first["algorithms"]["erm"]
     assert told[-1][1:] == (20, 20)
@@ -179,10 +179,10 @@ def test_all_restarts_are_kept_summed_up_and_not_run_twice(mnist: Path, tmp_path
 
 
 def test_other_settings_are_refused_in_words(mnist: Path, tmp_path: Path) -> None:
-    experiment.run_all(("erm",), 1, mnist, tmp_path, "", protocol=SMALL)
+    experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=SMALL)
     with pytest.raises(ValueError, match="hidden was 6, now 7"):
         other = Protocol(**{**asdict(SMALL), "hidden": 7})
-        experiment.run_all(("erm",), 1, mnist, tmp_path, "", protocol=other)
+        experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=other)
 
     def kill(done: int) -> None:
         if done == 4:
@@ -201,7 +201,7 @@ def test_too_few_images_and_unknown_algorithms_are_refused(mnist: Path, tmp_path
     with pytest.raises(ValueError, match=r"60,?000 images, got 10,?040"):
         experiment.run("erm", 0, mnist, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match="expected some of erm, fishr, got irm"):
-        experiment.run_all(("irm",), 1, mnist, tmp_path, "")
+        experiment.run_all(("irm",), 1, mnist, tmp_path)
     with pytest.raises(ValueError, match="restarts: expected >= 1, got 0"):
-        experiment.run_all(("erm",), 0, mnist, tmp_path, "")
+        experiment.run_all(("erm",), 0, mnist, tmp_path)
     assert not list(tmp_path.iterdir())
