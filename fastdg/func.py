@@ -41,8 +41,9 @@ def domain_moments(
 ) -> DomainMoments:
     r"""Mean and biased variance of per-sample gradients in each domain.
 
-    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad v_d = \frac1{n_d}\sum_{i\in
-              d}(g_i-m_d)^2,\qquad g_i = \nabla_\theta\,\ell(\theta, x_i)
+    .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad
+              v_d = \frac1{n_d}\sum_{i\in d}(g_i-m_d)^2,\qquad
+              g_i = \nabla_\theta\,\ell(\theta, x_i)
 
     Differentiable once, with respect to ``params`` and to the floating tensors of the batch; the
     backward computes each chunk again instead of keeping it.
@@ -58,9 +59,10 @@ def domain_moments(
         domains: domain of each sample ``[N]``, integer; on the device of ``params`` or the CPU.
         num_domains: D; default one more than the largest id.
         chunk_size: samples whose gradients exist at a time. Default: as many as fit in 256 MiB (one
-            at least). A backward holds as much again.
+            at least). A backward holds three times as much.
         randomness: what `torch.func.vmap` does with random numbers in ``loss``: ``"error"``,
-            ``"different"`` or ``"same"`` for all samples. A backward draws the same ones again.
+            ``"different"`` or ``"same"`` for all samples. A backward draws the same ones again,
+            which ``torch.compile`` cannot: inside of it only ``"error"``.
 
     Returns:
         `DomainMoments`; fp32, or fp64 for fp64 parameters. An empty domain has zeros, a domain of
@@ -134,8 +136,9 @@ def domain_gram(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> Tensor:
-    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients over all of
-    ``params``.
+    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients.
+
+    They are taken over all of ``params``.
 
     Arguments and errors as `domain_moments`; differentiable as that is.
 
@@ -216,6 +219,11 @@ def _problem(
         )
     if randomness not in ("error", "different", "same"):
         raise ValueError(f"randomness: expected 'error', 'different' or 'same', got {randomness!r}")
+    if randomness != "error" and torch.compiler.is_compiling():
+        raise ValueError(
+            f"randomness: expected 'error' under torch.compile, got {randomness!r}; a compiled "
+            "backward cannot draw the same numbers again. Pass them in the batch"
+        )
     named = _named(params)
     rows, batch_spec = pytree.tree_flatten(batch)
     if not rows:
@@ -236,7 +244,7 @@ def _problem(
     if chunk_size is None:
         size = sum(p.numel() * max(p.element_size(), 4) for p in named.values())
         chunk_size = max(1, CHUNK_BUDGET // max(size, 1))
-    elif not isinstance(chunk_size, int) or chunk_size < 1:
+    elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected None or an integer >= 1, got {chunk_size!r}")
     problem = Problem(
         loss,

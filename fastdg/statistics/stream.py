@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..domains import Partition, partition
@@ -78,6 +77,33 @@ class Problem:
         gradient = torch.func.vmap(torch.func.grad(self.scalar), dims, randomness=self.randomness)
         return [accumulated(g) for g in pytree.tree_leaves(gradient(params, *batch))]
 
+    def pull(
+        self, tensors: Sequence[Tensor], wanted: Sequence[int], upstream: list[Tensor]
+    ) -> list[Tensor]:
+        """From ``upstream``, the gradients of `gradients`, those of the ``wanted`` tensors.
+
+        Sample by sample under one vmap: not all that vmap makes of an operation has the right
+        derivative (it takes mean and spread of a layer norm for constants), but its outside is not
+        differentiated here.
+        """
+        split = len(self.names)
+
+        def one(upstream: list[Tensor], *sample: Tensor) -> tuple[Tensor, ...]:
+            def gradient(*changed: Tensor) -> list[Tensor]:
+                given = list(sample)
+                for i, tensor in zip(wanted, changed, strict=True):
+                    given[i] = tensor
+                params, row = self.arguments(given)
+                grads = torch.func.grad(self.scalar)(params, *row)
+                return [accumulated(g) for g in pytree.tree_leaves(grads)]
+
+            pullback = torch.func.vjp(gradient, *(sample[i] for i in wanted))[1]
+            return pullback(upstream)
+
+        dims = (0, *[None] * split, *[0] * (len(tensors) - split))
+        pulled = torch.func.vmap(one, dims, randomness=self.randomness)(upstream, *tensors)
+        return [g.sum(0) if i < split else g for i, g in zip(wanted, pulled, strict=True)]
+
     def scalar(self, params: Any, *sample: Any) -> Tensor:
         """One sample's loss, checked."""
         value = self.loss(params, *sample)
@@ -95,7 +121,8 @@ class Problem:
     def refuse_captured(self, tensors: Sequence[Tensor]) -> None:
         """A backward reaches what was given, not what ``loss`` closes over."""
         params, sample = self.arguments(self.cut([t.detach() for t in tensors], 0))
-        with replay(random_state(self.randomness, tensors[0].device)):
+        device = tensors[0].device
+        with replay(random_state(self.randomness, device), device):
             captured = self.scalar(params, *sample).requires_grad
         if captured:
             raise ValueError(
@@ -139,8 +166,9 @@ class Moments(Reduction):
         parts = self._partition(chunk, grads[0])
         pairs = [ops.moments(_rows(g), parts.order, parts.offsets) for g in grads]
         shapes = [(self.num_domains, *g.shape[1:]) for g in grads]
-        means = [pair[0].view(shape) for pair, shape in zip(pairs, shapes, strict=True)]
-        return means + [pair[1].view(shape) for pair, shape in zip(pairs, shapes, strict=True)]
+        return [
+            pair[k].view(shape) for k in (0, 1) for pair, shape in zip(pairs, shapes, strict=True)
+        ]
 
     def add(self, chunk: Chunk, part: list[Tensor]) -> None:
         names = self.problem.names
@@ -239,80 +267,79 @@ def run(
     domains: Tensor,
     *tensors: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Reduce the chunks one after the other. A compiler sees this, and is told to make each chunk
-    again for a backward."""
+    """Reduce the chunks one after the other."""
     reduction = kind(problem, domains, num_domains)
-
-    def part(*cut: Tensor) -> list[Tensor]:
-        return reduction.part(chunk, problem.gradients(*cut))
-
     for chunk in problem.chunks():
         if problem.randomness == "same":
-            restore(state)
+            restore(state, tensors[0].device)
         cut = problem.cut(tensors, slice(*chunk))
-        if torch.compiler.is_compiling():
-            reduction.add(chunk, checkpoint(part, *cut, use_reentrant=False))
-        else:
-            reduction.add(chunk, part(*cut))
+        reduction.add(chunk, reduction.part(chunk, problem.gradients(*cut)))
     return tuple(reduction.result())
 
 
 class Streamed(torch.autograd.Function):
-    """`run`; its backward, too, holds one chunk at a time.
+    """The result of `run`, with a backward that holds one chunk at a time.
 
-    A function of its own, because `torch.utils.checkpoint` does not go through `torch.func`.
+    `torch.utils.checkpoint` does not go through `torch.func`. The result comes from outside, where
+    a compiler lets ``loss`` swap the parameters of a module.
     """
 
-    forward = staticmethod(run)
+    @staticmethod
+    def forward(
+        kind: type[Reduction],
+        problem: Problem,
+        state: list[Tensor],
+        num_domains: int,
+        result: tuple[Tensor, ...],
+        domains: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.kind, ctx.problem, ctx.state, ctx.num_domains, domains, *tensors = inputs
+        ctx.kind, ctx.problem, ctx.state, ctx.num_domains, _, domains, *tensors = inputs
         ctx.results = len(output)
         ctx.save_for_backward(domains, *output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         domains, *saved = ctx.saved_tensors
-        result, tensors = saved[: ctx.results], saved[ctx.results :]
+        result, tensors = saved[: ctx.results], _late(saved[ctx.results :], upstream)
         problem: Problem = ctx.problem
         reduction: Reduction = ctx.kind(problem, domains, ctx.num_domains)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[6:]) if need]
         total: dict[int, Tensor] = {}
         rows: dict[int, list[Tensor]] = {i: [] for i in wanted if i >= len(problem.names)}
-        with replay(ctx.state):
+        device = tensors[0].device
+        with replay(ctx.state, device):
             for chunk in problem.chunks():
                 if problem.randomness == "same":
-                    restore(ctx.state)
+                    restore(ctx.state, device)
                 cut = problem.cut(tensors, slice(*chunk))
-                pulled = _pull(reduction, chunk, cut, wanted, result, upstream)
+                before = random_state(problem.randomness, device)
+                inner = reduction.pull(chunk, problem.gradients(*cut), result, upstream)
+                if before:
+                    restore(before, device)
+                pulled = problem.pull(cut, wanted, inner)
                 for i, g in zip(wanted, pulled, strict=True):
                     if i in rows:
                         rows[i].append(g)
                     else:
                         total[i] = total[i] + g if i in total else g
         total.update({i: torch.cat(parts) for i, parts in rows.items()})
-        return (*[None] * 5, *(total.get(i) for i in range(len(tensors))))
+        return (*[None] * 6, *(total.get(i) for i in range(len(tensors))))
 
 
-def _pull(
-    reduction: Reduction,
-    chunk: Chunk,
-    cut: list[Tensor],
-    wanted: list[int],
-    result: list[Tensor],
-    upstream: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    """Gradients of the ``wanted`` ones of ``cut``; nothing of the chunk is left on return."""
+def _late(tensors: list[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors``, for a compiler not before ``upstream``.
 
-    def gradients(*changed: Tensor) -> list[Tensor]:
-        given = list(cut)
-        for i, tensor in zip(wanted, changed, strict=True):
-            given[i] = tensor
-        return reduction.problem.gradients(*given)
-
-    grads, pullback = torch.func.vjp(gradients, *(cut[i] for i in wanted))
-    return pullback(reduction.pull(chunk, grads, result, upstream))
+    It would find that the backward computes the forward's chunks over again, and keep them all.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    either = upstream[0].reshape(-1)[:1].sum().isnan()
+    return [torch.where(either, x, x) for x in tensors]
 
 
 def stream(
@@ -323,11 +350,17 @@ def stream(
     num_domains: int,
 ) -> tuple[Tensor, ...]:
     """Reduce the per-sample gradients of ``tensors``, differentiably with respect to them."""
+    recorded = torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    )
     if torch.is_grad_enabled():
         problem.refuse_captured(tensors)
     state = random_state(problem.randomness, tensors[0].device)
-    function = run if torch.compiler.is_compiling() else Streamed.apply
-    return function(kind, problem, state, num_domains, domains, *tensors)
+    with torch.no_grad():
+        result = run(kind, problem, state, num_domains, domains, *tensors)
+    if not recorded:
+        return result
+    return Streamed.apply(kind, problem, state, num_domains, result, domains, *tensors)
 
 
 def random_state(randomness: Randomness, device: torch.device) -> list[Tensor]:
@@ -338,21 +371,21 @@ def random_state(randomness: Randomness, device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *cuda]
 
 
-def restore(state: Sequence[Tensor]) -> None:
+def restore(state: Sequence[Tensor], device: torch.device) -> None:
+    """Set the generators to a `random_state` of the same device."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @contextmanager
-def replay(state: Sequence[Tensor]) -> Iterator[None]:
+def replay(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     """Draw again what was drawn from ``state`` on, and leave the generators as they are."""
     if not state:
         yield
         return
-    devices = [torch.cuda.current_device()] if len(state) > 1 else []
-    with torch.random.fork_rng(devices):
-        restore(state)
+    with torch.random.fork_rng([device] if len(state) > 1 else []):
+        restore(state, device)
         yield
 
 
