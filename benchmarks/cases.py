@@ -58,6 +58,7 @@ class Case:
     floor: Callable[[Problem], float]
     reach: float
     features_given: bool = False
+    tolerance: float = TOLERANCE
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -87,7 +88,7 @@ def error(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
 def verified(case: Case, contender: Contender, run: Run, on: Problem, truth: Any) -> float:
     """Run once and compare; raises when the numbers are wrong."""
     wrong = error(contender.result(on, run()), truth)
-    if not wrong <= TOLERANCE:
+    if not wrong <= case.tolerance:
         raise ArithmeticError(f"relative error {wrong:.1e} against float64 per-sample gradients")
     return wrong
 
@@ -309,6 +310,8 @@ def _step_case() -> Case:
         head_peers.truth,
         lambda on: 1.0,
         1.03,
+        # Plain training's gradient is 3e-3 off there: in fp32 some ReLUs and maxima fall otherwise
+        tolerance=1e-2,
     )
 
 

@@ -14,8 +14,9 @@ from ..domains import Partition, partition
 from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
+from .graph import Found, find
 from .moments import DomainMoments
-from .tape import Call, Found, Recorder, Selection, find
+from .tape import Call, Recorder, Selection
 
 
 class Resolved(NamedTuple):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .collect import collect, gradients_of
 from .factors import Factor, weighted_sum
+from .graph import Found
 from .layers import rule_of
 from .layers.generic import dims_by_size
-from .tape import Call, Found
+from .tape import Call
 
 # Relative to what rounding can do: the sum of the norms of what is added up.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

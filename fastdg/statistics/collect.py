@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Factor, total
+from .graph import Found, sweep
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
-from .tape import Call, Found, contents, own_parameters, paused, sweep
+from .tape import Call, contents, own_parameters, paused
 
 Consume = Callable[[str, Factor], None]
 

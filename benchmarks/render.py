@@ -1,0 +1,177 @@
+"""Write what the result files hold into README's tables, and draw it.
+
+python benchmarks/render.py            # after benchmarks/measure.py, or fastdg reproduce
+python benchmarks/render.py --check    # exit status 1 if README says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+QUESTIONS = {
+    "variance": "Variance per domain, all layers",
+    "differentiable": "The same made differentiable, penalty's gradient to all parameters",
+    "head": "Fishr on a large head alone",
+    "step": "Whole Fishr (head) training step",
+}
+# Rows that are not another library: drawn and compared apart.
+OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal")
+
+
+def peers(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Contenders that were measured, other than ours; the fastest first."""
+    rows = {n: r for n, r in case["contenders"].items() if n not in OWN and "ratio" in r}
+    return dict(sorted(rows.items(), key=lambda item: item[1]["ratio"]))
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}×" if ratio < 9.95 else f"{ratio:.0f}×"
+
+
+def measured(results: dict[str, Any]) -> str:
+    """README's table of times and memory."""
+    machine, versions = results["machine"], results["versions"]
+    lines = [
+        "Time of one step as a multiple of plain training's (forward and backward of the same "
+        f"model and batch), fp32, three domains; {machine['processor']}, {machine['threads']} "
+        f"threads, torch {versions['torch']}. The floor is the ratio of the floating-point "
+        "operations that have to be done. Medians of runs that took turns; every contender's "
+        "numbers were first compared with float64 per-sample gradients.",
+        "",
+        "| | plain | floor | **fastdg** | plain PyTorch backend | best other way | memory |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for question, title in QUESTIONS.items():
+        rows = [case for case in results["cases"].values() if case["question"] == question]
+        if not rows:
+            continue
+        lines.append(f"| *{title}* | | | | | | |")
+        for case in rows:
+            plain, ours = case["contenders"]["plain"], case["contenders"]["fastdg"]
+            reference = case["contenders"].get("fastdg, reference backend", {})
+            other = next(iter(peers(case).items()), None)
+            memory = "–"
+            if plain.get("peak_bytes") and ours.get("peak_bytes"):
+                memory = times(ours["peak_bytes"] / plain["peak_bytes"])
+            rival = f"{times(other[1]['ratio'])} {other[0]}" if other else "–"
+            lines.append(
+                f"| {case['title']} | {1e3 * plain['median']:.1f} ms | {times(case['floor'])} "
+                f"| **{times(ours['ratio'])}** "
+                f"| {times(reference['ratio']) if 'ratio' in reference else '–'} "
+                f"| {rival} | {memory} |"
+            )
+    lines += [
+        "",
+        "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
+        "contenders, what was left out and why: "
+        "[`benchmarks/results/cpu.json`](benchmarks/results/cpu.json), made by "
+        "`python benchmarks/measure.py`.",
+        "",
+        "![Time of every contender over the plain step](benchmarks/results/cpu.png)",
+    ]
+    return "\n".join(lines)
+
+
+def reproduced(results: dict[str, Any]) -> str:
+    """README's table of the ColoredMNIST protocol."""
+    names = {"erm": "ERM", "fishr": "Fishr"}
+    restarts = {len(entry["restarts"]) for entry in results["algorithms"].values()}
+    lines = [
+        f"Final accuracy in per cent, mean ± standard deviation of {min(restarts)} restarts here "
+        "and of 10 in the paper:",
+        "",
+        "| | train | test, colour misleads | grey test |",
+        "|---|---:|---:|---:|",
+    ]
+    for algorithm, entry in results["algorithms"].items():
+        summary = entry["summary"]
+        here = (f"{summary[k]['mean']:.1f} ± {summary[k]['std']:.1f}" for k in summary)
+        paper = ("{:.1f} ± {:.1f}".format(*summary[k]["paper"]) for k in summary)
+        lines.append(f"| {names[algorithm]}, fastdg | {' | '.join(here)} |")
+        lines.append(f"| {names[algorithm]}, paper | {' | '.join(paper)} |")
+    lines += [
+        "",
+        "Colour is worth 85 % in training and 10 % in the test, who ignores it is right in at most "
+        "75 %. Every restart's curve: "
+        "[`benchmarks/results/colored_mnist.json`](benchmarks/results/colored_mnist.json).",
+        "",
+        "![Accuracy over training, and beside the paper's](benchmarks/results/colored_mnist.png)",
+    ]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """A panel a case: every contender's time over the plain step, and the floor."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from fastdg.report.style import STYLE, save
+
+    cases = list(results["cases"].values())
+    columns = 4
+    with rc_context(STYLE):
+        lines = -(-len(cases) // columns)
+        figure = Figure(figsize=(3.9 * columns, 2.35 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes, case in zip(panels, cases, strict=False):
+            rows = {"fastdg": case["contenders"]["fastdg"], **peers(case)}
+            rows = {name: row for name, row in rows.items() if "ratio" in row}
+            values = [row["ratio"] for row in rows.values()]
+            colours = ["#0072b2" if name == "fastdg" else "#b0b0b0" for name in rows]
+            axes.barh(range(len(rows)), values, color=colours, height=0.7)
+            for at, value in enumerate(values):
+                axes.text(value * 1.06, at, times(value), va="center", fontsize=7)
+            axes.set_xscale("log")
+            axes.set_xlim(0.8, max(values) * 2.6)
+            axes.set_yticks(range(len(rows)), [_short(name) for name in rows], fontsize=7)
+            axes.invert_yaxis()
+            axes.axvline(1, color="black", lw=0.8)
+            axes.axvline(case["floor"], color="#d55e00", lw=1, ls="--")
+            axes.set_title(f"{case['question']}: {case['title']}", fontsize=8)
+            axes.minorticks_off()
+        for axes in panels[len(cases) :]:
+            axes.set_visible(False)
+        figure.supxlabel(
+            "time over the plain step (black line), logarithmic; dashed: the floor", fontsize=8
+        )
+        save(figure, path)
+
+
+def _short(name: str) -> str:
+    return name.replace("torch.func ", "").replace(" (DomainBed, repaired)", ", repaired")
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """``text`` with what stands between the markers ``name: begin`` and ``name: end`` replaced."""
+    pattern = re.compile(rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
+    changed, count = pattern.subn(lambda m: f"{m[1]}{content}\n{m[2]}", text)
+    if count != 1:
+        raise ValueError(f"README.md: expected one section {name}, found {count}")
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = text = readme.read_text(encoding="utf-8")
+    timing = json.loads((RESULTS / "cpu.json").read_text())
+    text = replaced(text, "measured", measured(timing))
+    training = json.loads((RESULTS / "colored_mnist.json").read_text())
+    text = replaced(text, "reproduced", reproduced(training))
+    if arguments.check:
+        sys.exit(int(text != before))
+    readme.write_text(text, encoding="utf-8")
+    draw(timing, RESULTS / "cpu.png")
+
+
+if __name__ == "__main__":
+    main()

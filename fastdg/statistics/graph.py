@@ -1,0 +1,214 @@
+"""A forward's calls on the autograd graph: finding them, and one backward that meets them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointFunction
+
+from .tape import Call, Recorder, notes_of, paused
+
+_REENTRANT = CheckpointFunction._backward_cls
+
+
+@dataclass
+class Found:
+    """The calls of one forward, and where their gradients arrive.
+
+    Attributes:
+        calls: in the order they were made.
+        slots: graph node -> (call, which of its outputs, which output of the node).
+        parents: graph node -> the nodes above it that were walked.
+        leaves: tensors that a backward gives a ``.grad``, of what was walked.
+        hidden: whether a reentrant checkpoint hides a part of the graph.
+        whole: whether everything was walked.
+    """
+
+    calls: list[Call]
+    slots: dict[Node, list[tuple[Call, int, int]]]
+    parents: dict[Node, list[Node]]
+    leaves: list[Tensor]
+    hidden: bool
+    whole: bool
+
+    def above(self, nodes: Iterable[Node]) -> set[Node]:
+        """All nodes whose gradient ``nodes`` depend on."""
+        covered: set[Node] = set()
+        pending = list(nodes)
+        for node in pending:  # grows while we walk it
+            for parent in self.parents[node]:
+                if parent not in covered:
+                    covered.add(parent)
+                    pending.append(parent)
+        return covered
+
+    def deepest(self) -> list[Node]:
+        """Nodes with no other recorded node below them: a sweep to these passes all others."""
+        covered = self.above(self.slots)
+        return [node for node in self.slots if node not in covered]
+
+    def keep(self, calls: Sequence[Call]) -> Found:
+        """Only ``calls``."""
+        wanted = set(calls)
+        slots = {
+            node: kept
+            for node, entries in self.slots.items()
+            if (kept := [entry for entry in entries if entry[0] in wanted])
+        }
+        return replace(self, calls=list(calls), slots=slots)
+
+
+def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
+    """The calls on the graph below ``root``.
+
+    ``until``: stop at the call made at that time, if it is its module's only one.
+    """
+    leaves: list[Tensor] = []
+    slots: dict[Node, list[tuple[Call, int, int]]] = {}
+    calls: set[Call] = set()
+    parents: dict[Node, list[Node]] = {root: []}
+    queue = [root]
+    whole, hidden = True, False
+    for node in queue:  # grows while we walk it
+        if entries := notes_of(node, recorder):
+            slots[node] = entries
+            calls.update(call for call, _, _ in entries)
+            last = next((call for call, _, _ in entries if call.time == until), None)
+            if last is not None and not any(
+                call.module is last.module and call is not last for call in recorder.alive
+            ):
+                whole = False
+                break
+        hidden |= type(node) is _REENTRANT
+        next_functions = node.next_functions
+        if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        for below, _ in next_functions:
+            if below is None:
+                continue
+            if below not in parents:
+                parents[below] = [node]
+                queue.append(below)
+            else:
+                parents[below].append(node)
+    ordered = sorted(calls, key=lambda call: call.time)
+    found = Found(ordered, slots, parents, leaves, hidden, whole)
+    return _without_parametrizations(found)
+
+
+def _without_parametrizations(found: Found) -> Found:
+    """What runs inside a parametrization sees weights, not samples: its host answers for it."""
+    hidden = {
+        inner
+        for call in found.calls
+        if (made := call.module._modules.get("parametrizations")) is not None
+        for inner in made.modules()
+    }
+    return found.keep([call for call in found.calls if call.module not in hidden])
+
+
+Visit = Callable[[Call, Sequence[Tensor]], None]
+
+
+def sweep(
+    losses: Tensor,
+    found: Found,
+    visit: Visit,
+    *,
+    create_graph: bool,
+    retain_graph: bool,
+    extra: Sequence[Tensor] = (),
+    weight: Tensor | None = None,
+) -> list[Tensor | None]:
+    """One backward of ``losses.sum()`` that computes gradients at the recorded outputs, not at the
+    weights.
+
+    Without ``create_graph`` each call is visited the moment its output gradients are known, and
+    they are let go.
+
+    Args:
+        losses: ``[N]``.
+        found: what to visit.
+        visit: called once a call with its output gradients, one a tensor it returned.
+        create_graph: make the gradients differentiable.
+        retain_graph: keep the graph for a further backward.
+        extra: tensors whose ordinary gradients are wanted from the same backward.
+        weight: gradient at ``losses``; default ones.
+
+    Returns:
+        The gradients of ``extra`` (None where unused).
+    """
+    waiting: dict[int, dict[int, Tensor | None]] = {}
+    expected = {
+        id(call): sum(c is call for entries in found.slots.values() for c, _, _ in entries)
+        for call in found.calls
+    }
+
+    def arrive(node: Node, grads: Sequence[Tensor | None]) -> None:
+        for call, slot, output_nr in found.slots[node]:
+            got = waiting.setdefault(id(call), {})
+            got[slot] = grads[output_nr]
+            if len(got) == expected[id(call)]:
+                deltas = waiting.pop(id(call))
+                if all(d is None for d in deltas.values()):
+                    continue
+                call.unchanged()
+                visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
+                if not (retain_graph or create_graph):
+                    call.forget()
+
+    targets = list(found.slots) if create_graph else found.deepest()
+    handles: list[Any] = []
+    if not create_graph:
+        last = set(targets)
+        handles = [
+            node.register_prehook(lambda grads, node=node: arrive(node, grads))
+            for node in found.slots
+            if node not in last
+        ]
+    edges: list[GradientEdge] = [
+        GradientEdge(node, nr)
+        for node in targets
+        for nr in sorted({nr for _, _, nr in found.slots[node]})
+    ]
+    try:
+        # A backward, and all sums over what it finds, outside autocast wherever it is called
+        with paused(), torch.autocast(losses.device.type, enabled=False):
+            grads = list(
+                torch.autograd.grad(
+                    losses,
+                    [*edges, *extra],  # type: ignore[arg-type]
+                    torch.ones_like(losses) if weight is None else weight,
+                    create_graph=create_graph,
+                    retain_graph=retain_graph or create_graph,
+                    allow_unused=True,
+                )
+            )
+            rest: list[Tensor | None] = list(grads[len(edges) :])
+            arrived: dict[Node, dict[int, Tensor | None]] = {}
+            for edge, grad in zip(edges, grads, strict=False):
+                arrived.setdefault(edge.node, {})[edge.output_nr] = grad
+            del grads
+            with torch.set_grad_enabled(create_graph):
+                for node in targets:
+                    by_output = arrived.pop(node)
+                    arrive(node, [by_output.get(nr) for nr in range(max(by_output) + 1)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rest
+
+
+def _filled(call: Call, slot: int, delta: Tensor | None) -> Tensor:
+    if delta is not None:
+        return delta
+    output = call.outputs[slot]
+    if output is None:  # an output without gradient, an integer tensor for one
+        return torch.empty(0)
+    shape, dtype, device = output
+    return torch.zeros(shape, dtype=dtype, device=device)
