@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_statistics
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 N = 6
@@ -260,6 +261,32 @@ def test_recurrent_cell(cls: type[nn.Module]) -> None:
         return state[0] if isinstance(state, tuple) else state
 
     verify(cls(4, 3), torch.randn(N, 3, 4), call)
+
+
+class OwnNorm(nn.Module):
+    """A norm written out, as in many models: the generic rule has to differentiate it."""
+
+    def __init__(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.w, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.w, self.b)
+
+
+NORMS = {
+    "layer": lambda x, w, b: F.layer_norm(x.transpose(1, 2), (4,), w, b).transpose(1, 2),
+    "rms": lambda x, w, b: F.rms_norm(x.transpose(1, 2), (4,), w).transpose(1, 2) + b[:, None],
+    "group": lambda x, w, b: F.group_norm(x, 2, w, b),
+    "instance": lambda x, w, b: F.instance_norm(x, weight=w, bias=b),
+    "batch": lambda x, w, b: F.batch_norm(x, torch.zeros(4).to(x), torch.ones(4).to(x), w, b),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_norm_without_a_rule(norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    verify(OwnNorm(norm), torch.randn(N, 4, 5))
 
 
 OTHERS = {

@@ -1,16 +1,16 @@
-"""Any other module: ``torch.func`` on that module alone, at its recorded input and output
-gradient."""
+"""Any other module: ``torch.func`` on it alone, at its recorded input and output gradient."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -36,45 +36,102 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
     used = [slot for slot, output in enumerate(call.outputs) if output is not None]
     out_dims = [_output_dim(call, deltas[slot], slot, dim, samples) for slot in used]
 
-    def rows(tensor: Tensor, d: int) -> Tensor:
-        return tensor.unflatten(d, (samples, -1))  # what is left of d is one sample's own part
+    def rows(tensor: Tensor, d: int | None) -> Tensor:
+        # What is left of d is one sample's own part
+        return tensor if d is None else tensor.unflatten(d, (samples, -1))
 
-    mapped = tuple(rows(leaf, d) for leaf, d in zip(leaves, along, strict=True) if d is not None)
-    delta_rows = tuple(rows(deltas[slot], d) for slot, d in zip(used, out_dims, strict=True))
+    tensors = [(leaf, d) for leaf, d in zip(leaves, along, strict=True) if isinstance(leaf, Tensor)]
+    tensors += [(deltas[slot], d) for slot, d in zip(used, out_dims, strict=True)]
+    tensors += [(weight, None) for weight in (*chosen.values(), *others.values())]
 
-    def one(sample: tuple[Tensor, ...], delta: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        own = iter(sample)
-        full = [leaf if d is None else next(own) for leaf, d in zip(leaves, along, strict=True)]
+    def one(*given: Tensor) -> tuple[Tensor, ...]:
+        following = iter(given)
+        full = [next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(full, tree)
+        delta = tuple(next(following) for _ in used)
+        weights, rest = ({name: next(following) for name in some} for some in (chosen, others))
 
         def run(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            output = functional_call(module, ({**weights, **others}, buffers), args, kwargs)
+            output = functional_call(module, ({**weights, **rest}, buffers), args, kwargs)
             tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
             return tuple(tensors[slot] for slot in used)
 
-        return vjp(run, chosen)[1](delta)[0]
+        return tuple(vjp(run, weights)[1](delta)[0].values())
 
-    in_dims = (tuple(d for d in along if d is not None), tuple(out_dims))
     device, (autocast, dtype) = deltas[used[0]].device.type, call.autocast
-    with (
-        paused(),
-        torch.autocast(device, dtype=dtype, enabled=autocast),
-        _plain_kernels(),
-        _as_it_was(module),
-    ):
-        try:
-            grads = vmap(one, in_dims=in_dims, randomness="error")(mapped, delta_rows)
-        except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RuntimeError(
-                f"{call.where} has no layer rule, and torch.func cannot take its per-sample "
-                f"gradients: "
-                f"{reason} (dropout cannot be replayed: set it to 0 or to eval; for "
-                "anything else register a rule with fastdg.register_rule, or leave these "
-                "parameters "
-                "out with params=)"
-            ) from error
-    return {name: Dense(grad) for name, grad in grads.items()}
+    differentiable = torch.is_grad_enabled()
+
+    @contextmanager
+    def replay() -> Iterator[None]:
+        with (
+            paused(),
+            torch.autocast(device, dtype=dtype, enabled=autocast),
+            _plain_kernels(differentiable),
+            _as_it_was(module),
+        ):
+            yield
+
+    try:
+        grads = PerSample.apply(
+            one, replay, tuple(d for _, d in tensors), *(rows(t, d) for t, d in tensors)
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(
+            f"{call.where} has no layer rule, and torch.func cannot take its per-sample gradients: "
+            f"{reason} (dropout cannot be replayed: set it to 0 or to eval; for anything else "
+            "register a rule with fastdg.register_rule, or leave these parameters out with params=)"
+        ) from error
+    return {name: Dense(grad) for name, grad in zip(chosen, grads, strict=True)}
+
+
+class PerSample(torch.autograd.Function):
+    """``vmap(one)``, and as its backward one vmap over each sample's own pullback.
+
+    Autograd through vmap would do, were it right: what vmap makes of a layer norm takes mean and
+    spread for constants when it is differentiated.
+
+    Args:
+        one: a sample's tensors -> a tuple of tensors.
+        replay: context to run it in.
+        dims: which dimension of each tensor counts samples; None if all share it.
+        tensors: of all samples.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        one: Callable[..., tuple[Tensor, ...]],
+        replay: Callable[[], AbstractContextManager[None]],
+        dims: tuple[int | None, ...],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.one, ctx.replay, ctx.dims = one, replay, dims
+        ctx.save_for_backward(*tensors)
+        with replay():
+            return vmap(one, in_dims=dims, randomness="error")(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, dims = ctx.saved_tensors, ctx.dims
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+
+        def pull(upstream: tuple[Tensor, ...], *sample: Tensor) -> tuple[Tensor, ...]:
+            def changed(*new: Tensor) -> tuple[Tensor, ...]:
+                given = list(sample)
+                for i, tensor in zip(wanted, new, strict=True):
+                    given[i] = tensor
+                return ctx.one(*given)
+
+            return vjp(changed, *(sample[i] for i in wanted))[1](upstream)
+
+        with ctx.replay():
+            pulled = vmap(pull, in_dims=(0, *dims))(upstream, *tensors)
+        grads: list[Tensor | None] = [None] * len(tensors)
+        for i, grad in zip(wanted, pulled, strict=True):
+            grads[i] = grad.sum(0) if dims[i] is None else grad.movedim(0, dims[i])
+        return None, None, None, *grads
 
 
 def output_samples(call: Call) -> tuple[int, int]:
@@ -191,7 +248,7 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
+def _plain_kernels(differentiable: bool) -> Iterator[None]:
     """Fused CPU kernels (oneDNN's LSTM among them) have no batching rule; the plain ones do.
 
     Fused attention has no second derivative. Where an operation has no batching rule at all, torch
@@ -202,7 +259,7 @@ def _plain_kernels() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), ExitStack() as stack:
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            if torch.is_grad_enabled():
+            if differentiable:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
