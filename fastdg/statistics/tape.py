@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from .layers import spans_samples
@@ -116,7 +116,9 @@ class Recorder:
         """Look at every module that runs, until `settle`."""
         self.close()
         self.seen.clear()
-        self.handles.append(register_module_forward_hook(_Hook(self), with_kwargs=True))
+        self.handles.append(
+            torch_module.register_module_forward_hook(_Hook(self), with_kwargs=True)
+        )
         self.discovering, self.looked_at = True, 0
 
     discovering = False
@@ -203,7 +205,10 @@ class Recorder:
 
 def _remove(handles: list[Any]) -> None:
     while handles:
-        handles.pop().remove()
+        handle = handles.pop()
+        handle.remove()
+        # torch leaves this entry of a global hook behind, by which it still believes in the hook
+        torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
