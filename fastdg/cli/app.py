@@ -125,7 +125,7 @@ def demo(
     algorithms: Annotated[list[str] | None, _several(ALGORITHMS)] = None,
     datasets: Annotated[list[str] | None, _several(TASKS)] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 200,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-demo"
     ),
