@@ -17,29 +17,30 @@ def _value(estimate: Estimate) -> str:
 
 
 def demo_table(results: dict[str, Any], task: str) -> Table:
-    """Accuracy on each domain left out, and what a step costs; a row an algorithm."""
+    """Accuracy on each domain left out, and what a step costs; a column an algorithm."""
     shape, seeds = TASKS[task](0), results["plan"]["seeds"]
     title = f"{shape.name}: accuracy (%) on the domain left out"
     if seeds > 1:
-        title += f", mean ± standard error of {seeds} seeds"
+        title += f"\nmean ± standard error of {seeds} seeds"
     table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
-    table.caption = "domains and mean: checkpoint chosen on the training domains; last: last step"
-    table.add_column("algorithm", no_wrap=True)
-    several = len(shape.tested) > 1
-    for d in shape.tested:
-        table.add_column(shape.domains[d], justify="right")
-    for name in (*(("mean",) if several else ()), "last", "ms/step", "to ERM", "peak MB"):
-        table.add_column(name, justify="right")
-    for row in rows(results, task):
-        table.add_row(
-            row.title,
-            *(_value(estimate) for estimate in row.domains.values()),
-            *([_value(mean_and_error(row.chosen))] if several else []),
-            _value(mean_and_error(row.last)),
-            f"{1e3 * row.seconds:.2f}",
-            "–" if math.isnan(row.ratio) else f"{row.ratio:.2f}×",
-            f"{row.peak_bytes / 1e6:.1f}",
-        )
+    table.caption = "checkpoint: chosen on the training domains, or the last"
+    table.add_column("")
+    columns = rows(results, task)
+    for row in columns:
+        table.add_column(row.title, justify="right")
+    for domain in columns[0].domains:
+        table.add_row(domain, *(_value(row.domains[domain]) for row in columns))
+    mean = ""
+    if len(shape.tested) > 1:
+        mean = "mean, "
+        table.add_section()
+        table.add_row("mean", *(_value(mean_and_error(row.chosen)) for row in columns))
+    table.add_row(f"{mean}last step", *(_value(mean_and_error(row.last)) for row in columns))
+    table.add_section()
+    table.add_row("time per step (ms)", *(f"{1e3 * row.seconds:.1f}" for row in columns))
+    if not math.isnan(columns[0].ratio):
+        table.add_row("ratio to ERM", *(f"{row.ratio:.2f}" for row in columns))
+    table.add_row("peak memory (MB)", *(f"{row.peak_bytes / 1e6:.1f}" for row in columns))
     return table
 
 

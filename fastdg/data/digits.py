@@ -71,7 +71,7 @@ def coloured(seed: int) -> Task:
         x[torch.arange(len(rows)), (~colour).long()] = 0
         xs.append(x)
         ys.append(labels.long())
-    names = tuple(f"colour wrong {flip:.0%}" for flip in COLOUR_FLIPS)
+    names = tuple(f"colour wrong in {100 * flip:.0f} %" for flip in COLOUR_FLIPS)
     return Task("coloured digits", names, tuple(xs), tuple(ys), 2, (2,), 100 * (1 - LABEL_FLIP))
 
 

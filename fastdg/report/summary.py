@@ -29,7 +29,7 @@ class Row:
         domains: of the chosen checkpoint, on each domain left out, over seeds.
         chosen: one value a seed, the mean over the domains left out; of the chosen checkpoint.
         last: the same after the last step.
-        early: share of the runs whose chosen checkpoint lies before the penalty.
+        early: share of the runs whose chosen checkpoint lies before the full penalty.
         seconds: of a step, the median over runs of their medians.
         ratio: to ERM's step, the median over pairs of runs that followed each other.
         peak_bytes: of a step, the median over runs.
@@ -86,46 +86,55 @@ def rows(results: dict[str, Any], task: str) -> list[Row]:
     return out
 
 
-def _against(row: list[float], plain: list[float]) -> str:
-    gain, error = mean_and_error([a - b for a, b in zip(row, plain, strict=True)])
+# Two-sided 95 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def _clear(difference: Estimate, count: int) -> bool:
+    """Whether the 95 % interval of a mean of ``count`` values leaves out 0."""
+    mean, error = difference
+    return abs(mean) > STUDENT[min(count - 1, len(STUDENT)) - 1] * error
+
+
+def _against(row: list[float], plain: list[float], chance: float) -> str:
     values = f"{statistics.fmean(row):.1f} against {statistics.fmean(plain):.1f} %"
-    if math.isnan(error):
+    if len(row) < 2:
         return f"{values}, of one seed, which proves nothing"
-    if abs(gain) <= 2 * error:
-        return f"no clear difference to ERM ({values}; {gain:+.1f} ± {error:.1f} points)"
-    side = "better" if gain > 0 else "worse"
-    return f"{side} than ERM ({values}; {gain:+.1f} ± {error:.1f} points)"
+    gain, error = mean_and_error([a - b for a, b in zip(row, plain, strict=True)])
+    verdict = "no clear difference"
+    if _clear((gain, error), len(row)):
+        verdict = "better" if gain > 0 else "worse"
+    if not _clear(mean_and_error([value - chance for value in row]), len(row)):
+        verdict += f"; not clearly other than guessing, {chance:.0f} %"
+    return f"{values} ({gain:+.1f} ± {error:.1f}: {verdict})"
 
 
 def closing_words(results: dict[str, Any], task: str) -> list[str]:
-    """What the numbers show, from the numbers alone, a sentence each.
+    """What the numbers show, from the numbers alone, a line each.
 
-    A difference is the mean over seeds of the difference to ERM with the same seed; one within two
-    standard errors is called none.
+    A difference is the mean over seeds of the difference to ERM with the same seed, ± its standard
+    error; it is called clear if its 95 % interval (Student's t) leaves out 0.
     """
     table = rows(results, task)
     shape = TASKS[task](0)
     plain = next((row for row in table if row.algorithm == "erm"), None)
-    if plain is None or len(table) < 2:
+    others = [row for row in table if row is not plain]
+    if plain is None or not others:
         return [f"{shape.name}: nothing to compare; run erm and another algorithm."]
-    words = [f"{shape.name}, on the domain left out:"]
-    for row in table:
-        if row is plain:
-            continue
+    chance = 100 / shape.classes
+    words = [f"{shape.name}, against ERM on the domain left out:"]
+    words += [
+        f"{row.title}: chosen checkpoint {_against(row.chosen, plain.chosen, chance)}; "
+        f"last step {_against(row.last, plain.last, chance)}."
+        for row in others
+    ]
+    early = statistics.fmean(row.early for row in others)
+    if early > 0.5:
         words.append(
-            f"{row.title}, checkpoint chosen on the training domains: "
-            f"{_against(row.chosen, plain.chosen)}; after the last step: "
-            f"{_against(row.last, plain.last)}. A step takes {row.ratio:.2f} times ERM's."
+            f"In {100 * early:.0f} % of these runs the training domains' held-out parts fared best "
+            "before the full penalty, so the chosen checkpoint hardly shows it."
         )
-        if row.early > 0.5:
-            words.append(
-                f"The training domains chose a checkpoint from before the penalty in "
-                f"{row.early:.0%} of its runs: there, what the penalty takes away helps."
-            )
     if shape.best is not None:
-        words.append(
-            f"Who ignores what misleads is right in at most {shape.best:.0f} %, who guesses in "
-            f"{100 / shape.classes:.0f} %."
-        )
+        words.append(f"Ignoring what misleads gives at most {shape.best:.0f} %.")
     words.append(f"Penalty: {SETTINGS[task].source}.")
     return words
