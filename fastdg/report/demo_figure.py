@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..data.digits import TASKS
 from ..experiments.settings import ALGORITHMS, SETTINGS
@@ -22,7 +23,7 @@ def demo_figure(results: dict[str, Any], path: Path) -> None:
     plan = results["plan"]
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.0 * len(plan["tasks"]) + 0.35), layout="constrained")
-        grid = figure.subplots(len(plan["tasks"]), 3, squeeze=False, width_ratios=[1.5, 1, 1])
+        grid = figure.subplots(len(plan["tasks"]), 3, squeeze=False, width_ratios=[1.6, 1, 1])
         for line, task in zip(grid, plan["tasks"], strict=True):
             _accuracies(line[0], results, task)
             _variances(line[1], results, task)
@@ -62,18 +63,18 @@ def _accuracies(axes: Axes, results: dict[str, Any], task: str) -> None:
             capsize=2,
         )
     chance = 100 / shape.classes
-    lines = [(chance, ":", f"chance {chance:.0f} %")]
+    lines = [(chance, ":", "guessing")]
     if shape.best is not None:
-        lines.append((shape.best, "--", f"best without colour {shape.best:.0f} %"))
+        lines.append((shape.best, "--", "best without\ncolour"))
     for level, dashes, words in lines:
         axes.axhline(level, color="black", lw=0.7, ls=dashes, zorder=0)
         axes.annotate(
             words,
             (1, level),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 1.5),
+            xytext=(3, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             fontsize=7,
         )
     axes.set_ylim(0, 100)
@@ -105,8 +106,11 @@ def _variances(axes: Axes, results: dict[str, Any], task: str) -> None:
             ]
             axes.plot(steps, values, color=COLOURS[algorithm], lw=1.1, alpha=0.9)
     axes.set_yscale("log")
-    axes.set_ylabel("gradient variance of the head")
-    title = "variance, one line a training domain"
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("of each training domain")
+    title = "gradient variance of the head"
     if len(shape.tested) > 1:
         title += f" ({shape.domains[left_out]} left out)"
     axes.set_title(title)
@@ -133,12 +137,12 @@ def _distances(axes: Axes, results: dict[str, Any], task: str) -> None:
         high = [mean + error for mean, error in band]
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("relative distance")
-    axes.set_title("how far the domains' variances are apart")
+    axes.set_ylabel("relative to their mean")
+    axes.set_title("distance between the variances")
     _steps(axes, results, task)
 
 
 def _steps(axes: Axes, results: dict[str, Any], task: str) -> None:
     anneal = SETTINGS[task].anneal_steps(results["settings"]["steps"])
     axes.axvline(anneal, color="black", lw=0.7, ls=":")
-    axes.set_xlabel("step (dotted: the penalty gets its weight)")
+    axes.set_xlabel("step (dotted: full penalty)")
