@@ -1,0 +1,119 @@
+"""The command line: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import fastdg
+from fastdg.cli.app import app
+from fastdg.experiments import demo as experiment
+
+TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured"]
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_info_names_versions_and_every_backend() -> None:
+    result = call("info")
+    assert result.exit_code == 0
+    assert fastdg.__version__ in result.output
+    for name in fastdg.backends():
+        assert name in result.output
+
+
+def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "folder"
+    result = call("demo", *TINY, "--output", str(output))
+    assert result.exit_code == 0, result.output
+    for words in ("Fishr, head", "Fishr, all layers", "ratio to ERM", "peak memory", "proves noth"):
+        assert words in result.output
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["runs"]) == {f"coloured/2/0/{name}" for name in experiment.ALGORITHMS}
+    assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "figure.png").stat().st_size > 10_000
+    assert sorted(path.name for path in output.iterdir()) == ["figure.png", "results.json"]
+
+    before = (output / "results.json").read_bytes()
+    refused = call("demo", *TINY, "--steps", "4", "--output", str(output))
+    assert refused.exit_code == 2 and "steps was 3, now 4" in refused.output
+    assert (output / "results.json").read_bytes() == before
+
+
+def test_demo_draws_both_tasks(tmp_path: Path) -> None:
+    arguments = ["--seeds", "1", "--steps", "3", "--algorithms", "erm"]
+    result = call("demo", *arguments, "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert sum(line.startswith("┏") for line in result.output.splitlines()) == 2
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--algorithms", "irm"], "algorithms: expected some of erm, fishr-head"),
+        (["demo", "--datasets", "coloured,svhn"], "datasets: expected some of coloured, rotated"),
+        (["demo", "--seeds", "0"], "seeds: expected >= 1, got 0"),
+        (["reproduce", "colored-mnist", "--algorithms", "irm", "--data", "."], "got irm"),
+        (["reproduce", "colored-mnist", "--data", "nowhere"], "nowhere"),
+        (["reproduce", "colored-mnist"], "--data: expected the folder of MNIST's four idx files"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTDG_DATA", raising=False)
+    result = call(*arguments)
+    assert result.exit_code == 2
+    (line,) = [line for line in result.output.splitlines() if line.startswith("fastdg: ")]
+    assert words in line
+    assert "Traceback" not in result.output
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = call("demo", *TINY, "--output", str(tmp_path / "file"))
+    assert result.exit_code == 2
+    assert "file: File exists" in result.output
+
+
+def test_unknown_commands_and_options_are_refused() -> None:
+    assert call("train").exit_code == 2
+    assert call("demo", "--epochs", "3").exit_code == 2
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "train", interrupted)
+    result = call("demo", *TINY, "--output", str(tmp_path))
+    assert result.exit_code == 130
+    assert "Stopped. The same command goes on from here." in result.output
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == {}
+
+
+def test_it_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastdg", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for command in ("demo", "reproduce", "info"):
+        assert command in result.stdout
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdg import cli
+
+    monkeypatch.setattr(cli, "NEEDED", ("typer", "no_such_package_here"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert "needs no_such_package_here: pip install 'fastdg[demo]'" in str(stop.value)

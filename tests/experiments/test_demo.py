@@ -1,0 +1,337 @@
+"""The demo: its plan, its runs against plain torch, resuming, and what is said of the numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from fastdg import Fishr
+from fastdg.cli.tables import demo_table
+from fastdg.data.digits import TASKS
+from fastdg.experiments import demo, training
+from fastdg.experiments.demo import Plan
+from fastdg.experiments.settings import ALGORITHMS, LEARNING_RATE, SETTINGS
+from fastdg.experiments.storage import write_json
+from fastdg.report.summary import closing_words, mean_and_error, rows
+
+SMALL = Plan(tasks=("coloured",), seeds=1, steps=4)
+MEASURED = ("step_seconds", "peak_bytes")
+
+
+def same(run: dict[str, Any]) -> dict[str, Any]:
+    """What of a run does not depend on the machine."""
+    return {key: value for key, value in run.items() if key not in MEASURED}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"algorithms": ("irm",)}, "algorithms: expected some of erm, .*, got irm"),
+        ({"algorithms": ()}, "algorithms: expected .*, got none"),
+        ({"tasks": ("mnist",)}, "datasets: expected some of coloured, rotated, got mnist"),
+        ({"seeds": 0}, "seeds: expected >= 1, got 0"),
+        ({"steps": 2}, "steps: expected >= 3, got 2"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Plan(**changes)
+
+
+def test_units_are_every_combination_once_with_algorithms_in_turn() -> None:
+    units = list(Plan(seeds=2).units())
+    assert len({key for key, *_ in units}) == len(units) == 2 * 3 * (1 + 6)
+    assert units[0] == ("coloured/2/0/erm", "coloured", 2, 0, "erm")
+    assert [unit[-1] for unit in units[:3]] == list(ALGORITHMS)
+    assert {unit[2] for unit in units if unit[1] == "rotated"} == set(range(6))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, at: int) -> None:
+    whole = demo.run(SMALL, tmp_path / "whole.json")
+
+    def kill(key: str, done: int, total: int) -> None:
+        if done == at:
+            raise Killed
+
+    path = tmp_path / "killed.json"
+    with pytest.raises(Killed):
+        demo.run(SMALL, path, progress=kill)
+    kept = json.loads(path.read_text())["runs"]
+    assert len(kept) == at
+    resumed = demo.run(SMALL, path)
+    assert resumed["runs"].keys() == whole["runs"].keys()
+    for key, run in resumed["runs"].items():
+        assert same(run) == same(whole["runs"][key])
+        assert key not in kept or run == kept[key]  # times too: it was not run again
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.json", "whole.json"]
+
+
+def test_the_file_says_what_was_run_where_and_to_what_end(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    threads = torch.get_num_threads()
+    path = tmp_path / "results.json"
+    results = demo.run(SMALL, path, progress=lambda *now: told.append(now))
+    assert torch.get_num_threads() == threads
+    written = json.loads(path.read_text())
+    assert set(written) == {"settings", "machine", "runs"}
+    assert written["machine"]["threads"] == 1
+    assert written["settings"]["steps"] == 4
+    assert written["settings"]["rotated"] == SETTINGS["rotated"].identity()
+    assert [now[1:] for now in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    for key, *_ in SMALL.units():
+        run = written["runs"][key]
+        assert run == results["runs"][key]
+        assert set(run) == {"chosen", "last", "chosen_step", "curve", *MEASURED}
+        assert run["step_seconds"] > 0 and run["peak_bytes"] > 0
+        assert [point["step"] for point in run["curve"]] == [1, 2, 3, 4]
+        assert set(run["curve"][0]) == {
+            "step",
+            "loss",
+            "validation",
+            "test",
+            "variance",
+            "distance",
+        }
+
+
+def test_more_is_added_and_only_what_was_asked_for_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    first = demo.run(replace(SMALL, algorithms=("erm",)), path)
+    both = demo.run(replace(SMALL, algorithms=("fishr-head", "erm")), path)
+    assert both["runs"]["coloured/2/0/erm"] == first["runs"]["coloured/2/0/erm"]
+    again = demo.run(replace(SMALL, algorithms=("erm",)), path)
+    assert set(again["runs"]) == {"coloured/2/0/erm"}
+    assert len(json.loads(path.read_text())["runs"]) == 2
+    demo.run(replace(SMALL, algorithms=("erm",)), path, fresh=True)
+    assert len(json.loads(path.read_text())["runs"]) == 1
+
+
+def test_other_settings_and_other_files_are_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    only = replace(SMALL, algorithms=("erm",))
+    demo.run(only, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="steps was 4, now 5"):
+        demo.run(replace(only, steps=5), path)
+    assert path.read_bytes() == before
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="not a result file"):
+        demo.run(only, path)
+
+
+def plainly(name: str, left_out: int, seed: int, steps: int) -> tuple[nn.Module, list[float]]:
+    """ERM in plain torch on the same draws: the model, and the loss of every step."""
+    task, setting = TASKS[name](seed), SETTINGS[name]
+    generator = torch.Generator().manual_seed(1000 * seed + left_out)
+    fit, _ = training.split(task, [d for d in range(len(task.domains)) if d != left_out], generator)
+    torch.manual_seed(seed)
+    model = setting.network(task.images[0].shape[1], task.classes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    losses = []
+    for _ in range(steps):
+        xs, ys = [], []
+        for x, y in fit:
+            take = slice(None)
+            if setting.batch is not None:
+                take = torch.randint(len(y), (setting.batch,), generator=generator)
+            xs.append(x[take])
+            ys.append(y[take])
+        loss = F.cross_entropy(model(torch.cat(xs)), torch.cat(ys))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("coloured", 2), ("rotated", 4)])
+def test_erm_is_plain_training_on_the_batches_of_the_others(name: str, left_out: int) -> None:
+    task = TASKS[name](1)
+    model, losses = plainly(name, left_out, 1, 5)
+    run = training.train(task, SETTINGS[name], "erm", left_out, 1, 5)
+    assert [point["loss"] for point in run["curve"]] == pytest.approx(losses, rel=1e-5)
+    with torch.no_grad():
+        right = (model(task.images[left_out]).argmax(1) == task.labels[left_out]).float().mean()
+    assert run["last"] == pytest.approx(100 * float(right), abs=0.5)
+    # Without a weight, Fishr takes the same steps from the same start.
+    none = {"penalty_weight": 0.0, "pre_anneal_weight": 0.0, "reset_base": False}
+    setting = replace(SETTINGS[name], fishr=SETTINGS[name].fishr | none)
+    fishr = training.train(task, setting, "fishr-head", left_out, 1, 5)
+    assert [point["loss"] for point in fishr["curve"]] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_settings_give_the_optimizer_they_name(algorithm: str) -> None:
+    setting = SETTINGS["rotated"]
+    opt = setting.optimizer(algorithm, setting.network(1, 10), 5, 200)
+    params = ALGORITHMS[algorithm].params
+    assert isinstance(opt, Fishr) == (params is not None)
+    if isinstance(opt, Fishr):
+        assert (opt.params, opt.anneal_steps, opt.penalty_weight) == (params, 60, 10.0)
+        assert (opt.ema, opt.reduction, opt.pre_anneal_weight) == (0.95, "mean", 0.0)
+
+
+def test_the_first_best_mean_validation_chooses_and_the_domain_left_out_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = TASKS["coloured"](0)
+    validation = iter([(60, 70), (80, 90), (90, 80), (10, 99)])  # means 65, 85, 85, 54.5
+    test = iter([99.0, 1.0, 2.0, 100.0])
+    pair: list[float] = []
+
+    def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+        if x is task.images[2]:
+            return next(test)
+        if not pair:
+            pair.extend(next(validation))
+        return pair.pop()
+
+    monkeypatch.setattr(training, "accuracy", accuracy)
+    run = training.train(task, SETTINGS["coloured"], "erm", 2, 0, 4)
+    assert [point["validation"] for point in run["curve"]] == [65, 85, 85, 54.5]
+    assert (run["chosen_step"], run["chosen"], run["last"]) == (2, 1.0, 100.0)
+
+
+def test_the_split_is_four_fifths_of_each_training_domain() -> None:
+    task = TASKS["rotated"](0)
+    fit, held = training.split(task, [0, 2], torch.Generator().manual_seed(0))
+    for d, a, b in zip([0, 2], fit, held, strict=True):
+        assert len(a[1]) == round(0.8 * len(task.labels[d]))
+        both = torch.cat([a[0], b[0]]).flatten(1)
+        everything = task.images[d].flatten(1)
+        assert torch.equal(both.unique(dim=0), everything.unique(dim=0))
+
+
+def test_head_variances_are_those_of_per_sample_gradients() -> None:
+    task, setting = TASKS["coloured"](0), SETTINGS["coloured"]
+    model = setting.network(2, 2)
+    parts = [(task.images[d][:6], task.labels[d][:6]) for d in (0, 1)]
+    wanted = []
+    for xs, ys in parts:
+        grads = [
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(
+                        F.cross_entropy(model(x[None]), y[None]), list(model[-1].parameters())
+                    )
+                ]
+            )
+            for x, y in zip(xs, ys, strict=True)
+        ]
+        wanted.append(torch.stack(grads).var(0, correction=0))
+    v = torch.stack(wanted)
+    middle = v.mean(0)
+    variance, distance = training.head_variances(model, parts)
+    assert variance == pytest.approx(v.mean(1).tolist(), rel=1e-4)
+    apart = ((v - middle) ** 2).sum(1).mean().sqrt() / middle.norm()
+    assert distance == pytest.approx(float(apart), rel=1e-4)
+
+
+def results_of(
+    accuracies: dict[str, list[float]], chosen_step: int = 200, task: str = "coloured"
+) -> dict[str, Any]:
+    """Results with the given last accuracies of seeds 0, 1, ..., the chosen ones 1 above them."""
+    runs, seeds = {}, len(next(iter(accuracies.values())))
+    for k, (algorithm, values) in enumerate(accuracies.items()):
+        for seed, value in enumerate(values):
+            for d in TASKS[task](0).tested:
+                runs[f"{task}/{d}/{seed}/{algorithm}"] = {
+                    "chosen": value + d + 1,
+                    "last": value + d,
+                    "chosen_step": chosen_step,
+                    "step_seconds": (k + 1) * (0.01 + seed),
+                    "peak_bytes": 1000 * (k + 1),
+                }
+    plan = {"algorithms": tuple(accuracies), "tasks": (task,), "seeds": seeds}
+    return {"plan": plan, "settings": {"steps": 200}, "runs": runs}
+
+
+def test_rows_sum_up_over_domains_first_and_seeds_then() -> None:
+    table = rows(
+        results_of({"erm": [50, 53, 56], "fishr-head": [60, 60, 63]}, task="rotated"), "rotated"
+    )
+    plain, fishr = table
+    assert (plain.title, fishr.title) == ("ERM", "Fishr, head")
+    assert plain.domains["0°"] == pytest.approx((54, math.sqrt(3)))
+    assert plain.domains["75°"] == pytest.approx((59, math.sqrt(3)))
+    assert plain.chosen == pytest.approx([53.5, 56.5, 59.5])
+    assert fishr.last == pytest.approx([62.5, 62.5, 65.5])
+    assert (plain.seconds, plain.ratio) == pytest.approx((1.01, 1))
+    assert (fishr.seconds, fishr.ratio, fishr.peak_bytes) == pytest.approx((2.02, 2, 2000))
+    assert plain.early == 0
+    early = rows(results_of({"fishr-head": [1, 2]}, chosen_step=60), "coloured")[0]
+    assert early.early == 1 and math.isnan(early.ratio)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_table_fits_a_terminal_of_80_columns(task: str) -> None:
+    values = {name: [70.0, 80.0, 90.0] for name in ALGORITHMS}
+    console = Console(width=80, file=io.StringIO())
+    console.print(demo_table(results_of(values, task=task), task))
+    text = console.file.getvalue()
+    assert max(len(line.rstrip()) for line in text.splitlines()) < 80
+    for words in (*(ALGORITHMS[name].title for name in ALGORITHMS), "± 5.8", "peak memory (MB)"):
+        assert words in text
+    for domain in TASKS[task](0).tested:
+        assert TASKS[task](0).domains[domain] in text
+
+
+def test_the_error_of_one_value_is_not_a_number() -> None:
+    assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+    mean, error = mean_and_error([4.0])
+    assert mean == 4 and math.isnan(error)
+
+
+@pytest.mark.parametrize(
+    ("fishr", "words"),
+    [
+        ([65, 66, 64], "better)"),
+        ([15, 16, 14], "worse)"),
+        ([30, 31, 32], "no clear difference)"),
+        ([50, 47, 53], "better; not clearly other than guessing, 50 %)"),
+        # 4.3 standard errors make a difference of three seeds a clear one, not 2.
+        ([31, 33, 35], "no clear difference)"),
+    ],
+)
+def test_closing_words_follow_the_numbers(fishr: list[float], words: str) -> None:
+    said = closing_words(results_of({"erm": [30, 32, 31], "fishr-head": fishr}), "coloured")
+    line = next(line for line in said if line.startswith("Fishr"))
+    assert line.endswith(f"{words}.")
+    assert not any("before the full penalty" in line for line in said)
+    assert any("at most 75 %" in line for line in said)
+    assert said[-1] == f"Penalty: {SETTINGS['coloured'].source}."
+
+
+def test_closing_words_admit_what_proves_nothing() -> None:
+    one = closing_words(results_of({"erm": [30], "fishr-all": [70]}, chosen_step=20), "coloured")
+    assert "70.0 against 30.0 %" not in one[0]
+    assert "of one seed, which proves nothing" in one[1]
+    assert "In 100 % of these runs" in one[2]
+    for alone in ({"erm": [30, 31]}, {"fishr-head": [30, 31], "fishr-all": [1, 2]}):
+        (said,) = closing_words(results_of(alone), "coloured")
+        assert "nothing to compare" in said
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json({"a": 1}, path)
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
