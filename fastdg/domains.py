@@ -40,11 +40,6 @@ class Partition:
             (self.domains.unsqueeze(1) * groups + blocks).flatten(), self.num_domains * groups
         )
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values [N]`` over each domain, ``[D]``; NaN for an empty domain."""
-        total = values.new_zeros((self.num_domains,)).index_add(0, self.domains, values)
-        return total / self.count.to(values.dtype)
-
 
 def _sorted(domains: Tensor, num_domains: int) -> Partition:
     order = torch.argsort(domains, stable=True)

@@ -11,8 +11,18 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..statistics.api import moments_of
+from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
+from .settings import (
+    Setting,
+    check_count,
+    check_decay,
+    check_reduction,
+    check_switch,
+    check_weight,
+    checked,
+)
 from .wrapped import accumulate
 from .wrapper import Batch, DomainOptimizer
 
@@ -48,6 +58,9 @@ class Fishr(DomainOptimizer):
         model: skip discovery and watch this model.
         check: compare captured gradients with autograd's on the first backward.
 
+    The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
+    ``fishr_penalty_weight`` and so on): like lr they are saved, restored by loading, and scheduled.
+
     ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN
     for an empty domain) and ``domain_count`` (``[D]``). NaN losses give a NaN penalty and NaN
     gradients, as they do without the wrapper; the history is safe if `step` is skipped.
@@ -68,6 +81,13 @@ class Fishr(DomainOptimizer):
     prefix = "fishr"
     tensors = ("ema",)
 
+    penalty_weight: Setting[float] = Setting(check_weight)
+    anneal_steps: Setting[int] = Setting(check_count)
+    ema: Setting[float | None] = Setting(check_decay)
+    reduction: Setting[str] = Setting(check_reduction)
+    pre_anneal_weight: Setting[float] = Setting(check_weight)
+    reset_base: Setting[bool] = Setting(check_switch)
+
     def __init__(
         self,
         base: Optimizer,
@@ -83,29 +103,25 @@ class Fishr(DomainOptimizer):
         model: nn.Module | None = None,
         check: bool = True,
     ) -> None:
-        if ema is not None and not 0 <= ema < 1:
-            raise ValueError(f"ema: expected None or a decay in [0, 1), got {ema!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        if not (penalty_weight >= 0 and pre_anneal_weight >= 0):
-            raise ValueError(
-                "penalty_weight, pre_anneal_weight: expected numbers >= 0, "
-                f"got {penalty_weight!r} and {pre_anneal_weight!r}"
-            )
-        if not isinstance(anneal_steps, int) or anneal_steps < 0:
-            raise ValueError(f"anneal_steps: expected an integer >= 0, got {anneal_steps!r}")
-        self.penalty_weight = penalty_weight
-        self.anneal_steps = anneal_steps
-        self.ema = ema
-        self.reduction = reduction
-        self.pre_anneal_weight = pre_anneal_weight
-        self.reset_base = reset_base
-        super().__init__(base, params=params, num_domains=num_domains, model=model, check=check)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far; kept in ``param_groups`` and so in every checkpoint."""
-        return int(self.param_groups[0]["fishr_steps"])
+        given = checked(
+            type(self),
+            {
+                "penalty_weight": penalty_weight,
+                "anneal_steps": anneal_steps,
+                "ema": ema,
+                "reduction": reduction,
+                "pre_anneal_weight": pre_anneal_weight,
+                "reset_base": reset_base,
+            },
+        )
+        super().__init__(
+            base,
+            params=params,
+            num_domains=num_domains,
+            model=model,
+            check=check,
+            settings=given,
+        )
 
     def _weight(self) -> float:
         return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
@@ -114,7 +130,8 @@ class Fishr(DomainOptimizer):
         weight = self._weight()
         samples = sum(batch.losses.shape[0] for batch in staged)
         loss = _total([batch.losses for batch in staged]) / samples
-        if weight == 0 and self.params != "head" and not _hooked(staged):
+        plain = not _hooked(staged) and not _sparse(staged)
+        if weight == 0 and self.params != "head" and plain:
             moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])
             penalty, objective = self._penalty(moments, staged), loss
         else:
@@ -189,7 +206,6 @@ class Fishr(DomainOptimizer):
 
     def _commit(self) -> None:
         variance, present, named = self._pending
-        self.param_groups[0]["fishr_steps"] += 1
         if self.ema is None:
             return
         kept = self._kept["ema"]
@@ -202,19 +218,17 @@ class Fishr(DomainOptimizer):
             rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
             kept[p][: len(v)].lerp_(v, rate)
 
-    def _fill(self) -> None:
-        self.param_groups[0].setdefault("fishr_steps", 0)
-
     def _admit(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
     ) -> None:
         steps = groups[0].get("fishr_steps", 0)
-        if steps and self.ema is not None and not kept["ema"]:
+        decay = groups[0].get("fishr_ema", self._given["ema"])
+        if steps and decay is not None and not kept["ema"]:
             raise ValueError(
                 f"state_dict: it comes from a Fishr run of {steps} steps but has no fishr_ema "
                 "tensors, so the history would silently start anew. torch.distributed.checkpoint "
                 "fills in only what the optimizer already has: run one backward and step before "
-                "loading; or pass ema=None"
+                "loading; or set fishr_ema to None in its param_groups"
             )
         for p, ema in kept["ema"].items():
             if self.num_domains is not None and len(ema) != self.num_domains:
@@ -249,15 +263,24 @@ def _hooked(staged: Sequence[Batch]) -> bool:
     )
 
 
+def _sparse(staged: Sequence[Batch]) -> bool:
+    """Whether autograd would give a parameter a sparse gradient, as sparse optimizers ask for."""
+    return any(
+        getattr(call.module, "sparse", False) is True
+        for batch in staged
+        for call in batch.resolved.found.calls
+    )
+
+
 def _total(losses: Sequence[Tensor]) -> Tensor:
     if len(losses) == 1:
-        return losses[0].sum()
-    return torch.stack([part.sum() for part in losses]).sum()
+        return accumulated(losses[0]).sum()
+    return torch.stack([accumulated(part).sum() for part in losses]).sum()
 
 
 def _domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
     """Mean loss of each domain ``[D]``; NaN for an empty one."""
-    total = staged[0].losses.new_zeros(count.shape)
+    total = accumulated(staged[0].losses.detach()).new_zeros(count.shape)
     for batch in staged:
-        total.index_add_(0, batch.partition.domains, batch.losses.detach())
+        total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
     return total / count.to(total.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,15 +30,26 @@ def check_base(base: Any, name: str) -> None:
         )
 
 
-def names_of(groups: Sequence[dict[str, Any]], model: nn.Module | None) -> dict[Tensor, str]:
-    """Parameter -> its name: the model's, or the optimizer's, or its place in the groups."""
+def check_extent(num_domains: Any, model: Any) -> None:
+    """Raise unless these are a number of domains and a model, or None."""
+    integer = isinstance(num_domains, int) and not isinstance(num_domains, bool)
+    if num_domains is not None and (not integer or num_domains < 1):
+        raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def names_of(
+    groups: Sequence[dict[str, Any]], model: nn.Module | None, known: Mapping[Tensor, str]
+) -> dict[Tensor, str]:
+    """Parameter -> its name: the model's, or as known, or the optimizer's, or its place there."""
     given = {p: name for name, p in model.named_parameters()} if model is not None else {}
     names: dict[Tensor, str] = {}
     taken: set[str] = set()
     for g, group in enumerate(groups):
         texts = group.get("param_names") or [None] * len(group["params"])
         for i, (p, text) in enumerate(zip(group["params"], texts, strict=True)):
-            name = given.get(p, text)
+            name = given.get(p, known.get(p, text))
             if name is None or name in taken:  # two models may use the same names
                 name = f"param_groups[{g}][{i}]"
             names[p] = name
@@ -89,3 +101,24 @@ def accumulate(p: Tensor, grad: Tensor) -> None:
     else:
         with torch.no_grad():
             p.grad.add_(grad)
+
+
+@contextmanager
+def all_or_nothing(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """What is written to ``.grad`` inside is added to what was there, unless it fails."""
+    parameters = [p for group in groups for p in group["params"]]
+    before = [(p, p.grad) for p in parameters if p.grad is not None]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = None
+        for p, grad in before:
+            p.grad = grad
+        raise
+    for p, grad in before:
+        added, p.grad = p.grad, grad
+        if added is not None:
+            accumulate(p, added)

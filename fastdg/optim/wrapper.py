@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from torch.optim import Optimizer
 
 from ..domains import Partition, partition
 from ..statistics.api import Resolved, Tape, check_losses, listed
+from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
-from .wrapped import accumulate, check_base, check_params, fresh_state, names_of
+from . import loading
+from .support import is_probe, refuse_groups, refuse_ranks, refuse_scaler
+from .wrapped import all_or_nothing, check_base, check_extent, check_params, fresh_state, names_of
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -46,20 +49,25 @@ class DomainOptimizer(Optimizer):
         model: skip discovery and watch this model's layers.
         check: on the first backward compare captured with autograd's gradients (two further
             backward passes).
+        settings: the algorithm's own, checked; each is a `Setting` of the class.
     """
 
     base: Optimizer
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
+    # torch.amp.GradScaler then shows itself to `step`, which refuses it
+    _step_supports_amp_scaling = True
 
     _tape: Tape
     _staged: list[Batch]
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
+    _loading = False
+    _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
     # patch onto the instance.
-    _transient = ("_tape", "_staged", "_ready", "_pending", "_statistics", "_model")
+    _transient = ("_tape", "_staged", "_ready", "_pending", "_statistics", "_model", "_loaded")
     _patched = ("step", "_opt_called")
 
     def __init__(
@@ -70,6 +78,7 @@ class DomainOptimizer(Optimizer):
         num_domains: int | None = None,
         model: nn.Module | None = None,
         check: bool = True,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(base, DomainOptimizer):
             raise TypeError(
@@ -77,20 +86,25 @@ class DomainOptimizer(Optimizer):
                 f"each has a backward of its own; give {type(self).__name__} the optimizer inside"
             )
         check_base(base, type(self).__name__)
-        if num_domains is not None and (not isinstance(num_domains, int) or num_domains < 1):
-            raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        refuse_groups(base.param_groups, type(self).__name__)
+        check_extent(num_domains, model)
         self.base = base
         self.params = listed(params)
         self.num_domains = num_domains
         self.check = check
         self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
-        self._names = names_of(self.param_groups, model)
+        self._names = names_of(self.param_groups, model, {})
         check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
         self._watch(model)
         self._clear()
+        loading.attach(self)
+        # The optimizer may have been wrapped before: its history goes on, under these settings
+        for p, name in product(self._names, self.tensors):
+            if (tensor := self.state.get(p, {}).get(f"{self.prefix}_{name}")) is not None:
+                self._kept[name][p] = accumulated(tensor)
+        self._given = {"steps": 0, **(settings or {})}
+        self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
         self._fill()
 
     # -- the wrapped optimizer's own, by reference --
@@ -119,6 +133,11 @@ class DomainOptimizer(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
+    @property
+    def steps(self) -> int:
+        """Steps taken so far; kept in ``param_groups`` and so in every checkpoint."""
+        return int(self.param_groups[0].get(f"{self.prefix}_steps", 0))
+
     # -- training --
 
     def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
@@ -138,7 +157,7 @@ class DomainOptimizer(Optimizer):
             TypeError, ValueError: ``losses`` or ``domains`` are not as described; batch norm in
                 training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's.
+                the captured gradients are not autograd's; training runs on several ranks.
 
         After an error ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
@@ -146,9 +165,9 @@ class DomainOptimizer(Optimizer):
         try:
             self._stage(losses, domains)
             if not final:
-                return losses.detach().mean()
+                return accumulated(losses.detach()).mean()
             staged, self._staged = self._staged, []
-            with paused(), self._all_or_nothing():
+            with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
         except BaseException:
             self._staged = []
@@ -158,6 +177,8 @@ class DomainOptimizer(Optimizer):
 
     def _stage(self, losses: Tensor, domains: Tensor) -> None:
         check_losses(losses)
+        refuse_ranks(type(self).__name__)
+        refuse_groups(self.param_groups, type(self).__name__)
         if self._size() != self._watched:
             self._rewatch()
             raise RuntimeError(
@@ -177,26 +198,6 @@ class DomainOptimizer(Optimizer):
             call.swept = True
         self._tape.recorder.settle()
         self._staged.append(Batch(losses, parts, resolved))
-
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """What is written to ``.grad`` inside is added to what was there, unless it fails."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        before = [(p, p.grad) for p in parameters if p.grad is not None]
-        for p, _ in before:
-            p.grad = None
-        try:
-            yield
-        except BaseException:
-            for p in parameters:
-                p.grad = None
-            for p, grad in before:
-                p.grad = grad
-            raise
-        for p, grad in before:
-            added, p.grad = p.grad, grad
-            if added is not None:
-                accumulate(p, added)
 
     @abstractmethod
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
@@ -219,8 +220,10 @@ class DomainOptimizer(Optimizer):
             The mean loss if a closure was given, else None.
 
         Raises:
-            RuntimeError: `backward` was not called since the last step, or not with ``final=True``.
+            RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
+                the call comes from a ``torch.amp.GradScaler``.
         """
+        refuse_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -232,8 +235,7 @@ class DomainOptimizer(Optimizer):
                     )
                 loss = self.backward(*result)
         elif self._staged or not self._ready:
-            # Checkpoint libraries call step() on a fresh optimizer, every lr 0, to make its state.
-            if self._staged or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            if self._staged or not is_probe(self.base):
                 missing = "a final backward" if self._staged else "a backward"
                 raise RuntimeError(
                     f"{type(self).__name__}.step() needs {missing} before it: call "
@@ -244,6 +246,7 @@ class DomainOptimizer(Optimizer):
             return None
         self._prepare()
         self.base.step()
+        self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
         self._commit()
         self._ready, self._pending = False, None
         for p, name, tensor in self._own_tensors():
@@ -291,7 +294,8 @@ class DomainOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this wrapper, or by the bare wrapped optimizer.
 
-        From the latter the wrapper's own state starts anew.
+        From the latter the wrapper's own state starts anew, with the constructor's settings.
+        Loading through ``opt.base`` does the same.
 
         Raises:
             ValueError: the state was saved with another number of domains, or lacks tensors it
@@ -301,32 +305,35 @@ class DomainOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        # Ids may be names (torch.distributed.checkpoint): the order of the groups says which is who
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        named = dict(zip(ids, (p for g in self.param_groups for p in g["params"]), strict=False))
+        rest = self._take(state_dict)
+        self._loading = True  # so that the hooks of `loading` do not take it again
+        try:
+            self.base.load_state_dict(rest)
+        finally:
+            self._loading = False
+        self._taken()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What the wrapped optimizer shall load of this state; the wrapper's own is set aside."""
+        groups = state_dict["param_groups"]
+        named = loading.by_id(groups, (p for g in self.param_groups for p in g["params"]))
         own = {f"{self.prefix}_{name}": name for name in self.tensors}
-        kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
-        rest: dict[Any, Any] = {}
-        for i, entry in state_dict["state"].items():
-            if i in named:
-                p = named[i]
-                for key in own.keys() & entry.keys():
-                    kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
-                entry = {key: value for key, value in entry.items() if key not in own}
-            if entry:
-                rest[i] = entry
-        if len(ids) == self._size():  # otherwise the wrapped optimizer refuses it
-            self._admit(kept, state_dict["param_groups"])
         # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
-        self.base.load_state_dict({**state_dict, "state": rest})
-        self._kept = kept
+        self._loaded, rest = loading.split(state_dict["state"], named, own)
+        if sum(len(group["params"]) for group in groups) == self._size():  # or it is refused there
+            self._admit(self._loaded, groups)
+        return {**state_dict, "state": rest}
+
+    def _taken(self) -> None:
+        """The wrapped optimizer has loaded its part: now the wrapper does."""
+        self._kept, self._loaded = self._loaded, {}
         for p, name, tensor in self._own_tensors():
             if self.state.get(p):  # an entry of ours alone would pass for the wrapped optimizer's
                 self.state[p][name] = tensor
         self._clear()
         self._fill()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def _admit(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
@@ -334,7 +341,9 @@ class DomainOptimizer(Optimizer):
         """Refuse a state that does not fit, before anything is changed."""
 
     def _fill(self) -> None:
-        """Give the first group the wrapper's counters where they are missing."""
+        """Give the first group what it lacks of the wrapper's settings and counters."""
+        for name, value in self._given.items():
+            self.param_groups[0].setdefault(f"{self.prefix}_{name}", value)
 
     def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         for name, tensors in self._kept.items():
@@ -349,7 +358,7 @@ class DomainOptimizer(Optimizer):
 
     def _rewatch(self) -> None:
         model = self._model() if self._model is not None else None
-        self._names = names_of(self.param_groups, model)
+        self._names = names_of(self.param_groups, model, self._names)
         self._watch(model)
 
     def _watch(self, model: nn.Module | None) -> None:
@@ -374,6 +383,7 @@ class DomainOptimizer(Optimizer):
         Optimizer.__setstate__(self, state)
         self._watch(None)
         self._clear()
+        loading.attach(self)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())

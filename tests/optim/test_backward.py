@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bases import batch, emas, network, same, steps, trained, wrap
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, SparseAdam
 
 import fastdg
 
@@ -267,3 +267,43 @@ def test_evaluation_between_forward_and_backward_is_not_the_forward() -> None:
     opt.step()
     steps(twin, reference, [5])
     same(model, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@TWO_WAYS
+def test_low_precision_losses_are_averaged_in_float32(
+    params: str, weight: float, dtype: torch.dtype
+) -> None:
+    """Sums over many samples neither stop growing nor overflow."""
+    model = nn.Linear(1, 1, bias=False).to(dtype)
+    opt = sgd(model, params=params, penalty_weight=weight)
+    x = torch.ones(8192, 1, dtype=dtype)
+    d = torch.arange(8192) % 2
+    with torch.no_grad():
+        model.weight.fill_(10.0)
+    losses = model(x).squeeze(1) + d.to(dtype)
+    assert float(opt.backward(losses, d)) == 10.5
+    assert opt.statistics["domain_loss"].tolist() == [10.0, 11.0]
+    assert opt.statistics["domain_count"].tolist() == [4096, 4096]
+    assert model.weight.grad.dtype == dtype and float(model.weight.grad) == 1.0
+    partial = opt.backward(model(x).squeeze(1), d, final=False)
+    assert partial.dtype == torch.float32 and float(partial) == 10.0
+
+
+@pytest.mark.parametrize("params", ["all", "words"])
+def test_sparse_gradients_stay_sparse(params: str) -> None:
+    """Whether or not the penalty is on: sparse optimizers take nothing else."""
+    model = nn.Sequential(nn.Embedding(20, 3, sparse=True), nn.Flatten(), nn.Linear(6, 3))
+    words = torch.randint(20, (9, 2))
+    opt = fastdg.Fishr(
+        SparseAdam(model[0].parameters(), lr=0.1),
+        params="all" if params == "all" else [model[0].weight],
+        anneal_steps=2,
+    )
+    _, y, d = data(9)
+    for _ in range(4):
+        opt.zero_grad()
+        opt.backward(ce(model, words, y), d)
+        assert model[0].weight.grad.is_sparse
+        opt.step()
+    assert opt.steps == 4

@@ -1,0 +1,57 @@
+"""Ways to train that the wrappers do not support, told apart from those that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+
+def refuse_ranks(name: str) -> None:
+    """Raise if several processes train together: each would see the domains of its own batch."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        raise RuntimeError(
+            f"{name}: distributed training is not supported yet, and torch.distributed is "
+            f"initialised with {ranks} ranks: the statistics would be those of each rank's own "
+            "samples, and the gradients would differ between ranks. Train in one process."
+        )
+
+
+def refuse_scaler(opt: Optimizer) -> None:
+    """Raise if the step comes from ``GradScaler.step``: variances scale with the square.
+
+    The scaler sets two attributes on an optimizer that has ``_step_supports_amp_scaling``.
+    """
+    found = [opt.__dict__.pop(key, None) for key in ("found_inf", "grad_scale")]
+    if any(value is not None for value in found):
+        raise RuntimeError(
+            f"{type(opt).__name__}: GradScaler is not supported yet: bf16 autocast needs none. "
+            "Call opt.step() yourself, and opt.backward on losses that are not scaled."
+        )
+
+
+def refuse_groups(groups: Sequence[dict[str, Any]], name: str) -> None:
+    """Raise if the wrapped optimizer ascends."""
+    if any(group.get("maximize") for group in groups):
+        raise ValueError(
+            f"base: its param_groups say maximize=True, so that {name} would maximise the penalty "
+            "too; use maximize=False and negate the losses"
+        )
+
+
+def is_probe(base: Optimizer) -> bool:
+    """Whether a step without a backward is only to make the state of a fresh optimizer.
+
+    Checkpoint libraries do that with every lr 0 and gradients of zeros.
+    """
+    parameters: list[Tensor] = [p for group in base.param_groups for p in group["params"]]
+    return (
+        not base.state
+        and all(float(group.get("lr", 1)) == 0 for group in base.param_groups)
+        and not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
+    )
