@@ -56,6 +56,9 @@ def single(samples: int, device: torch.device) -> Partition:
     )
 
 
+MOST_DOMAINS = 1000  # that are not taken for a mistake
+
+
 def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -> Partition:
     """Check domain ids against the losses they belong to and sort the samples by domain.
 
@@ -69,8 +72,8 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
 
     Raises:
         TypeError: ``domains`` is not an integer tensor, ``num_domains`` not an integer.
-        ValueError: wrong length, wrong device, a negative id, an id >= ``num_domains``, or
-            ``num_domains`` < 1.
+        ValueError: wrong length, wrong device, a negative id, an id >= ``num_domains``, an id that
+            is a year or a key rather than a row number, or ``num_domains`` < 1.
     """
     if not isinstance(domains, Tensor):
         raise TypeError(
@@ -107,6 +110,12 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
         if low < 0:
             raise ValueError(f"domains: expected ids >= 0, got {low}")
         if num_domains is None:
+            if high >= max(MOST_DOMAINS, ids.numel()):
+                raise ValueError(
+                    f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, and "
+                    "results have a row for each; torch.unique(ids, return_inverse=True)[1] makes "
+                    "such ids, num_domains= says that there are so many"
+                )
             num_domains = high + 1
         elif high >= num_domains:
             raise ValueError(

@@ -88,6 +88,21 @@ def _training() -> Iterator[Callable[[str, int, int], None]]:
         raise typer.Exit(130) from None
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"fastdg {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Gradient statistics and algorithms for domain generalisation."""
+
+
 @app.command()
 def info() -> None:
     """Versions, the backends that are here, and why one is not."""
