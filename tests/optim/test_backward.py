@@ -290,6 +290,14 @@ def test_low_precision_losses_are_averaged_in_float32(
     assert partial.dtype == torch.float32 and float(partial) == 10.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_parameters_have_float32_statistics(dtype: torch.dtype) -> None:
+    model, opt = trained(lambda p: SGD(p, lr=0.1), dtype, params="all")
+    for p in model.parameters():
+        assert p.grad.dtype == dtype
+        assert opt.state[p]["fishr_ema"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("params", ["all", "words"])
 def test_sparse_gradients_stay_sparse(params: str) -> None:
     """Whether or not the penalty is on: sparse optimizers take nothing else."""

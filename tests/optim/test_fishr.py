@@ -350,16 +350,6 @@ def test_statistics() -> None:
     torch.testing.assert_close(s["domain_loss"][3], losses.detach()[[2, 6]].mean())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_parameters_have_float32_statistics(dtype: torch.dtype) -> None:
-    model = mlp().to(dtype)
-    opt = make_opt(model, "all")
-    train(opt, model, batches("mlp", 3, dtype=dtype))
-    for p in model.parameters():
-        assert p.grad.dtype == dtype
-        assert opt.state[p]["fishr_ema"].dtype == torch.float32
-
-
 @functools.cache
 def miniature(params: str, backend: str, dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
     """Sixty steps on three domains that differ in noise: the losses and penalties, the model."""
