@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..domains import Partition, partition
-from ..statistics.api import Resolved, Tape, check_losses, listed
+from ..statistics.api import Resolved, Tape, check_losses, listed, spent
 from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading
@@ -50,6 +50,9 @@ class DomainOptimizer(Optimizer):
         check: on the first backward compare captured with autograd's gradients (two further
             backward passes).
         settings: the algorithm's own, checked; each is a `Setting` of the class.
+
+    Statistics run backward from ``losses.sum()``, so hooks on activations see N times the gradient
+    that ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
     base: Optimizer
@@ -169,6 +172,7 @@ class DomainOptimizer(Optimizer):
             staged, self._staged = self._staged, []
             with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
+            spent(batch.losses for batch in staged)
         except BaseException:
             self._staged = []
             raise

@@ -14,7 +14,7 @@ from ..domains import Partition, partition
 from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
-from .graph import Found, find
+from .graph import Found, find, forget
 from .moments import DomainMoments
 from .tape import Call, Recorder, Selection
 
@@ -78,9 +78,14 @@ class Tape:
             calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
         refuse_mixing(found, calls)
         found = found.keep(calls)
-        if self.check:
+        if self.check and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, chosen)
         return Resolved(found, owned, chosen)
+
+
+def spent(losses: Iterable[Tensor]) -> None:
+    """Free what was recorded of the forwards below ``losses``, of which no more is wanted."""
+    forget(part.grad_fn for part in losses if part.grad_fn is not None)
 
 
 def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:
@@ -170,6 +175,10 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
         check: compare the captured gradients with autograd's the first time a layer is used (two
             further backward passes).
 
+    Statistics run backward from ``losses.sum()``: hooks on activations (``tensor.register_hook``)
+    see N times the gradient that ``losses.mean()`` gives them, and a hook that does something
+    nonlinear to it, such as clamping, acts on that.
+
     Raises:
         TypeError, ValueError: an argument is not as described.
 
@@ -222,6 +231,8 @@ def _by_name(
 
     found, owned, chosen = tape.resolve(losses)
     collect(losses, found, owned, chosen.__contains__, use, retain_graph=retain_graph)
+    if not retain_graph:
+        spent([losses])
     return {name: out[name] for name in chosen if name in out}
 
 
@@ -296,9 +307,12 @@ def domain_moments(
     """
     parts = _partition(tape, losses, domains, num_domains)
     resolved = tape.resolve(losses)
-    return moments_of(
+    moments, _ = moments_of(
         losses, resolved, parts, create_graph=create_graph, retain_graph=retain_graph
-    )[0]
+    )
+    if not (retain_graph or create_graph):
+        spent([losses])
+    return moments
 
 
 def domain_gradients(

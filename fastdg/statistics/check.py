@@ -93,8 +93,10 @@ def verify(
     Raises:
         RuntimeError: a parameter's gradients do not agree; names it and the likely cause.
     """
-    generator = torch.Generator().manual_seed(0)  # the user's random stream is not touched
-    weights = 0.5 + torch.rand(losses.shape[0], generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
+    weights = 0.5 + torch.rand(
+        losses.shape[0], generator=generator, dtype=torch.float64, device="cpu"
+    )
     w = weights.to(losses)
     expected = dict(
         zip(parameters, gradients_of(losses, list(parameters.values()), w), strict=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from .tape import Call, Recorder, notes_of, paused
+from .tape import Call, Recorder, notes_of, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
 
@@ -204,11 +204,24 @@ def sweep(
     return rest
 
 
+def forget(roots: Iterable[Node]) -> None:
+    """Let go of the inputs of all calls on spent graphs, which may live on with their losses."""
+    pending = list(roots)
+    seen = set(pending)
+    for node in pending:  # grows while we walk it
+        for _, call, _, _ in notes_on(node):
+            call.forget()
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                pending.append(below)
+
+
 def _filled(call: Call, slot: int, delta: Tensor | None) -> Tensor:
     if delta is not None:
         return delta
     output = call.outputs[slot]
     if output is None:  # an output without gradient, an integer tensor for one
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     shape, dtype, device = output
     return torch.zeros(shape, dtype=dtype, device=device)

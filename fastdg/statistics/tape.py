@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         module: the module.
-        args, kwargs: what it was called with, detached from nothing.
+        args, kwargs: what it was called with, each tensor by an alias of it (`_Aliases`).
         parameters: local name -> full name of its own tracked parameters.
         outputs: shape, dtype and device of each tensor it returned that carries a gradient, else
             None.
@@ -78,8 +78,9 @@ class Call:
     def unchanged(self) -> None:
         if self.forgotten:
             raise RuntimeError(
-                f"{self.where}: this forward was used up by a statistic with retain_graph=False; "
-                "pass retain_graph=True there, or run the model again"
+                f"{self.where}: this forward was used up by a statistic with retain_graph=False "
+                "or by an optimizer's backward; pass retain_graph=True there, ask before that "
+                "backward, or run the model again"
             )
         for tensor, version in self.versions:
             if tensor._version != version:
@@ -170,25 +171,26 @@ class Recorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Record a call; returns what the module shall return in place of ``output``, or None."""
-        if not torch.is_grad_enabled() or _paused.get():
+        if not torch.is_grad_enabled() or _paused.get() or torch._C._is_tracing():
             return None
+        if torch._C._are_functorch_transforms_active():
+            return None  # the user's own torch.func transform, for which fastdg.func is
         own = self._own(module)
         if not own and not spans_samples(module):
             return None
         replaced = _apart(module, output)
         tensors = _tensors(replaced)
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-            return None  # inside the user's own torch.func transform, for which fastdg.func is
         self.seen.setdefault(id(module), weakref.ref(module))
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
+        aliases = _Aliases(inputs)
         call = Call(
             module=module,
-            args=args,
-            kwargs=kwargs,
+            args=aliases.of(args),
+            kwargs=aliases.of(kwargs) if kwargs else {},
             parameters=own,
             outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
-            versions=[(t, t._version) for t in inputs if not t.is_inference()],
+            versions=[(t, t._version) for t in aliases.each.values() if not t.is_inference()],
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.alive.add(call)
@@ -211,16 +213,24 @@ def _remove(handles: list[Any]) -> None:
         torch_module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
-def _notes(node: Node) -> dict[str, list[tuple[Recorder, Call, int, int]]]:
+Note = tuple["Recorder", Call, int, int]
+
+
+def _notes(node: Node) -> dict[str, list[Note]]:
     """The dictionary that lives and dies with a graph node (torch types it as a method)."""
     return node.metadata  # type: ignore[return-value]
 
 
+def notes_on(node: Node) -> Sequence[Note]:
+    """What any recorder left there: (recorder, call, which of its outputs, which of the node's)."""
+    return _notes(node).get(_KEY, ())
+
+
 def notes_of(node: Node, recorder: Recorder) -> list[tuple[Call, int, int]]:
-    """What ``recorder`` left there: (call, which of its outputs, which output of the node)."""
+    """What ``recorder`` left there."""
     return [
         (call, slot, output_nr)
-        for owner, call, slot, output_nr in _notes(node).get(_KEY, ())
+        for owner, call, slot, output_nr in notes_on(node)
         if owner is recorder
     ]
 
@@ -232,6 +242,39 @@ def _tensors(tree: Any) -> list[Tensor]:
     if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
         return list(tree)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory and version counter, behind the graph node that the tensor has now."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+class _Aliases:
+    """One alias for each tensor a module was given, as autograd keeps what it saves.
+
+    A tensor that is changed in place later on gets a new graph node, one below which the module's
+    own may lie. Kept by that node it would keep itself alive, in a cycle that no collector sees.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.each = {id(t): _Alias.apply(t) if t.requires_grad else t.detach() for t in tensors}
+
+    def of(self, tree: Any) -> Any:
+        """``tree`` with an alias in place of each tensor."""
+        if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
+            return (self.each[id(tree[0])],)
+        return pytree.tree_map_only(Tensor, lambda tensor: self.each[id(tensor)], tree)
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
