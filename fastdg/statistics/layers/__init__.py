@@ -1,11 +1,9 @@
 """Layer rules: from a layer's input and output gradient to its parameters' per-sample gradients.
 
 A rule is a function ``rule(module, inputs, delta) -> dict[str, Factor]``. ``inputs`` are the
-positional arguments
-of the call, ``delta`` is the gradient of the summed losses at the output, and the result has a
-`Factor` for each
-of the module's own parameters. Register one with `register_rule`; whatever has none is served by
-`generic`.
+positional arguments of the call, ``delta`` is the gradient of the summed losses at the output, and
+the result has a `Factor` for each of the module's own parameters. Register one with
+`register_rule`; whatever has none is served by `generic`.
 """
 
 from __future__ import annotations
@@ -27,7 +25,9 @@ def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
     """Register how a layer's per-sample gradients are made (decorator).
 
     The rule serves exactly the classes named, and subclasses that inherit their ``forward``
-    unchanged.
+    unchanged. Without one a module is run again for its gradients, which for a parameter of the
+    root module's own (a ViT's ``pos_embed``) is the whole network: give such a parameter a small
+    module.
 
     Example:
         >>> @fastdg.register_rule(Scale)                # y = x * module.gain, x (N, C)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -14,14 +15,26 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from ..factors import Dense, Factor
 from ..tape import Call, paused
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MAKES_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
+
 
 def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
-    """Per-sample gradients of the parameters ``names`` (local to the module) by ``vmap(vjp)``."""
+    """Per-sample gradients of the parameters ``names`` (local to the module) by ``vmap(vjp)``.
+
+    The module's forward is run again: all of it, a whole network if its root owns a parameter
+    without a module of its own. Hooks on it and on what it contains are left out of this replay:
+    they would be shown tensors of torch.func. What the module's ``forward`` does to Python state
+    (a counter, a list of features) it does once more.
+    """
     module = call.module
     dim, samples = output_samples(call)
     every = dict(module.named_parameters(remove_duplicate=False))
@@ -231,16 +244,25 @@ def _as_it_was(module: nn.Module) -> Iterator[None]:
     """A replay makes the weights the forward made, and leaves the module as it was.
 
     Spectral norm in training has iterated in the forward, and shall not do so again. Old-style
-    weight norm sets ``weight``, which would be left a tensor of torch.func.
+    weight norm sets ``weight``, which would be left a tensor of torch.func. Of the hooks those run
+    that make weights.
     """
     inside = list(module.modules())
     before = [{k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in inside]
+    hooks = [(m, {name: vars(m)[name] for name in _HOOKS if name in vars(m)}) for m in inside]
     spectral = [m for m in inside if isinstance(m, _SpectralNorm) and m.training]
     for norm in spectral:
         norm.training = False
+    for inner, tables in hooks:
+        for name, table in tables.items():
+            if table:
+                made = {k: hook for k, hook in table.items() if isinstance(hook, _MAKES_WEIGHTS)}
+                vars(inner)[name] = OrderedDict(made)
     try:
         yield
     finally:
+        for inner, tables in hooks:
+            vars(inner).update(tables)
         for norm in spectral:
             norm.training = True
         for inner, tensors in zip(inside, before, strict=True):
