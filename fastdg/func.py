@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .domains import Partition, partition
+from .statistics.factors import flat
 from .statistics.moments import DomainMoments
 from .statistics.stream import Moments, Norms, Problem, Randomness, Samples, stream
 
@@ -157,8 +158,7 @@ def domain_gram(
         chunk_size=chunk_size,
         randomness=randomness,
     )
-    flat = (g.flatten(1) if g.dim() > 1 else g.unsqueeze(1) for g in gradients.values())
-    return torch.stack([g @ g.t() for g in flat]).sum(0)
+    return torch.stack([g @ g.t() for g in map(flat, gradients.values())]).sum(0)
 
 
 def per_sample_gradients(

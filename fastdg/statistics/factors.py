@@ -18,11 +18,20 @@ from ..ops.window import unfold
 
 
 def accumulated(x: Tensor) -> Tensor:
-    """``x`` in the dtype statistics are computed in: float64 stays, all else is float32."""
+    """``x`` in the dtype statistics are computed in: float64 stays, all else is float32.
+
+    Raises:
+        TypeError: ``x`` is complex.
+    """
+    if x.is_complex():
+        raise TypeError(
+            f"params: expected layers with real parameters and gradients, got {x.dtype}; leave the "
+            "complex ones out with params="
+        )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _flat(grads: Tensor) -> Tensor:
+def flat(grads: Tensor) -> Tensor:
     """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
     return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
 
@@ -60,8 +69,8 @@ class Factor(ABC):
 
     def gram(self, partition: Partition) -> Tensor:
         """Inner products of the domains' mean gradients, ``[D, D]``."""
-        flat = _flat(self.domain(partition))
-        return flat @ flat.t()
+        rows = flat(self.domain(partition))
+        return rows @ rows.t()
 
     def plus(self, other: Factor) -> Factor:
         """The gradient of a parameter that is used twice."""
@@ -85,22 +94,22 @@ class Dense(Factor):
         self.shape, self.samples = grads.shape[1:], grads.shape[0]
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
-        mean, variance = ops.moments(_flat(self.grads), partition.order, partition.offsets)
+        mean, variance = ops.moments(flat(self.grads), partition.order, partition.offsets)
         shape = (partition.num_domains, *self.shape)
         return mean.view(shape), variance.view(shape)
 
     def domain(self, partition: Partition) -> Tensor:
-        flat = _flat(self.grads)
-        total = flat.new_zeros((partition.num_domains, flat.shape[1]))
-        total = total.index_add(0, partition.domains, flat)
-        count = partition.count.clamp(min=1).to(flat.dtype).unsqueeze(1)
+        rows = flat(self.grads)
+        total = rows.new_zeros((partition.num_domains, rows.shape[1]))
+        total = total.index_add(0, partition.domains, rows)
+        count = partition.count.clamp(min=1).to(rows.dtype).unsqueeze(1)
         return (total / count).view(partition.num_domains, *self.shape)
 
     def per_sample(self) -> Tensor:
         return self.grads
 
     def norms(self) -> Tensor:
-        return _flat(self.grads).square().sum(1)
+        return flat(self.grads).square().sum(1)
 
     def scaled(self, weights: Tensor) -> Factor:
         return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from .. import ops
 from ..domains import Partition, partition
 from ..ops.derivatives import call
-from .factors import accumulated
+from .factors import accumulated, flat
 from .moments import DomainMoments, merge
 
 Loss = Callable[..., Tensor]
@@ -164,7 +164,7 @@ class Moments(Reduction):
 
     def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
         parts = self._partition(chunk, grads[0])
-        pairs = [ops.moments(_rows(g), parts.order, parts.offsets) for g in grads]
+        pairs = [ops.moments(flat(g), parts.order, parts.offsets) for g in grads]
         shapes = [(self.num_domains, *g.shape[1:]) for g in grads]
         return [
             pair[k].view(shape) for k in (0, 1) for pair, shape in zip(pairs, shapes, strict=True)
@@ -197,10 +197,10 @@ class Moments(Reduction):
             share = (parts.count.to(g.dtype) / total).unsqueeze(1)
             back = call(
                 "moments_backward",
-                _rows(up_mean) * share,
-                _rows(up_variance) * share,
-                _rows(g),
-                _rows(mean),
+                flat(up_mean) * share,
+                flat(up_variance) * share,
+                flat(g),
+                flat(mean),
                 parts.order,
                 parts.offsets,
             )
@@ -242,7 +242,7 @@ class Norms(Reduction):
     out: Tensor | None = None
 
     def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
-        return [torch.stack([_rows(g).norm(dim=1) for g in grads]).norm(dim=0)]
+        return [torch.stack([flat(g).norm(dim=1) for g in grads]).norm(dim=0)]
 
     def add(self, chunk: Chunk, part: list[Tensor]) -> None:
         self.out = part[0] if self.out is None else torch.cat([self.out, part[0]])
@@ -256,7 +256,7 @@ class Norms(Reduction):
     ) -> list[Tensor]:
         norm, up = result[0][slice(*chunk)], upstream[0][slice(*chunk)]
         scale = torch.where(norm == 0, 0, up / norm)  # of the subgradients at zero: zero
-        return [(_rows(g) * scale.to(g.dtype).unsqueeze(1)).view(g.shape) for g in grads]
+        return [(flat(g) * scale.to(g.dtype).unsqueeze(1)).view(g.shape) for g in grads]
 
 
 def run(
@@ -387,8 +387,3 @@ def replay(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if len(state) > 1 else []):
         restore(state, device)
         yield
-
-
-def _rows(grads: Tensor) -> Tensor:
-    """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
-    return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)

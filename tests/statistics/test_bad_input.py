@@ -214,10 +214,6 @@ def test_domains_given_apart_from_a_model() -> None:
     assert parts.order.tolist() == [1, 0, 2, 3]
     assert parts.offsets.tolist() == [0, 1, 1, 3, 3, 3, 4, 4]
     assert parts.count.tolist() == [1, 0, 2, 0, 0, 1, 0]
-    means = parts.mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    torch.testing.assert_close(
-        means, torch.tensor([2.0, torch.nan, 2, torch.nan, torch.nan, 4, torch.nan]), equal_nan=True
-    )
     blocks = parts.grouped(2)
     assert blocks.num_domains == 14
     assert blocks.domains.tolist() == [4, 5, 0, 1, 4, 5, 10, 11]

@@ -59,14 +59,17 @@ def group_norm(module: nn.GroupNorm, inputs: tuple[Any, ...], delta: Tensor) -> 
     return _affine(module, x, delta, (1,))
 
 
+def _by_running(module: Any, x: Tensor) -> Tensor:
+    """``x`` normalised by the module's running statistics, whatever dtype they are in."""
+    mean, var = (accumulated(s).to(x.dtype) for s in (module.running_mean, module.running_var))
+    return F.batch_norm(x, mean, var, eps=module.eps)
+
+
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm(
     module: nn.modules.batchnorm._BatchNorm, inputs: tuple[Any, ...], delta: Tensor
 ) -> dict[str, Factor]:
-    mean, var = accumulated(module.running_mean), accumulated(module.running_var)  # type: ignore[arg-type]
-    x = accumulated(inputs[0])
-    x = F.batch_norm(x, mean.to(x.dtype), var.to(x.dtype), eps=module.eps)
-    return _affine(module, x, delta, (1,))
+    return _affine(module, _by_running(module, accumulated(inputs[0])), delta, (1,))
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -75,8 +78,5 @@ def instance_norm(
 ) -> dict[str, Factor]:
     from_input = module.training or module.running_mean is None
     x = accumulated(inputs[0])
-    if from_input:
-        x = F.instance_norm(x, eps=module.eps)
-    else:
-        x = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    x = F.instance_norm(x, eps=module.eps) if from_input else _by_running(module, x)
     return _affine(module, x, delta, (1,))
