@@ -112,9 +112,9 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
         if num_domains is None:
             if high >= max(MOST_DOMAINS, ids.numel()):
                 raise ValueError(
-                    f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, and "
-                    "results have a row for each; torch.unique(ids, return_inverse=True)[1] makes "
-                    "such ids, num_domains= says that there are so many"
+                    f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
+                    "and results have a row for each; torch.unique(ids, return_inverse=True)[1] "
+                    "makes such ids, num_domains= says that there are so many"
                 )
             num_domains = high + 1
         elif high >= num_domains:

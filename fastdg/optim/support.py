@@ -55,3 +55,12 @@ def is_probe(base: Optimizer) -> bool:
         and all(float(group.get("lr", 1)) == 0 for group in base.param_groups)
         and not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
     )
+
+
+def no_backward(name: str, staged: bool) -> RuntimeError:
+    """What to raise for a step that nothing, or only micro-batches, came before."""
+    return RuntimeError(
+        f"{name}.step() needs {'a final backward' if staged else 'a backward'} before it: call "
+        "opt.backward(losses, domains) in place of loss.backward(), with losses from "
+        "reduction='none'"
+    )

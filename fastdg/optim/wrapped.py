@@ -39,6 +39,16 @@ def check_extent(num_domains: Any, model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
+def check_result(result: Any) -> tuple[Tensor, Tensor]:
+    """What a closure returned, if it is ``(losses, domains)``."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "closure: expected it to return (losses, domains) and to leave backward to step, got "
+            f"{type(result).__name__}"
+        )
+    return result
+
+
 def names_of(
     groups: Sequence[dict[str, Any]], model: nn.Module | None, known: Mapping[Tensor, str]
 ) -> dict[Tensor, str]:

@@ -18,8 +18,16 @@ from ..statistics.api import Resolved, Tape, check_losses, listed, spent
 from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading
-from .support import is_probe, refuse_groups, refuse_ranks, refuse_scaler
-from .wrapped import all_or_nothing, check_base, check_extent, check_params, fresh_state, names_of
+from .support import is_probe, no_backward, refuse_groups, refuse_ranks, refuse_scaler
+from .wrapped import (
+    all_or_nothing,
+    check_base,
+    check_extent,
+    check_params,
+    check_result,
+    fresh_state,
+    names_of,
+)
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -231,21 +239,10 @@ class DomainOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                result = closure()
-                if not isinstance(result, tuple) or len(result) != 2:
-                    raise TypeError(
-                        "closure: expected it to return (losses, domains) and to leave backward to "
-                        f"step, got {type(result).__name__}"
-                    )
-                loss = self.backward(*result)
+                loss = self.backward(*check_result(closure()))
         elif self._staged or not self._ready:
             if self._staged or not is_probe(self.base):
-                missing = "a final backward" if self._staged else "a backward"
-                raise RuntimeError(
-                    f"{type(self).__name__}.step() needs {missing} before it: call "
-                    "opt.backward(losses, domains) in place of loss.backward(), with losses from "
-                    "reduction='none'"
-                )
+                raise no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
             return None
         self._prepare()
