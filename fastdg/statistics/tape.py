@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         module: the module.
-        args, kwargs: what it was called with, each tensor by an alias of it (`_Aliases`).
+        args, kwargs: what it was called with, with an `_alias` in place of each tensor.
         parameters: local name -> full name of its own tracked parameters.
         outputs: shape, dtype and device of each tensor it returned that carries a gradient, else
             None.
@@ -183,14 +183,20 @@ class Recorder:
         self.seen.setdefault(id(module), weakref.ref(module))
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
-        aliases = _Aliases(inputs)
+        aliases = {id(t): _alias(t) for t in inputs}  # one for query, key and value that are one
+
+        def aliased(tree: Any) -> Any:
+            if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
+                return (aliases[id(tree[0])],)
+            return pytree.tree_map_only(Tensor, lambda tensor: aliases[id(tensor)], tree)
+
         call = Call(
             module=module,
-            args=aliases.of(args),
-            kwargs=aliases.of(kwargs) if kwargs else {},
+            args=aliased(args),
+            kwargs=aliased(kwargs) if kwargs else {},
             parameters=own,
             outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
-            versions=[(t, t._version) for t in aliases.each.values() if not t.is_inference()],
+            versions=[(t, t._version) for t in aliases.values() if not t.is_inference()],
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.alive.add(call)
@@ -260,21 +266,17 @@ class _Alias(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-class _Aliases:
-    """One alias for each tensor a module was given, as autograd keeps what it saves.
+# What Function.apply itself calls where no torch.func transform is active, in half the time
+_behind_node = super(torch.autograd.Function, _Alias).apply
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """What to keep of a module's input, as autograd keeps what it saves.
 
     A tensor that is changed in place later on gets a new graph node, one below which the module's
     own may lie. Kept by that node it would keep itself alive, in a cycle that no collector sees.
     """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.each = {id(t): _Alias.apply(t) if t.requires_grad else t.detach() for t in tensors}
-
-    def of(self, tree: Any) -> Any:
-        """``tree`` with an alias in place of each tensor."""
-        if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
-            return (self.each[id(tree[0])],)
-        return pytree.tree_map_only(Tensor, lambda tensor: self.each[id(tensor)], tree)
+    return _behind_node(tensor) if tensor.requires_grad else tensor.detach()
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
