@@ -217,3 +217,24 @@ def test_domains_given_apart_from_a_model() -> None:
     blocks = parts.grouped(2)
     assert blocks.num_domains == 14
     assert blocks.domains.tolist() == [4, 5, 0, 1, 4, 5, 10, 11]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+def test_complex_layers(check: bool) -> None:
+    model = nn.Linear(3, 2).to(torch.complex64)
+    with fastdg.record(model, check=check) as tape:
+        losses = model(torch.randn(4, 3, dtype=torch.complex64)).abs().square().sum(1)
+    with pytest.raises(TypeError, match="complex64"):
+        fastdg.domain_moments(tape, losses, torch.tensor([0, 0, 1, 1]))
+
+
+def test_a_default_device_is_not_asked() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 2, groups=1), nn.Flatten(), nn.Linear(4, 2))
+    with fastdg.record(model) as tape:
+        losses = model(torch.randn(4, 1, 2, 2)).square().sum(1)
+    with torch.device("meta"):
+        moments = fastdg.domain_moments(
+            tape, losses, torch.zeros(4, dtype=torch.int64, device="cpu")
+        )
+    assert all(v.device.type == "cpu" for v in moments.variance.values())

@@ -579,3 +579,55 @@ def test_a_batch_of_one_then_a_real_one() -> None:
     losses = model(torch.randn(N, N, 4)).square().sum(1)
     with pytest.raises(RuntimeError, match="do not add up"):
         recorder.backward(losses, DOMAINS)
+
+
+def test_a_replay_shows_hooks_nothing() -> None:
+    """They would keep tensors of torch.func. What makes weights by a hook goes on doing so."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(5))
+            self.inner = nn.utils.prune.random_unstructured(nn.Linear(5, 5), "weight", 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * self.gain)
+
+    block, lstm = Block(), nn.LSTM(5, 5, batch_first=True)
+    model = nn.ModuleList([lstm, block])
+    seen: list[int] = []
+    for module in (block, block.inner, lstm):
+        module.register_forward_hook(lambda m, args, out: seen.append(0))
+        module.register_forward_pre_hook(lambda m, args: seen.append(1))
+        module.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(2))
+    tables = [dict(m._forward_pre_hooks) for m in model.modules()]
+    with fastdg.record(model, check=False) as tape:
+        hidden, _ = lstm(torch.randn(6, 2, 5, requires_grad=True))
+        losses = block(hidden[:, -1]).square().sum(1)
+    chosen = trainable(model)
+    true = one_by_one(losses, chosen)
+    seen.clear()
+    got = fastdg.per_sample_gradients(tape, losses)
+    assert set(seen) <= {2}  # the sweep is a backward
+    for name in chosen:
+        assert_close(got[name], true[name], name)
+    assert [dict(m._forward_pre_hooks) for m in model.modules()] == tables
+
+
+def test_running_statistics_in_bfloat16() -> None:
+    norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(12, 2)).bfloat16().eval()
+    with fastdg.record(model) as tape:
+        losses = model(torch.randn(4, 3, 2, 2, dtype=torch.bfloat16)).square().sum(1)
+    got = fastdg.per_sample_gradients(tape, losses)["0.weight"]
+    true = one_by_one(losses, {"": norm.weight})[""].to(got.dtype)
+    assert float((got - true).norm() / true.norm()) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_a_watched_model_can_be_traced() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    with fastdg.record(model):
+        traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), model(x))
