@@ -38,6 +38,11 @@ struct Partition {
       STD_TORCH_CHECK(offsets[d - 1] <= offsets[d], "offsets: expected ascending positions");
     for (int64_t n : order)
       STD_TORCH_CHECK(n >= 0 && n < samples, "order: sample ", n, " of ", samples);
+    std::vector<bool> seen(samples);  // what is seen by all domains is written by all
+    for (int64_t k = offsets.front(); k < offsets.back(); ++k) {
+      STD_TORCH_CHECK(!seen[order[k]], "order: sample ", order[k], " stands there twice");
+      seen[order[k]] = true;
+    }
   }
 
   int64_t domains() const { return static_cast<int64_t>(offsets.size()) - 1; }

@@ -18,7 +18,7 @@ int64_t block_size(int64_t width, int64_t unit, int64_t largest, int64_t wanted)
 constexpr int64_t TASKS_PER_THREAD = 6;  // so that uneven tasks still end together
 constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-level cache
 constexpr int64_t LARGEST_COLUMNS = 512;
-constexpr int64_t LEAST_COLUMNS = 128;
+constexpr int64_t LEAST_COLUMNS = 256, MOST_COLUMNS = 1024;  // of a task of T = 1's derivative
 
 bool is_rank1(const Outer& p) { return p.positions == 1 && !p.delta_right; }
 
@@ -60,8 +60,9 @@ template <class UpstreamOf>
 void run_rank1_backward(const Outer& p, const Partition& partition, const Gradient& grad,
                         const UpstreamOf& upstream_of, const Tensor& grad_left) {
   const int64_t D = partition.domains(), columns = p.right.width;
-  const int64_t wanted = threads() > 1 ? pieces(2 * threads(), D) : 1;
-  const int64_t width = pieces(columns, std::clamp<int64_t>(columns / LEAST_COLUMNS, 1, wanted));
+  // Whatever the number of threads, so that sums do not depend on it.
+  const int64_t wanted = columns < LEAST_COLUMNS ? 1 : std::max<int64_t>(2, columns / MOST_COLUMNS);
+  const int64_t width = pieces(columns, wanted);
   const int64_t parts = pieces(columns, width), size = grad_left.numel();
   const Tensor shares = allocate(grad_left, {parts - 1, size});
   for_each_task(D * parts, [&](int64_t task) {

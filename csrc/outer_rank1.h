@@ -2,6 +2,9 @@
 // sum g = left^T right, sum g^2 = (left * left)^T (right * right).
 // Included once per instruction set, inside its namespace.
 
+// Below this share of mean^2, E[g^2] - mean^2 has lost three digits or more.
+constexpr float CANCELS = 1.f / 256;
+
 struct Rank1 {  // one register tile of the output
   const float *left, *left_squared;    // [depth][ROWS]
   const float *right, *right_squared;  // [depth][R]
@@ -10,6 +13,7 @@ struct Rank1 {  // one register tile of the output
   bool first, last;  // of the chunks of samples; sums wait in the output between chunks
   float *mean, *variance;
   int64_t stride;
+  bool* cancels;  // set where a variance is too small to be that difference
 };
 
 template <int M, int V>
@@ -25,15 +29,20 @@ struct Rank1Tile {
     if (!t.first) add(two, t.variance, t.stride);
     if (t.last) {
       scale(two, t.count);
+      ivec small{};  // its sign bits
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const vec mean = load(t.mean + m * t.stride + v * W);
+          const vec mean = load(t.mean + m * t.stride + v * W), square = mean * mean;
           // One sample: zero, whatever the rounding; NaN stays.
-          const vec spread = t.count == 1 ? mean - mean : two[m][v] - mean * mean;
+          const vec spread = t.count == 1 ? mean - mean : two[m][v] - square;
+          small |= reinterpret_cast<ivec>(spread - square * CANCELS);
           two[m][v] = spread < vec{} ? vec{} : spread;
         }
+      int32_t any = 0;
+      for (int l = 0; l < W; ++l) any |= small[l];
+      if (any < 0) *t.cancels = true;
     }
     put(two, t.variance, t.stride);
   }
@@ -98,6 +107,27 @@ static void gather(float* values, float* squares, int64_t width, const float* da
     }
 }
 
+// The moments of one panel of a row again, by two passes over the samples.
+static void centred(const Outer& p, Group group, int64_t row, int64_t column, int64_t width,
+                    float* mean, float* variance) {
+  const float n = static_cast<float>(group.count);
+  float first[R] = {}, second[R] = {};
+  const auto samples = [&](const auto& visit) {
+    for (int64_t s = 0; s < group.count; ++s) {
+      const float left = p.left.data[group.samples[s] * p.left.sample + p.left.col[row]];
+      const float* right = p.right.data + group.samples[s] * p.right.sample + column * p.right.col;
+      for (int64_t k = 0; k < width; ++k) visit(k, left, right[k * p.right.col]);
+    }
+  };
+  samples([&](int64_t k, float left, float right) { first[k] += left * right; });
+  for (int64_t k = 0; k < width; ++k) first[k] /= n;
+  samples([&](int64_t k, float left, float right) {
+    const float distance = left * right - first[k];
+    second[k] += distance * distance;
+  });
+  for (int64_t k = 0; k < width; ++k) mean[k] = first[k], variance[k] = second[k] / n;
+}
+
 static void moments_rank1(const Outer& p, Group group, Range rows, Range columns, float* mean,
                           float* variance) {
   const int64_t panels = (columns.end - columns.begin + R - 1) / R;
@@ -127,13 +157,17 @@ static void moments_rank1(const Outer& p, Group group, Range rows, Range columns
         const int64_t column = columns.begin + j * R;
         const int64_t width = std::min<int64_t>(R, columns.end - column);
         const int64_t at = p.out(m, column);
+        bool cancels = false;
         const Rank1 tile{left, left_squared, right + j * chunk * R, right_squared + j * chunk * R,
                          step, depth, group.count, s == 0, s + depth == group.count, mean + at,
-                         variance == nullptr ? nullptr : variance + at, p.out_left};
+                         variance == nullptr ? nullptr : variance + at, p.out_left, &cancels};
         if (width % W == 0)
           tile_routine<Rank1Tile>(height, width / W)(tile);
         else
           edge_tile(tile, height, static_cast<int>(width));
+        for (int64_t k = 0; cancels && group.count > 1 && k < height; ++k)
+          centred(p, group, m + k, column, width, mean + p.out(m + k, column),
+                  variance + p.out(m + k, column));
       }
     }
   }

@@ -173,6 +173,7 @@ def outer_moments(
 
     Returns:
         ``(mean, variance)``, each ``[D, O, I]``; zeros for an empty domain. Differentiable once, by
-        recomputation. The variance is accurate to rounding of :math:`E[g^2]`.
+        recomputation. The variance is accurate to rounding of :math:`E[g^2]`; compiled for the
+        CPU, to rounding of the :math:`g_i`.
     """
     return call("outer_moments", a, delta, order, offsets, list(window))

@@ -235,7 +235,8 @@ def test_variance_gap(isa: str, present: tuple[bool, ...], with_ema: bool) -> No
     assert [g.shape for g in grads] == [v.shape for v in variance]
 
 
-def test_results_do_not_depend_on_the_threads(isa: str) -> None:
+@pytest.mark.parametrize("shape", ["conv", "rows", "one row", "wide"])
+def test_results_do_not_depend_on_the_threads(isa: str, shape: str) -> None:
     def results() -> list[Tensor]:
         mean, variance = cpp.outer_moments(a, delta, order, offsets, window)
         up = mean, variance
@@ -243,7 +244,12 @@ def test_results_do_not_depend_on_the_threads(isa: str) -> None:
         gap = cpp.variance_gap([variance], [], torch.ones(2, dtype=torch.bool), 0.0)
         return [mean, variance, *back, gap]
 
-    a, delta, window = conv(10, 6, 40, (9, 9), (3, 3, 1, 1, 1, 1))
+    a, delta, window = {
+        "conv": lambda: conv(10, 6, 40, (9, 9), (3, 3, 1, 1, 1, 1)),
+        "rows": lambda: (torch.randn(10, 5, 40), torch.randn(10, 5, 30), []),
+        "one row": lambda: (torch.randn(10, 1, 700), torch.randn(10, 1, 65), []),
+        "wide": lambda: (torch.randn(10, 1, 2100), torch.randn(10, 1, 33), []),
+    }[shape]()
     order, offsets = partition((4, 6))
     threads = torch.get_num_threads()
     first, *others = ([torch.set_num_threads(k), results()][1] for k in (1, 2, 3))
@@ -251,6 +257,28 @@ def test_results_do_not_depend_on_the_threads(isa: str) -> None:
     for other in others:
         for one, two in zip(first, other, strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("width", [5, 16, 100])
+@pytest.mark.parametrize(("level", "noise"), [(10.0, 1e-3), (5.0, 0.05)])
+def test_variance_of_samples_that_hardly_differ(
+    isa: str, level: float, noise: float, width: int
+) -> None:
+    a = level + noise * torch.randn(20, 1, width)
+    a[:, :, ::3] = torch.randn(20, 1, len(range(0, width, 3)))  # others do
+    delta = 0.3 + 1e-3 * noise * torch.randn(20, 1, 7)
+    order, offsets = partition((8, 11, 1))
+    _, variance = cpp.outer_moments(a, delta, order, offsets, [])
+    _, exact = refs["outer_moments"].reference(a.double(), delta.double(), order, offsets, [])
+    # What is left is the rounding of the products themselves, where there is no fused multiply-add
+    assert (variance[:2] - exact[:2]).abs().le(2e-3 * exact[:2]).all()
+    assert not variance[2].any()
+
+
+def test_a_sample_stands_in_one_domain_once(isa: str) -> None:
+    a, delta = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
+    with pytest.raises(RuntimeError, match="order: sample 0 stands there twice"):
+        cpp.outer_moments(a, delta, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 3]), [])
 
 
 @pytest.mark.parametrize(
