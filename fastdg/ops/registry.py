@@ -43,8 +43,8 @@ class Op:
         """The implementation that serves these arguments."""
         device = _first_tensor(args).device.type
         forced = _forced.get() or os.environ.get("FASTDG_BACKEND") or None
-        if forced is not None and forced not in BACKENDS:
-            raise ValueError(f"FASTDG_BACKEND: expected one of {BACKENDS}, got {forced!r}")
+        if forced is not None:
+            _check(forced)
         order = PREFERENCE.get(device, ("reference",)) if forced is None else (forced, "reference")
         for backend in order:
             if backend == "reference":
@@ -56,6 +56,16 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _check(forced: str) -> None:
+    """Raise unless something was attached as the backend ``forced``."""
+    if forced not in BACKENDS:
+        raise ValueError(f"FASTDG_BACKEND: expected one of {BACKENDS}, got {forced!r}")
+    if forced != "reference" and not any(forced in op.backends for op in OPS.values()):
+        from . import backends  # the loaders import this module
+
+        raise RuntimeError(f"FASTDG_BACKEND={forced}: not available here: {backends()[forced][1]}")
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

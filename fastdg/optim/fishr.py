@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..statistics.api import moments_of
+from ..statistics.collect import refuse_fused_attention
 from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
@@ -130,6 +131,9 @@ class Fishr(DomainOptimizer):
         weight = self._weight()
         samples = sum(batch.losses.shape[0] for batch in staged)
         loss = _total([batch.losses for batch in staged]) / samples
+        if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
+            for batch in staged:
+                refuse_fused_attention(batch.resolved.found)
         plain = not _hooked(staged) and not _sparse(staged)
         if weight == 0 and self.params != "head" and plain:
             moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])

@@ -109,7 +109,7 @@ def collect(
                 consume(name, total(parts.pop(name)))
 
     if create_graph:
-        _refuse_fused_attention(found)
+        refuse_fused_attention(found)
     rest = sweep(
         losses,
         found,
@@ -146,7 +146,7 @@ def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
     return factor.fold(samples)
 
 
-def _refuse_fused_attention(found: Found) -> None:
+def refuse_fused_attention(found: Found) -> None:
     """The gradients' own gradients go through every operation above a tracked layer."""
     for node in found.above(found.slots):
         if type(node).__name__.startswith("ScaledDotProduct"):

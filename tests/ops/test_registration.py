@@ -197,3 +197,20 @@ def test_what_a_backend_does_not_take_goes_to_the_reference(device: str) -> None
         grads = torch.randn(6, 5, device=device).to(dtype)
         mean, _ = ops.moments(grads, order, offsets)
         assert mean.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("tritom", ValueError, "expected one of .*'triton'.*, got 'tritom'"),
+        ("cuda", RuntimeError, "FASTDG_BACKEND=cuda: not available here: .*CUDA"),
+    ],
+)
+def test_a_forced_backend_that_is_not_here_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], message: str
+) -> None:
+    if name == "cuda" and fastdg.backends()["cuda"][0]:
+        pytest.skip("it is here")
+    monkeypatch.setenv("FASTDG_BACKEND", name)
+    with pytest.raises(error, match=message):
+        ops.moments(torch.randn(4, 3), torch.arange(4), torch.tensor([0, 4]))

@@ -245,3 +245,29 @@ def test_check_can_be_turned_off_and_asked_for() -> None:
     opt.step()
     with pytest.raises(AssertionError):
         same(model, before)
+
+
+def test_fused_attention_is_refused_before_the_anneal() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.inner(x).unsqueeze(1)
+            return self.head(F.scaled_dot_product_attention(q, q, q).mean((1, 2)))
+
+    model, x = Attention(), torch.randn(6, 5, 4)
+    opt = wrap(SGD(model.parameters(), lr=0.1), params="all", anneal_steps=100)
+    losses = F.cross_entropy(model(x), torch.arange(6) % 3, reduction="none")
+    with pytest.raises(RuntimeError, match=r"fused attention lies between .*SDPBackend\.MATH"):
+        opt.backward(losses, torch.arange(6) % 2)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("ids", [[2016, 2017, 2016, 2018], [20161231, 0, 1, 2]])
+def test_years_are_no_domain_ids(ids: list[int]) -> None:
+    model, opt = model_and_wrapper(num_domains=None)
+    losses = batch(model, 0)[0][:4]
+    with pytest.raises(ValueError, match=r"expected ids 0 to D - 1, got 20.*torch\.unique"):
+        opt.backward(losses, torch.tensor(ids))
