@@ -18,7 +18,9 @@ import fastdg
 Run = Callable[[], Any]
 PLAIN, OURS, REFERENCE = "plain", "fastdg", "fastdg, reference backend"
 # Largest relative error (norm, worst parameter) against float64 per-sample gradients that is timed.
-TOLERANCE = 1e-3
+# The deep network decides some ReLUs and maxima otherwise in fp32: even plain training's gradient is
+# 3e-3 off there.
+TOLERANCE, DEEP_TOLERANCE = 1e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,10 @@ def _variance_case(model: str, reach: float, chunks: tuple[int, ...]) -> Case:
         left_out["torch.func vmap(grad), torch.compile"] = (
             "minutes of compilation, and products of matrices remain what they are"
         )
+    if model == "resnet18":
+        for name in ("BackPACK BatchGrad", "BackPACK SumGradSquared by domain"):
+            del contenders[name]
+            left_out[name] = "a step takes a minute"
     return Case(
         "variance",
         model,
@@ -242,6 +248,7 @@ def _variance_case(model: str, reach: float, chunks: tuple[int, ...]) -> Case:
         lambda on: peers.loop_variance(on)(),
         lambda on: (w := work(on)).moments() / w.plain(),
         reach,
+        tolerance=DEEP_TOLERANCE if model == "resnet18" else TOLERANCE,
         left_out=left_out,
     )
 
@@ -264,6 +271,7 @@ def _penalty_case(model: str, samples: int, reach: float, chunks: tuple[int, ...
         lambda on: peers.loop_penalty(on)(),
         lambda on: (w := work(on)).differentiable() / w.plain(),
         reach,
+        tolerance=DEEP_TOLERANCE if model == "resnet18" else TOLERANCE,
         left_out={"Opacus GradSampleModule": "its per-sample gradients are not differentiable"},
     )
 
@@ -310,8 +318,7 @@ def _step_case() -> Case:
         head_peers.truth,
         lambda on: 1.0,
         1.03,
-        # Plain training's gradient is 3e-3 off there: in fp32 some ReLUs and maxima fall otherwise
-        tolerance=1e-2,
+        tolerance=DEEP_TOLERANCE,
     )
 
 

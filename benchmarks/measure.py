@@ -130,7 +130,7 @@ def measure_op(layer: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--only", default="", help="measure these again, keep the others")
     parser.add_argument("--seconds", type=float, default=12.0, help="to spend on a case's turns")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # the process of one case
     arguments = parser.parse_args()
@@ -151,6 +151,9 @@ def main() -> None:
         "cases": {},
         "ops": {},
     }
+    if arguments.only and arguments.out.exists():
+        before = json.loads(arguments.out.read_text())
+        result |= {kind: before[kind] for kind in ("cases", "ops")}
     began = time.perf_counter()
     for number, name in enumerate(todo, 1):
         kind, key = name.split(":", 1)
