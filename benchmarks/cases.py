@@ -18,7 +18,7 @@ import fastdg
 Run = Callable[[], Any]
 PLAIN, OURS, REFERENCE = "plain", "fastdg", "fastdg, reference backend"
 # Largest relative error (norm, worst parameter) against float64 per-sample gradients that is timed.
-# The deep network decides some ReLUs and maxima otherwise in fp32: even plain training's gradient is
+# The deep network decides some ReLUs and maxima otherwise in fp32: plain training's gradient is
 # 3e-3 off there.
 TOLERANCE, DEEP_TOLERANCE = 1e-3, 1e-2
 

@@ -67,13 +67,13 @@ def fastest(case: Case, name: str, truth: Any) -> tuple[Any, dict[str, Any], flo
     return best
 
 
-def measure_case(key: str, seconds: float) -> dict[str, Any]:
-    """All contenders of one case."""
+def measure_case(key: str, seconds: float, skipped: list[str]) -> dict[str, Any]:
+    """All contenders of one case but those ``skipped``."""
     case = CASES[key]
     rows: dict[str, dict[str, Any]] = {n: {"left_out": why} for n, why in case.left_out.items()}
     present = {}
     for name, contender in case.contenders.items():
-        reason = contender.unavailable()
+        reason = "not in this run" if name in skipped else contender.unavailable()
         if reason is None:
             present[name] = contender
         else:
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
     parser.add_argument("--only", default="", help="measure these again, keep the others")
     parser.add_argument("--seconds", type=float, default=12.0, help="to spend on a case's turns")
+    parser.add_argument("--skip", action="append", default=[], help="a contender that takes long")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # the process of one case
     arguments = parser.parse_args()
     if arguments.case:
@@ -139,8 +140,10 @@ def main() -> None:
         available = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
         resource.setrlimit(resource.RLIMIT_DATA, (int(available * 1024 * 0.8),) * 2)
         kind, key = arguments.case.split(":", 1)
-        measure = measure_op if kind == "op" else measure_case
-        print(json.dumps(measure(key, arguments.seconds)))
+        if kind == "op":
+            print(json.dumps(measure_op(key, arguments.seconds)))
+        else:
+            print(json.dumps(measure_case(key, arguments.seconds, arguments.skip)))
         return
 
     todo = [f"case:{key}" for key in CASES] + [f"op:{layer}" for layer in OPS]
@@ -158,7 +161,8 @@ def main() -> None:
     for number, name in enumerate(todo, 1):
         kind, key = name.split(":", 1)
         seconds = arguments.seconds if kind == "case" else arguments.seconds / 6
-        found = in_process([__file__, "--case", name, "--seconds", str(seconds)])
+        skips = [word for skipped in arguments.skip for word in ("--skip", skipped)]
+        found = in_process([__file__, "--case", name, "--seconds", str(seconds), *skips])
         result["cases" if kind == "case" else "ops"][key] = found
         minutes = (time.perf_counter() - began) / 60
         print(f"[{number}/{len(todo)}] {minutes:4.1f} min  {brief(name, found)}", file=sys.stderr)
