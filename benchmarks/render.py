@@ -38,7 +38,7 @@ def measured(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     lines = [
         "Time of one step as a multiple of plain training's (forward and backward of the same "
-        f"model and batch), fp32, three domains; {machine['processor']}, {machine['threads']} "
+        f"model and batch), fp32, three domains; {machine['cpu']}, {machine['threads']} "
         f"threads, torch {versions['torch']}. The floor is the ratio of the floating-point "
         "operations that have to be done. Medians of runs that took turns; every contender's "
         "numbers were first compared with float64 per-sample gradients.",
