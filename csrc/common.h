@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 #include <vector>
 
 #include "pool.h"
@@ -83,13 +85,22 @@ inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& siz
 
 inline int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Runs task(0) .. task(count - 1) on torch's threads; whoever is free takes the next one.
+// Runs task(0) .. task(count - 1) on torch's threads; whoever is free takes the next one. The first
+// exception ends the work and is thrown here: none may leave a thread through torch's C interface.
 template <class Task>
 void for_each_task(int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::once_flag failed;
   torch::stable::parallel_for(0, std::min(count, threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t k = next++; k < count; k = next++) task(k);
+    try {
+      for (int64_t k = next++; k < count; k = next++) task(k);
+    } catch (...) {
+      next = count;
+      std::call_once(failed, [&] { error = std::current_exception(); });
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace fastdg

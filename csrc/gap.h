@@ -28,9 +28,11 @@ struct __attribute__((visibility("hidden"))) GapTensors {
                     variance.size(), " tensors, got ", ema.size());
     STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 1,
                     "present: expected a vector of bool");
+    check_device(mask, variance[0], "present");
     present = static_cast<const bool*>(keep(mask).const_data_ptr());
     for (size_t k = 0; k < variance.size(); ++k) {
       const int64_t size = domains > 0 ? variance[k].numel() / domains : 0;
+      check_device(variance[k], variance[0], "variance");
       check(variance[k], variance[k], "variance");
       tensors.push_back({data(variance[k]), nullptr, nullptr, size});
       if (ema.empty()) continue;
@@ -53,12 +55,19 @@ struct __attribute__((visibility("hidden"))) GapTensors {
     return grads;
   }
 
+  // A kernel would take the address of a tensor that lies elsewhere for one of its own.
+  static void check_device(const torch::stable::Tensor& x, const torch::stable::Tensor& like,
+                           const char* name) {
+    STD_TORCH_CHECK(x.device() == like.device(), name, ": expected the device of variance[0]");
+  }
+
  private:
   void check(const torch::stable::Tensor& x, const torch::stable::Tensor& like, const char* name) const {
     STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, name,
                     ": the compiled operator takes float32");
     STD_TORCH_CHECK(x.dim() > 0 && x.size(0) == domains && x.numel() == like.numel(), name,
                     ": expected ", domains, " domains and ", like.numel(), " elements");
+    check_device(x, like, name);
   }
 
   const torch::stable::Tensor& keep(const torch::stable::Tensor& x) {

@@ -107,11 +107,12 @@ static void gather(float* values, float* squares, int64_t width, const float* da
     }
 }
 
-// The moments of one panel of a row again, by two passes over the samples.
+// The moments of one panel of a row again, by two passes over the samples; the second sees what the sum of
+// many samples has lost of the mean.
 static void centred(const Outer& p, Group group, int64_t row, int64_t column, int64_t width,
                     float* mean, float* variance) {
   const float n = static_cast<float>(group.count);
-  float first[R] = {}, second[R] = {};
+  float first[R] = {}, second[R] = {}, rest[R] = {};
   const auto samples = [&](const auto& visit) {
     for (int64_t s = 0; s < group.count; ++s) {
       const float left = p.left.data[group.samples[s] * p.left.sample + p.left.col[row]];
@@ -124,8 +125,12 @@ static void centred(const Outer& p, Group group, int64_t row, int64_t column, in
   samples([&](int64_t k, float left, float right) {
     const float distance = left * right - first[k];
     second[k] += distance * distance;
+    rest[k] += distance;
   });
-  for (int64_t k = 0; k < width; ++k) mean[k] = first[k], variance[k] = second[k] / n;
+  for (int64_t k = 0; k < width; ++k) {
+    mean[k] = first[k];
+    variance[k] = std::max(second[k] / n - (rest[k] / n) * (rest[k] / n), 0.f);  // NaN stays
+  }
 }
 
 static void moments_rank1(const Outer& p, Group group, Range rows, Range columns, float* mean,

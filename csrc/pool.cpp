@@ -1,16 +1,18 @@
 #include "pool.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <map>
 #include <mutex>
-#include <unordered_map>
 #include <vector>
+
+#include "from_blob.h"
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -22,72 +24,104 @@ namespace {
 
 constexpr size_t kSmallest = size_t(1) << 20;   // below this the system allocator keeps blocks by itself
 constexpr size_t kAlignment = size_t(1) << 21;  // of a huge page
+constexpr int kPeriod = 1024;  // outputs; more than a step of a large network asks for
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
 
 class Pool {
  public:
+  // A block of at least `bytes`; null where there is no memory.
   void* take(size_t bytes) {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto found = free_.lower_bound(bytes);
-    void* block = nullptr;
-    if (found != free_.end() && found->first <= bytes + bytes / 4) {
-      bytes = found->first;
-      block = found->second;
-      free_.erase(found);
-      free_bytes_ -= bytes;
+    used_.reserve(used_.size() + 1);  // all that can throw, giving back included
+    free_.reserve(free_.size() + used_.size() + 1);
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (block->bytes >= bytes && block->bytes <= bytes + bytes / 4 &&
+          (best == free_.end() || block->bytes < best->bytes))
+        best = block;
+    Block found{nullptr, bytes};
+    if (best != free_.end()) {
+      found = *best;
+      free_bytes_ -= found.bytes;
+      free_.erase(best);
     } else {
-      if (posix_memalign(&block, kAlignment, bytes) != 0) return nullptr;
+      if (posix_memalign(&found.data, kAlignment, bytes) != 0) return nullptr;
 #if defined(__linux__)
-      madvise(block, bytes, MADV_HUGEPAGE);  // a hint: fewer faults the first time
+      madvise(found.data, bytes, MADV_HUGEPAGE);  // a hint: fewer faults the first time
 #endif
     }
-    used_[block] = bytes;
-    used_bytes_ += bytes;
+    used_.push_back(found);
+    used_bytes_ += found.bytes;
     most_used_ = std::max(most_used_, used_bytes_);
     trim();
-    return block;
+    return found.data;
   }
 
-  void give(void* block) {
+  // Does nothing with what was given back already.
+  void give(void* data) noexcept {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto found = used_.find(block);
-    free_.emplace(found->second, block);
-    free_bytes_ += found->second;
-    used_bytes_ -= found->second;
-    used_.erase(found);
+    const auto block = std::find_if(used_.begin(), used_.end(),
+                                    [data](const Block& b) { return b.data == data; });
+    if (block == used_.end()) return;
+    free_bytes_ += block->bytes;
+    used_bytes_ -= block->bytes;
+    free_.push_back(*block);
+    *block = used_.back();
+    used_.pop_back();
     trim();
   }
 
+  // Counts an output, small ones too; every period forgets what was in use before the last one.
+  void count() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (++counted_ < kPeriod) return;
+    counted_ = 0;
+    most_used_before_ = most_used_;
+    most_used_ = used_bytes_;
+    trim();
+  }
+
+  std::mutex& mutex() { return mutex_; }
+
  private:
-  // Never hold more than was once in use at the same time.
-  void trim() {
-    while (!free_.empty() && free_bytes_ + used_bytes_ > most_used_) {
-      auto smallest = free_.begin();
-      free_bytes_ -= smallest->first;
-      std::free(smallest->second);
-      free_.erase(smallest);
+  // Holds no more than was in use at one time of this period or the last; what lay idle longest goes.
+  void trim() noexcept {
+    const size_t most = std::max(most_used_, most_used_before_);
+    auto block = free_.begin();
+    for (; block != free_.end() && free_bytes_ + used_bytes_ > most; ++block) {
+      free_bytes_ -= block->bytes;
+      std::free(block->data);
     }
+    free_.erase(free_.begin(), block);
   }
 
   std::mutex mutex_;
-  std::multimap<size_t, void*> free_;
-  std::unordered_map<void*, size_t> used_;
-  size_t free_bytes_ = 0, used_bytes_ = 0, most_used_ = 0;
+  std::vector<Block> used_;
+  std::vector<Block> free_;  // in the order in which they were given back
+  size_t free_bytes_ = 0, used_bytes_ = 0, most_used_ = 0, most_used_before_ = 0;
+  int counted_ = 0;
 };
 
 Pool& pool() {
-  static Pool* pool = new Pool;  // outlives every tensor, those freed at exit among them
+  static Pool* pool = [] {
+    static Pool* made = new Pool;  // outlives every tensor, those freed at exit among them
+#if defined(__linux__)
+    // A child must not inherit a lock that another thread of its parent held.
+    pthread_atfork([] { made->mutex().lock(); }, [] { made->mutex().unlock(); },
+                   [] { made->mutex().unlock(); });
+#endif
+    return made;
+  }();
   return *pool;
 }
 
-// torch_from_blob takes a deleter from torch 2.11 on; we are built for 2.10 and look it up.
-using FromBlob = AOTITorchError (*)(
-    void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
-    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
-
-FromBlob from_blob() {
+FromBlob* from_blob() {
 #if defined(__linux__)
-  static const FromBlob found =
-      reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  static FromBlob* const found = reinterpret_cast<FromBlob*>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
   return found;
 #else
   return nullptr;
@@ -97,18 +131,24 @@ FromBlob from_blob() {
 }  // namespace
 
 Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
+  if (from_blob() == nullptr) return torch::stable::new_empty(like, sizes);
+  pool().count();
   size_t bytes = sizeof(float);
   for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  void* block = bytes >= kSmallest && from_blob() != nullptr ? pool().take(bytes) : nullptr;
-  if (block == nullptr) return torch::stable::new_empty(like, sizes);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  void* block = bytes >= kSmallest ? pool().take(bytes) : nullptr;
+  if (block == nullptr) return torch::stable::new_empty(like, sizes);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(from_blob()(
+  const AOTITorchError error = from_blob()(
       block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
       aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), like.get_device_index(), &handle,
       aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void*) { pool().give(data); }, nullptr));
+      [](void* data, void*) { pool().give(data); }, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) {
+    pool().give(block);
+    STD_TORCH_CHECK(false, "torch_from_blob: no tensor of ", bytes, " bytes");
+  }
   return Tensor(handle);
 }
 

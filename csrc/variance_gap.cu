@@ -153,6 +153,9 @@ std::vector<Tensor> variance_gap_backward(const Tensor& grad, const std::vector<
                                           const std::vector<Tensor>& ema, const Tensor& present,
                                           double history) {
   GapTensors x(variance, ema, present);
+  GapTensors::check_device(grad, variance[0], "grad");
+  STD_TORCH_CHECK(grad.scalar_type() == torch::headeronly::ScalarType::Float && grad.numel() == 1,
+                  "grad: expected one float32 number");
   const std::vector<Tensor> grads = x.make_gradients(variance);
   const torch::stable::accelerator::DeviceGuard guard(variance[0].get_device_index());
   const cudaStream_t stream = stream_of(variance[0]);

@@ -159,8 +159,12 @@ def supports(*args: Any) -> bool:
 
 def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
     """`supports`, for ``(a, delta, ..., window)``."""
-    T, inputs = windows.sizes(a.shape, args[-1])
-    small = a.shape[0] * T <= INT32 and delta.shape[2] * inputs <= INT32
+    window = args[-1]
+    T, inputs = windows.sizes(a.shape, window)
+    outputs = delta.shape[2]
+    padded = cdiv(T, 16) * 16  # by `positions_last`
+    widest = outputs if window else max(outputs, inputs)
+    small = max(a.shape[0] * padded, outputs * inputs, padded * widest) <= INT32
     return small and supports(a, delta, *args)
 
 

@@ -15,15 +15,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from .registry import OPS, library
+from .registry import OPS, force, forced_backend, library
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give op ``name`` a derivative; ``setup`` and ``backward`` as in ``register_autograd``."""
-    torch.library.register_autograd(f"fastdg::{name}", backward, setup_context=setup, lib=library)
-    _FUNCTIONS[name] = _function(name, setup, backward)
+
+    def setup_here(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = forced_backend()
+        setup(ctx, inputs, output)
+
+    def backward_there(ctx: Any, *grads: Any) -> Any:
+        if ctx.backend is None:
+            return backward(ctx, *grads)
+        with force(ctx.backend):  # autograd's own threads do not see the block of the forward
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(
+        f"fastdg::{name}", backward_there, setup_context=setup_here, lib=library
+    )
+    _FUNCTIONS[name] = _function(name, setup_here, backward_there)
 
 
 def not_differentiable(name: str, instead: str) -> None:

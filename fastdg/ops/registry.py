@@ -95,9 +95,25 @@ def attach(
     OPS[name].backends[backend] = (implementation, supports or (lambda *args: True))
 
 
+def forced_backend() -> str | None:
+    """The backend of the `use_backend` block that this thread is in."""
+    return _forced.get()
+
+
+@contextmanager
+def force(backend: str) -> Iterator[None]:
+    """`use_backend` for a backend that is known to be here."""
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Compute every op on ``backend`` inside the ``with`` block.
+    """Compute every op on ``backend`` inside the ``with`` block, and its derivative wherever
+    the backward runs.
 
     Arguments that it cannot take go to the reference.
 
@@ -116,8 +132,5 @@ def use_backend(backend: str) -> Iterator[None]:
     ok, reason = available[backend]
     if not ok:
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    token = _forced.set(backend)
-    try:
+    with force(backend):
         yield
-    finally:
-        _forced.reset(token)

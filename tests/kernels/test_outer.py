@@ -295,3 +295,13 @@ def test_nothing_waits_for_the_device() -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("T", [1, 16, 17])
+def test_positions_are_numbered_with_32_bits(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    """Also those of zeros, which T is rounded up with."""
+    monkeypatch.setattr(launch, "supports", lambda *args: True)
+    fits = (2**31 - 1) // (32 if T == 17 else 16)
+    for N, fine in ((fits, True), (fits + 1, False)):
+        a, delta = torch.empty(1).expand(N, T, 1), torch.empty(1).expand(N, T, 2)
+        assert launch.supports_outer(a, delta, []) is fine

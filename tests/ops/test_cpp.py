@@ -275,10 +275,35 @@ def test_variance_of_samples_that_hardly_differ(
     assert not variance[2].any()
 
 
+@pytest.mark.parametrize("count", [2, 32, 600, 4000])
+@pytest.mark.parametrize(("level", "noise"), [(10.0, 1e-3), (5.0, 0.05)])
+def test_variance_to_the_rounding_of_the_samples(
+    isa: str, level: float, noise: float, count: int
+) -> None:
+    a = level + noise * torch.randn(count, 1, 40)
+    delta = torch.ones(count, 1, 9)  # so that no product is rounded
+    order, offsets = partition((count,))
+    _, variance = cpp.outer_moments(a, delta, order, offsets, [])
+    _, exact = refs["outer_moments"].reference(a.double(), delta.double(), order, offsets, [])
+    assert (variance - exact).abs().le(1e-4 * exact).all()
+
+
 def test_a_sample_stands_in_one_domain_once(isa: str) -> None:
     a, delta = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
     with pytest.raises(RuntimeError, match="order: sample 0 stands there twice"):
         cpp.outer_moments(a, delta, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 3]), [])
+
+
+@pytest.mark.parametrize("name", ["present", "ema", "variance"])
+def test_variance_gap_takes_one_device(name: str) -> None:
+    arguments = {"variance": [torch.rand(2, 3), torch.rand(2, 4)]}
+    arguments |= {"ema": [torch.rand(2, 3), torch.rand(2, 4)]}
+    arguments |= {"present": torch.ones(2, dtype=torch.bool)}
+    here = arguments[name]
+    arguments[name] = here.to("meta") if name == "present" else [here[0], here[1].to("meta")]
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError, match=f"{name}: expected the device of"):
+        cpp.variance_gap.default.redispatch(keys, *arguments.values(), 0.0)
 
 
 @pytest.mark.parametrize(

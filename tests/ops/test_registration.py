@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -189,6 +190,23 @@ def test_use_backend_ends_with_its_block() -> None:
     with pytest.raises(KeyError), fastdg.use_backend("reference"):
         raise KeyError
     assert route(*args) is before
+
+
+def test_a_backward_runs_on_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whichever thread: autograd has one of its own for each accelerator."""
+    op, seen = ops.registry.OPS["moments_backward"], []
+    reference = op.reference
+    monkeypatch.setattr(op, "reference", lambda *args: (seen.append(args), reference(*args))[1])
+    grads, order, offsets = arguments("cpu", True)["moments"]
+    expected = torch.autograd.grad(ops.moments(grads, order, offsets)[1].sum(), grads)[0]
+    seen.clear()
+    with fastdg.use_backend("reference"):
+        loss = ops.moments(grads, order, offsets)[1].sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert len(seen) == 1
+    torch.testing.assert_close(grads.grad, expected)
 
 
 def test_what_a_backend_does_not_take_goes_to_the_reference(device: str) -> None:
