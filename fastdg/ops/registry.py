@@ -42,8 +42,8 @@ class Op:
     def route(self, *args: Any) -> Implementation:
         """The implementation that serves these arguments."""
         device = _first_tensor(args).device.type
-        forced = _forced.get() or os.environ.get("FASTDG_BACKEND") or None
-        if forced is not None:
+        forced = _forced.get()
+        if forced is None and (forced := os.environ.get("FASTDG_BACKEND") or None) is not None:
             _check(forced)
         order = PREFERENCE.get(device, ("reference",)) if forced is None else (forced, "reference")
         for backend in order:
