@@ -15,6 +15,7 @@ from ..statistics.collect import refuse_fused_attention
 from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
+from .batch import Batch
 from .settings import (
     Setting,
     check_count,
@@ -25,7 +26,7 @@ from .settings import (
     checked,
 )
 from .wrapped import accumulate
-from .wrapper import Batch, DomainOptimizer
+from .wrapper import DomainOptimizer
 
 
 class Fishr(DomainOptimizer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..domains import Partition, partition
-from ..statistics.api import Resolved, Tape, check_losses, listed, spent
+from ..domains import partition
+from ..statistics.api import Tape, check_losses, listed, spent
 from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading
+from .batch import Batch
 from .support import is_probe, no_backward, refuse_groups, refuse_ranks, refuse_scaler
 from .wrapped import (
     all_or_nothing,
@@ -29,16 +29,7 @@ from .wrapped import (
     names_of,
 )
 
-Closure = Callable[[], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class Batch:
-    """One staged micro-batch: its losses, its domains, and what the tape knows of its forward."""
-
-    losses: Tensor
-    partition: Partition
-    resolved: Resolved
+Closure = Callable[..., Any]
 
 
 class DomainOptimizer(Optimizer):
@@ -70,7 +61,7 @@ class DomainOptimizer(Optimizer):
     _step_supports_amp_scaling = True
 
     _tape: Tape
-    _staged: list[Batch]
+    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
@@ -176,6 +167,7 @@ class DomainOptimizer(Optimizer):
         try:
             self._stage(losses, domains)
             if not final:
+                self._defer()
                 return accumulated(losses.detach()).mean()
             staged, self._staged = self._staged, []
             with paused(), all_or_nothing(self.param_groups):
@@ -198,9 +190,8 @@ class DomainOptimizer(Optimizer):
                 "forward was not watched for: run the model again, and call add_param_group on the "
                 f"{type(self).__name__}"
             )
-        parts = partition(domains, losses, self.num_domains)
-        resolved = self._tape.resolve(losses)
-        calls = resolved.found.calls
+        batch = self._batch(losses, domains)
+        calls = batch.resolved.found.calls
         if any(call.swept for call in calls):
             raise RuntimeError(
                 f"{type(self).__name__}.backward was already called on this forward; run the model "
@@ -209,10 +200,18 @@ class DomainOptimizer(Optimizer):
         for call in calls:
             call.swept = True
         self._tape.recorder.settle()
-        self._staged.append(Batch(losses, parts, resolved))
+        self._staged.append(batch)
+
+    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+        """What to stage of a micro-batch; every check on it."""
+        parts = partition(domains, losses, self.num_domains)
+        return Batch(losses, parts, self._tape.resolve(losses))
+
+    def _defer(self) -> None:
+        """Called after a micro-batch that is not the last was staged."""
 
     @abstractmethod
-    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
 
     def _prepare(self) -> None:
@@ -239,12 +238,21 @@ class DomainOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = self.backward(*check_result(closure()))
+                loss = self._evaluate(closure)
         elif self._staged or not self._ready:
             if self._staged or not is_probe(self.base):
                 raise no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
             return None
+        self._advance()
+        return loss
+
+    def _evaluate(self, closure: Closure) -> Tensor:
+        """Run the closure of a `step`, and backward on what it returns."""
+        return self.backward(*check_result(closure()))
+
+    def _advance(self) -> None:
+        """Step on the gradient there is, and let own state follow."""
         self._prepare()
         self.base.step()
         self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
@@ -253,7 +261,6 @@ class DomainOptimizer(Optimizer):
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has made its own state by now
                 self.state[p][name] = tensor
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and whatever `backward` has staged or left for `step`."""
