@@ -20,6 +20,7 @@ from . import loading
 from .batch import Batch
 from .support import is_probe, no_backward, refuse_groups, refuse_ranks, refuse_scaler
 from .wrapped import (
+    Wrapping,
     all_or_nothing,
     check_base,
     check_extent,
@@ -32,7 +33,7 @@ from .wrapped import (
 Closure = Callable[..., Any]
 
 
-class DomainOptimizer(Optimizer):
+class DomainOptimizer(Wrapping):
     """Base of all wrappers; an algorithm implements `_gradient`, and `_commit` if it keeps state.
 
     ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies:
@@ -54,7 +55,6 @@ class DomainOptimizer(Optimizer):
     that ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
-    base: Optimizer
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
     # torch.amp.GradScaler then shows itself to `step`, which refuses it
@@ -108,32 +108,6 @@ class DomainOptimizer(Optimizer):
         self._given = {"steps": 0, **(settings or {})}
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
         self._fill()
-
-    # -- the wrapped optimizer's own, by reference --
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     @property
     def steps(self) -> int:
