@@ -143,6 +143,16 @@ def accumulate(p: Tensor, grad: Tensor) -> None:
             p.grad.add_(grad)
 
 
+def deliver(p: Tensor, grad: Tensor) -> None:
+    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
+    for hook in list((p._backward_hooks or {}).values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    accumulate(p, grad)
+    for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):
+        hook(p)
+
+
 @contextmanager
 def all_or_nothing(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
     """What is written to ``.grad`` inside is added to what was there, unless it fails."""

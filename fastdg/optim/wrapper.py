@@ -57,6 +57,7 @@ class DomainOptimizer(Wrapping):
 
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
+    penalises = True  # adds a term that an optimizer which ascends would turn around
     # torch.amp.GradScaler then shows itself to `step`, which refuses it
     _step_supports_amp_scaling = True
 
@@ -88,7 +89,7 @@ class DomainOptimizer(Wrapping):
                 f"each has a backward of its own; give {type(self).__name__} the optimizer inside"
             )
         check_base(base, type(self).__name__)
-        refuse_groups(base.param_groups, type(self).__name__)
+        refuse_groups(base.param_groups, type(self).__name__, self.penalises)
         check_extent(num_domains, model)
         self.base = base
         self.params = listed(params)
@@ -156,7 +157,7 @@ class DomainOptimizer(Wrapping):
     def _stage(self, losses: Tensor, domains: Tensor) -> None:
         check_losses(losses)
         refuse_ranks(type(self).__name__)
-        refuse_groups(self.param_groups, type(self).__name__)
+        refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
             self._rewatch()
             raise RuntimeError(

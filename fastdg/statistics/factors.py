@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,30 @@ def accumulated(x: Tensor) -> Tensor:
 def flat(grads: Tensor) -> Tensor:
     """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
     return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
+
+
+class Agreement(NamedTuple):
+    """What `ops.agreement` makes of one parameter.
+
+    Attributes:
+        combined: weighted sum of the domains' gradients times the mask, of the parameter's shape.
+        agreeing: sum of the mask, 0-dim.
+        magnitude: sum of ``combined.abs()``, 0-dim.
+    """
+
+    combined: Tensor
+    agreeing: Tensor
+    magnitude: Tensor
+
+
+def agreement_of(
+    rows: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
+) -> Agreement:
+    """`ops.agreement` of one parameter's gradients, one of each domain."""
+    (combined,), agreeing, magnitude = ops.agreement(
+        [[row] for row in rows], weights, threshold, steepness
+    )
+    return Agreement(combined, agreeing[0], magnitude[0])
 
 
 class Factor(ABC):
@@ -71,6 +96,12 @@ class Factor(ABC):
         """Inner products of the domains' mean gradients, ``[D, D]``."""
         rows = flat(self.domain(partition))
         return rows @ rows.t()
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        """The domains' mean gradients combined where their signs agree, as `ops.agreement` does."""
+        return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
 
     def plus(self, other: Factor) -> Factor:
         """The gradient of a parameter that is used twice."""
@@ -169,6 +200,29 @@ class Outer(Factor):
             return super().gram(partition)
         return ops.outer_gram(self.a, self.delta, partition.order, partition.offsets, self.window)
 
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        if self.groups > partition.num_domains:  # their weight is small: D of it are one whole
+            return super().agreement(partition, weights, threshold, steepness)
+        where = partition.order, partition.offsets
+        parts = [
+            ops.outer_agreement(a, delta, *where, weights, threshold, steepness, self.window)
+            for a, delta in zip(
+                self.a.chunk(self.groups, 1) if self.groups > 1 else [self.a],
+                self.delta.chunk(self.groups, 2),
+                strict=True,
+            )
+        ]
+        combined, agreeing, magnitude = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return Agreement(combined[0].view(self.shape), agreeing[0], magnitude[0])
+        return Agreement(
+            torch.cat(combined).view(self.shape),
+            torch.stack(agreeing).sum(),
+            torch.stack(magnitude).sum(),
+        )
+
     def per_sample(self) -> Tensor:
         a, delta = self._grouped()
         grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
@@ -243,8 +297,27 @@ class Lookup(Factor):
         return mean, variance.clamp(min=0)
 
     def domain(self, partition: Partition) -> Tensor:
+        return self._columns(self.delta, partition)
+
+    def _columns(self, delta: Tensor, partition: Partition) -> Tensor:
         cell = partition.domains.unsqueeze(1) * self.rows + self.index
-        return self._spread(self.delta.flatten(0, 1), cell.flatten(), partition)
+        return self._spread(delta.flatten(0, 1), cell.flatten(), partition)
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        combined = self.delta.new_empty(tuple(self.shape))
+        width = -(-self.shape[1] // partition.num_domains)  # about one table at a time, not D
+        agreeing, magnitude = self.delta.new_zeros(()), self.delta.new_zeros(())
+        for delta, columns in zip(
+            self.delta.split(width, 2), combined.split(width, 1), strict=True
+        ):
+            rows = self._columns(delta, partition)
+            part = agreement_of(rows.unbind(), weights, threshold, steepness)
+            columns.copy_(part.combined)
+            agreeing += part.agreeing
+            magnitude += part.magnitude
+        return Agreement(combined, agreeing, magnitude)
 
     def per_sample(self) -> Tensor:
         sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
