@@ -92,7 +92,7 @@ class DomainGradientOptimizer(DomainOptimizer):
     def _batch(self, losses: Tensor, domains: Tensor) -> DomainBatch:
         parts = partition(domains, losses, self.num_domains)
         extent = parts.num_domains
-        if domains.device.type != "cpu" and self.num_domains is not None:
+        if not _readable(domains, self.num_domains):
             try:
                 resolved = self._tape.resolve(losses)
                 return DomainBatch(losses, parts, resolved, list(range(extent)), extent)
@@ -168,3 +168,8 @@ class DomainGradientOptimizer(DomainOptimizer):
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self._given if name != "steps"}
         return {**own, "num_domains": self.num_domains}
+
+
+def _readable(domains: Tensor, num_domains: int | None) -> bool:
+    """Whether the ids can be looked at without a wait, or have been already."""
+    return domains.device.type == "cpu" or num_domains is None
