@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .settings import Setting, check_count, check_switch, check_weight
 from .wrapper import DomainOptimizer
 
@@ -24,3 +26,7 @@ class Annealed(DomainOptimizer):
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
             self._reset_base()
+
+    def settings(self) -> dict[str, Any]:
+        own = ("penalty_weight", "anneal_steps", "pre_anneal_weight", "reset_base")
+        return {**super().settings(), **{name: getattr(self, name) for name in own}}

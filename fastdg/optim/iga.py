@@ -187,7 +187,12 @@ class IGA(DomainOptimizer):
         return self._statistics["loss"]
 
     def _ask(self, closure: Closure, d: int) -> Tensor:
+        held = [(p, p.grad) for p in self._trained()]
+        for p, _ in held:  # closures clear gradients, by custom
+            p.grad = None
         losses, domains = losses_of(closure(d), d)
+        for p, grad in held:
+            p.grad = grad
         check_losses(losses)
         partition(domains, losses, self.num_domains)
         check_same(domains, d, f"closure: it was asked for the losses of domain {d}")
@@ -201,28 +206,25 @@ class IGA(DomainOptimizer):
         weight: float,
     ) -> Tensor:
         """Add ``2w H (G - mean G)`` of one domain to ``.grad``; returns ``|G - mean G|^2``."""
-        grads = torch.autograd.grad(
-            losses,
-            trained,
-            torch.full_like(losses, 1 / len(losses)),
-            create_graph=weight > 0,
-            allow_unused=True,
+        grads = list(
+            torch.autograd.grad(
+                losses,
+                trained,
+                torch.full_like(losses, 1 / len(losses)),
+                create_graph=weight > 0,
+                allow_unused=True,
+            )
         )
-        square = accumulated(losses.detach()).new_zeros(())
-        roots: list[Tensor] = []
-        apart: list[Tensor] = []
-        for grad, mean in zip(grads, means, strict=True):
-            if mean is None:  # no domain uses it
-                continue
-            gap = -mean if grad is None else grad.detach() - mean
-            square = square + accumulated(gap).square().sum()
-            if grad is not None and grad.requires_grad:
-                roots.append(grad)
-                apart.append(gap.mul_(2 * weight))
-        del grads
-        if weight > 0 and roots:
-            torch.autograd.backward(roots, apart)
-        return square
+        square, grad, gap = accumulated(losses.detach()).new_zeros(()), None, None
+        for mean in reversed(means):
+            grad = grads.pop()
+            if mean is not None:  # a domain uses it
+                gap = -mean if grad is None else grad - mean
+                square = square + accumulated(gap).square().sum()
+        del grad, gap  # the graph has what it needs
+        if square.requires_grad:
+            (weight * square).backward()
+        return square.detach()
 
     def _compare(self, losses: Tensor, total: Tensor, count: int, d: int) -> None:
         again = accumulated(losses.detach()).sum()

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from ..domains import partition
+from ..statistics.check import TOLERANCE
 from ..statistics.factors import accumulated
 from ..statistics.graph import sweep
 from ..statistics.layers.generic import as_it_was
@@ -26,9 +27,11 @@ from .wrapper import Closure
 
 @dataclass
 class Scored(Batch):
-    """A micro-batch, and the logits that its losses were made from if the user gave them."""
+    """A micro-batch, and the logits that its losses were made from: as the user gave them, or the
+    call that returned them."""
 
-    logits: Tensor | None = None
+    logits: Tensor | None
+    call: Call | None
 
 
 class IRM(Annealed):
@@ -47,8 +50,7 @@ class IRM(Annealed):
 
     The logits are what the head (the last module with parameters that ran) returns, which is run
     once more for them; or they are given: ``opt.backward(losses, domains, logits=logits)``. Give
-    them if they are scaled after the head, if the head draws random numbers, or if the forward is
-    not one that can be watched (a compiled model).
+    them if they are scaled after the head, or if the head draws random numbers.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -59,8 +61,8 @@ class IRM(Annealed):
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it; one with a single sample has penalty 0.
         model: skip discovery and watch this model.
-        check: compare captured gradients with autograd's on the first backward, and see that the
-            head, run again, returns the same.
+        check: on the first backward see that each loss depends on its own row of the logits alone,
+            and that the head, run again, returns the same.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
     ``irm_penalty_weight`` and so on). ``statistics`` holds ``loss``, ``penalty``, ``objective``
@@ -79,9 +81,9 @@ class IRM(Annealed):
     """
 
     prefix = "irm"
-    _transient = (*Annealed._transient, "_known")
+    _transient = (*Annealed._transient, "_shown")
     _logits: Tensor | None = None  # those of the `backward` that is running
-    _known: weakref.ref[nn.Module] | None = None  # the head that was seen to return the same
+    _shown: weakref.WeakSet[Any]  # heads that were checked; the wrapper itself for logits given
 
     def __init__(
         self,
@@ -109,9 +111,10 @@ class IRM(Annealed):
             params="head",
             num_domains=num_domains,
             model=model,
-            check=check,
+            check=False,  # of gradients by parameters, which are not used here
             settings=given,
         )
+        self.check_rows = check
 
     def backward(
         self, losses: Tensor, domains: Tensor, final: bool = True, logits: Tensor | None = None
@@ -135,7 +138,7 @@ class IRM(Annealed):
         if self._logits is not None:
             check_logits(self._logits, losses)
             parts = partition(domains, losses, self.num_domains)
-            return Scored(losses, parts, UNSEEN, self._logits)
+            return Scored(losses, parts, UNSEEN, self._logits, None)
         batch = super()._batch(losses, domains)
         calls = batch.resolved.found.calls
         if len(calls) != 1 or len(calls[0].outputs) != 1:
@@ -144,7 +147,7 @@ class IRM(Annealed):
                 f"{calls[0].where}: the head ran {what}, so it is not known which output the "
                 "logits are; pass them: opt.backward(losses, domains, logits=logits)"
             )
-        return Scored(losses, batch.partition, batch.resolved)
+        return Scored(losses, batch.partition, batch.resolved, None, calls[0])
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
@@ -167,52 +170,43 @@ class IRM(Annealed):
 
     def _products(self, batch: Scored, create_graph: bool) -> Tensor:
         """The derivative of each sample's loss by a factor on its logits, ``[N]``."""
-        deltas: list[Tensor | None] = []
-        if (logits := batch.logits) is not None:
-            ones = torch.ones_like(batch.losses)
-            deltas += torch.autograd.grad(
-                batch.losses,
-                logits,
-                ones,
-                create_graph=create_graph,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        else:
-            found = batch.resolved.found
-            sweep(
-                batch.losses,
-                found,
-                lambda call, arrived: deltas.extend(arrived),
-                create_graph=create_graph,
-                retain_graph=True,
-            )
-            with torch.set_grad_enabled(create_graph):
-                logits = self._again(found.calls[0])
-        if deltas[0] is None:
-            raise ValueError("logits: losses do not depend on them; pass what losses were made of")
+        rows = len(batch.losses), -1
+        delta = _deltas(batch, create_graph)
         with torch.set_grad_enabled(create_graph):
-            products = accumulated(deltas[0]) * accumulated(logits)
-            return products.reshape(len(batch.losses), -1).sum(1)
+            logits = replayed(batch.call) if batch.call is not None else batch.logits
+            assert logits is not None
+            self._check(batch, delta, logits)
+            return (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
 
-    def _again(self, call: Call) -> Tensor:
-        """What the head returned."""
-        logits = replayed(call)
-        if self.check and (self._known is None or self._known() is not call.module):
-            with torch.no_grad():
-                same = torch.allclose(replayed(call), logits, rtol=0, atol=0, equal_nan=True)
-            if not same:
+    @torch.no_grad()
+    def _check(self, batch: Scored, delta: Tensor, logits: Tensor) -> None:
+        head = batch.call.module if batch.call is not None else self
+        if not self.check_rows or head in self._shown:
+            return
+        generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
+        weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
+        weighted = _deltas(batch, create_graph=False, weights=weights).flatten()
+        expected = (delta.reshape(len(weights), -1) * weights.unsqueeze(1).to(delta)).flatten()
+        tolerance = max(TOLERANCE.get(x.dtype, 1e-4) for x in (delta, batch.losses))
+        if (weighted - expected).norm() > tolerance * expected.norm():
+            raise RuntimeError(
+                "losses: a sample's loss depends on other rows of the logits than its own (a loss "
+                "over pairs, or the sample is not the first dimension), so a factor on one "
+                "sample's logits cannot be told from that on another's"
+            )
+        if batch.call is not None:
+            again = replayed(batch.call)
+            if not torch.allclose(again, logits, rtol=0, atol=0, equal_nan=True):
                 raise RuntimeError(
-                    f"{call.where}: run again, the head returns something else (it draws random "
-                    "numbers, as dropout does), so its logits are not known; pass them: "
+                    f"{batch.call.where}: run again, the head returns something else (it draws "
+                    "random numbers, as dropout does), so its logits are not known; pass them: "
                     "opt.backward(losses, domains, logits=logits)"
                 )
-            self._known = weakref.ref(call.module)
-        return logits
+        self._shown.add(head)
 
-    def settings(self) -> dict[str, Any]:
-        own = ("penalty_weight", "anneal_steps", "pre_anneal_weight", "reset_base")
-        return {**super().settings(), **{name: getattr(self, name) for name in own}}
+    def _clear(self) -> None:
+        super()._clear()
+        self._shown = weakref.WeakSet()
 
 
 def check_logits(logits: Any, losses: Tensor) -> None:
@@ -226,6 +220,32 @@ def check_logits(logits: Any, losses: Tensor) -> None:
         )
     if not logits.requires_grad:
         raise ValueError("logits: they have no graph; pass the very tensor losses were made from")
+
+
+def _deltas(batch: Scored, create_graph: bool, weights: Tensor | None = None) -> Tensor:
+    """The gradient of the summed (or weighted) losses at the logits; the graph is kept."""
+    deltas: list[Tensor | None] = []
+    if batch.logits is not None:
+        deltas += torch.autograd.grad(
+            batch.losses,
+            batch.logits,
+            torch.ones_like(batch.losses) if weights is None else weights,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    else:
+        sweep(
+            batch.losses,
+            batch.resolved.found,
+            lambda call, arrived: deltas.extend(arrived),
+            create_graph=create_graph,
+            retain_graph=True,
+            weight=weights,
+        )
+    if deltas[0] is None:
+        raise ValueError("logits: losses do not depend on them; pass what losses were made of")
+    return deltas[0]
 
 
 def replayed(call: Call) -> Tensor:

@@ -70,7 +70,15 @@ class DomainOptimizer(Wrapping):
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
     # patch onto the instance.
-    _transient = ("_tape", "_staged", "_ready", "_pending", "_statistics", "_model", "_loaded")
+    _transient: tuple[str, ...] = (
+        "_tape",
+        "_staged",
+        "_ready",
+        "_pending",
+        "_statistics",
+        "_model",
+        "_loaded",
+    )
     _patched = ("step", "_opt_called")
 
     def __init__(
@@ -147,7 +155,8 @@ class DomainOptimizer(Wrapping):
             staged, self._staged = self._staged, []
             with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
-            spent(batch.losses for batch in staged)
+            if self._tape.recorder.handles:
+                spent(batch.losses for batch in staged)
         except BaseException:
             self._staged = []
             raise
