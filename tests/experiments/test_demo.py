@@ -126,7 +126,8 @@ def test_other_settings_and_other_files_are_refused_in_words(tmp_path: Path) -> 
     only = replace(SMALL, algorithms=("erm",))
     demo.run(only, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"coloured\.steps was 4, now 5; rotated\.steps was 4, now 5"):
+    words = r"coloured\.steps was 4, now 5; rotated\.steps was 4, now 5"
+    with pytest.raises(ValueError, match=words):
         demo.run(replace(only, steps=5), path)
     assert path.read_bytes() == before
     path.write_text("[]")
