@@ -58,6 +58,7 @@ class Before:
     def __init__(self, owner: Any = None) -> None:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Sequence[Any]) -> None:
         if (owner := self.owner()) is not None:
             owner._before_forward()

@@ -1,13 +1,24 @@
-"""Batches of one domain: what a closure returns that is asked for one, and a check."""
+"""Batches of one domain: closures that are asked for one, and a check."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .wrapped import check_result
+
+
+def asks_for_domain(closure: Callable[..., Any]) -> bool:
+    """Whether a closure has a parameter to be given, which is the domain it shall run."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return any(
+        p.kind in kinds and p.default is inspect.Parameter.empty
+        for p in inspect.signature(closure).parameters.values()
+    )
 
 
 def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import ops
 from .batch import Batch
 from .buffers import KINDS, Before, Buffers
-from .closures import check_same, losses_of
+from .closures import asks_for_domain, check_same, losses_of
 from .loading import Kept
 from .settings import Setting, check_switch, check_weight, checked
 from .weighted import Losses, Weighted
@@ -49,7 +49,7 @@ class Fish(Weighted):
     ``opt.step(closure)`` makes a whole meta-iteration: ``closure(d)`` runs the model on domain d
     and returns its losses, or ``(losses, domains)``, for d from 0 to ``meta_steps - 1``. ``.grad``
     is cleared before each call; the result is the mean of the inner steps' mean losses, and
-    ``statistics`` covers all of them.
+    ``statistics`` covers all of them. A closure without a parameter makes one inner step.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -62,7 +62,8 @@ class Fish(Weighted):
             the price of reading gradients, weights and kept weights in every inner step.
         model: interpolate this model's buffers, too (running statistics), as DomainBed does: those
             of its ``state_dict()`` that are numbers; integers are truncated. A meta-iteration
-            begins with the buffers before its first call with gradients enabled.
+            begins with the buffers before its first call with gradients enabled. Of a compiled
+            model, what ``torch.compile`` returned.
 
     ``meta_lr`` and ``meta_steps`` live in ``param_groups[0]`` (as ``fish_meta_lr`` and so on). The
     place in the meta-iteration and the kept weights are in ``state_dict``: a run that is resumed
@@ -77,7 +78,8 @@ class Fish(Weighted):
     and ``domain_count`` (``[D]``) of the inner step, and from the first meta step on those of the
     last one: ``trajectory``, :math:`|\tilde\theta-\theta|^2`, and with ``inner_product=True``
     ``inner_product``, :math:`-\sum_d\langle\nabla\ell_d(\tilde\theta_d),\tilde\theta_d-\theta
-    \rangle`: how far, to first order, the inner steps before d have brought its loss down. For
+    \rangle`: how far, to first order, the inner steps before d have brought its loss down (NaN of
+    a meta-iteration that was resumed). For
     plain SGD with rate r that is r times the sum of the inner products of all pairs, also
     :math:`\sum_{i<j}\langle g_i,g_j\rangle = (|\tilde\theta-\theta|^2/r^2-\sum_d|g_d|^2)/2`. The
     products of the domains' gradients at one point are ``fastdg.domain_gram(opt.tape, losses,
@@ -101,7 +103,8 @@ class Fish(Weighted):
     prefix = "fish"
     tensors = ("kept", "buffers", "counters")
     penalises = False
-    _transient = (*Weighted._transient, "_buffers", "_stamps", "_begun", "_product", "_meta")
+    _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_product", "_meta")
+    _transient = (*Weighted._transient, *_fleeting)
 
     meta_lr: Setting[float] = Setting(check_weight)
     meta_steps: Setting[int] = Setting(check_steps)
@@ -153,6 +156,8 @@ class Fish(Weighted):
         return losses.shares, self._meta
 
     def _evaluate(self, closure: Closure) -> Tensor:
+        if not asks_for_domain(closure):
+            return super()._evaluate(closure)
         if self.position:
             raise RuntimeError(
                 f"Fish.step(closure) makes a whole meta-iteration, but {self.position} of the "
@@ -176,12 +181,17 @@ class Fish(Weighted):
             for p, start in kept.items():
                 if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
                     kept[p] = _stored(p.detach(), start)
+            for kind, value in self._noted.items():
+                owner = next(iter(self._kept[kind]), None)
+                self._kept[kind][self._owner() if owner is None else owner] = value
             self._product = self._statistics["loss"].new_zeros(()) if self.inner_product else None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p not in kept:
                     kept[p] = p.detach().clone()
-        if self.position and self._product is not None:
+        if self.position and self.inner_product:
+            if self._product is None:  # resumed: of the steps before nothing is known
+                self._product = self._statistics["loss"].new_full((), torch.nan)
             for p, start in kept.items():
                 if p.grad is not None:
                     grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
@@ -207,7 +217,7 @@ class Fish(Weighted):
             ops.meta_step(tensors, [kept[p] for p in tensors], self.meta_lr)
             for tensors in alike.values()
         ]
-        self._buffers.interpolate(self._kept_buffers(self._kept), self.meta_lr)
+        self._buffers.interpolate(self._noted, self.meta_lr)
         self._stamps = {p: _stamp(p) for p in kept}
         self._begun = False
         self._meta = {"trajectory": torch.stack([x.to(squares[0]) for x in squares]).sum()}
@@ -228,13 +238,8 @@ class Fish(Weighted):
             self._begun = True
 
     def _note_buffers(self) -> None:
-        owner = self.param_groups[0]["params"][0]
         for kind, value in self._buffers.now().items():
-            self._kept[kind][owner] = _stored(value, self._kept[kind].get(owner))
-
-    @staticmethod
-    def _kept_buffers(kept: Kept) -> dict[str, Tensor]:
-        return {kind: value for kind in KINDS for value in kept[kind].values()}
+            self._noted[kind] = _stored(value, self._noted.get(kind))
 
     # -- state and copies --
 
@@ -247,6 +252,7 @@ class Fish(Weighted):
 
     def _clear(self) -> None:
         super()._clear()
+        self._noted: dict[str, Tensor] = {}  # the buffers that this meta-iteration began with
         self._stamps, self._begun, self._product, self._meta = {}, False, None, {}
 
     def _taken(self) -> None:
@@ -258,6 +264,9 @@ class Fish(Weighted):
         kept.update({p: tensor.to(p.dtype) for p, tensor in kept.items()})
         if self.position == 0:
             self._note_buffers()
+        else:
+            now, kept_then = self._buffers.now(), _buffers_in(self._kept)
+            self._noted = {kind: kept_then[kind].to(value.dtype) for kind, value in now.items()}
 
     def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
         position = groups[0].get("fish_position", 0)
@@ -276,7 +285,7 @@ class Fish(Weighted):
                     f"state_dict: its kept weights of {self._names[p]} have shape "
                     f"{tuple(tensor.shape)}, but the parameter has shape {tuple(p.shape)}"
                 )
-        saved = {kind: len(value) for kind, value in self._kept_buffers(kept).items()}
+        saved = {kind: len(value) for kind, value in _buffers_in(kept).items()}
         here = {kind: len(value) for kind, value in self._buffers.now().items()}
         if saved != here:
             raise ValueError(
@@ -288,6 +297,7 @@ class Fish(Weighted):
         super().__setstate__(state)
         self._watch(self._network)
         self._follow()
+        self._begin_here()
 
     def settings(self) -> dict[str, Any]:
         own = ("meta_lr", "meta_steps", "inner_product")
@@ -297,6 +307,10 @@ class Fish(Weighted):
 def _stamp(p: Tensor) -> tuple[int, int]:
     """Changes when the tensor is changed in place or gets other memory."""
     return p._version, p.data_ptr()
+
+
+def _buffers_in(kept: Kept) -> dict[str, Tensor]:
+    return {kind: value for kind in KINDS for value in kept[kind].values()}
 
 
 def _stored(value: Tensor, place: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from ..statistics.factors import accumulated
 from ..statistics.moments import merge
 from ..statistics.tape import paused
 from .batch import Batch
-from .closures import check_same, losses_of
+from .closures import asks_for_domain, check_same, losses_of
 from .rerun import Start
 from .settings import Setting, check_weight, checked
 from .support import refuse_groups, refuse_ranks
@@ -48,7 +48,8 @@ class IGA(DomainOptimizer):
     one domain at a time, so that a single domain's graph is alive. ``.grad`` is cleared before.
     The second calls have to return the same losses: the closure takes the same data, and random
     numbers of torch (dropout) and the modules' buffers (running statistics) are put back in
-    between. Hooks on parameters are called once, with the final gradient.
+    between. Hooks on parameters are called once, with the final gradient. A closure without a
+    parameter returns ``(losses, domains)`` of a mixed batch, for `backward`.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -128,6 +129,8 @@ class IGA(DomainOptimizer):
         return losses.mean
 
     def _evaluate(self, closure: Closure) -> Tensor:
+        if not asks_for_domain(closure):
+            return super()._evaluate(closure)
         name = type(self).__name__
         refuse_ranks(name)
         refuse_groups(self.param_groups, name)

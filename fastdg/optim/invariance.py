@@ -158,12 +158,12 @@ class GroupDRO(Weighted):
         return q.clamp(min=torch.finfo(q.dtype).tiny)
 
     def _commit(self) -> None:
-        owner = self.param_groups[0]["params"][0]
-        q = self._kept["q"].get(owner)
-        if q is not None and q.shape == self._pending.shape:
-            q.copy_(self._pending)
-        else:
-            self._kept["q"][owner] = self._pending
+        kept = self._kept["q"]
+        for owner, q in kept.items() or [(self._owner(), None)]:
+            if q is not None and q.shape == self._pending.shape:
+                q.copy_(self._pending)
+            else:
+                kept[owner] = self._pending
 
     def _admit(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]

@@ -21,7 +21,7 @@ from ..statistics.tape import Call, paused
 from .annealed import Annealed
 from .batch import Batch
 from .settings import checked
-from .weighted import UNSEEN, Losses, check_reached
+from .weighted import UNSEEN, Losses, check_reached, refuse_again
 from .wrapper import Closure
 
 
@@ -137,6 +137,7 @@ class IRM(Annealed):
     def _batch(self, losses: Tensor, domains: Tensor) -> Scored:
         if self._logits is not None:
             check_logits(self._logits, losses)
+            refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
             return Scored(losses, parts, UNSEEN, self._logits, None)
         batch = super()._batch(losses, domains)

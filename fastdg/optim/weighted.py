@@ -82,6 +82,15 @@ def check_reached(groups: Iterable[dict[str, Any]], name: str) -> None:
         )
 
 
+def refuse_again(losses: Tensor, staged: Iterable[Batch], name: str) -> None:
+    """Raise if these very losses were staged already; other uses of a graph are autograd's."""
+    if any(batch.losses is losses for batch in staged):
+        raise RuntimeError(
+            f"{name}.backward was already called on these losses with final=False; pass the next "
+            "micro-batch's"
+        )
+
+
 class Weighted(DomainOptimizer):
     r"""Base of algorithms with the gradient :math:`\sum_d c_d \nabla\ell_d` of domain mean losses.
 
@@ -109,6 +118,7 @@ class Weighted(DomainOptimizer):
         return self._tape
 
     def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+        refuse_again(losses, self._staged, type(self).__name__)
         return Batch(losses, partition(domains, losses, self.num_domains), UNSEEN)
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
@@ -119,6 +129,11 @@ class Weighted(DomainOptimizer):
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {**losses.statistics(), **more}
         return losses.mean
+
+    def _owner(self) -> Tensor:
+        """The parameter with whose state that is kept which belongs to none: the first that is
+        trained, so that the wrapped optimizer has an entry for it, too."""
+        return next(p for g in self.param_groups for p in g["params"] if p.grad is not None)
 
     def _domains(self) -> int:
         """How many domains the algorithm knows of already."""

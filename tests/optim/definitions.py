@@ -184,12 +184,11 @@ def fish(
             opt.step()
         state = opt.state_dict()
         meta, found = model.state_dict(), inner.state_dict()
-        yield sum(
-            float((p - q).square().sum())
-            for p, q in zip(model.parameters(), inner.parameters(), strict=True)
-        )
+        pairs = zip(model.parameters(), inner.parameters(), strict=True)
+        length = sum(float((p.detach() - q.detach()).square().sum()) for p, q in pairs)
         moved = {key: value + meta_lr * (found[key] - value) for key, value in meta.items()}
         model.load_state_dict(copy.deepcopy(moved))
+        yield length
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:

@@ -65,7 +65,11 @@ def test_irm_with_heads_whose_logits_are_not_known() -> None:
         with pytest.raises(RuntimeError, match=f"{message}.*logits=logits"):
             opt.backward(F.cross_entropy(logits, y, reduction="none"), d)
         logits = call(head)
-        opt.backward(F.cross_entropy(logits, y, reduction="none"), d, logits=logits)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        opt.backward(losses, d, final=False, logits=logits)
+        with pytest.raises(RuntimeError, match="already called on these losses"):
+            opt.backward(losses, d, logits=logits)
+        opt.backward(losses, d, logits=logits)
         opt.step()
 
 
