@@ -45,7 +45,8 @@ def measured(results: dict[str, Any]) -> str:
         "Time of one step as a multiple of plain training's (forward and backward of the same "
         "model and batch; whole training steps with Adam), fp32, three domains if not said "
         f"otherwise; {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}. "
-        "The floor is the ratio of the floating-point operations that have to be done. Medians of runs that took turns; every contender's "
+        "The floor is the ratio of the floating-point operations that have to be done. Medians of "
+        "runs that took turns; every contender's "
         "numbers were first compared with float64 per-sample gradients.",
         "",
         "| | plain | floor | **fastdg** | plain PyTorch backend | best other way | memory |",
