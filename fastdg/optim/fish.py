@@ -79,11 +79,10 @@ class Fish(Weighted):
     last one: ``trajectory``, :math:`|\tilde\theta-\theta|^2`, and with ``inner_product=True``
     ``inner_product``, :math:`-\sum_d\langle\nabla\ell_d(\tilde\theta_d),\tilde\theta_d-\theta
     \rangle`: how far, to first order, the inner steps before d have brought its loss down (NaN of
-    a meta-iteration that was resumed). For
-    plain SGD with rate r that is r times the sum of the inner products of all pairs, also
-    :math:`\sum_{i<j}\langle g_i,g_j\rangle = (|\tilde\theta-\theta|^2/r^2-\sum_d|g_d|^2)/2`. The
-    products of the domains' gradients at one point are ``fastdg.domain_gram(opt.tape, losses,
-    domains)`` on a mixed batch.
+    a meta-iteration that was resumed). For plain SGD with rate r that is r times the sum of the
+    inner products of all pairs of gradients, for which also :math:`\sum_{i<j}\langle g_i,g_j\rangle
+    = (|\tilde\theta-\theta|^2/r^2-\sum_d|g_d|^2)/2`. The products of the domains' gradients at one
+    point are ``fastdg.domain_gram(opt.tape, losses, domains)`` on a mixed batch.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a batch with samples of several

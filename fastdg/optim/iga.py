@@ -98,6 +98,18 @@ class IGA(DomainOptimizer):
             settings=checked(type(self), {"penalty_weight": penalty_weight}),
         )
 
+    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+        try:
+            return super()._batch(losses, domains)
+        except ValueError as error:
+            if not str(error).startswith("params:"):
+                raise
+            raise ValueError(
+                "IGA.backward needs gradients of single samples, which this model does not have; "
+                "opt.step(closure) needs those of domains only, from a forward for each of them, "
+                f"and goes with any model. ({error})"
+            ) from error
+
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self.penalty_weight
         losses = Losses.of(staged)

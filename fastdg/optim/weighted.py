@@ -133,7 +133,8 @@ class Weighted(DomainOptimizer):
     def _owner(self) -> Tensor:
         """The parameter with whose state that is kept which belongs to none: the first that is
         trained, so that the wrapped optimizer has an entry for it, too."""
-        return next(p for g in self.param_groups for p in g["params"] if p.grad is not None)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return next((p for p in parameters if p.grad is not None), parameters[0])
 
     def _domains(self) -> int:
         """How many domains the algorithm knows of already."""

@@ -195,6 +195,13 @@ def test_iga_closure_that_draws_anew_is_found_out() -> None:
         opt.step()
 
 
+def test_iga_says_what_to_do_with_batch_norm() -> None:
+    model, (batch,) = net(batch_norm=True), batches(1)
+    opt = wrapped("IGA", model)
+    with pytest.raises(ValueError, match=r"opt\.step\(closure\) .* any model.*BatchNorm2d"):
+        opt.backward(losses_of(model, *batch[:2]), batch[2])
+
+
 def test_iga_closure_with_bad_results() -> None:
     model = nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.arange(5) % 3
