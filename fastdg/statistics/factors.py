@@ -285,9 +285,9 @@ class Lookup(Factor):
         return sums, owner // self.rows, owner % self.rows
 
     def _spread(self, values: Tensor, cell: Tensor, partition: Partition) -> Tensor:
-        table = values.new_zeros((partition.num_domains * self.rows, values.shape[1]))
-        table = table.index_add(0, cell, values).unflatten(0, (partition.num_domains, self.rows))
-        return table / partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1)
+        table = values.new_zeros((partition.num_domains, self.rows, values.shape[1]))
+        table.flatten(0, 1).index_add_(0, cell, values)
+        return table.div_(partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1))
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         sums, sample, row = self._reads()
@@ -307,13 +307,14 @@ class Lookup(Factor):
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
         combined = self.delta.new_empty(tuple(self.shape))
-        width = -(-self.shape[1] // partition.num_domains)  # about one table at a time, not D
+        width = -(-self.shape[1] // (partition.num_domains + 1))  # with the result about one table
         agreeing, magnitude = self.delta.new_zeros(()), self.delta.new_zeros(())
         for delta, columns in zip(
             self.delta.split(width, 2), combined.split(width, 1), strict=True
         ):
-            rows = self._columns(delta, partition)
-            part = agreement_of(rows.unbind(), weights, threshold, steepness)
+            rows = self._columns(delta, partition).unbind()
+            part = agreement_of(rows, weights, threshold, steepness)
+            del rows  # before there are the next
             columns.copy_(part.combined)
             agreeing += part.agreeing
             magnitude += part.magnitude

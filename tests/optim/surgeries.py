@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bases import Wrap, seeded
 from definitions import Batch, Make, parts
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -113,11 +114,6 @@ def inverse_norms(gram: Tensor) -> Tensor:
     return 1 / (gram.diagonal().sqrt() * len(gram) + 1e-3)
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(5)
-
-
-Wrap = Callable[..., Any]
 Case = tuple[Wrap, Callable[[], Rule]]
 
 

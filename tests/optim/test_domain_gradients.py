@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import fastdg
+from fastdg.experiments.memory import measured
+from fastdg.ops.registry import OPS
 from fastdg.optim import domain_gradients
 
 ORDERED = ("PCGrad", "PCGrad-shared")  # draw one order of those present, or of all
@@ -328,3 +333,34 @@ def test_the_graph_of_a_micro_batch_is_freed() -> None:
     x, y, d = batches(1)[0]
     opt.backward(losses_of(model, x, y), d)
     assert int(opt.statistics["domain_count"].sum()) == len(y)  # nothing of what was staged
+
+
+def held(cls: Any, domains: int) -> tuple[int, int, int]:
+    """The most bytes that a plain and a wrapped step hold, and those of the largest parameter."""
+    sizes = (96, 128, 160, 128, 96)
+    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
+    model = nn.Sequential(nn.Embedding(200, 96), *layers, nn.Linear(96, 3))
+    words, y, d = torch.randint(200, (12,)), torch.randint(3, (12,)), torch.arange(12) % domains
+    opt = cls(SGD(model.parameters(), lr=0.1))
+    opt.backward(losses_of(model, words, y), d)  # the check, which is done once
+
+    def taken(step: Callable[[Tensor], Any]) -> int:
+        for p in model.parameters():
+            p.grad = None
+        gc.collect()
+        return measured(lambda: step(losses_of(model, words, y)))[1]
+
+    plain = taken(lambda losses: losses.mean().backward())
+    ours = taken(lambda losses: opt.backward(losses, d))
+    return plain, ours, 4 * max(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("cls", [fastdg.AgrSum, fastdg.ANDMask])
+def test_d_copies_of_the_gradient_never_exist(cls: Any) -> None:
+    """Beyond what a plain step holds: at most the largest parameter's gradient."""
+    plain, two, largest = held(cls, 2)
+    _, twelve, _ = held(cls, 12)
+    assert twelve - two <= 0.5 * largest, (two / largest, twelve / largest)
+    if "cpp" in OPS["outer_agreement"].backends:  # the reference has temporaries of its own
+        assert twelve - plain <= 1.2 * largest, (plain / largest, twelve / largest)
+    assert held(fastdg.PCGrad, 12)[1] > 12 * plain / 2  # which holds them, and so is seen to

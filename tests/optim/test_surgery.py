@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bases import seeded
 from definitions import close, losses_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from surgeries import (
     inverse_norms,
     pcgrad,
     rows_of,
-    seeded,
     split,
     surgery,
     tables,
