@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from ..domains import partition
-from ..statistics.check import TOLERANCE
+from ..statistics.check import ATTEMPTS, TOLERANCE
 from ..statistics.factors import accumulated
 from ..statistics.graph import sweep
 from ..statistics.layers.generic import as_it_was
@@ -83,7 +83,8 @@ class IRM(Annealed):
     prefix = "irm"
     _transient = (*Annealed._transient, "_shown")
     _logits: Tensor | None = None  # those of the `backward` that is running
-    _shown: weakref.WeakSet[Any]  # heads that were checked; the wrapper itself for logits given
+    # How often a head was checked, or for logits given the wrapper itself
+    _shown: weakref.WeakKeyDictionary[Any, int]
 
     def __init__(
         self,
@@ -182,7 +183,8 @@ class IRM(Annealed):
     @torch.no_grad()
     def _check(self, batch: Scored, delta: Tensor, logits: Tensor) -> None:
         head = batch.call.module if batch.call is not None else self
-        if not self.check_rows or head in self._shown:
+        tried = self._shown.get(head, 0)
+        if not self.check_rows or tried >= ATTEMPTS:
             return
         generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
         weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
@@ -203,11 +205,12 @@ class IRM(Annealed):
                     "random numbers, as dropout does), so its logits are not known; pass them: "
                     "opt.backward(losses, domains, logits=logits)"
                 )
-        self._shown.add(head)
+        telling = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
+        self._shown[head] = ATTEMPTS if telling else tried + 1
 
     def _clear(self) -> None:
         super()._clear()
-        self._shown = weakref.WeakSet()
+        self._shown = weakref.WeakKeyDictionary()
 
 
 def check_logits(logits: Any, losses: Tensor) -> None:

@@ -65,7 +65,7 @@ class Losses:
     def weights(self, coefficients: Tensor, staged: Sequence[Batch]) -> list[Tensor]:
         """Weights of the samples with which their sum is that of the domains' means."""
         each = coefficients / self.count.clamp(min=1).to(coefficients.dtype)
-        return [each[batch.partition.domains].to(batch.losses.dtype) for batch in staged]
+        return [each[batch.partition.domains] for batch in staged]
 
     def objective(self, coefficients: Tensor, staged: Sequence[Batch]) -> Tensor:
         r""":math:`\sum_d c_d \ell_d`, with its graph."""
@@ -125,7 +125,8 @@ class Weighted(DomainOptimizer):
         losses = Losses.of(staged, self._domains())
         coefficients, more = self._coefficients(losses)
         weights = losses.weights(coefficients, staged)
-        torch.autograd.backward([batch.losses for batch in staged], weights)
+        parts = [batch.losses for batch in staged]
+        torch.autograd.backward(parts, [w.to(x.dtype) for w, x in zip(weights, parts, strict=True)])
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {**losses.statistics(), **more}
         return losses.mean

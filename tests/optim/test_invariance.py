@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from invariances import WRAPPERS, every, grads, run, wrapped
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdg
 
@@ -271,6 +273,41 @@ def test_compiled_models() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     torch._dynamo.reset()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device: numbers that Python reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, "Fish"])
+def test_nothing_is_read_but_the_ids(name: str) -> None:
+    """Which are on the CPU: their range is looked at, and of Fish whether they are one."""
+    model = nn.Linear(4, 3)
+    base = SGD(model.parameters(), lr=0.1)
+    if name == "Fish":
+        opt = fastdg.Fish(base, num_domains=2, inner_product=True)
+    else:
+        opt = WRAPPERS[name][0](base, num_domains=2)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    d = torch.zeros_like(y) if name == "Fish" else y % 2
+    for step in range(3):
+        opt.zero_grad()
+        losses = losses_of(model, x, y)
+        with Reads() as reads:
+            opt.backward(losses, d)
+            opt.step()
+        assert step == 0 or reads.count == (3 if name == "Fish" else 2)
 
 
 @every
