@@ -135,7 +135,7 @@ class AgrRand(DrawingOptimizer):
             noise = torch.randn(
                 grad.shape, generator=self.generator, dtype=grad.dtype, device=device
             )
-            noise = noise.to(grad.device, non_blocking=True).mul_(sigma)
+            noise = moved(noise, grad.device).mul_(sigma)
             # A sum of what has one sign is 0 only where the mask is
             combined[p] = torch.where(grad == 0, noise, grad)
         self._remember()

@@ -364,3 +364,31 @@ def test_d_copies_of_the_gradient_never_exist(cls: Any) -> None:
     if "cpp" in OPS["outer_agreement"].backends:  # the reference has temporaries of its own
         assert twelve - plain <= 1.2 * largest, (plain / largest, twelve / largest)
     assert held(fastdg.PCGrad, 12)[1] > 12 * plain / 2  # which holds them, and so is seen to
+
+
+@pytest.mark.gpu
+@every
+def test_nothing_waits_for_the_device(name: str) -> None:
+    """Ids on the CPU, where some are absent, or on the device."""
+    masks = not name.startswith(("PCGrad", "Gram"))
+    if masks and not OPS["outer_agreement"].backends.keys() & {"cuda", "triton"}:
+        pytest.skip("the reference of outer_agreement reads the offsets")
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).cuda()
+    more = {"weighting": weighed_alike} if name == "GramSurgery" else {}
+    if "Rand" in name:
+        more["generator"] = torch.Generator("cuda").manual_seed(5)
+    opt = wrapped(name, model, lambda m: SGD(m.parameters(), lr=0.1), num_domains=4, **more)
+    ids = torch.arange(12) % 3
+    for step_, d in enumerate((ids, ids, ids.cuda(), ids.cuda())):
+        x, y = torch.randn(12, 6, device="cuda"), torch.randint(3, (12,), device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if step_ % 2 else "default")
+        try:
+            opt.zero_grad()
+            opt.backward(losses_of(model, x, y), d)
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def weighed_alike(gram: Tensor) -> Tensor:
+    return torch.full_like(gram[0], 0.25)
