@@ -34,6 +34,13 @@ def wrap(base: Optimizer, **settings: Any) -> fastdg.Fishr:
     return fastdg.Fishr(base, **{"penalty_weight": 5.0, "anneal_steps": 2, **settings})
 
 
+class Fish(fastdg.Fish):
+    """Takes every batch for one of a single domain, so that it may be given what all are given."""
+
+    def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
+        return super().backward(losses, domains * 0, final)
+
+
 WRAPS: dict[str, Wrap] = {
     "Fishr": wrap,
     "AgrSum": fastdg.AgrSum,
@@ -42,6 +49,11 @@ WRAPS: dict[str, Wrap] = {
     "GramSurgery": lambda base, **more: fastdg.GramSurgery(base, even, **more),
     "ANDMask": lambda base, **more: fastdg.ANDMask(base, **{"threshold": 0.5, **more}),
     "SANDMask": lambda base, **more: fastdg.SANDMask(base, **{"threshold": 0.3, **more}),
+    "Fish": lambda base, **more: Fish(base, **{"num_domains": 3, **more}),
+    "IGA": lambda base, **more: fastdg.IGA(base, **{"penalty_weight": 0.5, **more}),
+    "IRM": lambda base, **more: fastdg.IRM(base, **{"anneal_steps": 2, **more}),
+    "VREx": lambda base, **more: fastdg.VREx(base, **{"anneal_steps": 2, **more}),
+    "GroupDRO": lambda base, **more: fastdg.GroupDRO(base, **{"eta": 0.5, **more}),
 }
 
 

@@ -274,7 +274,7 @@ def graphs() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch in itself
-@pytest.mark.parametrize("name", ["Fishr", "AgrRand"])
+@pytest.mark.parametrize("name", ["Fishr", "AgrRand", "Fish", "GroupDRO"])
 def test_compiled_step(name: str, graphs: Callable[[], int]) -> None:
     """Equal to the eager one, and no new graph once it has settled."""
     model, opt = Case(name, "adam").trained()

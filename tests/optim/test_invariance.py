@@ -275,6 +275,9 @@ def test_compiled_models() -> None:
     torch._dynamo.reset()
 
 
+READING = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
 class Reads(TorchDispatchMode):
     """Counts what would wait for a device: numbers that Python reads."""
 
@@ -283,10 +286,7 @@ class Reads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-        )
+        self.count += func in READING
         return func(*args, **(kwargs or {}))
 
 
