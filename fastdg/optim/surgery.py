@@ -302,18 +302,20 @@ def projected(gram: Tensor, order: Tensor) -> Tensor:
     Returns:
         The coefficients c, ``[D, D]`` float64, on the device of ``gram``.
     """
-    gram = gram.double()
-    products, squares = gram.clone(), gram.diagonal()  # <p_i, g_j>, <g_j, g_j>
-    ones = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    coefficients = ones.clone()
-    own = torch.arange(len(gram), device=gram.device)
-    for j in order.unbind(1):  # one for each i, all of them at once
-        product, square = products[own, j], squares[j]
-        conflict = (product < 0) & (square > 0) & (j != own)
-        rate = torch.where(conflict, product / square, 0).unsqueeze(1)
-        coefficients -= rate * ones[j]
-        products -= rate * gram[j]
-    return coefficients
+    domains = len(gram)
+    own = torch.arange(domains, device=gram.device)
+    # Row j: the products of g_j, and g_j itself as a combination of all. Row i of the second one:
+    # the same of p_i, which begins as g_i.
+    table = torch.cat([gram.double(), torch.eye(domains, device=gram.device)], 1)
+    state = table.clone()
+    steps = order.t()  # in each, one j for every i
+    squares = gram.double().diagonal()[steps]
+    divisors = torch.where((squares > 0) & (steps != own), squares, torch.inf)
+    for j, divisor in zip(steps, divisors, strict=True):
+        product = state[own, j]
+        rate = torch.where(product < 0, product / divisor, 0)
+        state.addcmul_(rate.unsqueeze(1), table[j], value=-1)
+    return state[:, domains:]
 
 
 def weighed(gradients: Gradients, weighting: Weighting) -> tuple[Combined, Statistics]:

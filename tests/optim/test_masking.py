@@ -22,7 +22,7 @@ thresholds = st.sampled_from([0.0, 0.2, 0.5, 0.75, 1.0])
 
 
 @given(tables(), thresholds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_mask_keeps_the_scale_of_each_parameter(g: Tensor, threshold: float) -> None:
     grad, opt = surgery(fastdg.ANDMask, g, threshold=threshold)
     if len(g) == 1:
@@ -37,7 +37,7 @@ def test_the_mask_keeps_the_scale_of_each_parameter(g: Tensor, threshold: float)
 
 
 @given(tables(least=2), thresholds.filter(lambda t: t < 1), st.sampled_from([1e-3, 0.5, 10.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_soft_mask(g: Tensor, threshold: float, steepness: float) -> None:
     grad, _ = surgery(fastdg.SANDMask, g, threshold=threshold, steepness=steepness)
     rows = split(g)
@@ -46,7 +46,7 @@ def test_the_soft_mask(g: Tensor, threshold: float, steepness: float) -> None:
 
 @pytest.mark.parametrize("cls", [fastdg.ANDMask, fastdg.SANDMask])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_relabelling_domains_changes_nothing(cls: Any, data: st.DataObject) -> None:
     g = data.draw(tables())
     order = torch.tensor(data.draw(st.permutations(range(len(g)))))

@@ -32,7 +32,7 @@ from fastdg.optim.surgery import projected
 
 
 @given(tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_agreement_has_the_common_sign(g: Tensor) -> None:
     grad, opt = surgery(fastdg.AgrSum, g)
     common = (g.sign() == g[0].sign()).all(0) & (g[0] != 0)
@@ -45,7 +45,7 @@ def test_agreement_has_the_common_sign(g: Tensor) -> None:
 
 
 @given(tables(least=2, most=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_pcgrad_of_two_domains_leaves_no_conflict(g: Tensor) -> None:
     grad, opt = surgery(fastdg.PCGrad, g)
     for row in g:
@@ -56,7 +56,7 @@ def test_pcgrad_of_two_domains_leaves_no_conflict(g: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["AgrSum", "AgrRand", "PCGrad", "GramSurgery"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_relabelling_domains_changes_nothing(name: str, data: st.DataObject) -> None:
     g = data.draw(tables(most=2 if name == "PCGrad" else 6))
     order = torch.tensor(data.draw(st.permutations(range(len(g)))))
