@@ -18,6 +18,11 @@ QUESTIONS = {
     "differentiable": "The same made differentiable, penalty's gradient to all parameters",
     "head": "Fishr on a large head alone",
     "step": "Whole Fishr (head) training step",
+    "Agr-Sum, D=3": "Whole Agr-Sum training step, 3 domains",
+    "Agr-Sum, D=6": "The same, 6 domains",
+    "AND-mask, D=3": "Whole AND-mask training step, 3 domains",
+    "PCGrad, D=3": "Whole PCGrad training step, 3 domains",
+    "PCGrad, D=6": "The same, 6 domains",
 }
 # Rows that are not another library: drawn and compared apart.
 OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal")
@@ -38,9 +43,10 @@ def measured(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     lines = [
         "Time of one step as a multiple of plain training's (forward and backward of the same "
-        f"model and batch), fp32, three domains; {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {versions['torch']}. The floor is the ratio of the floating-point "
-        "operations that have to be done. Medians of runs that took turns; every contender's "
+        "model and batch; whole training steps with Adam), fp32, three domains if not said "
+        f"otherwise; {machine['cpu']}, {machine['threads']} threads, torch {versions['torch']}. "
+        "The floor is the ratio of the floating-point operations that have to be done. Medians of "
+        "runs that took turns; every contender's "
         "numbers were first compared with float64 per-sample gradients.",
         "",
         "| | plain | floor | **fastdg** | plain PyTorch backend | best other way | memory |",

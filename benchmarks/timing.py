@@ -20,7 +20,7 @@ PATIENCE = 6.0
 def parameters(cases: list[Case]) -> pytest.MarkDecorator:
     """Every (case, contender)."""
     pairs = [
-        pytest.param(case, name, id=f"{case.model}-{name}")
+        pytest.param(case, name, id=f"{case.key}-{name}")
         for case in cases
         for name in case.contenders
     ]

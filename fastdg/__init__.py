@@ -3,7 +3,13 @@ plain training."""
 
 from . import func, ops
 from .ops import backends, use_backend
+from .optim.fish import Fish
 from .optim.fishr import Fishr
+from .optim.iga import IGA
+from .optim.invariance import GroupDRO, VREx
+from .optim.irm import IRM
+from .optim.masking import ANDMask, SANDMask
+from .optim.surgery import AgrRand, AgrSum, GramSurgery, PCGrad
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (
     Tape,
@@ -22,13 +28,24 @@ from .statistics.moments import DomainMoments
 __version__ = "0.1.0"
 
 __all__ = [
+    "IGA",
+    "IRM",
+    "ANDMask",
+    "AgrRand",
+    "AgrSum",
     "Dense",
     "DomainMoments",
     "DomainOptimizer",
+    "Fish",
     "Fishr",
+    "GramSurgery",
+    "GroupDRO",
     "Lookup",
     "Outer",
+    "PCGrad",
+    "SANDMask",
     "Tape",
+    "VREx",
     "backends",
     "check",
     "domain_gradients",

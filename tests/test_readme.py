@@ -23,7 +23,7 @@ def test_python_snippets_run(document: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     x, y, domains = torch.randn(12, 5), torch.arange(12) % 3, torch.arange(12) % 2
     names = {"torch": torch, "F": F, "fastdg": fastdg, "model": model, "x": x, "y": y}
-    names |= {"domains": domains, "loader": [(x, y, domains)] * 2}
+    names |= {"domains": domains, "loader": [(x, y, domains)] * 2, "batches": [(x, y)] * 2}
     blocks = snippets(document)
     assert blocks
     for block in blocks:

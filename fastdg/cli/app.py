@@ -28,8 +28,8 @@ from .. import __version__, backends
 from ..data.digits import TASKS
 from ..experiments import colored_mnist as experiment
 from ..experiments import demo as demo_experiment
-from ..experiments.settings import ALGORITHMS
-from .tables import colored_mnist_table, demo_table
+from ..experiments.settings import ALGORITHMS, DEFAULT
+from .tables import colored_mnist_table, demo_tables
 
 app = typer.Typer(
     add_completion=False,
@@ -42,8 +42,11 @@ app.add_typer(reproduce, name="reproduce")
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
-def _several(known: Iterable[str]) -> Any:
-    return typer.Option(help=f"Some of {', '.join(known)}; all by default.", metavar="NAME,NAME")
+def _several(known: Iterable[str], default: Iterable[str] = ()) -> Any:
+    by_default = ", ".join(default) or "all"
+    return typer.Option(
+        help=f"Some of {', '.join(known)}; {by_default} by default.", metavar="NAME,NAME"
+    )
 
 
 def _names(given: list[str] | None) -> tuple[str, ...]:
@@ -137,10 +140,12 @@ def info() -> None:
 
 @app.command()
 def demo(
-    algorithms: Annotated[list[str] | None, _several(ALGORITHMS)] = None,
+    algorithms: Annotated[list[str] | None, _several(ALGORITHMS, DEFAULT)] = None,
     datasets: Annotated[list[str] | None, _several(TASKS)] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 200,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of a run.", show_default="the task's own")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-demo"
     ),
@@ -150,24 +155,30 @@ def demo(
 
     A run that was killed goes on where it was.
     """
+    from ..report.cosine_figure import cosine_figure
     from ..report.demo_figure import demo_figure
     from ..report.summary import closing_words
 
     with _said():
         plan = demo_experiment.Plan(
-            _names(algorithms) or tuple(ALGORITHMS), _names(datasets) or tuple(TASKS), seeds, steps
+            _names(algorithms) or DEFAULT, _names(datasets) or tuple(TASKS), seeds, steps
         )
         output.mkdir(parents=True, exist_ok=True)
         with _training() as told:
             results = demo_experiment.run(plan, output / "results.json", fresh, told)
         for task in plan.tasks:
-            console.print(demo_table(results, task))
+            for table in demo_tables(results, task, console.width):
+                console.print(table)
         for task in plan.tasks:
             for words in closing_words(results, task):
                 console.print(words, highlight=False)
             console.print()
         demo_figure(results, output / "figure.png")
-    console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
+        cosine_figure(results, output / "cosines.png")
+    console.print(
+        f"Figures: {output / 'figure.png'}, {output / 'cosines.png'}\n"
+        f"Results: {output / 'results.json'}"
+    )
 
 
 @reproduce.command("colored-mnist")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from ..data.digits import TASKS
-from ..report.summary import Estimate, mean_and_error, rows
+from ..report.summary import Estimate, Row, mean_and_error, rows
 
 
 def _value(estimate: Estimate) -> str:
@@ -16,8 +17,19 @@ def _value(estimate: Estimate) -> str:
     return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 
-def demo_table(results: dict[str, Any], task: str) -> Table:
-    """Accuracy on each domain left out, and what a step costs; a column an algorithm."""
+FIRST, EACH = 24, 14  # characters of the first column and of each further one, about
+
+
+def demo_tables(results: dict[str, Any], task: str, width: int) -> Iterator[Table]:
+    """Accuracy on each domain left out, and what a step costs; a column an algorithm, and as many
+    tables as it takes to keep to ``width`` characters."""
+    columns = rows(results, task)
+    several = max(1, (width - FIRST) // EACH)
+    for start in range(0, len(columns), several):
+        yield _demo_table(results, task, columns[start : start + several])
+
+
+def _demo_table(results: dict[str, Any], task: str, columns: Sequence[Row]) -> Table:
     shape, seeds = TASKS[task](0), results["plan"]["seeds"]
     title = f"{shape.name}: accuracy (%) on the domain left out"
     if seeds > 1:
@@ -25,7 +37,6 @@ def demo_table(results: dict[str, Any], task: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     table.caption = "checkpoint: chosen on the training domains, or the last"
     table.add_column("")
-    columns = rows(results, task)
     for row in columns:
         table.add_column(row.title, justify="right")
     for domain in columns[0].domains:

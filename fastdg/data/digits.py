@@ -18,6 +18,7 @@ from torch.nn import functional as F
 ANGLES = (0, 15, 30, 45, 60, 75)
 COLOUR_FLIPS = (0.1, 0.2, 0.9)  # of the training domains and, last, of the test domain
 LABEL_FLIP = 0.25
+SHIFTS = 9
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Task:
         classes: number of classes.
         tested: which domains are left out in turn.
         best: the accuracy, in per cent, that knowing the truth would give; None if 100.
+        copies: how often each image is there; a domain's rows are that many times all its images.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     classes: int
     tested: tuple[int, ...]
     best: float | None = None
+    copies: int = 1
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +59,9 @@ def coloured(seed: int) -> Task:
     """Binary labels (digit < 5, flipped with probability 0.25) and a colour that predicts them.
 
     In the training domains the colour is wrong in 10 % and 20 % of the images, in the test domain
-    in 90 %: who trusts the colour is right there in 10 %, who ignores it in at most 75 %.
+    in 90 %: who trusts the colour is right there in 10 %, who ignores it in at most 75 %. Each
+    image is there nine times, shifted by up to a pixel, with label and colour drawn anew: of so few
+    images alone a network learns the wrong labels by heart.
     """
     images, digits = _digits()
     generator = torch.Generator().manual_seed(seed)
@@ -64,15 +69,17 @@ def coloured(seed: int) -> Task:
     xs, ys = [], []
     for domain, flip in enumerate(COLOUR_FLIPS):
         rows = order[domain :: len(COLOUR_FLIPS)]
+        pixels, rows = shifted(images[rows]), rows.repeat(SHIFTS)
         wrong = torch.rand(len(rows), generator=generator) < LABEL_FLIP
         labels = (digits[rows] < 5) ^ wrong
         colour = labels ^ (torch.rand(len(rows), generator=generator) < flip)
-        x = torch.stack([images[rows], images[rows]], 1)
+        x = torch.stack([pixels, pixels], 1)
         x[torch.arange(len(rows)), (~colour).long()] = 0
         xs.append(x)
         ys.append(labels.long())
     names = tuple(f"colour wrong in {100 * flip:.0f} %" for flip in COLOUR_FLIPS)
-    return Task("coloured digits", names, tuple(xs), tuple(ys), 2, (2,), 100 * (1 - LABEL_FLIP))
+    best = 100 * (1 - LABEL_FLIP)
+    return Task("coloured digits", names, tuple(xs), tuple(ys), 2, (2,), best, SHIFTS)
 
 
 def rotated(seed: int) -> Task:
@@ -84,6 +91,14 @@ def rotated(seed: int) -> Task:
     names = tuple(f"{angle}°" for angle in ANGLES)
     ys = tuple(digits[rows] for rows in parts)
     return Task("rotated digits", names, tuple(xs), ys, 10, tuple(range(len(ANGLES))))
+
+
+def shifted(images: Tensor) -> Tensor:
+    """``images [n, H, W]`` moved by -1, 0 and 1 pixels both ways, ``[SHIFTS * n, H, W]``; zeros
+    come in."""
+    height, width = images.shape[1:]
+    wide = F.pad(images, (1, 1, 1, 1))
+    return torch.cat([wide[:, i : i + height, j : j + width] for i in range(3) for j in range(3)])
 
 
 def turn(images: Tensor, degrees: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from ..data.digits import TASKS, Task
 from .machine import machine
-from .settings import ALGORITHMS, SETTINGS
+from .settings import ALGORITHMS, DEFAULT, SETTINGS
 from .storage import load_results, write_json
 from .training import train
 
@@ -27,20 +27,25 @@ def _check(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demo runs."""
+    """What a demo runs; ``steps`` are each task's own by default."""
 
-    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    algorithms: tuple[str, ...] = DEFAULT
     tasks: tuple[str, ...] = tuple(TASKS)
     seeds: int = 3
-    steps: int = 200
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         _check("algorithms", self.algorithms, tuple(ALGORITHMS))
         _check("datasets", self.tasks, tuple(TASKS))
         if self.seeds < 1:
             raise ValueError(f"seeds: expected >= 1, got {self.seeds}")
-        if self.steps < 3:  # one before the penalty, one to time, one whose memory is measured
+        if (
+            self.steps is not None and self.steps < 3
+        ):  # one before the penalty, one to time, one whose memory is measured
             raise ValueError(f"steps: expected >= 3, got {self.steps}")
+
+    def steps_of(self, task: str) -> int:
+        return SETTINGS[task].steps if self.steps is None else self.steps
 
     def units(self) -> Iterator[tuple[str, str, int, int, str]]:
         """``(key, task, left out, seed, algorithm)``; algorithms in turn, so that their times are
@@ -79,8 +84,8 @@ def run(
 
     Args:
         plan: what to run.
-        path: of the results, JSON. ``settings``: steps, and of each task what `Setting.identity`
-            says. ``machine``: where it was run last. ``runs``: key -> what `training.train` gives.
+        path: of the results, JSON. ``settings``: of each task what `Setting.identity` says.
+            ``machine``: where it was run last. ``runs``: key -> what `training.train` gives.
         fresh: ignore what is there.
         progress: told the unit's key, how many are done, and how many there are.
 
@@ -91,7 +96,7 @@ def run(
     Raises:
         ValueError: ``path`` holds results of other settings, or is not a result file.
     """
-    settings = {"steps": plan.steps} | {name: SETTINGS[name].identity() for name in TASKS}
+    settings = {name: SETTINGS[name].identity(plan.steps_of(name)) for name in TASKS}
     kept = None if fresh else load_results(path, "settings", settings)
     results: dict[str, Any] = {
         "settings": settings,
@@ -107,7 +112,9 @@ def run(
             if (name, seed) not in made:
                 made[name, seed] = TASKS[name](seed)
             task, setting = made[name, seed], SETTINGS[name]
-            results["runs"][key] = train(task, setting, algorithm, left_out, seed, plan.steps)
+            results["runs"][key] = train(
+                task, setting, algorithm, left_out, seed, plan.steps_of(name)
+            )
             write_json(results, path)
     progress("", len(units), len(units))
     asked = {"algorithms": plan.algorithms, "tasks": plan.tasks, "seeds": plan.seeds}

@@ -38,12 +38,24 @@ def write_json(value: Any, path: Path) -> None:
     _replace(path, lambda file: file.write(text.encode()))
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
 def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise a ValueError that names every setting of ``now`` that was another at ``path``."""
+    before, after = flat(was), flat(now)
     changes = [
-        f"{key} was {was.get(key)!r}, now {value!r}"
-        for key, value in now.items()
-        if was.get(key) != value
+        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in dict.fromkeys([*after, *before])
+        if before.get(key) != after.get(key)
     ]
     if changes:
         raise ValueError(

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import Fishr, domain_moments, record
+from .. import DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..data.digits import Task
 from .memory import measured
-from .settings import Setting
+from .settings import EVALUATIONS, Setting
 
-EVALUATIONS = 10
 Part = tuple[Tensor, Tensor]  # images and labels
 
 
@@ -34,9 +33,10 @@ def train(
         ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen
         checkpoint and after the last step; ``chosen_step``; ``step_seconds``, the median over the
         steps with the full penalty (plain training: the same steps); ``peak_bytes`` of the last
-        step; and ``curve``, at each evaluation ``step``, ``loss``, ``validation``, ``test``, and of
+        step; and ``curve``, at each evaluation ``step``, ``loss``, ``validation``, ``test``, of
         the head's gradients in the training domains ``variance`` (the mean over parameters, one
-        value a domain) and ``distance`` (see `head_variances`).
+        value a domain) and ``distance`` (see `head_variances`), and the ``cosine`` of each pair of
+        training domains' gradients (see `cosines`).
     """
     generator = torch.Generator().manual_seed(1000 * seed + left_out)
     training = [d for d in range(len(task.domains)) if d != left_out]
@@ -44,8 +44,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = setting.network(task.images[0].shape[1], task.classes)
-    opt = setting.optimizer(algorithm, model, len(training), steps)
+    opt = setting.optimizer(algorithm, model, len(training), steps, seed)
     domains = domain_ids(fit, setting.batch)
+    anneal = setting.anneal_steps(steps)
     whole = torch.cat([part[0] for part in fit]), torch.cat([part[1] for part in fit])
 
     def batch() -> Part:
@@ -57,9 +58,17 @@ def train(
         return torch.cat(xs), torch.cat(ys)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
+        if isinstance(opt, Fish):  # a step on each domain in turn
+            each = [domains == d for d in range(len(training))]
+            return torch.stack([one(x[rows], y[rows], domains[rows]) for rows in each]).mean()
+        return one(x, y, domains)
+
+    def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         opt.zero_grad()
-        if isinstance(opt, Fishr):
-            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
+        if isinstance(opt, DomainOptimizer):
+            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            torch._foreach_div_(grads, setting.divisor(opt))
         else:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -75,7 +84,7 @@ def train(
         if count < steps:
             began = time.perf_counter()
             loss = step(x, y)
-            if count > setting.anneal_steps(steps):
+            if count > anneal:
                 seconds.append(time.perf_counter() - began)
         else:
             loss, peak = measured(partial(step, x, y))
@@ -89,6 +98,7 @@ def train(
                     "test": accuracy(model, task.images[left_out], task.labels[left_out]),
                     "variance": variance,
                     "distance": distance,
+                    "cosine": cosines(model, fit),
                 }
             )
     best = max(curve, key=lambda point: point["validation"])
@@ -105,13 +115,17 @@ def train(
 def split(
     task: Task, training: Sequence[int], generator: torch.Generator
 ) -> tuple[list[Part], list[Part]]:
-    """Each training domain's images and labels, 80 % to fit and 20 % to choose by."""
-    fit, held = [], []
+    """Each training domain's images and labels, 80 % to fit and 20 % to choose by; all copies of
+    an image in the same part."""
+    fit: list[Part] = []
+    held: list[Part] = []
     for d in training:
-        order = torch.randperm(len(task.labels[d]), generator=generator)
-        cut = round(0.8 * len(order))
-        fit.append((task.images[d][order[:cut]], task.labels[d][order[:cut]]))
-        held.append((task.images[d][order[cut:]], task.labels[d][order[cut:]]))
+        images = len(task.labels[d]) // task.copies
+        order = torch.randperm(images, generator=generator)
+        cut = round(0.8 * images)
+        for part, chosen in ((fit, order[:cut]), (held, order[cut:])):
+            rows = (chosen + images * torch.arange(task.copies).unsqueeze(1)).flatten()
+            part.append((task.images[d][rows], task.labels[d][rows]))
     return fit, held
 
 
@@ -143,3 +157,20 @@ def head_variances(model: nn.Module, parts: Sequence[Part]) -> tuple[list[float]
     middle = v.mean(0)
     apart = (v - middle).square().sum(1).mean().sqrt() / middle.norm()
     return v.mean(1).tolist(), float(apart)
+
+
+def cosines(model: nn.Module, parts: Sequence[Part]) -> list[float]:
+    """Between the gradients of the domains' mean losses, all layers, over all images to fit.
+
+    Returns:
+        One value a pair of domains: (0, 1), (0, 2), ..., (1, 2), ...
+    """
+    x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    with record(model, check=False) as tape:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+    domains = domain_ids(parts, None)
+    gram = domain_gram(tape, losses, domains, num_domains=len(parts), retain_graph=False)
+    length = gram.diagonal().sqrt()
+    pairs = torch.triu_indices(len(parts), len(parts), 1)
+    found: list[float] = (gram / torch.outer(length, length))[pairs[0], pairs[1]].tolist()
+    return found

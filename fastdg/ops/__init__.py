@@ -1,6 +1,11 @@
 """The ops: ``torch.ops.fastdg.*``, one file each; `fastdg.ops.registry` routes a call."""
 
+from .agreement import agreement
+from .combine import combine
+from .gram import gram
+from .meta_step import meta_step
 from .moments import moments
+from .outer_agreement import outer_agreement
 from .outer_domain import outer_domain
 from .outer_gram import outer_gram
 from .outer_moments import outer_moments
@@ -11,8 +16,13 @@ from .variance_gap import variance_gap
 from .backends import backends  # isort: skip  (attaches what is installed; needs the ops above)
 
 __all__ = [
+    "agreement",
     "backends",
+    "combine",
+    "gram",
+    "meta_step",
     "moments",
+    "outer_agreement",
     "outer_domain",
     "outer_gram",
     "outer_moments",

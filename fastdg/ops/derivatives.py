@@ -48,9 +48,19 @@ def not_differentiable(name: str, instead: str) -> None:
     differentiable(name, lambda ctx, inputs, output: None, refuse)
 
 
+def not_recorded(name: str) -> None:
+    """Let op ``name``, which changes its arguments, run wherever autograd records, unseen by it."""
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def call(name: str, *args: Any) -> Any:
     """Op ``name`` on ``args``, wherever it is called."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if name not in _FUNCTIONS:
+            raise RuntimeError(
+                f"fastdg::{name} changes its arguments: call it outside the transforms of "
+                "torch.func and outside forward-mode differentiation"
+            )
         flat, spec = pytree.tree_flatten(args)
         return _FUNCTIONS[name].apply(spec, *flat)
     if _plain(args):

@@ -12,23 +12,15 @@ from torch.optim import Optimizer
 from .. import ops
 from ..statistics.api import moments_of
 from ..statistics.collect import refuse_fused_attention
-from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
-from .settings import (
-    Setting,
-    check_count,
-    check_decay,
-    check_reduction,
-    check_switch,
-    check_weight,
-    checked,
-)
+from .annealed import Annealed
+from .batch import Batch, domain_loss, total_loss
+from .settings import Setting, check_decay, check_reduction, checked
 from .wrapped import accumulate
-from .wrapper import Batch, DomainOptimizer
 
 
-class Fishr(DomainOptimizer):
+class Fishr(Annealed):
     r"""Invariant gradient variances: ``objective = mean loss + w * penalty``.
 
     .. math::
@@ -82,12 +74,8 @@ class Fishr(DomainOptimizer):
     prefix = "fishr"
     tensors = ("ema",)
 
-    penalty_weight: Setting[float] = Setting(check_weight)
-    anneal_steps: Setting[int] = Setting(check_count)
     ema: Setting[float | None] = Setting(check_decay)
     reduction: Setting[str] = Setting(check_reduction)
-    pre_anneal_weight: Setting[float] = Setting(check_weight)
-    reset_base: Setting[bool] = Setting(check_switch)
 
     def __init__(
         self,
@@ -124,13 +112,10 @@ class Fishr(DomainOptimizer):
             settings=given,
         )
 
-    def _weight(self) -> float:
-        return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
-
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self._weight()
         samples = sum(batch.losses.shape[0] for batch in staged)
-        loss = _total([batch.losses for batch in staged]) / samples
+        loss = total_loss(staged) / samples
         if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
             for batch in staged:
                 refuse_fused_attention(batch.resolved.found)
@@ -152,7 +137,7 @@ class Fishr(DomainOptimizer):
             "loss": loss.detach(),
             "penalty": penalty.detach(),
             "objective": objective.detach(),
-            "domain_loss": _domain_loss(staged, count),
+            "domain_loss": domain_loss(staged, count),
             "domain_count": count,
         }
         return self._statistics["loss"]
@@ -203,10 +188,6 @@ class Fishr(DomainOptimizer):
             return gap
         numel = sum(v[0].numel() for v in moments.variance.values())
         return gap / (numel * moments.present.sum().clamp(min=1))
-
-    def _prepare(self) -> None:
-        if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
-            self._reset_base()
 
     def _commit(self) -> None:
         variance, present, named = self._pending
@@ -274,17 +255,3 @@ def _sparse(staged: Sequence[Batch]) -> bool:
         for batch in staged
         for call in batch.resolved.found.calls
     )
-
-
-def _total(losses: Sequence[Tensor]) -> Tensor:
-    if len(losses) == 1:
-        return accumulated(losses[0]).sum()
-    return torch.stack([accumulated(part).sum() for part in losses]).sum()
-
-
-def _domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
-    """Mean loss of each domain ``[D]``; NaN for an empty one."""
-    total = accumulated(staged[0].losses.detach()).new_zeros(count.shape)
-    for batch in staged:
-        total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
-    return total / count.to(total.dtype)

@@ -69,6 +69,16 @@ def check_reduction(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}")
 
 
+def check_share(name: str, value: Any) -> None:
+    if not (_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+
+
+def check_steepness(name: str, value: Any) -> None:
+    if not (_number(value) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
 def check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")

@@ -35,9 +35,9 @@ def refuse_scaler(opt: Optimizer) -> None:
         )
 
 
-def refuse_groups(groups: Sequence[dict[str, Any]], name: str) -> None:
-    """Raise if the wrapped optimizer ascends."""
-    if any(group.get("maximize") for group in groups):
+def refuse_groups(groups: Sequence[dict[str, Any]], name: str, penalises: bool = True) -> None:
+    """Raise if the wrapped optimizer ascends a penalty."""
+    if penalises and any(group.get("maximize") for group in groups):
         raise ValueError(
             f"base: its param_groups say maximize=True, so that {name} would maximise the penalty "
             "too; use maximize=False and negate the losses"

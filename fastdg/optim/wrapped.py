@@ -15,6 +15,36 @@ from ..statistics.api import select
 from ..statistics.tape import Selection
 
 
+class Wrapping(Optimizer):
+    """An optimizer whose groups, state and defaults are those of ``base``, by reference."""
+
+    base: Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+
 def check_base(base: Any, name: str) -> None:
     """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
     if not isinstance(base, Optimizer):
@@ -111,6 +141,16 @@ def accumulate(p: Tensor, grad: Tensor) -> None:
     else:
         with torch.no_grad():
             p.grad.add_(grad)
+
+
+def deliver(p: Tensor, grad: Tensor) -> None:
+    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
+    for hook in list((p._backward_hooks or {}).values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    accumulate(p, grad)
+    for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):
+        hook(p)
 
 
 @contextmanager

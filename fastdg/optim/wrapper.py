@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..domains import Partition, partition
-from ..statistics.api import Resolved, Tape, check_losses, listed, spent
+from ..domains import partition
+from ..statistics.api import Tape, check_losses, listed, spent
 from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading
+from .batch import Batch
 from .support import is_probe, no_backward, refuse_groups, refuse_ranks, refuse_scaler
 from .wrapped import (
+    Wrapping,
     all_or_nothing,
     check_base,
     check_extent,
@@ -29,19 +30,10 @@ from .wrapped import (
     names_of,
 )
 
-Closure = Callable[[], tuple[Tensor, Tensor]]
+Closure = Callable[..., Any]
 
 
-@dataclass
-class Batch:
-    """One staged micro-batch: its losses, its domains, and what the tape knows of its forward."""
-
-    losses: Tensor
-    partition: Partition
-    resolved: Resolved
-
-
-class DomainOptimizer(Optimizer):
+class DomainOptimizer(Wrapping):
     """Base of all wrappers; an algorithm implements `_gradient`, and `_commit` if it keeps state.
 
     ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies:
@@ -63,14 +55,14 @@ class DomainOptimizer(Optimizer):
     that ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
-    base: Optimizer
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
+    penalises = True  # adds a term that an optimizer which ascends would turn around
     # torch.amp.GradScaler then shows itself to `step`, which refuses it
     _step_supports_amp_scaling = True
 
     _tape: Tape
-    _staged: list[Batch]
+    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
@@ -78,7 +70,15 @@ class DomainOptimizer(Optimizer):
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
     # patch onto the instance.
-    _transient = ("_tape", "_staged", "_ready", "_pending", "_statistics", "_model", "_loaded")
+    _transient: tuple[str, ...] = (
+        "_tape",
+        "_staged",
+        "_ready",
+        "_pending",
+        "_statistics",
+        "_model",
+        "_loaded",
+    )
     _patched = ("step", "_opt_called")
 
     def __init__(
@@ -97,7 +97,7 @@ class DomainOptimizer(Optimizer):
                 f"each has a backward of its own; give {type(self).__name__} the optimizer inside"
             )
         check_base(base, type(self).__name__)
-        refuse_groups(base.param_groups, type(self).__name__)
+        refuse_groups(base.param_groups, type(self).__name__, self.penalises)
         check_extent(num_domains, model)
         self.base = base
         self.params = listed(params)
@@ -117,32 +117,6 @@ class DomainOptimizer(Optimizer):
         self._given = {"steps": 0, **(settings or {})}
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
         self._fill()
-
-    # -- the wrapped optimizer's own, by reference --
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
 
     @property
     def steps(self) -> int:
@@ -176,11 +150,13 @@ class DomainOptimizer(Optimizer):
         try:
             self._stage(losses, domains)
             if not final:
+                self._defer()
                 return accumulated(losses.detach()).mean()
             staged, self._staged = self._staged, []
             with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
-            spent(batch.losses for batch in staged)
+            if self._tape.recorder.handles:
+                spent(batch.losses for batch in staged)
         except BaseException:
             self._staged = []
             raise
@@ -190,7 +166,7 @@ class DomainOptimizer(Optimizer):
     def _stage(self, losses: Tensor, domains: Tensor) -> None:
         check_losses(losses)
         refuse_ranks(type(self).__name__)
-        refuse_groups(self.param_groups, type(self).__name__)
+        refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
             self._rewatch()
             raise RuntimeError(
@@ -198,9 +174,8 @@ class DomainOptimizer(Optimizer):
                 "forward was not watched for: run the model again, and call add_param_group on the "
                 f"{type(self).__name__}"
             )
-        parts = partition(domains, losses, self.num_domains)
-        resolved = self._tape.resolve(losses)
-        calls = resolved.found.calls
+        batch = self._batch(losses, domains)
+        calls = batch.resolved.found.calls
         if any(call.swept for call in calls):
             raise RuntimeError(
                 f"{type(self).__name__}.backward was already called on this forward; run the model "
@@ -209,10 +184,18 @@ class DomainOptimizer(Optimizer):
         for call in calls:
             call.swept = True
         self._tape.recorder.settle()
-        self._staged.append(Batch(losses, parts, resolved))
+        self._staged.append(batch)
+
+    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+        """What to stage of a micro-batch; every check on it."""
+        parts = partition(domains, losses, self.num_domains)
+        return Batch(losses, parts, self._tape.resolve(losses))
+
+    def _defer(self) -> None:
+        """Called after a micro-batch that is not the last was staged."""
 
     @abstractmethod
-    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
 
     def _prepare(self) -> None:
@@ -239,12 +222,21 @@ class DomainOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = self.backward(*check_result(closure()))
+                loss = self._evaluate(closure)
         elif self._staged or not self._ready:
             if self._staged or not is_probe(self.base):
                 raise no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
             return None
+        self._advance()
+        return loss
+
+    def _evaluate(self, closure: Closure) -> Tensor:
+        """Run the closure of a `step`, and backward on what it returns."""
+        return self.backward(*check_result(closure()))
+
+    def _advance(self) -> None:
+        """Step on the gradient there is, and let own state follow."""
         self._prepare()
         self.base.step()
         self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
@@ -253,7 +245,6 @@ class DomainOptimizer(Optimizer):
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has made its own state by now
                 self.state[p][name] = tensor
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and whatever `backward` has staged or left for `step`."""

@@ -22,8 +22,8 @@ def demo_figure(results: dict[str, Any], path: Path) -> None:
     """A row a task: accuracy, each training domain's gradient variance, and their distance."""
     plan = results["plan"]
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.0 * len(plan["tasks"]) + 0.35), layout="constrained")
-        grid = figure.subplots(len(plan["tasks"]), 3, squeeze=False, width_ratios=[1.6, 1, 1])
+        figure = Figure(figsize=(13, 3.0 * len(plan["tasks"]) + 0.35), layout="constrained")
+        grid = figure.subplots(len(plan["tasks"]), 3, squeeze=False, width_ratios=[2.2, 1, 1])
         for line, task in zip(grid, plan["tasks"], strict=True):
             _accuracies(line[0], results, task)
             _variances(line[1], results, task)
@@ -85,7 +85,7 @@ def _accuracies(axes: Axes, results: dict[str, Any], task: str) -> None:
     axes.set_title(f"{shape.name}{error}")
 
 
-def _curves(results: dict[str, Any], task: str, algorithm: str, left_out: int) -> Any:
+def curves_of(results: dict[str, Any], task: str, algorithm: str, left_out: int) -> Any:
     return [
         results["runs"][f"{task}/{left_out}/{seed}/{algorithm}"]["curve"]
         for seed in range(results["plan"]["seeds"])
@@ -93,11 +93,13 @@ def _curves(results: dict[str, Any], task: str, algorithm: str, left_out: int) -
 
 
 def _variances(axes: Axes, results: dict[str, Any], task: str) -> None:
-    """Mean over seeds; if several domains are left out in turn, of the first."""
+    """Of plain training and of Fishr, which is about them: the mean over seeds; if several domains
+    are left out in turn, of the first."""
     shape = TASKS[task](0)
     left_out = shape.tested[0]
-    for algorithm in results["plan"]["algorithms"]:
-        curves = _curves(results, task, algorithm, left_out)
+    compared = [a for a in results["plan"]["algorithms"] if a == "erm" or a.startswith("fishr")]
+    for algorithm in compared or results["plan"]["algorithms"][:1]:
+        curves = curves_of(results, task, algorithm, left_out)
         steps = [point["step"] for point in curves[0]]
         for d in range(len(shape.domains) - 1):
             values = [
@@ -121,7 +123,7 @@ def _distances(axes: Axes, results: dict[str, Any], task: str) -> None:
     """Mean and standard error over seeds of the mean over domains left out."""
     tested = TASKS[task](0).tested
     for algorithm in results["plan"]["algorithms"]:
-        curves = [_curves(results, task, algorithm, d) for d in tested]
+        curves = [curves_of(results, task, algorithm, d) for d in tested]
         steps = [point["step"] for point in curves[0][0]]
         band = [
             _bar(
@@ -143,6 +145,6 @@ def _distances(axes: Axes, results: dict[str, Any], task: str) -> None:
 
 
 def _steps(axes: Axes, results: dict[str, Any], task: str) -> None:
-    anneal = SETTINGS[task].anneal_steps(results["settings"]["steps"])
+    anneal = SETTINGS[task].anneal_steps(results["settings"][task]["steps"])
     axes.axvline(anneal, color="black", lw=0.7, ls=":")
     axes.set_xlabel("step (dotted: full penalty)")

@@ -9,7 +9,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = {"erm": "#7f7f7f", "fishr-head": "#0072b2", "fishr-all": "#d55e00", "fishr": "#0072b2"}
+COLOURS = {
+    "erm": "#7f7f7f",
+    "fishr": "#0072b2",
+    "fishr-head": "#0072b2",
+    "fishr-all": "#003f66",
+    "vrex": "#d55e00",
+    "irm": "#8c3d00",
+    "iga": "#f5a97f",
+    "groupdro": "#000000",
+    "fish": "#56b4e9",
+    "agr-sum": "#009e73",
+    "agr-rand": "#7fceb9",
+    "pcgrad": "#cc79a7",
+    "and-mask": "#e69f00",
+    "sand-mask": "#f0e442",
+}
 STYLE: Any = {
     "font.size": 8.5,
     "axes.spines.top": False,

@@ -50,7 +50,7 @@ def rows(results: dict[str, Any], task: str) -> list[Row]:
     """The table of one task, in the plan's order."""
     plan = results["plan"]
     shape, seeds = TASKS[task](0), range(plan["seeds"])
-    anneal = SETTINGS[task].anneal_steps(results["settings"]["steps"])
+    anneal = SETTINGS[task].anneal_steps(results["settings"][task]["steps"])
     pairs = [(d, seed) for d in shape.tested for seed in seeds]
 
     def runs_of(algorithm: str) -> dict[tuple[int, int], dict[str, Any]]:

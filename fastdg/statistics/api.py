@@ -49,11 +49,7 @@ class Tape:
         head = isinstance(self.params, str) and self.params == "head"
         found = find(root, self.recorder, until=self.recorder.last if head else None)
         if not any(call.parameters for call in found.calls):
-            raise RuntimeError(
-                "losses: no tracked layer was seen in the forward that made them. The model has to "
-                "run after this object was made, outside torch.no_grad and torch.func, and losses "
-                "must depend on it; for a compiled or stateless model use fastdg.func"
-            )
+            raise _unseen()
         owned = adopt(found, {id(p): name for name, p in named.items()})
         if head:
             calls = choose_head(found).calls
@@ -81,6 +77,24 @@ class Tape:
         if self.check and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, chosen)
         return Resolved(found, owned, chosen)
+
+    def reached(self, losses: Tensor) -> Resolved:
+        """The tracked parameters below ``losses``, of which the sum over the samples is wanted."""
+        assert losses.grad_fn is not None
+        found = find(losses.grad_fn, self.recorder)
+        leaves = {id(leaf) for leaf in found.leaves}
+        chosen = {name: p for p, name in self.recorder.names.values() if id(p) in leaves}
+        if not chosen:
+            raise _unseen()
+        return Resolved(found, {}, chosen)
+
+
+def _unseen() -> RuntimeError:
+    return RuntimeError(
+        "losses: no tracked layer was seen in the forward that made them. The model has to run "
+        "after this object was made, outside torch.no_grad and torch.func, and losses must depend "
+        "on it; for a compiled or stateless model use fastdg.func"
+    )
 
 
 def spent(losses: Iterable[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,22 @@ def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
     return owned
 
 
+class MixedSamples(ValueError):
+    """The gradients of single samples do not exist: the module ``where`` mixes the samples."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        super().__init__(
+            f"params: {where} normalises over the batch (training mode), so the gradients of "
+            "single samples do not exist in it or in the layers before it. Ways out: freeze it "
+            "with module.eval() after model.train(), use GroupNorm or LayerNorm in its place, or "
+            "track only layers after it (params='head', or a list of parameters)."
+        )
+
+    def __reduce__(self) -> tuple[type[MixedSamples], tuple[str]]:
+        return MixedSamples, (self.where,)
+
+
 def refuse_mixing(found: Found, wanted: Sequence[Call]) -> None:
     """Batch statistics make the gradients of all layers below depend on all samples."""
     mixing = {call for call in found.calls if spans_samples(call.module)}
@@ -63,13 +80,7 @@ def refuse_mixing(found: Found, wanted: Sequence[Call]) -> None:
     for node, entries in found.slots.items():
         for call, _, _ in entries:
             if call in mixing and (call in chosen or node in reach):
-                raise ValueError(
-                    f"params: {call.where} normalises over the batch (training mode), so the "
-                    "gradients of single samples do not exist in it or in the layers before it. "
-                    "Ways out: freeze it with module.eval() after model.train(), use GroupNorm or "
-                    "LayerNorm in its place, or track only layers after it (params='head', or a "
-                    "list of parameters)."
-                )
+                raise MixedSamples(call.where)
 
 
 def collect(
@@ -158,17 +169,25 @@ def refuse_fused_attention(found: Found) -> None:
             )
 
 
-def gradients_of(losses: Tensor, parameters: Sequence[Tensor], weight: Tensor) -> list[Any]:
-    """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
+@contextmanager
+def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients taken inside come before any hook of these parameters changes them."""
     hooks = [(p, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
     for p, _ in hooks:
         p._backward_hooks.clear()  # type: ignore[union-attr]
     try:
-        with paused():
-            grads = torch.autograd.grad(
-                losses, list(parameters), weight, retain_graph=True, allow_unused=True
-            )
+        yield
     finally:
         for p, own in hooks:
             p._backward_hooks.update(own)  # type: ignore[union-attr]
+
+
+def gradients_of(
+    losses: Tensor, parameters: Sequence[Tensor], weight: Tensor, *, retain_graph: bool = True
+) -> list[Any]:
+    """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
+    with unhooked(parameters), paused():
+        grads = torch.autograd.grad(
+            losses, list(parameters), weight, retain_graph=retain_graph, allow_unused=True
+        )
     return list(grads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,30 @@ def accumulated(x: Tensor) -> Tensor:
 def flat(grads: Tensor) -> Tensor:
     """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
     return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
+
+
+class Agreement(NamedTuple):
+    """What `ops.agreement` makes of one parameter.
+
+    Attributes:
+        combined: weighted sum of the domains' gradients times the mask, of the parameter's shape.
+        agreeing: sum of the mask, 0-dim.
+        magnitude: sum of ``combined.abs()``, 0-dim.
+    """
+
+    combined: Tensor
+    agreeing: Tensor
+    magnitude: Tensor
+
+
+def agreement_of(
+    rows: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
+) -> Agreement:
+    """`ops.agreement` of one parameter's gradients, one of each domain."""
+    (combined,), agreeing, magnitude = ops.agreement(
+        [[row] for row in rows], weights, threshold, steepness
+    )
+    return Agreement(combined, agreeing[0], magnitude[0])
 
 
 class Factor(ABC):
@@ -73,6 +98,12 @@ class Factor(ABC):
         """Inner products of the domains' mean gradients, ``[D, D]``."""
         rows = flat(self.domain(partition))
         return rows @ rows.t()
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        """The domains' mean gradients combined where their signs agree, as `ops.agreement` does."""
+        return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
 
     def plus(self, other: Factor) -> Factor:
         """The gradient of a parameter that is used twice."""
@@ -171,6 +202,29 @@ class Outer(Factor):
             return super().gram(partition)
         return ops.outer_gram(self.a, self.delta, partition.order, partition.offsets, self.window)
 
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        if self.groups > partition.num_domains:  # their weight is small: D of it are one whole
+            return super().agreement(partition, weights, threshold, steepness)
+        where = partition.order, partition.offsets
+        parts = [
+            ops.outer_agreement(a, delta, *where, weights, threshold, steepness, self.window)
+            for a, delta in zip(
+                self.a.chunk(self.groups, 1) if self.groups > 1 else [self.a],
+                self.delta.chunk(self.groups, 2),
+                strict=True,
+            )
+        ]
+        combined, agreeing, magnitude = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return Agreement(combined[0].view(self.shape), agreeing[0], magnitude[0])
+        return Agreement(
+            torch.cat(combined).view(self.shape),
+            torch.stack(agreeing).sum(),
+            torch.stack(magnitude).sum(),
+        )
+
     def per_sample(self) -> Tensor:
         a, delta = self._grouped()
         grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
@@ -233,9 +287,9 @@ class Lookup(Factor):
         return sums, owner // self.rows, owner % self.rows
 
     def _spread(self, values: Tensor, cell: Tensor, partition: Partition) -> Tensor:
-        table = values.new_zeros((partition.num_domains * self.rows, values.shape[1]))
-        table = table.index_add(0, cell, values).unflatten(0, (partition.num_domains, self.rows))
-        return table / partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1)
+        table = values.new_zeros((partition.num_domains, self.rows, values.shape[1]))
+        table.flatten(0, 1).index_add_(0, cell, values)
+        return table.div_(partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1))
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         sums, sample, row = self._reads()
@@ -245,8 +299,28 @@ class Lookup(Factor):
         return mean, variance.clamp(min=0)
 
     def domain(self, partition: Partition) -> Tensor:
+        return self._columns(self.delta, partition)
+
+    def _columns(self, delta: Tensor, partition: Partition) -> Tensor:
         cell = partition.domains.unsqueeze(1) * self.rows + self.index
-        return self._spread(self.delta.flatten(0, 1), cell.flatten(), partition)
+        return self._spread(delta.flatten(0, 1), cell.flatten(), partition)
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        combined = self.delta.new_empty(tuple(self.shape))
+        width = -(-self.shape[1] // (partition.num_domains + 1))  # with the result about one table
+        agreeing, magnitude = self.delta.new_zeros(()), self.delta.new_zeros(())
+        for delta, columns in zip(
+            self.delta.split(width, 2), combined.split(width, 1), strict=True
+        ):
+            rows = self._columns(delta, partition).unbind()
+            part = agreement_of(rows, weights, threshold, steepness)
+            del rows  # before there are the next
+            columns.copy_(part.combined)
+            agreeing += part.agreeing
+            magnitude += part.magnitude
+        return Agreement(combined, agreeing, magnitude)
 
     def per_sample(self) -> Tensor:
         sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)

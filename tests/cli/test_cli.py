@@ -33,13 +33,17 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     output = tmp_path / "new" / "folder"
     result = call("demo", *TINY, "--output", str(output))
     assert result.exit_code == 0, result.output
-    for words in ("Fishr, head", "Fishr, all layers", "ratio to ERM", "peak memory", "proves noth"):
+    for words in ("Fishr, head", "PCGrad", "ratio to ERM", "peak memory", "proves noth"):
         assert words in result.output
     results = json.loads((output / "results.json").read_text())
-    assert set(results["runs"]) == {f"coloured/2/0/{name}" for name in experiment.ALGORITHMS}
+    assert set(results["runs"]) == {f"coloured/2/0/{name}" for name in experiment.DEFAULT}
     assert (output / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert (output / "figure.png").stat().st_size > 10_000
-    assert sorted(path.name for path in output.iterdir()) == ["figure.png", "results.json"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        "cosines.png",
+        "figure.png",
+        "results.json",
+    ]
 
     before = (output / "results.json").read_bytes()
     refused = call("demo", *TINY, "--steps", "4", "--output", str(output))
@@ -52,13 +56,14 @@ def test_demo_draws_both_tasks(tmp_path: Path) -> None:
     result = call("demo", *arguments, "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert sum(line.startswith("┏") for line in result.output.splitlines()) == 2
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for name in ("figure.png", "cosines.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["demo", "--algorithms", "irm"], "algorithms: expected some of erm, fishr-head"),
+        (["demo", "--algorithms", "mixup"], "algorithms: expected some of erm, fishr-head"),
         (["demo", "--datasets", "coloured,svhn"], "datasets: expected some of coloured, rotated"),
         (["demo", "--seeds", "0"], "seeds: expected >= 1, got 0"),
         (["reproduce", "colored-mnist", "--algorithms", "irm", "--data", "."], "got irm"),

@@ -236,7 +236,7 @@ def test_what_has_no_derivative_says_so(device: str) -> None:
     a = torch.randn(6, 3, 4, device=device, requires_grad=True)
     delta = torch.randn(6, 3, 5, device=device)
     grads = a.flatten(1)
-    present = torch.ones(2, device=device).bool()
+    present, weights = torch.ones(2, device=device).bool(), torch.ones(2, device=device)
     once: dict[str, Callable[[], Tensor]] = {
         "moments": lambda: ops.moments(grads, order, offsets)[1],
         "outer_moments": lambda: ops.outer_moments(a, delta, order, offsets)[1],
@@ -250,6 +250,10 @@ def test_what_has_no_derivative_says_so(device: str) -> None:
         "outer_domain": lambda: ops.outer_domain(a, delta, order, offsets),
         "outer_gram": lambda: ops.outer_gram(a, delta, order, offsets),
         "outer_norms": lambda: ops.outer_norms(a, delta),
+        "gram": lambda: ops.gram([[grads[:2]], [grads[2:4]]]),
+        "combine": lambda: ops.combine([[grads[:2]], [grads[2:4]]], weights)[0],
+        "agreement": lambda: ops.agreement([[grads[:2]], [grads[2:4]]], weights)[0][0],
+        "outer_agreement": lambda: ops.outer_agreement(a, delta, order, offsets, weights)[0],
     }
     for name, run in never.items():
         with pytest.raises(RuntimeError, match=f"fastdg::{name} has no derivative"):

@@ -29,7 +29,17 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     present = torch.tensor([True, False, True], device=device)
     up, wide, patch = (torch.randn(3, *shape, device=device) for shape in ((9,), (5, 4), (3, 12)))
     scalar = torch.ones((), device=device)
+    lists = [torch.randn(s, device=device, requires_grad=grad) for s in ((2, 3), (5,)) * 3]
+    weights = torch.tensor([0.5, 0.0, -2.0], device=device)
+    inf = float("inf")
     return {
+        "gram": (lists, 3),
+        "combine": (lists, weights),
+        "agreement": (lists, weights, 0.5, inf),
+        "agreement, soft": (lists, weights, 0.5, 3.0),
+        "meta_step": (lists[:2], [x.detach() for x in lists[2:4]], 0.3),
+        "outer_agreement": (a, delta, order, offsets, weights, 0.5, inf, []),
+        "outer_agreement, window": (x, out, order, offsets, weights, 0.5, 3.0, window),
         "moments": (flat, order, offsets),
         "moments_backward": (up, up, flat, up, order, offsets),
         "outer_moments": (a, delta, order, offsets, []),
@@ -70,6 +80,18 @@ def test_every_op_is_covered() -> None:
     assert tested == set(ops.registry.OPS)
 
 
+def domains(flat: list[Tensor], D: int) -> list[list[Tensor]]:
+    P = len(flat) // D
+    return [flat[d * P : (d + 1) * P] for d in range(D)]
+
+
+def meta_step(parameters: list[Tensor], kept: list[Tensor], rate: float) -> list[Tensor]:
+    """On copies: what it changes is part of the result."""
+    parameters, kept = [p.clone() for p in parameters], [k.clone() for k in kept]
+    length = ops.meta_step(parameters, kept, rate)
+    return [length, *parameters, *kept]
+
+
 PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "moments": (ops.moments, "moments"),
     "outer_moments": (ops.outer_moments, "outer_moments"),
@@ -78,6 +100,16 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),
     "variance_gap": (ops.variance_gap, "variance_gap"),
+    "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
+    "combine": (lambda flat, w: ops.combine(domains(flat, 3), w), "combine"),
+    "agreement": (lambda flat, *args: ops.agreement(domains(flat, 3), *args), "agreement"),
+    "agreement, soft": (
+        lambda flat, *args: ops.agreement(domains(flat, 3), *args),
+        "agreement, soft",
+    ),
+    "meta_step": (meta_step, "meta_step"),
+    "outer_agreement": (ops.outer_agreement, "outer_agreement"),
+    "outer_agreement, window": (ops.outer_agreement, "outer_agreement, window"),
 }
 
 
@@ -88,7 +120,7 @@ def test_compiles_whole(device: str, name: str) -> None:
 
     def value(run: Callable[..., object]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
         out = run(*args)
-        outs = list(out) if isinstance(out, tuple) else [out]
+        outs = torch.utils._pytree.tree_leaves(out)
         if not differentiable(name):
             return outs, ()
         leaves = [

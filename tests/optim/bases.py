@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RAdam, RMSprop
 import fastdg
 
 Make = Callable[[Any], Optimizer]
+Wrap = Callable[..., Any]
 BASES: dict[str, Make] = {
     "sgd": lambda p: SGD(p, lr=0.05),
     "momentum": lambda p: SGD(p, lr=0.05, momentum=0.9, dampening=0.1),
@@ -24,12 +26,70 @@ BASES: dict[str, Make] = {
 }
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
 
 
 def wrap(base: Optimizer, **settings: Any) -> fastdg.Fishr:
     return fastdg.Fishr(base, **{"penalty_weight": 5.0, "anneal_steps": 2, **settings})
+
+
+class Fish(fastdg.Fish):
+    """Takes every batch for one of a single domain, so that it may be given what all are given."""
+
+    def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
+        return super().backward(losses, domains * 0, final)
+
+
+WRAPS: dict[str, Wrap] = {
+    "Fishr": wrap,
+    "AgrSum": fastdg.AgrSum,
+    "AgrRand": lambda base, **more: fastdg.AgrRand(base, generator=seeded(), **more),
+    "PCGrad": lambda base, **more: fastdg.PCGrad(base, generator=seeded(), **more),
+    "GramSurgery": lambda base, **more: fastdg.GramSurgery(base, even, **more),
+    "ANDMask": lambda base, **more: fastdg.ANDMask(base, **{"threshold": 0.5, **more}),
+    "SANDMask": lambda base, **more: fastdg.SANDMask(base, **{"threshold": 0.3, **more}),
+    "Fish": lambda base, **more: Fish(base, **{"num_domains": 3, **more}),
+    "IGA": lambda base, **more: fastdg.IGA(base, **{"penalty_weight": 0.5, **more}),
+    "IRM": lambda base, **more: fastdg.IRM(base, **{"anneal_steps": 2, **more}),
+    "VREx": lambda base, **more: fastdg.VREx(base, **{"anneal_steps": 2, **more}),
+    "GroupDRO": lambda base, **more: fastdg.GroupDRO(base, **{"eta": 0.5, **more}),
+}
+
+
+def even(gram: Tensor) -> Tensor:
+    """A weighting that can be pickled."""
+    return gram.new_full(gram.shape[:1], 1 / len(gram))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrapper around an optimizer."""
+
+    wrapper: str
+    base: str
+
+    @property
+    def make(self) -> Make:
+        return BASES[self.base]
+
+    def wrap(self, base: Optimizer, **settings: Any) -> Any:
+        return WRAPS[self.wrapper](base, **settings)
+
+    def trained(self, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+        return trained(self.make, dtype, self.wrap, **settings)
+
+
+# What differs between the optimizers inside is no wrapper's own: one has them all
+CASES = [
+    Case(wrapper, base)
+    for wrapper in WRAPS
+    for base in (BASES if wrapper == "Fishr" else ("fused_adamw", "adagrad"))
+]
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
 def batch(model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -41,14 +101,16 @@ def batch(model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(model(x), y, reduction="none"), domains
 
 
-def steps(model: nn.Module, opt: fastdg.Fishr, seeds: Iterable[int]) -> None:
+def steps(model: nn.Module, opt: Any, seeds: Iterable[int]) -> None:
     for seed in seeds:
         opt.zero_grad()
         opt.backward(*batch(model, seed))
         opt.step()
 
 
-def trained(make: Make, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+def trained(
+    make: Make, dtype: torch.dtype = torch.float32, wrap: Wrap = wrap, **settings: Any
+) -> Any:
     model = network(dtype)
     opt = wrap(make(model.parameters()), **settings)
     steps(model, opt, range(4))
@@ -60,7 +122,7 @@ def same(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(p, q)
 
 
-def shared(opt: fastdg.Fishr) -> None:
+def shared(opt: Any) -> None:
     assert opt.param_groups is opt.base.param_groups
     assert opt.state is opt.base.state
     assert opt.defaults is opt.base.defaults

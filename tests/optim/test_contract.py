@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import BASES, Make, batch, emas, network, same, shared, steps, trained, wrap
+from bases import BASES, Case, Make, batch, emas, network, same, shared, steps, wrap
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import (
@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import (
 )
 
 
-def test_is_an_optimizer_and_shares_everything_with_the_one_inside(make: Make) -> None:
-    _, opt = trained(make)
+def test_is_an_optimizer_and_shares_everything_with_the_one_inside(case: Case) -> None:
+    _, opt = case.trained()
     assert isinstance(opt, Optimizer)
     shared(opt)
     opt.load_state_dict(opt.state_dict())
@@ -45,14 +45,14 @@ def test_is_an_optimizer_and_shares_everything_with_the_one_inside(make: Make) -
     ],
     ids=["lambda", "restarts", "plateau"],
 )
-def test_schedulers(make: Make, schedule: Callable[[Optimizer], Any], when: str) -> None:
+def test_schedulers(case: Case, schedule: Callable[[Optimizer], Any], when: str) -> None:
     """Made for the wrapper or, before it, for the optimizer inside: the same rates, no warning."""
     model, plain = network(), network()
-    reference = make(plain.parameters())
+    reference = case.make(plain.parameters())
     expected = schedule(reference)
-    base = make(model.parameters())
+    base = case.make(model.parameters())
     early = schedule(base) if when == "before" else None
-    opt = wrap(base)
+    opt = case.wrap(base)
     scheduler = schedule(opt) if early is None else early
     for seed in range(5):
         batch(plain)[0].mean().backward()
@@ -77,9 +77,9 @@ def test_schedulers_that_move_momentum() -> None:
     assert len(set(seen)) > 1
 
 
-def test_step_without_backward(make: Make) -> None:
+def test_step_without_backward(case: Case) -> None:
     model = network()
-    opt = wrap(make(model.parameters()))
+    opt = case.wrap(case.make(model.parameters()))
     batch(model)[0].mean().backward()
     with pytest.raises(RuntimeError, match=r"opt.backward\(losses, domains\) in place of"):
         opt.step()
@@ -98,8 +98,8 @@ def test_unknown_attributes_are_not_the_inner_ones() -> None:
     assert not hasattr(opt, "_init_group")
 
 
-def test_closure(make: Make) -> None:
-    model, opt = trained(make)
+def test_closure(case: Case) -> None:
+    model, opt = case.trained()
     model2, opt2 = copy.deepcopy((model, opt))
     calls = []
 
@@ -118,8 +118,8 @@ def test_closure(make: Make) -> None:
         opt.step(lambda: batch(model)[0].mean())
 
 
-def test_hooks_fire_once(make: Make) -> None:
-    model, opt = trained(make)
+def test_hooks_fire_once(case: Case) -> None:
+    model, opt = case.trained()
     fired: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -202,6 +202,22 @@ def test_frozen_and_unused_parameters_keep_no_gradient(
     assert model[0].weight.grad is not None
 
 
+def test_what_is_frozen_or_not_used_keeps_no_gradient_and_no_state(case: Case) -> None:
+    model, unused = network(), nn.Linear(2, 2)
+    model[0].requires_grad_(False)
+    empty = nn.Parameter(torch.zeros(0, 3))
+    opt = case.wrap(case.make([*model.parameters(), *unused.parameters(), empty]))
+    born = {p for p in opt.state if opt.state[p]}  # with its state, as Adagrad's are
+    steps(model, opt, range(3))
+    for p in (*model[0].parameters(), *unused.parameters(), empty):
+        assert p.grad is None
+        assert p in born or not opt.state.get(p)
+    frozen = model[0].weight.clone()
+    model[0].requires_grad_(True)
+    steps(model, opt, range(3))
+    assert not torch.equal(model[0].weight, frozen)
+
+
 def test_reset_starts_the_inner_optimizer_anew_in_place(make: Make) -> None:
     model = network()
     opt = wrap(make(model.parameters()), anneal_steps=2)
@@ -227,8 +243,8 @@ def test_reset_starts_the_inner_optimizer_anew_in_place(make: Make) -> None:
         assert fresh.state[p].keys() <= opt.state[q].keys()
 
 
-def test_zero_grad(make: Make) -> None:
-    model, opt = trained(make)
+def test_zero_grad(case: Case) -> None:
+    model, opt = case.trained()
     opt.zero_grad(set_to_none=False)
     assert all(p.grad.eq(0).all() for p in model.parameters())
     opt.backward(*batch(model, 3), final=False)
@@ -241,12 +257,13 @@ def test_zero_grad(make: Make) -> None:
         opt.step()
 
 
-def test_repr(make: Make) -> None:
-    opt = wrap(make(network().parameters()), num_domains=3)
+def test_repr(case: Case) -> None:
+    opt = case.wrap(case.make(network().parameters()), num_domains=3)
     text = repr(opt)
-    for part in ("Fishr(params='head'", "num_domains=3", "ema=0.95", type(opt.base).__name__):
+    for part in (f"{case.wrapper}(", "num_domains=3", type(opt.base).__name__, "_steps: 0"):
         assert part in text
-    assert "fishr_steps: 0" in text
+    for name, value in opt.settings().items():
+        assert f"{name}={value!r}" in text
 
 
 @pytest.fixture
@@ -257,9 +274,10 @@ def graphs() -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch in itself
-def test_compiled_step(graphs: Callable[[], int]) -> None:
+@pytest.mark.parametrize("name", ["Fishr", "AgrRand", "Fish", "GroupDRO"])
+def test_compiled_step(name: str, graphs: Callable[[], int]) -> None:
     """Equal to the eager one, and no new graph once it has settled."""
-    model, opt = trained(BASES["adam"])
+    model, opt = Case(name, "adam").trained()
     model2, opt2 = copy.deepcopy((model, opt))
     compiled = torch.compile(opt2.step, backend="aot_eager")
     counts = []

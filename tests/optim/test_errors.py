@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import batch, network, same, steps, trained, wrap
+from bases import WRAPS, batch, network, same, steps, trained, wrap
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
@@ -28,9 +28,10 @@ def model_and_wrapper(**settings: Any) -> tuple[nn.Sequential, fastdg.Fishr]:
         (lambda m: list(m.parameters()), r"expected a torch.optim.Optimizer, got list"),
         (lambda m: Adam, r"expected a torch.optim.Optimizer, got type"),
         (lambda m: fastdg.Fishr(Adam(m.parameters())), r"Fishr is a wrapper itself, .* not nest"),
+        (lambda m: fastdg.AgrSum(Adam(m.parameters())), r"AgrSum is a wrapper itself, .* not nes"),
         (lambda m: LBFGS(m.parameters()), r"LBFGS evaluates the model several times a step"),
     ],
-    ids=["generator", "list", "class", "nested", "lbfgs"],
+    ids=["generator", "list", "class", "nested", "in_surgery", "lbfgs"],
 )
 def test_base(base: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
@@ -125,9 +126,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["fresh", "accumulating"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_backward_leaves_nothing_half_done(fault: str, gradients: bool) -> None:
+@pytest.mark.parametrize("name", ["Fishr", "AgrRand", "PCGrad"])
+def test_a_failed_backward_leaves_nothing_half_done(name: str, fault: str, gradients: bool) -> None:
     model = Faulty()
-    opt = wrap(SGD(model.parameters(), lr=0.1), params="all", anneal_steps=0, num_domains=3)
+    more = {"params": "all", "anneal_steps": 0} if name == "Fishr" else {}
+    if fault == "second derivative" and not more:
+        pytest.skip("it takes none")
+    opt = WRAPS[name](SGD(model.parameters(), lr=0.1), num_domains=3, **more)
     if fault != "pairs":  # what was right once is not checked again
         steps(model, opt, range(2))
     opt.zero_grad()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import Make, batch, emas, network, same, steps, trained, wrap
+from bases import WRAPS, Case, Make, batch, emas, network, same, steps, trained, wrap
 from torch import nn
 from torch.optim import Adam
 
@@ -57,6 +57,31 @@ def test_they_come_back(make: Make, through: str) -> None:
         (again if through == "state_dict" else again.base).load_state_dict(opt.state_dict())
     assert held(again) == {**OTHERS, "penalty_weight": 9.0}
     assert again.steps == 4
+
+
+@pytest.mark.parametrize("through", ["state_dict", "inside", "pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("AgrSum", {"reduction": "sum"}),
+        ("AgrRand", {"reduction": "sum"}),
+        ("PCGrad", {"reduction": "sum", "shared_order": True}),
+        ("ANDMask", {"threshold": 0.25}),
+        ("SANDMask", {"threshold": 0.25, "steepness": 0.5}),
+    ],
+)
+def test_those_of_other_wrappers_come_back(name: str, others: dict[str, Any], through: str) -> None:
+    _, opt = Case(name, "adam").trained(**others)
+    if through == "pickle":
+        again = pickle.loads(pickle.dumps(opt))
+    elif through == "deepcopy":
+        again = copy.deepcopy(opt)
+    else:
+        again = WRAPS[name](Adam(network().parameters()))
+        (again if through == "state_dict" else again.base).load_state_dict(opt.state_dict())
+    assert again.settings() == {**others, "num_domains": None}
+    assert again.steps == 4
+    assert {f"{opt.prefix}_{key}" for key in others} <= set(opt.param_groups[0])
 
 
 def test_the_weight_can_be_scheduled() -> None:

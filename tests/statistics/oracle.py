@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import fastdg
+from fastdg.domains import partition
+from fastdg.statistics.collect import collect
+from fastdg.statistics.factors import Agreement, Factor
 
 # Empty domains in the middle (1) and at the end (4), and one of a single sample (3).
 DOMAINS = torch.tensor([0, 2, 0, 2, 3, 0])
@@ -124,6 +128,7 @@ def assert_statistics(
     G = torch.cat([m.reshape(len(m), -1) for m in mean.values()], 1)
     gram = fastdg.domain_gram(tape, losses, domains, num_domains=num_domains)
     assert_close(gram, G @ G.t(), "gram", tolerance)
+    assert_agreement(tape, losses, mean, domains, num_domains, tolerance)
     by_domain = fastdg.domain_gradients(tape, losses, domains, num_domains=num_domains)
     moments = fastdg.domain_moments(tape, losses, domains, num_domains=num_domains)
     assert moments.count.tolist() == torch.bincount(domains, minlength=num_domains).tolist()
@@ -134,6 +139,34 @@ def assert_statistics(
         assert bool((moments.variance[name] >= 0).all())
     if twice:
         assert_second_order(model, losses_of, domains, num_domains, tolerance)
+
+
+def assert_agreement(
+    tape: fastdg.Tape,
+    losses: Tensor,
+    mean: Gradients,
+    domains: Tensor,
+    num_domains: int,
+    tolerance: float,
+) -> None:
+    """Weighted sums of the domains' gradients where the signs of most of them agree."""
+    parts = partition(domains, losses, num_domains)
+    present = parts.count > 0
+    weights = torch.arange(1, num_domains + 1) * present.to(losses.dtype)
+    found, owned, chosen = tape.resolve(losses)
+    made: dict[str, Agreement] = {}
+
+    def use(name: str, factor: Factor) -> None:
+        made[name] = factor.agreement(parts, weights, 0.5, math.inf)
+
+    collect(losses, found, owned, chosen.__contains__, use, retain_graph=True)
+    for name, got in made.items():
+        g = mean[name]
+        mask = (g[present].sign().mean(0).abs() >= 0.5).to(g.dtype)
+        expected = mask * torch.tensordot(weights.to(g.dtype), g, 1)
+        assert_close(got.combined, expected, f"agreement of {name}", tolerance)
+        assert_close(got.magnitude, expected.abs().sum(), f"magnitude of {name}", tolerance)
+        assert 0 <= float(got.agreeing) <= mask.numel()
 
 
 def assert_second_order(

@@ -80,7 +80,7 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
             paused(),
             torch.autocast(device, dtype=dtype, enabled=autocast),
             _plain_kernels(differentiable),
-            _as_it_was(module),
+            as_it_was(module),
         ):
             yield
 
@@ -240,7 +240,7 @@ def _with_state(call: Call, samples: int) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def as_it_was(module: nn.Module) -> Iterator[None]:
     """A replay makes the weights the forward made, and leaves the module as it was.
 
     Spectral norm in training has iterated in the forward, and shall not do so again. Old-style

@@ -1,0 +1,13 @@
+"""What does a whole step of gradient surgery cost, in plain steps?"""
+
+from typing import Any
+
+from cases import CASES, Case
+from timing import answer, parameters
+
+
+@parameters([case for case in CASES.values() if "D=" in case.question])
+def test_surgery(
+    benchmark: Any, case: Case, name: str, smoke: bool, truths: dict[Any, Any]
+) -> None:
+    answer(benchmark, case, name, smoke, truths)

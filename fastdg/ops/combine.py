@@ -1,0 +1,60 @@
+"""``combine``: a weighted sum of the domains' gradients, for all parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .derivatives import call, not_differentiable
+from .gradients import check_weights, flatten, of_parameter, statistic_dtype
+from .registry import define
+
+
+def weighted_sum(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``sum_d w_d g_d`` of one parameter in the dtype of the weights, contiguous."""
+    total = gradients[0].new_zeros(gradients[0].shape, dtype=weights.dtype)
+    for gradient, weight in zip(gradients, weights, strict=True):
+        total += gradient * weight
+    return total
+
+
+def reference(gradients: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    domains, dtype = len(weights), gradients[0].dtype
+    weights = weights.to(statistic_dtype(dtype))
+    return [
+        weighted_sum(of_parameter(gradients, domains, k), weights).to(dtype)
+        for k in range(len(gradients) // domains)
+    ]
+
+
+def _fake(gradients: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    return [g.new_empty(g.shape) for g in gradients[: len(gradients) // weights.shape[0]]]
+
+
+define("combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake)
+not_differentiable("combine", "add the gradients with PyTorch's own functions instead")
+
+
+def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]:
+    r"""Weighted sum of the domains' gradients, parameter by parameter.
+
+    .. math:: g_k = \sum_d w_d\, g_{dk}
+
+    Args:
+        gradients: a list of tensors for each domain, ``gradients[d][k]`` of parameter k; every
+            domain has the same shapes. Views are fine.
+        weights: ``[D]``, floating point, on the device of the gradients; taken in their dtype. A
+            weight of 0 is a factor like any other: what is not finite comes through.
+
+    Returns:
+        One contiguous tensor for each parameter, in the gradients' dtype. Not differentiable.
+
+    Raises:
+        ValueError: there is no gradient, the domains differ in shapes, dtype or device, or the
+            weights have another shape or device.
+        TypeError: something is not a dense floating-point tensor.
+    """
+    flat = flatten(gradients)
+    check_weights(weights, len(gradients), flat[0].device)
+    return call("combine", flat, weights.to(statistic_dtype(flat[0].dtype)))

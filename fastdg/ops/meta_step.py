@@ -1,0 +1,85 @@
+"""``meta_step``: the outer step of Fish and Reptile, in place, for all parameters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .derivatives import call, not_recorded
+from .gradients import statistic_dtype
+from .registry import define
+
+
+@torch.no_grad()
+def reference(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> Tensor:
+    sums = statistic_dtype(parameters[0].dtype)
+    total = parameters[0].new_zeros((), dtype=torch.float64)
+    for parameter, start in zip(parameters, kept, strict=True):
+        way = parameter.to(sums) - start
+        total += way.double().square().sum()
+        start.copy_(torch.lerp(start.to(sums), parameter.to(sums), rate))
+        parameter.copy_(start)
+    return total.to(sums)
+
+
+def _fake(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> Tensor:
+    return parameters[0].new_empty((), dtype=statistic_dtype(parameters[0].dtype))
+
+
+define(
+    "meta_step(Tensor(a!)[] parameters, Tensor(b!)[] kept, float rate) -> Tensor", reference, _fake
+)
+not_recorded("meta_step")
+
+
+def meta_step(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> Tensor:
+    r"""Interpolate from kept weights to the present ones, in place, and keep the result.
+
+    .. math:: \theta \leftarrow \theta_0 + \epsilon\,(\theta - \theta_0), \qquad
+              \theta_0 \leftarrow \theta
+
+    Exact at both ends: a rate of 0 restores the kept weights, a rate of 1 the present ones.
+
+    Args:
+        parameters: the weights :math:`\theta` after the inner steps; overwritten.
+        kept: the weights :math:`\theta_0` before them, of the same shapes, dtype and device;
+            overwritten with the same numbers as ``parameters``.
+        rate: :math:`\epsilon`, what DomainBed calls ``meta_lr``.
+
+    Returns:
+        :math:`\|\theta - \theta_0\|^2` before the step, 0-dim: the squared length of the way that
+        the inner steps have gone. Summed in float64, it comes in float32, or in float64 for
+        weights in float64. Nothing is recorded for autograd.
+
+    Raises:
+        ValueError: the lists are empty or differ in length, shapes, dtype or device.
+
+    Papers: Shi et al., "Gradient matching for domain generalization" (ICLR 2022); Nichol et al.,
+    "On first-order meta-learning algorithms" (2018).
+    """
+    if len(parameters) == 0 or len(parameters) != len(kept):
+        raise ValueError(
+            f"kept: expected a tensor for each of the {len(parameters)} (at least 1) parameters, "
+            f"got {len(kept)}"
+        )
+    like = parameters[0]
+    for k, (parameter, start) in enumerate(zip(parameters, kept, strict=True)):
+        if parameter.dtype != like.dtype or parameter.device != like.device:
+            raise ValueError(
+                f"parameters[{k}]: expected {like.dtype} on {like.device} as parameters[0], "
+                f"got {parameter.dtype} on {parameter.device}"
+            )
+        if (start.shape, start.dtype, start.device) != (
+            parameter.shape,
+            parameter.dtype,
+            parameter.device,
+        ):
+            raise ValueError(
+                f"kept[{k}]: expected {tuple(parameter.shape)}, {parameter.dtype} on "
+                f"{parameter.device} as parameters[{k}], got {tuple(start.shape)}, {start.dtype} "
+                f"on {start.device}"
+            )
+    with torch.no_grad():
+        return call("meta_step", list(parameters), list(kept), rate)

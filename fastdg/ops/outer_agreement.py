@@ -1,0 +1,109 @@
+"""``outer_agreement``: the domains' mean gradients combined where their signs agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .agreement import masked
+from .derivatives import call, not_differentiable
+from .gradients import check_weights, statistic_dtype
+from .outer_moments import domain_rows
+from .registry import define
+from .window import sizes, unfold
+
+
+def reference(
+    a: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    threshold: float,
+    steepness: float,
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, outputs, domains = sizes(a.shape, window)[1], delta.shape[2], offsets.numel() - 1
+    sums = statistic_dtype(a.dtype)
+    combined = a.new_empty((outputs, inputs))
+    agreeing, magnitude = (a.new_zeros((), dtype=torch.float64) for _ in "am")
+    height = max(1, -(-outputs // max(1, domains)))
+    block = a.new_empty((domains, height, inputs))  # about one weight, not one for each domain
+    for first in range(0, outputs, height):
+        mean = block[:, : min(height, outputs - first)].zero_()
+        for domain, rows in domain_rows(order, offsets):
+            d = delta[rows, :, first : first + height].flatten(0, 1)
+            torch.mm(d.t(), unfold(a[rows], window).flatten(0, 1), out=mean[domain])
+            mean[domain] /= rows.numel()
+        part, agree, size = masked(list(mean), weights.to(sums), threshold, steepness)
+        combined[first : first + height] = part
+        agreeing += agree
+        magnitude += size
+    return combined, agreeing.to(sums), magnitude.to(sums)
+
+
+def _fake(
+    a: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    threshold: float,
+    steepness: float,
+    window: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = statistic_dtype(a.dtype)
+    combined = a.new_empty((delta.shape[2], sizes(a.shape, window)[1]))
+    return combined, a.new_empty((), dtype=sums), a.new_empty((), dtype=sums)
+
+
+define(
+    "outer_agreement(Tensor a, Tensor delta, Tensor order, Tensor offsets, Tensor weights, "
+    "float threshold, float steepness, int[] window) -> (Tensor, Tensor, Tensor)",
+    reference,
+    _fake,
+)
+not_differentiable("outer_agreement", "its mask is constant almost everywhere")
+
+
+def outer_agreement(
+    a: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    threshold: float = 1.0,
+    steepness: float = math.inf,
+    window: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Weighted sum of the domains' mean gradients where their signs agree.
+
+    What `agreement` makes of the :math:`G_d` of `outer_domain`, which are never all there: at most
+    about one weight's worth of them at a time.
+
+    Args:
+        a: layer inputs as in `outer_domain`.
+        delta: gradients at the layer's outputs ``[N, T, O]``, as in `outer_domain`.
+        order: sample numbers sorted by domain ``[N]``, int64.
+        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        weights: ``[D]``, floating point, on the device of ``a``; 0 for a domain that takes no part,
+            as an empty one has to be.
+        threshold: as in `agreement`.
+        steepness: as in `agreement`.
+        window: as in `outer_domain`.
+
+    Returns:
+        ``(combined, agreeing, magnitude)``: ``[O, I]``, and 0-dim the sums of the mask and of
+        ``combined.abs()``; their dtypes as in `agreement`. Not differentiable.
+
+    Raises:
+        ValueError: the weights have another shape or device.
+        TypeError: the weights are not floating point.
+    """
+    check_weights(weights, offsets.shape[0] - 1, a.device)
+    weights = weights.to(statistic_dtype(a.dtype))
+    args = (a, delta, order, offsets, weights, threshold, steepness, list(window))
+    return call("outer_agreement", *args)

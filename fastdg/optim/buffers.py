@@ -1,0 +1,70 @@
+"""The buffers of a model as flat tensors, so that a few operations move them all."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS: dict[str, Callable[[Tensor], bool]] = {
+    "buffers": torch.is_floating_point,
+    "counters": lambda x: not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
+}
+
+
+class Buffers:
+    """What ``model.state_dict()`` holds beside parameters, by kind: ``"buffers"`` are floating,
+    ``"counters"`` are integers; others have no numbers in between."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules = model.modules() if model is not None else ()
+        owned = {
+            id(buffer): (module, name)
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
+        self.places = list(owned.values())
+
+    def tensors(self, kind: str) -> list[Tensor]:
+        """Those there are now: some modules make themselves new ones."""
+        now = [module._buffers[name] for module, name in self.places]
+        return [buffer for buffer in now if buffer is not None and KINDS[kind](buffer)]
+
+    def now(self) -> dict[str, Tensor]:
+        """Kind -> all their numbers, one after the other; a kind that is not there is left out."""
+        found = {kind: self.tensors(kind) for kind in KINDS}
+        return {kind: torch.cat([b.reshape(-1) for b in bs]) for kind, bs in found.items() if bs}
+
+    @torch.no_grad()
+    def interpolate(self, kept: dict[str, Tensor], rate: float) -> None:
+        """Set buffers and ``kept`` to ``kept + rate * (now - kept)``; integers are truncated."""
+        for kind, end in self.now().items():
+            start = kept[kind]
+            start.copy_(start + rate * (end - start))
+            tensors = self.tensors(kind)
+            pieces = start.split([b.numel() for b in tensors])
+            views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
+            torch._foreach_copy_(tensors, views)
+
+
+class Before:
+    """A forward pre-hook that neither keeps ``owner`` alive nor follows a copied or pickled
+    model."""
+
+    def __init__(self, owner: Any = None) -> None:
+        self.owner = weakref.ref(owner) if owner is not None else lambda: None
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Sequence[Any]) -> None:
+        if (owner := self.owner()) is not None:
+            owner._before_forward()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Before:
+        return Before()
+
+    def __reduce__(self) -> tuple[type[Before], tuple[()]]:
+        return Before, ()

@@ -1,0 +1,175 @@
+"""Common base of the algorithms that look at the domains' gradients of all parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..domains import partition
+from ..statistics.api import spent
+from ..statistics.collect import MixedSamples
+from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
+from .wrapped import deliver
+from .wrapper import DomainOptimizer
+
+Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
+Statistics = dict[str, Tensor]
+
+
+class Masked(NamedTuple):
+    """The domains' gradients combined where their signs agree.
+
+    Attributes:
+        combined: weighted sum times the mask, of each parameter.
+        mean: mean of the mask over each of them, ``[P]``.
+        size: mean of ``combined.abs()`` over all entries that agree, 0-dim; 0 where none does.
+        statistics: what there is to say of it.
+    """
+
+    combined: Combined
+    mean: Tensor
+    size: Tensor
+    statistics: Statistics
+
+
+class DomainGradientOptimizer(DomainOptimizer):
+    r"""Base of the algorithms that make one gradient of the domains' own,
+    :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of all parameters of the optimizer.
+
+    A mixed batch takes one backward. With ``final=False`` the gradients of a micro-batch are taken
+    at once and its graph is freed; the final call merges all of them, weighted by the number of
+    samples. A micro-batch of one domain alone may have batch statistics of its own: batch norm in
+    training mode is refused in mixed batches only. Ids on the CPU tell what is alone without a
+    wait.
+
+    A parameter has a gradient of zeros in a domain that does not use it, and none if no domain
+    does. Hooks of parameters see the gradient that the algorithm has made. What requires a
+    gradient but is not the optimizer's gets that of the mean loss.
+
+    Args:
+        base: the optimizer to wrap.
+        num_domains: number of training domains D; default: as many as the batch has.
+        model: skip discovery and watch this model's layers.
+        check: on the first backward compare captured with autograd's gradients (two further
+            backward passes).
+        settings: the algorithm's own, checked; each is a `Setting` of the class.
+    """
+
+    penalises = False
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        num_domains: int | None,
+        model: nn.Module | None,
+        check: bool,
+        settings: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            base,
+            params="all",
+            num_domains=num_domains,
+            model=model,
+            check=check,
+            settings=settings,
+        )
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        return list(self._names.values())
+
+    @abstractmethod
+    def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
+        """The gradient to step along, and the algorithm's own statistics."""
+
+    def _batch(self, losses: Tensor, domains: Tensor) -> DomainBatch:
+        parts = partition(domains, losses, self.num_domains)
+        extent = parts.num_domains
+        if not _readable(domains, self.num_domains):
+            try:
+                resolved = self._tape.resolve(losses)
+                return DomainBatch(losses, parts, resolved, list(range(extent)), extent)
+            except MixedSamples:
+                pass  # one wait for the device, and it may turn out to be one domain's forward
+        present, rows = torch.unique(domains.detach().long(), return_inverse=True)
+        ids: list[int] = present.tolist()
+        if len(ids) < extent:
+            parts = partition(rows, losses, len(ids))
+        if len(ids) == 1:
+            return DomainBatch(losses, parts, self._tape.reached(losses), ids, extent)
+        try:
+            return DomainBatch(losses, parts, self._tape.resolve(losses), ids, extent)
+        except MixedSamples as error:
+            raise ValueError(
+                f"losses: {error.where} normalises over the batch (training mode), which mixes the "
+                f"domains {ids}, so that none has a gradient of its own. Ways out: freeze it with "
+                "module.eval() after model.train(); use GroupNorm or LayerNorm in its place; or "
+                "run the model on each domain by itself, with backward(losses, domains, "
+                "final=False) for all but the last."
+            ) from None
+
+    def _defer(self) -> None:
+        *earlier, batch = self._staged
+        with torch.no_grad():
+            self._staged = [Gathered.of(earlier, batch)]
+        spent([batch.losses])
+
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        *earlier, batch = staged
+        with torch.no_grad():
+            one = not earlier and not batch.alone
+            gradients: Gradients = Swept(batch) if one else Gathered.of(earlier, batch)
+            combined, statistics = self._surgery(gradients)
+            for p in self._names:
+                if p in combined:
+                    grad = combined.pop(p)
+                    deliver(p, grad.to_sparse(1) if p in gradients.sparse else grad)
+            for p, grad in gradients.rest.items():
+                deliver(p, grad / gradients.samples)
+            loss = gradients.losses.sum() / gradients.samples
+            self._statistics = {
+                "loss": loss,
+                "domain_loss": gradients.spread(gradients.losses / gradients.count, torch.nan),
+                "domain_count": gradients.spread(gradients.count, 0),
+                **statistics,
+            }
+        return loss
+
+    def _masked(
+        self, gradients: Gradients, reduction: str, threshold: float, steepness: float = torch.inf
+    ) -> Masked:
+        """What `fastdg.ops.agreement` makes of them all; one domain alone agrees with itself."""
+        if len(gradients.ids) == 1:
+            threshold, steepness = 0.0, torch.inf
+        found = gradients.agreement(gradients.weights(reduction), threshold, steepness)
+        order = [p for p in self._names if p in found]
+        agreeing, magnitude = (
+            torch.stack([getattr(found[p], name) for p in order]).to(gradients.losses.dtype)
+            for name in ("agreeing", "magnitude")
+        )
+        sizes = torch.tensor([p.numel() for p in order], dtype=agreeing.dtype, device="cpu")
+        numel = moved(sizes, agreeing.device)
+        mean = agreeing / numel
+        places = [i for i, p in enumerate(self._names) if p in found]
+        statistics = {
+            "agreeing": agreeing.sum() / numel.sum(),
+            "agreeing_by_parameter": spread(mean, places, len(self._names), torch.nan),
+        }
+        size = magnitude.sum() / agreeing.sum().clamp(min=1)
+        return Masked({p: found[p].combined for p in order}, mean, size, statistics)
+
+    def settings(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self._given if name != "steps"}
+        return {**own, "num_domains": self.num_domains}
+
+
+def _readable(domains: Tensor, num_domains: int | None) -> bool:
+    """Whether the ids can be looked at without a wait, or have been already."""
+    return domains.device.type == "cpu" or num_domains is None

@@ -1,0 +1,85 @@
+"""Algorithms that draw random numbers, from a generator that checkpoints keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .domain_gradients import DomainGradientOptimizer
+
+
+class DrawingOptimizer(DomainGradientOptimizer):
+    """Keeps the state of ``generator`` in ``param_groups[0]``, so that a run resumes bit for bit.
+
+    Args:
+        base: the optimizer to wrap.
+        generator: where random numbers come from; None: torch's global generator, the state of
+            which is the user's to keep.
+        num_domains, model, check, settings: as in `DomainGradientOptimizer`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        generator: torch.Generator | None,
+        num_domains: int | None,
+        model: nn.Module | None,
+        check: bool,
+        settings: dict[str, Any],
+    ) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+            )
+        self.generator = generator
+        super().__init__(
+            base,
+            num_domains=num_domains,
+            model=model,
+            check=check,
+            settings={**settings, "generator": self._generator_state()},
+        )
+
+    def _generator_state(self) -> Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
+
+    def _remember(self) -> None:
+        """Write down how far the generator has come; to be called whenever it was drawn from."""
+        self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state with the wrapper's own in it, the generator's too."""
+        self._remember()
+        return super().state_dict()
+
+    def _taken(self) -> None:
+        super()._taken()
+        state = self.param_groups[0][f"{self.prefix}_generator"]
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state.cpu())
+
+    def _admit(
+        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        super()._admit(kept, groups)
+        state = groups[0].get(f"{self.prefix}_generator")
+        if state is None:
+            return
+        if self.generator is None:
+            raise ValueError(
+                f"state_dict: it has the state of a generator, but this {type(self).__name__} has "
+                "none, so its run would not go on as it was; pass generator=torch.Generator()"
+            )
+        if len(state) != len(self.generator.get_state()):
+            raise ValueError(
+                "state_dict: its generator was not one of the device "
+                f"{str(self.generator.device)!r}, as the one given here is"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in super().settings().items() if k != "generator"}

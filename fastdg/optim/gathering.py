@@ -1,0 +1,241 @@
+"""The domains' gradients of all parameters: of one mixed batch, or of several micro-batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..statistics.collect import collect, gradients_of, unhooked
+from ..statistics.factors import Agreement, Factor, accumulated
+from .batch import Batch
+
+T = TypeVar("T")
+
+
+@dataclass
+class DomainBatch(Batch):
+    """A micro-batch whose partition is of the domains ``ids`` alone.
+
+    Attributes:
+        ids: the domains that have samples, where that is known without a wait; else all.
+        extent: D.
+    """
+
+    ids: list[int]
+    extent: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether all samples are known to be of one domain, so that autograd has its gradient."""
+        return len(self.ids) == 1
+
+
+class Gradients(ABC):
+    r"""The domains' gradients :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of E domains.
+
+    Attributes:
+        ids: the E domains; all D where it is not known which of them have samples.
+        extent: D.
+        count: samples of each, ``[E]``.
+        losses: sum of each one's losses, ``[E]``.
+        samples: number of all samples.
+        rest: tensor that the optimizer does not have -> gradient of the sum of all losses.
+        sparse: parameters whose gradient autograd would make sparse.
+    """
+
+    ids: list[int]
+    extent: int
+    count: Tensor
+    losses: Tensor
+    samples: int
+    rest: dict[Tensor, Tensor]
+    sparse: set[Tensor]
+
+    @abstractmethod
+    def rows(self) -> dict[Tensor, list[Tensor]]:
+        """Parameter -> its E gradients. They can be had once, these or `agreement`."""
+
+    @abstractmethod
+    def agreement(
+        self, weights: Tensor, threshold: float, steepness: float
+    ) -> dict[Tensor, Agreement]:
+        """Parameter -> its gradients combined where their signs agree."""
+
+    @property
+    def present(self) -> Tensor:
+        """Which have samples, ``[E]`` bool."""
+        return self.count > 0
+
+    def weights(self, reduction: str) -> Tensor:
+        """Of a mean, or a sum, over the domains that have samples, ``[E]``."""
+        ones = self.present.to(self.losses.dtype)
+        return ones / ones.sum().clamp(min=1) if reduction == "mean" else ones
+
+    def spread(self, values: Tensor, fill: float) -> Tensor:
+        """``values [E, *]`` in their places among all domains, ``[D, *]``."""
+        return spread(values, self.ids, self.extent, fill)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, which the CPU does not wait for."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def spread(values: Tensor, places: Sequence[int], extent: int, fill: float) -> Tensor:
+    """``values [E, *]`` in their places of ``[extent, *]``, ``fill`` in the others."""
+    if len(places) == extent:
+        return values
+    every = values.new_full((extent, *values.shape[1:]), fill)
+    index = torch.tensor(places, dtype=torch.int64, device="cpu")
+    return every.index_copy_(0, moved(index, values.device), values)
+
+
+class Swept(Gradients):
+    """Of one mixed batch, from one backward that runs when they are asked for."""
+
+    def __init__(self, batch: DomainBatch) -> None:
+        self.batch = batch
+        self.ids, self.extent = batch.ids, batch.extent
+        self.count, self.samples = batch.partition.count, batch.losses.shape[0]
+        losses = accumulated(batch.losses.detach())
+        self.losses = losses.new_zeros(len(self.ids)).index_add(0, batch.partition.domains, losses)
+        self.rest = {}
+        self.sparse = {
+            batch.resolved.chosen[name]
+            for call, own in batch.resolved.owned.items()
+            if getattr(call.module, "sparse", False) is True
+            for name in own.values()
+            if name in batch.resolved.chosen
+        }
+
+    def rows(self) -> dict[Tensor, list[Tensor]]:
+        return self._each(lambda factor: list(factor.domain(self.batch.partition).unbind()))
+
+    def agreement(
+        self, weights: Tensor, threshold: float, steepness: float
+    ) -> dict[Tensor, Agreement]:
+        parts = self.batch.partition
+        return self._each(lambda factor: factor.agreement(parts, weights, threshold, steepness))
+
+    def _each(self, compute: Callable[[Factor], T]) -> dict[Tensor, T]:
+        """What is computed of each parameter's gradients the moment they are there."""
+        found, owned, chosen = self.batch.resolved
+        tracked = set(chosen.values())
+        rest = [leaf for leaf in found.leaves if leaf not in tracked]
+        made: dict[Tensor, T] = {}
+
+        def use(name: str, factor: Factor) -> None:
+            with torch.no_grad():
+                made[chosen[name]] = compute(factor)
+
+        with unhooked(rest):
+            grads = collect(self.batch.losses, found, owned, chosen.__contains__, use, extra=rest)
+        self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
+        return made
+
+
+class Gathered(Gradients):
+    """Of several micro-batches, each of whose gradients were taken as it came."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Tensor, dict[int, Tensor]] = {}  # of its samples' gradients, by domain
+        self.counts: dict[int, Tensor] = {}
+        self.totals: dict[int, Tensor] = {}
+        self.ids, self.extent, self.samples = [], 0, 0
+        self.rest, self.sparse = {}, set()
+
+    @staticmethod
+    def of(earlier: Sequence[Gathered], batch: DomainBatch) -> Gathered:
+        """What was gathered, if anything was, and this micro-batch."""
+        gathered = earlier[0] if earlier else Gathered()
+        gathered.add(batch)
+        return gathered
+
+    def add(self, batch: DomainBatch) -> None:
+        """Take the gradients of a micro-batch; its graph is freed."""
+        swept = Swept(batch)
+        if batch.alone:
+            self._add_alone(batch)
+        else:
+            for p, rows in swept.rows().items():
+                for d, row, n in zip(swept.ids, rows, swept.count, strict=True):
+                    self._add(p, d, row.mul_(n))
+            for p, grad in swept.rest.items():
+                self._add_rest(p, grad)
+        self.sparse |= swept.sparse
+        for d, n, loss in zip(swept.ids, swept.count, swept.losses, strict=True):
+            self.counts[d] = n + self.counts.get(d, 0)
+            self.totals[d] = loss + self.totals.get(d, 0)
+        self.ids = sorted(self.counts)
+        self.extent = max(self.extent, swept.extent)
+        self.samples += swept.samples
+        self.count = torch.stack([self.counts[d] for d in self.ids])
+        self.losses = torch.stack([self.totals[d] for d in self.ids])
+
+    def _add_alone(self, batch: DomainBatch) -> None:
+        """One domain's gradient is autograd's own, whatever its samples do with each other."""
+        found, _, chosen = batch.resolved
+        tracked = set(chosen.values())
+        leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
+        samples = batch.losses.shape[0]
+        scale = 0.5 ** (samples - 1).bit_length()  # about the mean, exactly: fp16 may not overflow
+        weight = torch.full_like(batch.losses, scale)
+        grads = gradients_of(batch.losses, leaves, weight, retain_graph=False)
+        for p, grad in zip(leaves, grads, strict=True):
+            if grad is None:
+                continue
+            if p not in tracked:
+                self._add_rest(p, grad / scale)
+                continue
+            if grad.layout != torch.strided:
+                self.sparse.add(p)
+                grad = grad.to_dense()
+            self._add(p, batch.ids[0], accumulated(grad) / scale)
+
+    def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
+        sums = self.sums.setdefault(p, {})
+        sums[domain] = sums[domain].add_(grad) if domain in sums else grad
+
+    def _add_rest(self, p: Tensor, grad: Tensor) -> None:
+        self.rest[p] = self.rest[p] + grad if p in self.rest else grad
+
+    def rows(self) -> dict[Tensor, list[Tensor]]:
+        sums, self.sums = self.sums, {}
+        for by_domain in sums.values():
+            like = next(iter(by_domain.values()))
+            for d in self.ids:
+                if d in by_domain:
+                    by_domain[d] /= self.counts[d].clamp(min=1)
+                else:  # not used by it
+                    by_domain[d] = torch.zeros_like(like)
+        return {p: [by_domain[d] for d in self.ids] for p, by_domain in sums.items()}
+
+    def agreement(
+        self, weights: Tensor, threshold: float, steepness: float
+    ) -> dict[Tensor, Agreement]:
+        made: dict[Tensor, Agreement] = {}
+        for group, gradients in by_dtype(self.rows()):
+            parts = ops.agreement(gradients, weights, threshold, steepness)
+            made.update(zip(group, map(Agreement, *parts), strict=True))
+        return made
+
+
+def by_dtype(
+    rows: Mapping[Tensor, Sequence[Tensor]],
+) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
+    """Parameters whose gradients have one dtype, and these: a list of tensors for each domain."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for p, gradients in rows.items():
+        groups.setdefault(gradients[0].dtype, []).append(p)
+    for group in groups.values():
+        yield group, [list(of_domain) for of_domain in zip(*(rows[p] for p in group), strict=True)]

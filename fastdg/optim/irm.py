@@ -1,0 +1,280 @@
+"""IRM: the same classifier is the best one in every domain."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from ..domains import partition
+from ..statistics.check import ATTEMPTS, TOLERANCE
+from ..statistics.factors import accumulated
+from ..statistics.graph import sweep
+from ..statistics.layers.generic import as_it_was
+from ..statistics.tape import Call, paused
+from .annealed import Annealed
+from .batch import Batch
+from .settings import checked
+from .weighted import UNSEEN, Losses, check_reached, refuse_again
+from .wrapper import Closure
+
+
+@dataclass
+class Scored(Batch):
+    """A micro-batch, and the logits that its losses were made from: as the user gave them, or the
+    call that returned them."""
+
+    logits: Tensor | None
+    call: Call | None
+
+
+class IRM(Annealed):
+    r"""Invariant risk minimisation: ``objective = mean of the domains' losses + w * penalty``.
+
+    .. math::
+        c_i = \frac{\partial \ell_i(s\,z_i)}{\partial s}\Big|_{s=1}
+            = \Bigl\langle\frac{\partial\ell_i}{\partial z_i}, z_i\Bigr\rangle, \qquad
+        \text{penalty} = \tfrac1D\sum_d
+            \operatorname{mean}_{i\in d,\ \text{even}} c_i \cdot
+            \operatorname{mean}_{i\in d,\ \text{odd}} c_i
+
+    with z the logits. Even and odd are places among the batch's samples of one domain: the product
+    of two halves estimates the squared gradient without bias, and may be negative. The defaults
+    are DomainBed's.
+
+    The logits are what the head (the last module with parameters that ran) returns, which is run
+    once more for them; or they are given: ``opt.backward(losses, domains, logits=logits)``. Give
+    them if they are scaled after the head, or if the head draws random numbers.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` that steps without a closure.
+        penalty_weight: w from step ``anneal_steps`` on.
+        anneal_steps: steps before that, with ``pre_anneal_weight``.
+        pre_anneal_weight: w before ``anneal_steps``.
+        reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
+        num_domains: D; default: as many as have been seen. A domain without samples in a batch
+            takes no part in it; one with a single sample has penalty 0.
+        model: skip discovery and watch this model.
+        check: on the first backward see that each loss depends on its own row of the logits alone,
+            and that the head, run again, returns the same.
+
+    The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
+    ``irm_penalty_weight`` and so on). ``statistics`` holds ``loss``, ``penalty``, ``objective``
+    (0-dim), ``domain_loss`` (``[D]``, NaN for an empty domain) and ``domain_count`` (``[D]``).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Arjovsky, Bottou, Gulrajani, Lopez-Paz: Invariant Risk Minimization, 2019.
+
+    Example:
+        >>> opt = fastdg.IRM(torch.optim.Adam(model.parameters()), num_domains=3)
+        >>> losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
+    """
+
+    prefix = "irm"
+    _transient = (*Annealed._transient, "_shown")
+    _logits: Tensor | None = None  # those of the `backward` that is running
+    # How often a head was checked, or for logits given the wrapper itself
+    _shown: weakref.WeakKeyDictionary[Any, int]
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        penalty_weight: float = 100.0,
+        anneal_steps: int = 500,
+        pre_anneal_weight: float = 1.0,
+        reset_base: bool = True,
+        num_domains: int | None = None,
+        model: nn.Module | None = None,
+        check: bool = True,
+    ) -> None:
+        given = checked(
+            type(self),
+            {
+                "penalty_weight": penalty_weight,
+                "anneal_steps": anneal_steps,
+                "pre_anneal_weight": pre_anneal_weight,
+                "reset_base": reset_base,
+            },
+        )
+        super().__init__(
+            base,
+            params="head",
+            num_domains=num_domains,
+            model=model,
+            check=False,  # of gradients by parameters, which are not used here
+            settings=given,
+        )
+        self.check_rows = check
+
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, logits: Tensor | None = None
+    ) -> Tensor:
+        """As `DomainOptimizer.backward`; ``logits`` ``[N, *]`` are those of ``losses``, with their
+        graph."""
+        self._logits = logits
+        try:
+            return super().backward(losses, domains, final)
+        finally:
+            self._logits = None
+
+    def _evaluate(self, closure: Closure) -> Tensor:
+        result = closure()
+        if isinstance(result, tuple) and len(result) == 3:
+            losses, domains, logits = result
+            return self.backward(losses, domains, logits=logits)
+        return super()._evaluate(lambda: result)
+
+    def _batch(self, losses: Tensor, domains: Tensor) -> Scored:
+        if self._logits is not None:
+            check_logits(self._logits, losses)
+            refuse_again(losses, self._staged, type(self).__name__)
+            parts = partition(domains, losses, self.num_domains)
+            return Scored(losses, parts, UNSEEN, self._logits, None)
+        batch = super()._batch(losses, domains)
+        calls = batch.resolved.found.calls
+        if len(calls) != 1 or len(calls[0].outputs) != 1:
+            what = "several times" if len(calls) > 1 else "and returned several tensors"
+            raise RuntimeError(
+                f"{calls[0].where}: the head ran {what}, so it is not known which output the "
+                "logits are; pass them: opt.backward(losses, domains, logits=logits)"
+            )
+        return Scored(losses, batch.partition, batch.resolved, None, calls[0])
+
+    def _gradient(self, staged: Sequence[Scored]) -> Tensor:
+        weight = self._weight()
+        losses = Losses.of(staged)
+        with torch.autocast(losses.mean.device.type, enabled=False):
+            products = [self._products(batch, create_graph=weight > 0) for batch in staged]
+            halves = _halves(products, staged, len(losses.count))
+            penalty = (losses.shares * halves[:, 0] * halves[:, 1]).sum()
+            objective = losses.objective(losses.shares, staged)
+            if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
+                objective = objective + weight * penalty
+            objective.backward()
+        check_reached(self.param_groups, type(self).__name__)
+        self._statistics = {
+            **losses.statistics(),
+            "penalty": penalty.detach(),
+            "objective": objective.detach(),
+        }
+        return losses.mean
+
+    def _products(self, batch: Scored, create_graph: bool) -> Tensor:
+        """The derivative of each sample's loss by a factor on its logits, ``[N]``."""
+        rows = len(batch.losses), -1
+        delta = _deltas(batch, create_graph)
+        with torch.set_grad_enabled(create_graph):
+            logits = replayed(batch.call) if batch.call is not None else batch.logits
+            assert logits is not None
+            self._check(batch, delta, logits)
+            return (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
+
+    @torch.no_grad()
+    def _check(self, batch: Scored, delta: Tensor, logits: Tensor) -> None:
+        head = batch.call.module if batch.call is not None else self
+        tried = self._shown.get(head, 0)
+        if not self.check_rows or tried >= ATTEMPTS:
+            return
+        generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
+        weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
+        weighted = _deltas(batch, create_graph=False, weights=weights).flatten()
+        expected = (delta.reshape(len(weights), -1) * weights.unsqueeze(1).to(delta)).flatten()
+        tolerance = max(TOLERANCE.get(x.dtype, 1e-4) for x in (delta, batch.losses))
+        if (weighted - expected).norm() > tolerance * expected.norm():
+            raise RuntimeError(
+                "losses: a sample's loss depends on other rows of the logits than its own (a loss "
+                "over pairs, or the sample is not the first dimension), so a factor on one "
+                "sample's logits cannot be told from that on another's"
+            )
+        if batch.call is not None:
+            again = replayed(batch.call)
+            if not torch.allclose(again, logits, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError(
+                    f"{batch.call.where}: run again, the head returns something else (it draws "
+                    "random numbers, as dropout does), so its logits are not known; pass them: "
+                    "opt.backward(losses, domains, logits=logits)"
+                )
+        telling = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
+        self._shown[head] = ATTEMPTS if telling else tried + 1
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._shown = weakref.WeakKeyDictionary()
+
+
+def check_logits(logits: Any, losses: Tensor) -> None:
+    """Raise unless ``logits`` is a tensor with a graph and a row for each of ``losses``."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor (N, *), got {type(logits).__name__}")
+    if logits.shape[:1] != losses.shape:
+        raise ValueError(
+            f"logits: expected a row for each of the {len(losses)} losses, got shape "
+            f"{tuple(logits.shape)}"
+        )
+    if not logits.requires_grad:
+        raise ValueError("logits: they have no graph; pass the very tensor losses were made from")
+
+
+def _deltas(batch: Scored, create_graph: bool, weights: Tensor | None = None) -> Tensor:
+    """The gradient of the summed (or weighted) losses at the logits; the graph is kept."""
+    deltas: list[Tensor | None] = []
+    if batch.logits is not None:
+        deltas += torch.autograd.grad(
+            batch.losses,
+            batch.logits,
+            torch.ones_like(batch.losses) if weights is None else weights,
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    else:
+        sweep(
+            batch.losses,
+            batch.resolved.found,
+            lambda call, arrived: deltas.extend(arrived),
+            create_graph=create_graph,
+            retain_graph=True,
+            weight=weights,
+        )
+    if deltas[0] is None:
+        raise ValueError("logits: losses do not depend on them; pass what losses were made of")
+    return deltas[0]
+
+
+def replayed(call: Call) -> Tensor:
+    """The one output of a recorded call, from running its module again on what it was given."""
+    buffers = {name: buffer.clone() for name, buffer in call.module.named_buffers()}
+    output = call.outputs[0]
+    assert output is not None
+    enabled, dtype = call.autocast
+    autocast = torch.autocast(output[2].type, dtype=dtype, enabled=enabled)
+    with paused(), autocast, as_it_was(call.module):
+        return functional_call(call.module, buffers, call.args, call.kwargs)
+
+
+def _halves(products: Sequence[Tensor], staged: Sequence[Batch], domains: int) -> Tensor:
+    """Mean product of each domain's samples in even and in odd places, ``[D, 2]``."""
+    places: list[Tensor] = []
+    before = staged[0].partition.offsets.new_zeros(domains)
+    for batch in staged:
+        parts = batch.partition
+        first = parts.offsets[parts.domains] - before[parts.domains]
+        rank = torch.empty_like(parts.order)
+        rank[parts.order] = torch.arange(len(rank), device=rank.device)
+        places.append(2 * parts.domains + (rank - first) % 2)
+        before[: parts.num_domains] += parts.count
+    place, product = torch.cat(places), torch.cat(list(products))
+    total = product.new_zeros(2 * domains).index_add(0, place, product)
+    count = torch.zeros_like(total).index_add(0, place, torch.ones_like(product))
+    return (total / count.clamp(min=1)).view(domains, 2)

@@ -1,0 +1,48 @@
+"""Running the user's code a second time, from where it ran the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ..statistics.stream import random_state, restore
+
+
+class Start:
+    """The random numbers and the buffers of modules as they are when this is made.
+
+    Args:
+        device: of the model; its generator and the CPU's are put back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.random = device, random_state("different", device)
+        self.buffers: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """The buffers of every module that runs inside are noted before it runs."""
+        handle = torch_module.register_module_forward_pre_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        for name, buffer in module._buffers.items():
+            key = id(module), name
+            if buffer is not None and key not in self.buffers:
+                self.buffers[key] = module, buffer, buffer.clone()
+
+    @torch.no_grad()
+    def again(self) -> None:
+        """Put everything back."""
+        restore(self.random, self.device)
+        for (_, name), (module, buffer, value) in self.buffers.items():
+            buffer.copy_(value)
+            module._buffers[name] = buffer  # some modules make themselves new ones

@@ -1,0 +1,132 @@
+"""IRM: the logits, found or given."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from definitions import (
+    alike,
+    batches,
+    close,
+    net,
+)
+from invariances import run, wrapped
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import fastdg
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0])
+def test_irm_with_logits(weight: float) -> None:
+    """Given or found: the same; after a head that draws, or that runs twice, they must be given."""
+    model, (batch,) = net(), batches(1, absent=False)
+    twin = copy.deepcopy(model)
+    x, y, d = batch
+    found = wrapped("IRM", model, anneal_steps=0, penalty_weight=weight)
+    given = wrapped("IRM", twin, anneal_steps=0, penalty_weight=weight)
+    run(found, model, [batch])
+
+    def closure() -> tuple[Tensor, Tensor, Tensor]:
+        logits = twin(x)
+        return F.cross_entropy(logits, y, reduction="none"), d, logits
+
+    given.zero_grad()
+    given.step(closure)
+    close(given.statistics["penalty"], found.statistics["penalty"])
+    alike(model, twin)
+    given.step(lambda: closure()[:2])
+    assert given.steps == 2
+
+
+class Head(nn.Module):
+    def __init__(self, drop: float = 0.0, outputs: int = 1) -> None:
+        super().__init__()
+        self.weight, self.drop, self.outputs = nn.Parameter(torch.randn(3, 4)), drop, outputs
+
+    def forward(self, x: Tensor) -> Any:
+        logits = F.dropout(F.linear(x, self.weight), self.drop)
+        return logits if self.outputs == 1 else (logits, logits * 2)
+
+
+def test_irm_with_heads_whose_logits_are_not_known() -> None:
+    x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
+    for head, call, message in (
+        (Head(0.5), lambda h: h(x), "draws random numbers"),
+        (Head(outputs=2), lambda h: h(x)[0], "returned several tensors"),
+        (nn.Linear(4, 3), lambda h: h(x) + h(-x), "ran several times"),
+    ):
+        opt = fastdg.IRM(SGD(head.parameters(), lr=0.1))
+        logits = call(head)
+        with pytest.raises(RuntimeError, match=f"{message}.*logits=logits"):
+            opt.backward(F.cross_entropy(logits, y, reduction="none"), d)
+        logits = call(head)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        opt.backward(losses, d, final=False, logits=logits)
+        with pytest.raises(RuntimeError, match="already called on these losses"):
+            opt.backward(losses, d, logits=logits)
+        opt.backward(losses, d, logits=logits)
+        opt.step()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_irm_of_losses_that_samples_share(given: bool) -> None:
+    model = nn.Linear(4, 3)
+    x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
+
+    def backward(opt: fastdg.IRM) -> None:
+        logits = model(x)
+        losses = F.cross_entropy(logits - logits.mean(0), y, reduction="none")
+        opt.backward(losses, d, **({"logits": logits} if given else {}))
+
+    with pytest.raises(RuntimeError, match="depends on other rows of the logits"):
+        backward(fastdg.IRM(SGD(model.parameters(), lr=0.1)))
+    assert model.weight.grad is None
+    backward(fastdg.IRM(SGD(model.parameters(), lr=0.1), check=False))
+
+
+def test_irm_with_positions_and_binary_logits() -> None:
+    """Tokens fold into one loss a sample; a column of logits may be squeezed."""
+    y, d = torch.arange(6) % 2, torch.arange(6) % 2
+    model = nn.Linear(4, 1).double()
+    opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))
+    x = torch.randn(6, 5, 4).double()
+    for inputs, shape in ((x[:, 0], (6,)), (x, (6, 5))):
+        logits = model(inputs).squeeze(-1)
+        assert logits.shape == shape
+        target = y.double().view(6, *[1] * (len(shape) - 1)).expand(shape)
+        losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        losses = losses.view(6, -1).mean(1)
+        opt.zero_grad()
+        opt.backward(losses, d)
+        delta = (logits.sigmoid() - target) * logits
+        c = delta.reshape(6, -1).mean(1)
+        halves = [(c[d == k][0::2].mean() * c[d == k][1::2].mean()) for k in (0, 1)]
+        close(opt.statistics["penalty"], torch.stack(halves).mean())
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (lambda z: "logits", TypeError, r"logits: expected a tensor \(N, \*\), got str"),
+        (
+            lambda z: z[:2],
+            ValueError,
+            r"a row for each of the 6 losses, got shape",
+        ),
+        (lambda z: z.detach(), ValueError, "logits: they have no graph"),
+        (lambda z: z.clone(), ValueError, "logits: losses do not depend on them"),
+    ],
+)
+def test_irm_with_wrong_logits(logits: Any, error: type[Exception], message: str) -> None:
+    model = nn.Linear(4, 3)
+    opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))
+    z = model(torch.randn(6, 4))
+    with pytest.raises(error, match=message):
+        losses = F.cross_entropy(z, torch.arange(6) % 3, reduction="none")
+        opt.backward(losses, torch.arange(6) % 2, logits=logits(z))
+    assert model.weight.grad is None
