@@ -133,7 +133,8 @@ class DomainOptimizer(Wrapping):
             domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU.
             final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad``
                 alone; the next final call merges everything staged, weighted by the number of
-                samples. The graphs of staged micro-batches stay alive until then.
+                samples. The graphs of staged micro-batches stay alive until then, unless the
+                wrapper takes what it needs of them at once.
 
         Returns:
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
