@@ -7,7 +7,15 @@
 from __future__ import annotations
 
 from ..ops.registry import attach
-from . import launch, moments, outer_domain, outer_moments, outer_moments_backward, outer_norms
+from . import (
+    launch,
+    moments,
+    outer_agreement,
+    outer_domain,
+    outer_moments,
+    outer_moments_backward,
+    outer_norms,
+)
 
 
 def attach_all() -> None:
@@ -15,6 +23,7 @@ def attach_all() -> None:
     plain, outer = launch.supports, launch.supports_outer
     attach("moments", "triton", moments.moments, plain)
     attach("moments_backward", "triton", moments.moments_backward, plain)
+    attach("outer_agreement", "triton", outer_agreement.outer_agreement, launch.supports_weighted)
     attach("outer_domain", "triton", outer_domain.outer_domain, outer)
     attach("outer_moments", "triton", outer_moments.outer_moments, outer)
     attach("outer_norms", "triton", outer_norms.outer_norms, outer)

@@ -36,6 +36,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def fills(programs: int, device: torch.device) -> bool:
+    """Whether ``programs`` leave no multiprocessor idle."""
+    return programs >= processors(device)
+
+
 def hopper(device: torch.device) -> bool:
     """Whether matrix instructions read shared memory (compute capability 9 and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
@@ -138,6 +143,14 @@ def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, i
     return a, row, column, a.stride(0), 0, 0, True
 
 
+def paired(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Any, Tensor, int]:
+    """``address(a, window)``, ``delta`` and T for sums over (sample, position) pairs."""
+    T = windows.sizes(a.shape, window)[0]
+    if T >= 16 and not window:
+        a, delta, T, _ = summed_last(a, delta, window)
+    return address(a, window), delta, T
+
+
 def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
     """``a`` and ``window``; a convolution that sees one place at a time becomes plain rows."""
     kernel, stride, _ = windows.split(window)
@@ -166,6 +179,13 @@ def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
     widest = outputs if window else max(outputs, inputs)
     small = max(a.shape[0] * padded, outputs * inputs, padded * widest) <= INT32
     return small and supports(a, delta, *args)
+
+
+def supports_weighted(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, *args: Any
+) -> bool:
+    """`supports_outer`, and weights, which may be of another of the dtypes."""
+    return supports(weights) and supports_outer(a, delta, order, offsets, args[-1])
 
 
 def _extent(tensor: Tensor) -> int:

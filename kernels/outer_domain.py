@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.window import sizes
-from .launch import address, block, launch, parts, pointwise, precision, summed_last, tile, warps
-from .tiles import biased_variance, finish_kernel
+from .launch import block, launch, paired, parts, pointwise, precision, tile, warps
+from .tiles import biased_variance, finish_kernel, load_pairs
 
 
 @triton.jit
@@ -44,19 +44,9 @@ def _outer_domain_kernel(
     second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for begin in range(part * share, end, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
-        t = k % T
-        sample = tl.load(order + first + k // T, mask=k < end, other=0)
-        if WINDOW:
-            along_k = sample * a_sample + tl.load(row + t, mask=k < end, other=0)
-        else:
-            along_k = sample * a_sample + t * a_row
-        d = tl.load(
-            delta + o[:, None] * d_column + (sample * d_sample + t * d_row)[None, :],
-            mask=(o < O)[:, None] & (k < end)[None, :], other=0.0,
-        )  # fmt: skip
-        x = tl.load(
-            a + along_i[:, None] + along_k[None, :],
-            mask=(i < I)[:, None] & (k < end)[None, :], other=0.0,
+        d, x = load_pairs(
+            a, delta, order, row, first, k, end, along_i, o, i, T, O, I,
+            a_sample, a_row, d_sample, d_row, d_column, WINDOW,
         )  # fmt: skip
         if SQUARES:
             d = d.to(tl.float32)  # a square may not fit a half
@@ -109,9 +99,7 @@ def grouped_product(
     partial = (
         mean.new_empty((share, powers, *mean.shape), dtype=torch.float32) if share > 1 else mean
     )
-    if T >= 16 and not window:
-        a, delta, T, _ = summed_last(a, delta, window)
-    x, row, column, *strides, windowed = address(a, window)
+    (x, row, column, *strides, windowed), delta, T = paired(a, delta, window)
     launch(
         _outer_domain_kernel, domains * tiles * share,
         x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(), T, outputs,

@@ -32,6 +32,30 @@ def load_delta(base, t, o, T, O, row_stride, column_stride):
 
 
 @triton.jit
+def load_pairs(
+    a, delta, order, row, first, k, end, along_i, o, i, T, O, I,
+    a_sample, a_row, d_sample, d_row, d_column, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``[o, k]`` of output gradients and ``[i, k]`` of rows: pairs k of a domain that begins
+    at ``first``, pair k its sample ``k // T`` at position ``k % T``."""
+    t = k % T
+    sample = tl.load(order + first + k // T, mask=k < end, other=0)
+    if WINDOW:
+        along_k = sample * a_sample + tl.load(row + t, mask=k < end, other=0)
+    else:
+        along_k = sample * a_sample + t * a_row
+    d = tl.load(
+        delta + o[:, None] * d_column + (sample * d_sample + t * d_row)[None, :],
+        mask=(o < O)[:, None] & (k < end)[None, :], other=0.0,
+    )  # fmt: skip
+    x = tl.load(
+        a + along_i[:, None] + along_k[None, :],
+        mask=(i < I)[:, None] & (k < end)[None, :], other=0.0,
+    )  # fmt: skip
+    return d, x
+
+
+@triton.jit
 def biased_variance(second, mean, count):
     """``second / count - mean^2``, not below zero; exactly zero for one sample; NaN stays."""
     spread = tl.maximum(second / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -7,6 +7,7 @@ they would launch is compiled instead, with the arguments specialised as Triton'
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -64,9 +65,11 @@ def compile_launch(
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif kernel.params[position].is_constexpr or value == 1:
+        elif kernel.params[position].is_constexpr or (value == 1 and isinstance(value, int)):
             signature[name] = "constexpr"
             constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -149,6 +152,12 @@ def mean_only(a: Tensor, delta: Tensor, window: list[int]) -> None:
     kernels.outer_domain.outer_domain(a, delta, *domains(len(a)), window)
 
 
+def agreement(a: Tensor, delta: Tensor, window: list[int], steepness: float = math.inf) -> None:
+    kernels.outer_agreement.outer_agreement(
+        a, delta, *domains(len(a)), meta(3), 1.0, steepness, window
+    )
+
+
 def backward(a: Tensor, delta: Tensor, window: list[int]) -> None:
     mean = meta(3, delta.shape[2], sizes(a.shape, window)[1])
     kernels.outer_moments_backward.outer_moments_backward(
@@ -170,13 +179,23 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("ViT MLP", FP32, lambda: forward(*rows(96, 197, 768, 3072))),
     ("ViT MLP", TF32, lambda: backward(*rows(14, 197, 768, 3072))),
     ("ViT MLP", TF32, lambda: mean_only(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", TF32, lambda: agreement(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", FP32, lambda: agreement(*rows(96, 197, 768, 3072))),
+    ("ViT MLP", TF32, lambda: agreement(*rows(96, 197, 768, 3072), steepness=10.0)),
+    ("ViT MLP", FP32, lambda: agreement(*rows(96, 197, 768, 3072), steepness=10.0)),
     ("ViT MLP", TF32, lambda: kernels.outer_norms.outer_norms(*rows(96, 197, 768, 3072))),
     ("conv 3x3", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
     ("conv 3x3", FP32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
+    ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE))),
+    ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE), steepness=10.0)),
     ("conv 3x3", TF32, lambda: backward(*conv(56, 256, 256, 16, THREE))),
     ("conv 3x3", TF32, lambda: kernels.outer_norms.outer_norms(*conv(96, 64, 64, 58, THREE))),
     ("bf16", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, torch.bfloat16))),
+    ("bf16", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, torch.bfloat16))),
+    ("bf16", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, torch.bfloat16), 10.0)),
     ("conv 1x1", TF32, lambda: forward(*conv(96, 256, 64, 56, [1] * 6))),
+    ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6))),
+    ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6), steepness=10.0)),
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),

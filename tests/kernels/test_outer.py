@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fastdg.kernels import (
     launch,
+    outer_agreement,
     outer_domain,
     outer_moments,
     outer_moments_backward,
@@ -22,6 +24,7 @@ from fastdg import ops
 
 # The submodules share their names with the functions that fastdg.ops exports.
 moments_ops = sys.modules["fastdg.ops.outer_moments"]
+agreement_ops = sys.modules["fastdg.ops.outer_agreement"]
 domain_ops = sys.modules["fastdg.ops.outer_domain"]
 norms_ops = sys.modules["fastdg.ops.outer_norms"]
 # The interpreter computes with NumPy, which warns of overflow and NaN.
@@ -158,6 +161,58 @@ def test_sums_split_over_many_multiprocessors(case: tuple, monkeypatch: pytest.M
     monkeypatch.setattr(launch, "processors", lambda device: 16)
     test_outer_moments(case)
     test_outer_domain(case)
+    test_outer_agreement(case, math.inf)
+
+
+@pytest.fixture(params=["tile by tile", "given gradients"])
+def agreement_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way of `outer_agreement`, whatever the device has room for."""
+    by_tile = request.param == "tile by tile"
+    monkeypatch.setattr(outer_agreement, "fills", lambda programs, device: by_tile)
+
+
+@pytest.mark.usefixtures("agreement_kernel")
+@pytest.mark.parametrize("steepness", [math.inf, 0.7])
+def test_outer_agreement(case: tuple, steepness: float) -> None:
+    a, *where, window = case
+    counts = case[3].diff().cpu()
+    weights = torch.linspace(1.5, -0.5, len(counts)).where(counts > 0, 0)
+    args = a, *where, weights.to(DEVICE), 0.4, steepness, window
+    got = outer_agreement.outer_agreement(*args)
+    expected = agreement_ops.reference(*double(*args))
+    mean, terms = domain_ops.reference(*double(*case)), domain_ops.reference(*sizes(*case))
+    # A mean within its rounding of zero has either sign.
+    rounding = ROUNDINGS * torch.finfo(torch.float32).eps * terms
+    sure = ((mean.abs() > rounding) | (weights == 0).view(-1, 1, 1)).all(0)
+    size = (weights.abs().view(-1, 1, 1) * terms).sum(0)
+    assert got[0].shape == expected[0].shape
+    off = (got[0].cpu().double() - expected[0]).where(sure, 0)
+    assert off.norm() <= 1e-5 * size.norm()
+    assert all(x.shape == () and x.dtype == torch.float32 for x in got[1:])
+    assert abs(got[1].item() - expected[1]) <= 1e-5 * size.numel() + (~sure).sum()
+    assert abs(got[2].item() - expected[2]) <= 1e-5 * size.sum() + size[~sure].sum()
+
+
+@pytest.mark.usefixtures("agreement_kernel")
+@pytest.mark.parametrize("steepness", [math.inf, 4.0])
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_agreement_as_the_reference_has_it(steepness: float, value: float) -> None:
+    """Domains that are absent, thresholds that are just met, and what is not finite."""
+    a, delta = torch.ones(5, 1, 20, device=DEVICE), torch.ones(5, 1, 18, device=DEVICE)
+    order, offsets = partition((1, 1, 1, 1, 1), 0)
+    delta[order[0], 0, ::2] = -1  # 4 of 5: 0.6, in fp32
+    delta[order[1], 0, ::3] = 0
+    delta[order[2], 0, 4] = value
+    for weights, threshold in (
+        ((1, 1, 1, 1, 1), 0.6),
+        ((1, 0.5, 0, -2, 1), 0.5),
+        ((0, 0, 1, 0, 0), 1.0),
+        ((0, 0, 0, 0, 0), 0.0),
+    ):
+        w = torch.tensor(weights, dtype=torch.float32, device=DEVICE)
+        args = a, delta, order, offsets, w, threshold, steepness, []
+        got, expected = outer_agreement.outer_agreement(*args), agreement_ops.reference(*args)
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
 def test_outer_norms(case: tuple) -> None:
@@ -259,6 +314,7 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     arguments = {
         "moments": (a[:, 0], order, offsets),
         "moments_backward": (a[0, :1], a[0, :1], a[:, 0], a[0, :1], order, offsets),
+        "outer_agreement": (a, delta, order, offsets, torch.ones(1), 1.0, math.inf, window),
         "outer_domain": (a, delta, order, offsets, window),
         "outer_moments": (a, delta, order, offsets, window),
         "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
@@ -281,12 +337,15 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
 def test_nothing_waits_for_the_device() -> None:
     a, delta, window = (x.cuda() if isinstance(x, Tensor) else x for x in rows(6, 20, 24, 48))
     order, offsets = partition((2, 4), 0)
+    weights = torch.ones(2, device=DEVICE)
 
     def step() -> None:
         with ops.use_backend("triton"):
             leaves = a.clone().requires_grad_(), delta.clone().requires_grad_()
             sum(x.sum() for x in ops.outer_moments(*leaves, order, offsets, window)).backward()
             ops.outer_gram(a, delta, order, offsets, window)
+            for steepness in (math.inf, 10.0):
+                ops.outer_agreement(a, delta, order, offsets, weights, 1.0, steepness, window)
             ops.outer_norms(a, delta, window)
 
     step()  # compiles

@@ -1,0 +1,182 @@
+"""``outer_agreement``: the domains' mean gradients combined where their signs agree.
+
+A program keeps one tile of a weight and goes through the domains: each domain's mean is summed in
+registers, counted and forgotten. Weights of too few tiles for the device are summed by
+``outer_domain``, which shares out domains and samples too, and combined afterwards.
+"""
+
+# ruff: noqa: E741  (O and I are shapes)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.agreement import UNDEFINED as _UNDEFINED
+from ..ops.window import sizes
+from .launch import fills, launch, paired, pointwise, precision, tile, warps
+from .outer_domain import grouped_product
+from .tiles import load_pairs
+
+UNDEFINED = tl.constexpr(_UNDEFINED)
+
+
+@triton.jit
+def _count(g, weight, count, balance, total, mean, second, SOFT: tl.constexpr):
+    """One more domain present: signs, weighted sum and, for the soft mask, Welford's moments."""
+    sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
+    balance += tl.where(g == g, sign, g)  # NaN stays
+    total += weight * g
+    count += 1.0
+    if SOFT:
+        change = g - mean
+        mean += change / count
+        second += change * (g - mean)
+    return count, balance, total, mean, second
+
+
+@triton.jit
+def _tanh(x):
+    """tanh for x >= 0, and NaN; the exponentials would cancel where x is small."""
+    square = x * x
+    series = x * (1 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
+    decay = tl.exp(-2 * x)
+    return tl.where(x < 0.2, series, (1 - decay) / (1 + decay))
+
+
+@triton.jit
+def _store(
+    combined, agreeing, magnitude, at, inside, count, balance, total, second, threshold, steepness,
+    SOFT: tl.constexpr,
+):  # fmt: skip
+    """The mask and the combination of one tile, and its part of both sums."""
+    common = tl.abs(tl.div_rn(balance, count))  # 3 of 5 is 0.6, exactly as rounded
+    if SOFT:
+        spread = second / (count - 1)
+        variance = tl.where(spread == spread, spread, UNDEFINED)
+        slope = steepness / variance * (common - threshold)
+        mask = _tanh(tl.maximum(slope, 0.0, propagate_nan=tl.PropagateNan.ALL))
+        mask = tl.where(mask == mask, mask, UNDEFINED)
+    else:
+        mask = (common >= threshold).to(tl.float32)
+    mask = tl.where(inside, tl.where(count > 0, mask, 0.0), 0.0)
+    result = tl.where(inside, mask * total, 0.0)  # beyond the edge 0 * inf may have come in
+    tl.store(combined + at, result, mask=inside)
+    tl.store(agreeing + tl.program_id(0), tl.sum(mask))
+    tl.store(magnitude + tl.program_id(0), tl.sum(tl.abs(result)))
+
+
+@triton.jit
+def _outer_agreement_kernel(
+    a, delta, order, offsets, row, column, weights, combined, agreeing, magnitude,
+    threshold, steepness, domains, T, O, I, a_sample, a_row, a_column, d_sample, d_row, d_column,
+    WINDOW: tl.constexpr, SOFT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_O, BLOCK_I]; each domain's mean lives in registers only."""
+    tiles_i = tl.cdiv(I, BLOCK_I)
+    o = tl.program_id(0) // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tl.program_id(0) % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    along_i = tl.load(column + i, mask=i < I, other=0) if WINDOW else i * a_column
+    count = 0.0
+    balance = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    mean = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for domain in range(domains):
+        weight = tl.load(weights + domain).to(tl.float32)
+        if weight != 0:
+            first = tl.load(offsets + domain)
+            samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
+            end = samples * T
+            g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+            for begin in range(0, end, BLOCK_K):
+                k = begin + tl.arange(0, BLOCK_K)
+                d, x = load_pairs(
+                    a, delta, order, row, first, k, end, along_i, o, i, T, O, I,
+                    a_sample, a_row, d_sample, d_row, d_column, WINDOW,
+                )  # fmt: skip
+                g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
+            g = g / tl.maximum(samples, 1).to(tl.float32)
+            count, balance, total, mean, second = _count(
+                g, weight, count, balance, total, mean, second, SOFT
+            )
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    _store(
+        combined, agreeing, magnitude, o[:, None] * I + i[None, :], inside,
+        count, balance, total, second, threshold, steepness, SOFT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _given_kernel(
+    gradients, weights, combined, agreeing, magnitude, threshold, steepness, domains, size,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same from gradients ``[D, size]`` that are there."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    start = gradients + at
+    count = 0.0
+    balance = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    mean = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    for domain in range(domains):
+        weight = tl.load(weights + domain).to(tl.float32)
+        if weight != 0:
+            g = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+            count, balance, total, mean, second = _count(
+                g, weight, count, balance, total, mean, second, SOFT
+            )
+        start += size
+    _store(
+        combined, agreeing, magnitude, at, inside,
+        count, balance, total, second, threshold, steepness, SOFT,
+    )  # fmt: skip
+
+
+def outer_agreement(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, weights: Tensor,
+    threshold: float, steepness: float, window: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `fastdg.ops.outer_agreement`."""
+    precise, samples = precision(a, window), (order, offsets)
+    rows, places = pointwise(a, window)
+    outputs, inputs, domains = delta.shape[2], sizes(a.shape, window)[1], offsets.numel() - 1
+    combined = a.new_empty((outputs, inputs))
+    soft = not math.isinf(steepness)
+    block_o, block_i, block_k = tile(outputs, inputs, precise, rows, places)
+    if soft or (places and block_i > 64):  # two more accumulators; where each position is
+        block_o = min(block_o, 64)
+    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
+
+    def run(
+        kernel: Any, programs: int, of: Sequence[Tensor], numbers: Sequence[int], **meta: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch it with where the results go, and sum up what its programs leave."""
+        agreeing, magnitude = (a.new_empty((programs,), dtype=torch.float32) for _ in "am")
+        launch(
+            kernel, programs, *of, weights, combined, agreeing, magnitude,
+            threshold, steepness if soft else 0.0, domains, *numbers, SOFT=soft, **meta,
+        )  # fmt: skip
+        # Within a tile in fp32, over the tiles in fp64.
+        return combined, *(x.sum(dtype=torch.float64).float() for x in (agreeing, magnitude))
+
+    if not fills(tiles, a.device):
+        means, _ = grouped_product(a, delta, *samples, window, squares=False)
+        size = combined.numel()
+        return run(_given_kernel, triton.cdiv(size, 1024), (means,), (size,), BLOCK=1024)
+    (x, row, column, *strides, windowed), delta, T = paired(rows, delta, places)
+    return run(
+        _outer_agreement_kernel, tiles, (x, delta, *samples, row, column),
+        (T, outputs, inputs, *strides, *delta.stride()), WINDOW=windowed, PRECISION=precise,
+        BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
+        num_warps=8 if soft else warps(block_o, block_i), num_stages=3,
+    )  # fmt: skip
