@@ -3,109 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import head_peers
 import peers
 import surgery_cases as surgery
 import torch
+from column_cases import COLUMNS
+from contenders import OURS, PLAIN, TOLERANCE, Case, Contender, Run, ours
+from fish_cases import FISH
 from floors import work
-from models import SPECS, Problem, problem
+from models import Problem
 from torch import Tensor
 
 import fastdg
 
-Run = Callable[[], Any]
-PLAIN, OURS, REFERENCE = "plain", "fastdg", "fastdg, reference backend"
-# Largest relative error (norm, worst parameter) against float64 per-sample gradients that is timed.
 # The deep network decides some ReLUs and maxima otherwise in fp32: plain training's gradient is
 # 3e-3 off there.
-TOLERANCE, DEEP_TOLERANCE = 1e-3, 1e-2
+DEEP_TOLERANCE = 1e-2
 # An entry whose gradient is nearly 0 in one domain may have another sign in fp32, and goes or stays
 # with all the others have there.
 SIGN_TOLERANCE = 0.15
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to answer.
-
-    Attributes:
-        make: settings of this contender and a problem of its own -> what to run.
-        settings: values to try; the fastest is measured.
-        result: the numbers to verify, from the problem and what the first run returned; None if
-            there is nothing to verify.
-        needs: a package that may be missing.
-        slow: not part of the smoke run (compilers).
-    """
-
-    make: Callable[..., Run]
-    settings: tuple[Any, ...] = ()
-    result: Callable[[Problem, Any], Mapping[str, Tensor]] | None = lambda problem, out: out
-    needs: str | None = None
-    slow: bool = False
-
-    @property
-    def middle(self) -> Any:
-        """The setting to take where there is no time to try them all."""
-        return self.settings[len(self.settings) // 2] if self.settings else None
-
-    def unavailable(self) -> str | None:
-        return peers.missing(self.needs) if self.needs else None
-
-    def start(self, on: Problem, setting: Any = None) -> Run:
-        return self.make(on) if setting is None else self.make(on, setting)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row: a model, a batch, a plain step, a floor, and the contenders."""
-
-    question: str
-    model: str
-    samples: int
-    contenders: dict[str, Contender]
-    truth: Callable[[Problem], Mapping[str, Tensor]]
-    floor: Callable[[Problem], float]
-    reach: float
-    features_given: bool = False
-    tolerance: float = TOLERANCE
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        return f"{self.question}/{self.model}"
-
-    @property
-    def title(self) -> str:
-        return f"{SPECS[self.model].title}, N={self.samples}"
-
-    def problem(self, samples: int | None = None, name: str | None = None) -> Problem:
-        made = problem(name or self.model, samples or self.samples)
-        made.x.requires_grad_(self.features_given)
-        return made
-
-
-def error(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """Largest relative error over the parameters, by norm; parameters without a gradient aside."""
-    largest = max(t.norm().item() for t in truth.values())
-    errors = [0.0]
-    for name, t in truth.items():
-        if t.norm().item() > 1e-9 * largest:
-            errors.append(((result[name].double() - t).norm() / t.norm()).item())
-    return max(errors)
-
-
-def verified(case: Case, contender: Contender, run: Run, on: Problem, truth: Any) -> dict[str, Any]:
-    """Run once and compare: ``error``, if there is anything to verify; raises when it is wrong."""
-    out = run()
-    if contender.result is None:
-        return {}
-    wrong = error(contender.result(on, out), truth)
-    if not wrong <= case.tolerance:
-        raise ArithmeticError(f"relative error {wrong:.1e} against float64 per-sample gradients")
-    return {"error": wrong}
 
 
 # ---- the plain step ----
@@ -204,32 +122,10 @@ def _head_peers(base: Callable[[Problem], Any], *names: str) -> dict[str, Conten
     }
 
 
-def reference(make: Callable[[Problem], Run]) -> Callable[[Problem], Run]:
-    """The same on the plain-PyTorch implementation of the ops."""
-
-    def made(on: Problem) -> Run:
-        run = make(on)
-
-        def forced() -> Any:
-            with fastdg.use_backend("reference"):
-                return run()
-
-        return forced
-
-    return made
-
-
-def _ours(make: Callable[[Problem], Run], **more: Any) -> dict[str, Contender]:
-    found = {OURS: Contender(make, **more)}
-    if fastdg.backends()["cpp"][0]:
-        found[REFERENCE] = Contender(reference(make), **more)
-    return found
-
-
 def _variance_case(model: str, reach: float, chunks: tuple[int, ...]) -> Case:
     contenders = {
         PLAIN: Contender(plain, result=None),
-        **_ours(variance),
+        **ours(variance),
         "loop over samples": Contender(peers.loop_variance),
         "torch.func vmap(grad), chunked": Contender(peers.vmap_variance, chunks),
         "Opacus GradSampleModule": Contender(peers.opacus_variance, needs="opacus"),
@@ -269,7 +165,7 @@ def _penalty_case(model: str, samples: int, reach: float, chunks: tuple[int, ...
         samples,
         {
             PLAIN: Contender(plain, result=None),
-            **_ours(penalty),
+            **ours(penalty),
             "loop over samples, two passes": Contender(peers.loop_penalty),
             "torch.func vmap(grad)": Contender(peers.vmap_penalty),
             "torch.func vmap(grad), chunked, two passes": Contender(
@@ -297,7 +193,7 @@ def _head_case() -> Case:
         96,
         {
             PLAIN: Contender(lambda on: head_peers.plain(on, still(on)), result=None),
-            **_ours(fishr(still), result=_gradients),
+            **ours(fishr(still), result=_gradients),
             **_head_peers(still),
         },
         head_peers.truth,
@@ -361,7 +257,7 @@ def _surgery_case(question: str, model: str, domains: int, reach: float) -> Case
     }[question]
     contenders = {
         PLAIN: Contender(lambda on: head_peers.plain(on, head_peers.adam(on)), result=None),
-        **_ours(surgery.ours(wrapper, domains), result=surgery.gradients),
+        **ours(surgery.ours(wrapper, domains), result=surgery.gradients),
         **{
             name: Contender(surgery.peer(way, domains), result=surgery.gradients)
             for name, way in ways.items()
@@ -408,5 +304,7 @@ CASES = {
         _surgery_case("PCGrad", "mnist_cnn", 3, 1.10),
         _surgery_case("Agr-Sum", "vit", 3, 1.10),
         _surgery_case("PCGrad", "vit", 3, 1.10),
+        *COLUMNS,
+        *FISH,
     )
 }

@@ -146,7 +146,7 @@ def environment(command: str) -> dict[str, Any]:
         cpu = re.search(r"model name\s*:\s*(.*)", text)[1]  # type: ignore[index]
         flags = re.search(r"flags\s*:\s*(.*)", text)[1]  # type: ignore[index]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ("torch", "fastdg", "numpy", "backpack-for-pytorch", "opacus")
+    packages = ("torch", "fastdg", "numpy", "backpack-for-pytorch", "opacus", "torchjd")
     return {
         "machine": {
             "cpu": cpu.strip(),

@@ -148,15 +148,21 @@ def projection_flat(gradients: Lists) -> Sequence[Tensor]:
 def projection_gram(gradients: Lists) -> Sequence[Tensor]:
     """The same decided by the Gram matrix, tensor by tensor."""
     columns = [torch.stack(column).flatten(1) for column in zip(*gradients, strict=True)]
-    gram = torch.stack([rows @ rows.t() for rows in columns]).sum(0).double()
-    weights = torch.eye(len(gradients), dtype=torch.float64)
-    for i in range(len(gradients)):
-        for j in range(len(gradients)):
+    gram = torch.stack([rows @ rows.t() for rows in columns]).sum(0)
+    mean = projection_weights(gram).to(columns[0].dtype)
+    return [(mean @ rows).view_as(g) for rows, g in zip(columns, gradients[0], strict=True)]
+
+
+def projection_weights(gram: Tensor) -> Tensor:
+    """Each domain's share in the mean of the projected gradients, in float64."""
+    gram = gram.double()
+    weights = torch.eye(len(gram), dtype=torch.float64)
+    for i in range(len(gram)):
+        for j in range(len(gram)):
             product = weights[i] @ gram[j]
             if i != j and product < 0:
                 weights[i, j] -= product / gram[j, j]
-    mean = weights.mean(0).to(columns[0].dtype)
-    return [(mean @ rows).view_as(g) for rows, g in zip(columns, gradients[0], strict=True)]
+    return weights.mean(0)
 
 
 def _shaped(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

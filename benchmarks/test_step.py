@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from cases import CASES, Case
+from cases import CASES
+from contenders import Case
 from timing import answer, parameters
 
 
