@@ -24,8 +24,17 @@ QUESTIONS = {
     "PCGrad, D=3": "Whole PCGrad training step, 3 domains",
     "PCGrad, D=6": "The same, 6 domains",
 }
+# The same for what starts from gradients that are there.
+GIVEN = {
+    "agreement": "`agreement`",
+    "gram": "`gram`",
+    "PCGrad of given gradients": "PCGrad: `gram`, the weights, `combine`",
+    "meta_step": "`meta_step`",
+    "Fish": "Fish's meta-iteration",
+}
+FLOOR = "copy of the same bytes"
 # Rows that are not another library: drawn and compared apart.
-OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal")
+OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal", FLOOR)
 
 
 def peers(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -71,6 +80,7 @@ def measured(results: dict[str, Any]) -> str:
                 f"| {times(reference['ratio']) if 'ratio' in reference else '–'} "
                 f"| {rival} | {memory} |"
             )
+    lines += given(results)
     lines += [
         "",
         "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
@@ -81,6 +91,46 @@ def measured(results: dict[str, Any]) -> str:
         "![Time of every contender over the plain step](benchmarks/results/cpu.png)",
     ]
     return "\n".join(lines)
+
+
+def given(results: dict[str, Any]) -> list[str]:
+    """The table of what starts from given gradients; nothing if none of it was measured."""
+    cases = [
+        (title, case)
+        for question, title in GIVEN.items()
+        for case in results["cases"].values()
+        if case["question"] == question
+    ]
+    if not cases:
+        return []
+    lines = [
+        "",
+        "Where the domains' gradients are there already, as multiples of a `Tensor.copy_` that "
+        "reads and writes as many bytes, and Fish of its Adam steps alone. Plain training would "
+        "add the gradients up; for `meta_step` it stands for two `torch._foreach` calls.",
+        "",
+        "| | copy | plain | **fastdg** | plain PyTorch backend | best other way | memory |",
+        "|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for title, case in cases:
+        rows = case["contenders"]
+        plain, ours = rows["plain"], rows["fastdg"]
+        unit = rows.get(FLOOR, plain)["median"]
+        best = next(iter(peers(case).items()), None)
+        reference = rows.get("fastdg, reference backend", {})
+        cells = [
+            f"{title}, {case['title']}",
+            f"{1e3 * unit:.1f} ms" if FLOOR in rows else "–",
+            times(plain["median"] / unit) if FLOOR in rows else f"{1e3 * unit:.1f} ms",
+            f"**{times(ours['median'] / unit)}**",
+            times(reference["median"] / unit) if "median" in reference else "–",
+            f"{times(best[1]['median'] / unit)} {best[0]}" if best else "–",
+            "–",
+        ]
+        if plain.get("peak_bytes") and ours.get("peak_bytes"):
+            cells[-1] = times(ours["peak_bytes"] / plain["peak_bytes"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def reproduced(results: dict[str, Any]) -> str:
