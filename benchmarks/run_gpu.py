@@ -97,10 +97,13 @@ def op_calls(device: str) -> Iterator[tuple[str, Callable[[Callable], Any]]]:
         def others(move: Callable, a: Tensor = a, delta: Tensor = delta, window=window):
             order, offsets = samples_of(len(a), move(a).device.type)
             at = move(a), move(delta), order, offsets, window
-            return [ops.outer_domain(*at), ops.outer_gram(*at), ops.outer_norms(*at[:2], window)]
+            # Threshold 0: a sign that a rounding decides would take a whole entry away.
+            masked = ops.outer_agreement(*at[:4], move(torch.ones(3)), 0.0, window=window)
+            norms = ops.outer_norms(*at[:2], window)
+            return [ops.outer_domain(*at), ops.outer_gram(*at), norms, *masked]
 
         yield f"outer_moments and its gradient, {name}", differentiable
-        yield f"outer_domain, outer_gram, outer_norms, {name}", others
+        yield f"outer_domain, outer_gram, outer_norms, outer_agreement, {name}", others
 
     def moments(move: Callable) -> list[Tensor]:
         order, offsets = samples_of(len(grads), move(grads).device.type)
