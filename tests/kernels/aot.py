@@ -152,9 +152,11 @@ def mean_only(a: Tensor, delta: Tensor, window: list[int]) -> None:
     kernels.outer_domain.outer_domain(a, delta, *domains(len(a)), window)
 
 
-def agreement(a: Tensor, delta: Tensor, window: list[int], steepness: float = math.inf) -> None:
+def agreement(
+    a: Tensor, delta: Tensor, window: list[int], steepness: float = math.inf, D: int = 3
+) -> None:
     kernels.outer_agreement.outer_agreement(
-        a, delta, *domains(len(a)), meta(3), 1.0, steepness, window
+        a, delta, *domains(len(a), D), meta(D), 1.0, steepness, window
     )
 
 
@@ -174,6 +176,8 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("head", FP32, lambda: forward(*rows(96, 1, 2048, 345))),
     ("head", FP32, lambda: backward(*rows(96, 1, 2048, 345))),
     ("head", FP32, lambda: kernels.outer_norms.outer_norms(*rows(96, 1, 2048, 345))),
+    ("head", FP32, lambda: agreement(*rows(96, 1, 4096, 4096), D=1)),
+    ("head", FP32, lambda: agreement(*rows(96, 1, 4096, 4096), steepness=10.0)),
     ("T=4", FP32, lambda: forward(*rows(96, 4, 768, 3072))),
     ("ViT MLP", TF32, lambda: forward(*rows(96, 197, 768, 3072))),
     ("ViT MLP", FP32, lambda: forward(*rows(96, 197, 768, 3072))),
@@ -198,6 +202,7 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6), steepness=10.0)),
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
+    ("ones", TF32, lambda: agreement(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),
 ]
 
