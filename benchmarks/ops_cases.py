@@ -66,7 +66,7 @@ def _nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def copying(nbytes: int) -> Run:
+def _copy(nbytes: int) -> Run:
     """Reads half of the bytes and writes the other half."""
     source = torch.ones(nbytes // 8)
     target = torch.ones(nbytes // 8)
@@ -117,7 +117,7 @@ def outer(layer: LayerShape) -> OpCase:
     return OpCase(
         runs={
             "weight gradient": weight_gradient,
-            "copy": copying(moved),
+            "copy": _copy(moved),
             "outer_moments": lambda: ops.outer_moments(*arguments),
             "outer_moments_backward": lambda: backward(*grads, a, delta, mean, *arguments[2:]),
             "outer_domain": lambda: ops.outer_domain(*arguments),
@@ -150,7 +150,7 @@ def moments(parameters: int) -> OpCase:
 
     return OpCase(
         runs={
-            "copy": copying(moved),
+            "copy": _copy(moved),
             "moments": lambda: ops.moments(grads, order, offsets),
             "moments_backward": lambda: backward(*upstream, grads, mean, order, offsets),
         },
@@ -178,7 +178,7 @@ def variance_gap(shapes: tuple[tuple[int, ...], ...]) -> OpCase:
     written = moved + _nbytes(*variance)
     return OpCase(
         runs={
-            "copy": copying(moved),
+            "copy": _copy(moved),
             "variance_gap": lambda: ops.variance_gap(variance, history, present, 19.0),
             "variance_gap_backward": lambda: backward(one, variance, history, present, 19.0),
         },
