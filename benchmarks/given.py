@@ -123,8 +123,8 @@ def total(on: Given) -> Run:
 
 
 def moving(passes: Callable[[int], int]) -> Contender:
-    """Copies that read and write as much as ``passes(D)`` passes over one domain's gradients
-    do, one buffer of that size to another: 100 MB, too much for caches."""
+    """Copies that read and write as much as ``passes(D)`` passes over one domain's gradients, each
+    of one buffer of that size to another: 100 MB, too much for caches."""
 
     def make(on: Given) -> Run:
         elements = sum(g.numel() for g in on.lists[0])
