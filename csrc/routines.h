@@ -60,18 +60,52 @@ struct Gradient {
   float* right;                   // [N, T, V]
 };
 
-// One parameter of the spread of variances: [D, size]; ema is null where there is no history.
-struct GapTensor {
-  const float *variance, *ema;
-  float* grad;
-  int64_t size;
+// The tensors of one parameter: the operands of a column operator, then its results.
+struct Rows {
+  float* const* data;
+  bool streamed;  // whether results go past the caches: then aligned to a cache line, all of them
 };
 
-struct GapDomains {
+// The column operators. SUMS: how many sums over the columns one pass makes.
+struct Gram {
+  int domains;
+};
+
+struct Combine {
+  static constexpr int SUMS = 0;
+  const float* weights;
+  int domains;
+};
+
+template <bool SOFT>
+struct Agreement {
+  static constexpr int SUMS = 2;
+  const float* weights;
+  int domains;
+  float threshold, steepness;
+};
+
+struct MetaStep {
+  static constexpr int SUMS = 1;
+  float rate;
+};
+
+struct Gap {
+  static constexpr int SUMS = 1;
   const bool* present;
-  int count;
+  int domains;
+  bool kept;  // whether there is a history: a row for each domain after the variances'
   float history;
 };
+
+struct GapGradient {
+  static constexpr int SUMS = 0;
+  Gap gap;
+  const float* grad;
+};
+
+template <class Op>
+using ColumnRoutine = void(const Op&, const Rows&, Range columns, double* results);
 
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
@@ -97,9 +131,14 @@ struct Routines {
                         float* variance);
   void (*dense_moments_backward)(const Upstream&, const float* grads, int64_t stride, Group,
                                  int64_t width, float* out, int64_t out_stride);
-  // Sum over columns of the spread of the domains' values, and `scale` times their distance to the mean.
-  double (*variance_gap)(const GapTensor&, const GapDomains&, Range columns);
-  void (*variance_gap_backward)(const GapTensor&, const GapDomains&, float scale, Range columns);
+  // One parameter's part of a column operator: writes its results, and adds to those that are sums.
+  ColumnRoutine<Gram>* gram;
+  ColumnRoutine<Combine>* combine;
+  ColumnRoutine<Agreement<false>>* agreement;
+  ColumnRoutine<Agreement<true>>* soft_agreement;
+  ColumnRoutine<MetaStep>* meta_step;
+  ColumnRoutine<Gap>* variance_gap;
+  ColumnRoutine<GapGradient>* variance_gap_backward;
 };
 
 const Routines* generic_routines();

@@ -65,8 +65,8 @@ def _fake(
     gradients: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     first = gradients[: len(gradients) // weights.shape[0]]
-    sums = [first[0].new_empty((len(first),), dtype=statistic_dtype(first[0].dtype)) for _ in "ab"]
-    return [g.new_empty(g.shape) for g in first], *sums
+    sums = first[0].new_empty((len(first),), dtype=statistic_dtype(first[0].dtype))
+    return [g.new_empty(g.shape) for g in first], sums, torch.empty_like(sums)
 
 
 define(
