@@ -24,12 +24,14 @@ def accumulated(x: Tensor) -> Tensor:
     Raises:
         TypeError: ``x`` is complex.
     """
+    if x.dtype in (torch.float32, torch.float64):
+        return x
     if x.is_complex():
         raise TypeError(
             f"params: expected layers with real parameters and gradients, got {x.dtype}; leave the "
             "complex ones out with params="
         )
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
+    return x.to(torch.float32)
 
 
 def flat(grads: Tensor) -> Tensor:
