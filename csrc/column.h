@@ -52,8 +52,7 @@ struct Pack {
     FASTDG_UNROLL for (int k = 0; k < N; ++k) out.x[k] = function(a.x[k], rest...); \
     return out;                                                                    \
   }
-FASTDG_LIFT(signs)               // -1, 0 or 1, integers; 0 for what is not a number
-FASTDG_LIFT(number)              // an integer as a float
+FASTDG_LIFT(sign)                // -1, 0 or 1; what is not a number stays
 FASTDG_LIFT(absolute)
 FASTDG_LIFT(reaches)             // 1 where x >= threshold, else 0
 FASTDG_LIFT(positive)            // 0 where x < 0, else x
@@ -62,7 +61,7 @@ FASTDG_LIFT(hyperbolic_tangent)
 #undef FASTDG_LIFT
 
 template <class Op>
-FASTDG_DEVICE int parts(const Op&) { return 1; }
+FASTDG_ANYWHERE int parts(const Op&) { return 1; }
 
 template <class Op, class F>
 FASTDG_DEVICE void with_part(const Op& op, int, const F& f) { f(op); }
@@ -99,7 +98,7 @@ struct GramTile {
   int row, column, domains;
 };
 
-FASTDG_DEVICE int parts(const Gram& op) {
+inline FASTDG_ANYWHERE int parts(const Gram& op) {
   const int tiles = (op.domains + TILE - 1) / TILE;
   return tiles * (tiles + 1) / 2;
 }
@@ -167,7 +166,7 @@ constexpr float UNDEFINED = 1e-17f;  // what DomainBed makes of a variance or a 
 template <class Value>
 struct State<Agreement<false>, Value> {
   Value total{};
-  decltype(signs(Value{})) balance{};  // positive less negative ones
+  Value balance{};  // positive less negative ones
   float present = 0;
 };
 
@@ -186,7 +185,7 @@ FASTDG_DEVICE void add(const Agreement<SOFT>& op, const Columns& x, int d,
   if (weight == 0) return;
   const Value g = x.from(d);
   state.total += weight * g;
-  state.balance += signs(g);
+  state.balance += sign(g);
   state.present += 1;
   if constexpr (SOFT) state.spread.add(g, state.present);
 }
@@ -194,7 +193,7 @@ FASTDG_DEVICE void add(const Agreement<SOFT>& op, const Columns& x, int d,
 template <bool SOFT, class Columns, class Value>
 FASTDG_DEVICE void finish(const Agreement<SOFT>& op, const Columns& x,
                           State<Agreement<SOFT>, Value>& state, Value* sums) {
-  const Value common = absolute(number(state.balance)) / state.present;
+  const Value common = absolute(state.balance) / state.present;
   Value mask{};
   if constexpr (SOFT) {
     const Value variance = or_else(state.spread.squares / (state.present - 1), UNDEFINED);

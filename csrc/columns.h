@@ -7,11 +7,11 @@
 #define FASTDG_UNROLL _Pragma("GCC unroll 16")
 constexpr int TILE = W == 16 ? 4 : 3;  // its sums and a row and a column of values fit the registers
 
-FASTDG_DEVICE ivec signs(vec x) { return (x < 0) - (x > 0); }  // a comparison gives 0 or -1
-FASTDG_DEVICE int signs(float x) { return (x > 0) - (x < 0); }
-
-FASTDG_DEVICE vec number(ivec x) { return __builtin_convertvector(x, vec); }
-FASTDG_DEVICE float number(int x) { return static_cast<float>(x); }
+FASTDG_DEVICE vec sign(vec x) {
+  x = x > 0 ? vec{} + 1.f : x;
+  return x < 0 ? vec{} - 1.f : x;
+}
+FASTDG_DEVICE float sign(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; }
 
 FASTDG_DEVICE vec absolute(vec x) {
   return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & 0x7fffffff);

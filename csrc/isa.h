@@ -35,13 +35,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             norm_gram,
                             dense_moments,
                             dense_moments_backward,
-                            columns<1, Gram>,
-                            columns<4, Combine>,
-                            columns<4, Agreement<false>>,
-                            columns<2, Agreement<true>>,
-                            columns<4, MetaStep>,
-                            columns<2, Gap>,
-                            columns<2, GapGradient>};
+                            {columns<1, Gram>, columns<4, Combine>, columns<4, Agreement<false>>,
+                             columns<2, Agreement<true>>, columns<4, MetaStep>, columns<2, Gap>,
+                             columns<2, GapGradient>}};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg
