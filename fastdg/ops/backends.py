@@ -26,6 +26,7 @@ CPP_OPS = (
     "moments_backward",
     "outer_moments",
     "outer_moments_backward",
+    "outer_agreement",
     "outer_domain",
     "outer_norms",
 )
