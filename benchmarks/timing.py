@@ -45,11 +45,11 @@ def answer(benchmark: Any, case: Case, name: str, smoke: bool, truths: dict[Any,
         truths.clear()  # one case at a time
         truths[case.key] = dict(case.truth(exact))
     on = case.problem(samples)
-    run = contender.start(on, contender.middle)
     benchmark.group = f"{case.question}: {case.title}"
     benchmark.extra_info["floor"] = case.floor(case.problem(samples))
-    start = time.perf_counter()
     try:
+        run = contender.start(on, contender.middle)
+        start = time.perf_counter()
         benchmark.extra_info.update(verified(case, contender, run, on, truths[case.key]))
     except NotImplementedError as refused:
         pytest.skip(f"not possible: {refused}")
