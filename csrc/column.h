@@ -1,7 +1,7 @@
 // What the column operators do with the values that the domains have at one place of one parameter.
 //
-// Included by the CPU launcher inside the namespace of an instruction set, where a Value is a few vectors of
-// adjacent columns, and by the CUDA launcher, where it is a few floats: one arithmetic for both. The
+// Included by the CPU launcher inside the namespace of an instruction set, where a Value is a few vectors
+// of adjacent columns, and by the CUDA launcher, where it is a few floats: one arithmetic for both. The
 // includer defines FASTDG_DEVICE, the qualifiers of a function; FASTDG_UNROLL, before a short loop; TILE,
 // rows and columns of a tile of products; and for its Scalars the functions that FASTDG_LIFT lifts.
 //
@@ -55,7 +55,7 @@ struct Pack {
 FASTDG_LIFT(sign)                // -1, 0 or 1; what is not a number stays
 FASTDG_LIFT(absolute)
 FASTDG_LIFT(reaches)             // 1 where x >= threshold, else 0
-FASTDG_LIFT(positive)            // 0 where x < 0, else x
+FASTDG_LIFT(positive)            // 0 where x <= 0, -0 too, else x
 FASTDG_LIFT(or_else)             // x where it is a number, else the other
 FASTDG_LIFT(hyperbolic_tangent)
 #undef FASTDG_LIFT
@@ -69,16 +69,37 @@ FASTDG_DEVICE void with_part(const Op& op, int, const F& f) { f(op); }
 template <class Pass, class Value>
 struct State {};
 
-// The mean, and the sum of squared distances to it, of values that come one by one.
+// An operator and the domains that take part: how many, and which one is the first.
+template <class Op>
+struct Present {
+  static constexpr int SUMS = Op::SUMS;
+  Op op;
+  float count;
+  int first;
+};
+
+template <class Op, class F>
+FASTDG_DEVICE Present<Op> present_of(const Op& op, int domains, const F& here) {
+  Present<Op> out{op, 0, 0};
+  for (int d = domains - 1; d >= 0; --d)
+    if (here(d)) out.count += 1, out.first = d;
+  return out;
+}
+
+// Where `count` values lie, measured from the first: as it is one of them little is lost in the difference,
+// and nothing where all are equal.
 template <class Value>
 struct Spread {
-  Value mean{}, squares{};
+  Value first{}, away{}, squares{};
 
-  FASTDG_DEVICE void add(const Value& x, float count) {
-    const Value away = x - mean;
-    mean += 1 / count * away;
-    squares += away * (x - mean);
+  FASTDG_DEVICE void begin(const Value& x) { first = x; }
+  FASTDG_DEVICE void add(const Value& x) {
+    const Value to = x - first;
+    away += to;
+    squares += to * to;
   }
+  FASTDG_DEVICE Value mean(float count) const { return first + 1 / count * away; }
+  FASTDG_DEVICE Value around_mean(float count) const { return positive(squares - 1 / count * away * away); }
 };
 
 template <class Pass>
@@ -163,49 +184,62 @@ FASTDG_DEVICE void finish(const Combine& op, const Columns& x, State<Combine, Va
 
 constexpr float UNDEFINED = 1e-17f;  // what DomainBed makes of a variance or a mask that is not a number
 
+// The least number n of which n / count >= threshold, as rounded.
+FASTDG_DEVICE float least_of(float threshold, float count) {
+  const float n = ceilf(threshold * count);  // within 1 of it
+  return (n - 1) / count >= threshold ? n - 1 : n / count >= threshold ? n : n + 1;
+}
+
+template <bool SOFT, class F>
+FASTDG_DEVICE void with_part(const Agreement<SOFT>& op, int, const F& f) {
+  auto present = present_of(op, op.domains, [&](int d) { return op.weights[d] != 0; });
+  if (!SOFT) present.op.threshold = least_of(op.threshold, present.count);
+  if (present.count == 0) present.op.threshold = INFINITY;
+  f(present);
+}
+
 template <class Value>
-struct State<Agreement<false>, Value> {
+struct State<Present<Agreement<false>>, Value> {
   Value total{};
   Value balance{};  // positive less negative ones
-  float present = 0;
 };
 
 template <class Value>
-struct State<Agreement<true>, Value> : State<Agreement<false>, Value> {
+struct State<Present<Agreement<true>>, Value> : State<Present<Agreement<false>>, Value> {
   Spread<Value> spread;
 };
 
 template <bool SOFT>
-FASTDG_DEVICE int rows_of(const Agreement<SOFT>& op) { return op.domains; }
+FASTDG_DEVICE int rows_of(const Present<Agreement<SOFT>>& pass) { return pass.op.domains; }
 
 template <bool SOFT, class Columns, class Value>
-FASTDG_DEVICE void add(const Agreement<SOFT>& op, const Columns& x, int d,
-                       State<Agreement<SOFT>, Value>& state) {
-  const float weight = op.weights[d];
+FASTDG_DEVICE void add(const Present<Agreement<SOFT>>& pass, const Columns& x, int d,
+                       State<Present<Agreement<SOFT>>, Value>& state) {
+  const float weight = pass.op.weights[d];
   if (weight == 0) return;
   const Value g = x.from(d);
   state.total += weight * g;
   state.balance += sign(g);
-  state.present += 1;
-  if constexpr (SOFT) state.spread.add(g, state.present);
+  if constexpr (SOFT) d == pass.first ? state.spread.begin(g) : state.spread.add(g);
 }
 
 template <bool SOFT, class Columns, class Value>
-FASTDG_DEVICE void finish(const Agreement<SOFT>& op, const Columns& x,
-                          State<Agreement<SOFT>, Value>& state, Value* sums) {
-  const Value common = absolute(state.balance) / state.present;
+FASTDG_DEVICE void finish(const Present<Agreement<SOFT>>& pass, const Columns& x,
+                          State<Present<Agreement<SOFT>>, Value>& state, Value* sums) {
+  const Value common = absolute(state.balance);
   Value mask{};
   if constexpr (SOFT) {
-    const Value variance = or_else(state.spread.squares / (state.present - 1), UNDEFINED);
-    const Value height = op.steepness / variance * (common - op.threshold);
-    if (state.present > 0) mask = or_else(positive(hyperbolic_tangent(height)), UNDEFINED);
+    const Value variance = 1 / (pass.count - 1) * state.spread.around_mean(pass.count);
+    const Value height = pass.op.steepness / or_else(variance, UNDEFINED) *
+                         (common / pass.count - pass.op.threshold);
+    if (pass.count > 0) mask = or_else(positive(hyperbolic_tangent(height)), UNDEFINED);
   } else {
-    mask = reaches(common, op.threshold);  // with no domain present, 0 / 0 does not
+    mask = reaches(common, pass.op.threshold);
   }
   const Value out = mask * state.total;
   sums[0] += mask;
   sums[1] += absolute(out);
-  x.to(op.domains, out);
+  x.to(pass.op.domains, out);
 }
 
 // -- meta_step: row 0 after the inner steps and row 1 before them, both overwritten; their distance --
@@ -229,44 +263,38 @@ FASTDG_DEVICE auto gap_row(const Gap& op, const Columns& x, int d) {
   return u;
 }
 
-template <class Value>
-struct State<Gap, Value> {
-  Spread<Value> spread;
-  float present = 0;
-};
+template <std::derived_from<Gap> Op, class F>
+FASTDG_DEVICE void with_part(const Op& op, int, const F& f) {
+  f(present_of(op, op.domains, [&](int d) { return op.present[d]; }));
+}
 
-FASTDG_DEVICE int rows_of(const Gap& op) { return op.domains; }
+template <std::derived_from<Gap> Op, class Value>
+struct State<Present<Op>, Value> : Spread<Value> {};
 
-template <class Columns, class Value>
-FASTDG_DEVICE void add(const Gap& op, const Columns& x, int d, State<Gap, Value>& state) {
-  if (!op.present[d]) return;
-  state.present += 1;
-  state.spread.add(gap_row(op, x, d), state.present);
+template <std::derived_from<Gap> Op>
+FASTDG_DEVICE int rows_of(const Present<Op>& pass) { return pass.op.domains; }
+
+template <std::derived_from<Gap> Op, class Columns, class Value>
+FASTDG_DEVICE void add(const Present<Op>& pass, const Columns& x, int d, State<Present<Op>, Value>& state) {
+  if (!pass.op.present[d]) return;
+  const Value u = gap_row(pass.op, x, d);
+  d == pass.first ? state.begin(u) : state.add(u);
 }
 
 template <class Columns, class Value>
-FASTDG_DEVICE void finish(const Gap&, const Columns&, State<Gap, Value>& state, Value* sums) {
-  sums[0] += state.spread.squares;
+FASTDG_DEVICE void finish(const Present<Gap>& pass, const Columns&, State<Present<Gap>, Value>& state,
+                          Value* sums) {
+  if (pass.count > 0) sums[0] += state.around_mean(pass.count);
 }
 
 // Its derivative, a row for each domain; 0 for those absent.
-template <class Value>
-struct State<GapGradient, Value> {
-  State<Gap, Value> gap;
-};
-
-FASTDG_DEVICE int rows_of(const GapGradient& op) { return op.gap.domains; }
-
 template <class Columns, class Value>
-FASTDG_DEVICE void add(const GapGradient& op, const Columns& x, int d, State<GapGradient, Value>& state) {
-  add(op.gap, x, d, state.gap);
-}
-
-template <class Columns, class Value>
-FASTDG_DEVICE void finish(const GapGradient& op, const Columns& x, State<GapGradient, Value>& state,
-                          Value*) {
+FASTDG_DEVICE void finish(const Present<GapGradient>& pass, const Columns& x,
+                          State<Present<GapGradient>, Value>& state, Value*) {
+  const GapGradient& op = pass.op;
   const float scale = 2 * *op.grad;
-  const int first = (op.gap.kept ? 2 : 1) * op.gap.domains;
-  for (int d = 0; d < op.gap.domains; ++d)
-    x.to(first + d, op.gap.present[d] ? scale * (gap_row(op.gap, x, d) - state.gap.spread.mean) : Value{});
+  const Value mean = state.mean(pass.count);
+  const int first = (op.kept ? 2 : 1) * op.domains;
+  for (int d = 0; d < op.domains; ++d)
+    x.to(first + d, op.present[d] ? scale * (gap_row(op, x, d) - mean) : Value{});
 }

@@ -80,7 +80,7 @@ class Operands {
   Tensor like_;
 };
 
-// Where an operator's sums go: sum s of tensor k to data[s][k] where it has them by tensor, else to data[0][s].
+// Where sums go: sum s of tensor k to data[s][k] where an operator has them by tensor, else to data[0][s].
 struct Sums {
   float* data[2];
 };

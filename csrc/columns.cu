@@ -23,7 +23,7 @@ constexpr int TILE = 4;
 FASTDG_DEVICE float sign(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; }
 FASTDG_DEVICE float absolute(float x) { return fabsf(x); }
 FASTDG_DEVICE float reaches(float x, float threshold) { return x >= threshold ? 1.f : 0.f; }
-FASTDG_DEVICE float positive(float x) { return x < 0 ? 0.f : x; }
+FASTDG_DEVICE float positive(float x) { return x <= 0 ? 0.f : x; }
 FASTDG_DEVICE float or_else(float x, float other) { return x == x ? x : other; }
 FASTDG_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 

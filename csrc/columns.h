@@ -21,8 +21,8 @@ FASTDG_DEVICE float absolute(float x) { return std::fabs(x); }
 FASTDG_DEVICE vec reaches(vec x, float threshold) { return x >= threshold ? vec{} + 1.f : vec{}; }
 FASTDG_DEVICE float reaches(float x, float threshold) { return x >= threshold ? 1.f : 0.f; }
 
-FASTDG_DEVICE vec positive(vec x) { return x < 0 ? vec{} : x; }
-FASTDG_DEVICE float positive(float x) { return x < 0 ? 0 : x; }
+FASTDG_DEVICE vec positive(vec x) { return x <= 0 ? vec{} : x; }
+FASTDG_DEVICE float positive(float x) { return x <= 0 ? 0 : x; }
 
 FASTDG_DEVICE vec or_else(vec x, float other) { return x == x ? x : vec{} + other; }
 FASTDG_DEVICE float or_else(float x, float other) { return x == x ? x : other; }
@@ -108,15 +108,18 @@ static inline void fold_group(const Pass& pass, const Rows& rows, Range group, R
 
 // Groups of rows one after the other over a block; in between the states of its columns are waiting.
 template <class Value, class Pass>
-static inline void fold(const Pass& pass, const Rows& rows, Range columns, float* memory, Value* sums) {
-  auto* waiting = reinterpret_cast<State<Pass, Value>*>(memory);
+static inline void fold(const Pass& pass, const Rows& rows, Range columns, Value* sums) {
   const int count = rows_of(pass), groups = (count + GROUP - 1) / GROUP;
+  State<Pass, Value>* waiting = nullptr;
   const auto run = [&]<bool FIRST, bool LAST>(int group) {
     const int64_t begin = FIRST ? 0 : count * group / groups;
     const int64_t end = LAST ? count : count * (group + 1) / groups;
     fold_group<FIRST, LAST>(pass, rows, {begin, end}, columns, waiting, sums);
   };
   if (groups <= 1) return run.template operator()<true, true>(0);
+  const int64_t values = (columns.end - columns.begin) * sizeof(float) / sizeof(Value);
+  constexpr int64_t FLOATS = sizeof(State<Pass, Value>) / sizeof(float);
+  waiting = reinterpret_cast<State<Pass, Value>*>(scratch(values * FLOATS));
   run.template operator()<true, false>(0);
   for (int group = 1; group < groups - 1; ++group) run.template operator()<false, false>(group);
   run.template operator()<false, true>(groups - 1);
@@ -124,16 +127,15 @@ static inline void fold(const Pass& pass, const Rows& rows, Range columns, float
 
 // One pass over columns few enough for sums in fp32, N vectors at a time.
 template <int N, class Pass>
-static inline void pass_over(const Pass& pass, const Rows& rows, Range columns, float* waiting,
-                             double* results) {
+static inline void pass_over(const Pass& pass, const Rows& rows, Range columns, double* results) {
   using Wide = Pack<vec, N>;
   using Single = Pack<float, 1>;
   constexpr int SUMS = Pass::SUMS, ROOM = SUMS > 0 ? SUMS : 1;
   Wide wide[ROOM] = {};
   Single single[ROOM] = {};
   const int64_t rest = columns.begin + (columns.end - columns.begin) / (N * W) * (N * W);
-  fold(pass, rows, {columns.begin, rest}, waiting, wide);
-  fold(pass, {rows.data, false}, {rest, columns.end}, waiting, single);
+  fold(pass, rows, {columns.begin, rest}, wide);
+  fold(pass, {rows.data, false}, {rest, columns.end}, single);
   FASTDG_UNROLL for (int s = 0; s < SUMS; ++s) {
     vec sum = wide[s].x[0];
     FASTDG_UNROLL for (int n = 1; n < N; ++n) sum += wide[s].x[n];
@@ -144,13 +146,10 @@ static inline void pass_over(const Pass& pass, const Rows& rows, Range columns, 
 // Block by block, so that all passes but the first find the columns in the cache.
 template <int N, class Op>
 static void columns(const Op& op, const Rows& rows, Range range, double* results) {
-  constexpr int64_t STATE = sizeof(State<Op, Pack<vec, N>>) / sizeof(float);
-  Carver carver(COLUMN_BLOCK / (N * W) * STATE);
-  float* waiting = carver.take(COLUMN_BLOCK / (N * W) * STATE);
   for (int64_t k = range.begin; k < range.end; k += COLUMN_BLOCK) {
     const Range block{k, std::min(k + COLUMN_BLOCK, range.end)};
     for (int part = 0; part < parts(op); ++part)
-      with_part(op, part, [&](const auto& pass) { pass_over<N>(pass, rows, block, waiting, results); });
+      with_part(op, part, [&](const auto& pass) { pass_over<N>(pass, rows, block, results); });
   }
   if (rows.streamed) stream_end();
 }

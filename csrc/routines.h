@@ -1,6 +1,7 @@
 // What the operators compute on, and the table of routines that an instruction set offers for them.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -111,10 +112,8 @@ struct Gap {
   float history;
 };
 
-struct GapGradient {
+struct GapGradient : Gap {
   static constexpr int SUMS = 0;
-  static constexpr bool BY_TENSOR = false;
-  Gap gap;
   const float* grad;
 };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,17 +22,6 @@ refs = {
     for name in fastdg.ops.registry.OPS
     if f"fastdg.ops.{name}" in sys.modules
 }
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set; skipped where this machine does not run it."""
-    try:
-        before = cpp.set_instruction_set(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine or this build has no {request.param}")
-    yield request.param
-    cpp.set_instruction_set(before)
 
 
 def partition(counts: Sequence[int], extra: int = 0) -> tuple[Tensor, Tensor]:
