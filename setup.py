@@ -135,7 +135,7 @@ def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
 def main() -> None:
     if find_spec("torch") is None and (site := find_torch()):
         sys.path.append(site)
-    policy = os.environ.get("FASTDG_BUILD", "auto")
+    policy = os.environ.get("FASTDG_BUILD") or "auto"
     target, reason = plan(policy)
     setup(
         packages=[*find_packages(include=["fastdg*"]), "fastdg.kernels"],

@@ -1,83 +1,158 @@
-// Operators that read a few rows per column: moments of given gradients, and the spread of variances.
-// Bound by memory. Included once per instruction set, inside its namespace.
+// The column operators on the CPU: many tensors, a few rows each. Bound by memory. Included once per
+// instruction set, inside its namespace.
 
-template <class Value>
-struct Read;
+// -- what column.h asks of a vector, and of a float for the columns that do not fill one --
 
-template <>
-struct Read<vec> {
-  static vec from(const float* p) { return load(p); }
-  static void to(float* p, vec x) { store(p, x); }
-};
+#define FASTDG_DEVICE inline __attribute__((always_inline))
+#define FASTDG_UNROLL _Pragma("GCC unroll 16")
+constexpr int TILE = W == 16 ? 4 : 3;  // its sums and a row and a column of values fit the registers
 
-template <>
-struct Read<float> {
-  static float from(const float* p) { return *p; }
-  static void to(float* p, float x) { *p = x; }
-};
+FASTDG_DEVICE vec sign(vec x) {
+  x = x > 0 ? vec{} + 1.f : x;
+  return x < 0 ? vec{} - 1.f : x;
+}
+FASTDG_DEVICE float sign(float x) { return x > 0 ? 1.f : x < 0 ? -1.f : x; }
 
-#define FASTDG_DEVICE inline
+FASTDG_DEVICE vec absolute(vec x) {
+  return reinterpret_cast<vec>(reinterpret_cast<ivec>(x) & 0x7fffffff);
+}
+FASTDG_DEVICE float absolute(float x) { return std::fabs(x); }
+
+FASTDG_DEVICE vec reaches(vec x, float threshold) { return x >= threshold ? vec{} + 1.f : vec{}; }
+FASTDG_DEVICE float reaches(float x, float threshold) { return x >= threshold ? 1.f : 0.f; }
+
+FASTDG_DEVICE vec positive(vec x) { return x <= 0 ? vec{} : x; }
+FASTDG_DEVICE float positive(float x) { return x <= 0 ? 0 : x; }
+
+FASTDG_DEVICE vec or_else(vec x, float other) { return x == x ? x : vec{} + other; }
+FASTDG_DEVICE float or_else(float x, float other) { return x == x ? x : other; }
+
+// A polynomial in x^2 near 0, else 1 - 2 / (exp(2 |x|) + 1); within two roundings.
+FASTDG_DEVICE vec hyperbolic_tangent(vec x) {
+  const vec square = x * x;
+  vec near = square * -0.006104947f + 0.02100364f;
+  near = near * square - 0.0538525f;
+  near = near * square + 0.13332783f;
+  near = near * square - 0.33333328f;
+  near = x + x * square * near;
+  const vec size = absolute(x), y = size > 9.1f ? vec{} + 18.2f : size + size;  // NaN stays
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23: what is added to it loses its fraction
+  const vec shifted = y * 1.44269504f + ROUND, n = shifted - ROUND;
+  const vec r = (y - n * 0x1.62ep-1f) - n * 3.1946183e-05f;  // y - n log(2), |r| <= log(2) / 2
+  vec power = r * 0.0013934545f + 0.008363777f;
+  power = power * r + 0.041666456f;
+  power = power * r + 0.16666573f;
+  power = power * r + 0.5f;
+  power = power * r * r + r + 1.f;
+  const ivec exponent = reinterpret_cast<ivec>(shifted) << 23;  // n, which fills the low bits
+  power = reinterpret_cast<vec>(reinterpret_cast<ivec>(power) + exponent);
+  const vec far = 1.f - 2.f / (power + 1.f);
+  return size < 0.625f ? near : x < 0 ? -far : far;
+}
+FASTDG_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
+
 #include "column.h"
 
-// Two passes over a block that stays in cache: the variance neither cancels nor turns negative.
-static void dense_moments(const float* grads, int64_t stride, Group group, int64_t width, float* mean,
-                          float* variance) {
-  const float n = static_cast<float>(group.count);
-  const auto rows = [&](auto&& add) {
-    for (int64_t s = 0; s < group.count; ++s) {
-      const float* row = grads + group.samples[s] * stride;
-      for (int64_t k = 0; k < width; ++k) add(k, row[k]);
-    }
+// -- the loop over the columns --
+
+template <class Value>
+struct Columns;
+
+template <int N>
+struct Columns<Pack<vec, N>> {
+  float* const* rows;
+  int64_t at;
+  bool streamed;
+
+  FASTDG_DEVICE Pack<vec, N> from(int row) const {
+    const float* p = rows[row] + at;
+    return Pack<vec, N>::each([p](int k) { return load(p + k * W); });
+  }
+  FASTDG_DEVICE void to(int row, const Pack<vec, N>& value) const {
+    float* p = rows[row] + at;
+    if (streamed)
+      FASTDG_UNROLL for (int k = 0; k < N; ++k) stream(p + k * W, value.x[k]);
+    else
+      FASTDG_UNROLL for (int k = 0; k < N; ++k) store(p + k * W, value.x[k]);
+  }
+};
+
+template <>
+struct Columns<Pack<float, 1>> {
+  float* const* rows;
+  int64_t at;
+  bool streamed;
+
+  FASTDG_DEVICE Pack<float, 1> from(int row) const { return {rows[row][at]}; }
+  FASTDG_DEVICE void to(int row, const Pack<float, 1>& value) const { rows[row][at] = value.x[0]; }
+};
+
+// Rows that are read side by side. In a cache of eight ways more would push one another out, as columns of
+// large tensors often lie at equal distances from a page's begin, and with them what is fetched ahead.
+constexpr int GROUP = 6;
+
+template <bool FIRST, bool LAST, class Value, class Pass>
+static inline void fold_group(const Pass& pass, const Rows& rows, Range group, Range columns,
+                              State<Pass, Value>* waiting, Value* sums) {
+  for (int64_t k = columns.begin; k < columns.end; k += sizeof(Value) / sizeof(float), ++waiting) {
+    const Columns<Value> x{rows.data, k, rows.streamed};
+    State<Pass, Value> state;
+    if constexpr (!FIRST) state = *waiting;
+    for (int64_t d = group.begin; d < group.end; ++d) add(pass, x, static_cast<int>(d), state);
+    if constexpr (LAST)
+      finish(pass, x, state, sums);
+    else
+      *waiting = state;
+  }
+}
+
+// Groups of rows one after the other over a block; in between the states of its columns are waiting.
+template <class Value, class Pass>
+static inline void fold(const Pass& pass, const Rows& rows, Range columns, Value* sums) {
+  const int count = rows_of(pass), groups = (count + GROUP - 1) / GROUP;
+  State<Pass, Value>* waiting = nullptr;
+  const auto run = [&]<bool FIRST, bool LAST>(int group) {
+    const int64_t begin = FIRST ? 0 : count * group / groups;
+    const int64_t end = LAST ? count : count * (group + 1) / groups;
+    fold_group<FIRST, LAST>(pass, rows, {begin, end}, columns, waiting, sums);
   };
-  std::memset(mean, 0, sizeof(float) * width);
-  std::memset(variance, 0, sizeof(float) * width);
-  rows([&](int64_t k, float x) { mean[k] += x; });
-  for (int64_t k = 0; k < width; ++k) mean[k] /= n;
-  rows([&](int64_t k, float x) {
-    const float centred = x - mean[k];
-    variance[k] += centred * centred;
-  });
-  for (int64_t k = 0; k < width; ++k) variance[k] /= n;
+  if (groups <= 1) return run.template operator()<true, true>(0);
+  const int64_t values = (columns.end - columns.begin) * sizeof(float) / sizeof(Value);
+  constexpr int64_t FLOATS = sizeof(State<Pass, Value>) / sizeof(float);
+  waiting = reinterpret_cast<State<Pass, Value>*>(scratch(values * FLOATS));
+  run.template operator()<true, false>(0);
+  for (int group = 1; group < groups - 1; ++group) run.template operator()<false, false>(group);
+  run.template operator()<false, true>(groups - 1);
 }
 
-// (2 (g - mean) grad_variance + grad_mean) / n
-static void dense_moments_backward(const Upstream& up, const float* grads, int64_t stride,
-                                   Group group, int64_t width, float* out, int64_t out_stride) {
-  const float n = static_cast<float>(up.count);
-  Carver carver(2 * Carver::padded(width));
-  float *slope = carver.take(width), *level = carver.take(width);
-  for (int64_t k = 0; k < width; ++k) {
-    slope[k] = up.grad_variance[k] * (2 / n);
-    level[k] = up.grad_mean == nullptr ? 0 : up.grad_mean[k] / n;
+// One pass over columns few enough for sums in fp32, N vectors at a time.
+template <int N, class Pass>
+static inline void pass_over(const Pass& pass, const Rows& rows, Range columns, double* results) {
+  using Wide = Pack<vec, N>;
+  using Single = Pack<float, 1>;
+  constexpr int SUMS = Pass::SUMS, ROOM = SUMS > 0 ? SUMS : 1;
+  Wide wide[ROOM] = {};
+  Single single[ROOM] = {};
+  const int64_t rest = columns.begin + (columns.end - columns.begin) / (N * W) * (N * W);
+  fold(pass, rows, {columns.begin, rest}, wide);
+  fold(pass, {rows.data, false}, {rest, columns.end}, single);
+  FASTDG_UNROLL for (int s = 0; s < SUMS; ++s) {
+    vec sum = wide[s].x[0];
+    FASTDG_UNROLL for (int n = 1; n < N; ++n) sum += wide[s].x[n];
+    results[place_of(pass, s)] += add_lanes(sum) + single[s].x[0];
   }
-  for (int64_t s = 0; s < group.count; ++s) {
-    const float* row = grads + group.samples[s] * stride;
-    float* to = out + group.samples[s] * out_stride;
-    for (int64_t k = 0; k < width; ++k) to[k] = (row[k] - up.mean[k]) * slope[k] + level[k];
+}
+
+// Block by block, so that all passes but the first find the columns in the cache.
+template <int N, class Op>
+static void columns(const Op& op, const Rows& rows, Range range, double* results) {
+  for (int64_t k = range.begin; k < range.end; k += COLUMN_BLOCK) {
+    const Range block{k, std::min(k + COLUMN_BLOCK, range.end)};
+    for (int part = 0; part < parts(op); ++part)
+      with_part(op, part, [&](const auto& pass) { pass_over<N>(pass, rows, block, results); });
   }
+  if (rows.streamed) stream_end();
 }
 
-static double variance_gap(const GapTensor& x, const GapDomains& domains, Range columns) {
-  double sum = 0;
-  vec total{};
-  int64_t k = columns.begin;
-  for (; k + W <= columns.end; k += W)
-    total += gap_value(GapColumn<vec>{x.variance, x.ema, x.size, k, domains.history},
-                       domains.present, domains.count);
-  for (int v = 0; v < W; ++v) sum += total[v];
-  for (; k < columns.end; ++k)
-    sum += gap_value(GapColumn<float>{x.variance, x.ema, x.size, k, domains.history},
-                     domains.present, domains.count);
-  return sum;
-}
-
-static void variance_gap_backward(const GapTensor& x, const GapDomains& domains, float scale,
-                                  Range columns) {
-  int64_t k = columns.begin;
-  for (; k + W <= columns.end; k += W)
-    gap_gradient(GapColumn<vec>{x.variance, x.ema, x.size, k, domains.history}, domains.present,
-                 domains.count, scale, x.grad);
-  for (; k < columns.end; ++k)
-    gap_gradient(GapColumn<float>{x.variance, x.ema, x.size, k, domains.history}, domains.present,
-                 domains.count, scale, x.grad);
-}
+#undef FASTDG_DEVICE
+#undef FASTDG_UNROLL

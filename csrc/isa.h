@@ -14,8 +14,10 @@ constexpr int64_t UPSTREAM_FLOATS = 32768;  // slope, level and H fit 512 KiB of
 constexpr int64_t UPSTREAM_ROWS = 252;
 constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
 constexpr int64_t RANK1_SAMPLES = 64;
+constexpr int64_t COLUMN_BLOCK = 1024;
 
 #include "columns.h"
+#include "dense.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
@@ -33,8 +35,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             norm_gram,
                             dense_moments,
                             dense_moments_backward,
-                            variance_gap,
-                            variance_gap_backward};
+                            {columns<1, Gram>, columns<4, Combine>, columns<4, Agreement<false>>,
+                             columns<2, Agreement<true>>, columns<4, MetaStep>, columns<2, Gap>,
+                             columns<2, GapGradient>}};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

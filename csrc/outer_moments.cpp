@@ -1,26 +1,17 @@
 // fastdg::outer_moments and fastdg::outer_domain on the CPU.
 #include <tuple>
 
+#include "blocks.h"
 #include "geometry.h"
 
 namespace fastdg {
 
 namespace {
 
-int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
-
-// Blocks of at most `largest`, multiples of `unit`; more of them while there are fewer than `wanted`.
-int64_t block_size(int64_t width, int64_t unit, int64_t largest, int64_t wanted) {
-  const int64_t blocks = std::max(pieces(width, largest), std::max<int64_t>(1, wanted));
-  return std::max<int64_t>(1, pieces(pieces(width, blocks), unit)) * unit;
-}
-
 constexpr int64_t TASKS_PER_THREAD = 6;  // so that uneven tasks still end together
 constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-level cache
 constexpr int64_t LARGEST_COLUMNS = 512;
 constexpr int64_t LEAST_COLUMNS = 256, MOST_COLUMNS = 1024;  // of a task of T = 1's derivative
-
-bool is_rank1(const Outer& p) { return p.positions == 1 && !p.delta_right; }
 
 // Mean and, unless null, variance of every domain.
 void run(const Outer& p, const Partition& partition, float* mean, float* variance) {

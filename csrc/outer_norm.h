@@ -37,12 +37,6 @@ struct ProductTile {  // adds <x, y> of a tile of left left^T and one of right r
   }
 };
 
-static float add_lanes(vec x) {
-  float sum = 0;
-  for (int v = 0; v < W; ++v) sum += x[v];
-  return sum;
-}
-
 static float norm_direct(const Outer& p, int64_t n) {
   const int64_t T = p.positions, rows = p.left_width();
   Carver carver(Carver::padded(T * R));

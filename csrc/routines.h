@@ -1,9 +1,17 @@
 // What the operators compute on, and the table of routines that an instruction set offers for them.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
+
+#ifdef __CUDACC__
+#define FASTDG_ANYWHERE __host__ __device__
+#else
+#define FASTDG_ANYWHERE
+#endif
 
 namespace fastdg {
 
@@ -60,18 +68,73 @@ struct Gradient {
   float* right;                   // [N, T, V]
 };
 
-// One parameter of the spread of variances: [D, size]; ema is null where there is no history.
-struct GapTensor {
-  const float *variance, *ema;
-  float* grad;
-  int64_t size;
+// The tensors of one parameter: the operands of a column operator, then its results.
+struct Rows {
+  float* const* data;
+  bool streamed;  // whether results go past the caches: then aligned to a cache line, all of them
 };
 
-struct GapDomains {
+// The column operators. SUMS: how many sums over the columns one pass makes; BY_TENSOR: whether these are
+// wanted for each tensor, or of all of them.
+struct Gram {
+  static constexpr bool BY_TENSOR = false;
+  int domains;
+};
+
+struct Combine {
+  static constexpr int SUMS = 0;
+  static constexpr bool BY_TENSOR = false;
+  const float* weights;
+  int domains;
+};
+
+template <bool SOFT>
+struct Agreement {
+  static constexpr int SUMS = 2;
+  static constexpr bool BY_TENSOR = true;
+  const float* weights;
+  int domains;
+  float threshold, steepness;
+};
+
+struct MetaStep {
+  static constexpr int SUMS = 1;
+  static constexpr bool BY_TENSOR = false;
+  float rate;
+};
+
+struct Gap {
+  static constexpr int SUMS = 1;
+  static constexpr bool BY_TENSOR = false;
   const bool* present;
-  int count;
+  int domains;
+  bool kept;  // whether there is a history: a row for each domain after the variances'
   float history;
 };
+
+struct GapGradient : Gap {
+  static constexpr int SUMS = 0;
+  const float* grad;
+};
+
+// How many sums all passes make, and which of them gives result s.
+template <class Op>
+int64_t sums_of(const Op&) { return Op::SUMS; }
+inline int64_t sums_of(const Gram& op) { return int64_t{op.domains} * op.domains; }
+
+template <class Op>
+FASTDG_ANYWHERE int64_t source_of(const Op&, int64_t s) { return s; }
+inline FASTDG_ANYWHERE int64_t source_of(const Gram& op, int64_t s) {
+  const int64_t row = s / op.domains, column = s % op.domains;
+  return row <= column ? s : column * op.domains + row;
+}
+
+// One parameter's part of a column operator: writes its results, and adds to those that are sums.
+template <class Op>
+using ColumnRoutine = void(const Op&, const Rows&, Range columns, double* sums);
+
+template <class... Ops>
+using ColumnRoutines = std::tuple<ColumnRoutine<Ops>*...>;
 
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
@@ -97,9 +160,7 @@ struct Routines {
                         float* variance);
   void (*dense_moments_backward)(const Upstream&, const float* grads, int64_t stride, Group,
                                  int64_t width, float* out, int64_t out_stride);
-  // Sum over columns of the spread of the domains' values, and `scale` times their distance to the mean.
-  double (*variance_gap)(const GapTensor&, const GapDomains&, Range columns);
-  void (*variance_gap_backward)(const GapTensor&, const GapDomains&, float scale, Range columns);
+  ColumnRoutines<Gram, Combine, Agreement<false>, Agreement<true>, MetaStep, Gap, GapGradient> columns;
 };
 
 const Routines* generic_routines();

@@ -10,20 +10,24 @@ namespace {
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
-thread_local std::unique_ptr<float, Free> memory;
-thread_local int64_t capacity = 0;
+struct Memory {
+  std::unique_ptr<float, Free> floats;
+  int64_t capacity = 0;
+};
+thread_local Memory levels[2];
 }  // namespace
 
-float* scratch(int64_t count) {
-  if (count > capacity) {
+float* scratch(int64_t count, int level) {
+  Memory& memory = levels[level];
+  if (count > memory.capacity) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 4095) / 4096 * 4096;
-    memory.reset();
-    capacity = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-    if (!memory) throw std::bad_alloc();
-    capacity = static_cast<int64_t>(bytes / sizeof(float));
+    memory.floats.reset();
+    memory.capacity = 0;
+    memory.floats.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    if (!memory.floats) throw std::bad_alloc();
+    memory.capacity = static_cast<int64_t>(bytes / sizeof(float));
   }
-  return memory.get();
+  return memory.floats.get();
 }
 
 }  // namespace fastdg

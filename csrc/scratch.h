@@ -5,8 +5,9 @@
 
 namespace fastdg {
 
-// At least `count` floats, aligned to a cache line; the next call on this thread may move them.
-float* scratch(int64_t count);
+// At least `count` floats, aligned to a cache line; the next call on this thread at this level may move
+// them. Level 0 is the routines', level 1 that of what calls them.
+float* scratch(int64_t count, int level = 0);
 
 // Cuts scratch into arrays: first add up the sizes, then take the pieces.
 class Carver {

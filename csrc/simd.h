@@ -13,6 +13,33 @@ typedef int32_t ivec __attribute__((vector_size(W * 4)));
 static inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 static inline void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
 
+// A store past the caches to an aligned address, for what is not read again soon; stream_end before another
+// thread reads it.
+static inline void stream(float* p, vec x) {
+#if defined(__x86_64__) && FASTDG_LANES == 16
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(x));
+#elif defined(__x86_64__) && FASTDG_LANES == 8
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(x));
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(x));
+#else
+  store(p, x);
+#endif
+}
+static inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <int H, size_t... L>
+static inline float add_lanes(vec x, std::index_sequence<L...> lanes) {
+  if constexpr (H == 0) return x[0];
+  const ivec other = {static_cast<int32_t>(L ^ H)...};
+  return add_lanes<H / 2>(x + __builtin_shuffle(x, other), lanes);
+}
+static inline float add_lanes(vec x) { return add_lanes<W / 2>(x, std::make_index_sequence<W>()); }
+
 template <int H, size_t... L>
 static inline void exchange(vec& a, vec& b, std::index_sequence<L...>) {
   const ivec low = {static_cast<int32_t>(L & H ? L - H + W : L)...};

@@ -93,10 +93,26 @@ def test_sdist_can_build_and_test_itself(distributions: tuple[set[str], set[str]
     assert not [name for name in sdist if name.endswith((".so", "_build.txt", ".pyc"))]
 
 
-@pytest.mark.parametrize("value", ["", "CPP", "gpu"])
+@pytest.mark.parametrize("value", ["CPP", "gpu"])
 def test_unknown_build_policy_is_refused(setup_script: ModuleType, value: str) -> None:
     with pytest.raises(SystemExit, match="FASTDG_BUILD must be auto, none, cpp or cuda; got"):
         setup_script.plan(value)
+
+
+def test_empty_build_policy_is_auto(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def plan(policy: str) -> None:
+        seen.append(policy)
+        raise SystemExit
+
+    monkeypatch.setattr(setup_script, "plan", plan)
+    monkeypatch.setenv("FASTDG_BUILD", "")
+    with pytest.raises(SystemExit):
+        setup_script.main()
+    assert seen == ["auto"]
 
 
 def test_build_none_compiles_nothing(setup_script: ModuleType) -> None:

@@ -84,6 +84,9 @@ def _training() -> Iterator[Callable[[str, int, int], None]]:
 
             def told(name: str, done: int, total: int) -> None:
                 bars.update(bar, description=name or "done", completed=done, total=total)
+                tenth = done > 0 and done * 10 // total > (done - 1) * 10 // total
+                if tenth and not console.is_terminal:  # in a file or pipe the bar shows at its end
+                    console.print(f"{done} of {total} done", highlight=False)
 
             yield told
     except KeyboardInterrupt:

@@ -10,19 +10,27 @@ from typing import Any
 import torch
 
 from .. import native
-from .registry import OPS, attach
+from .registry import OPS, Implementation, attach
 
+COLUMN_OPS = (
+    "gram",
+    "combine",
+    "agreement",
+    "meta_step",
+    "variance_gap",
+    "variance_gap_backward",
+)
 CPP_OPS = (
+    *COLUMN_OPS,
     "moments",
     "moments_backward",
     "outer_moments",
     "outer_moments_backward",
+    "outer_agreement",
     "outer_domain",
     "outer_norms",
-    "variance_gap",
-    "variance_gap_backward",
 )
-CUDA_OPS = ("variance_gap", "variance_gap_backward")
+CUDA_OPS = COLUMN_OPS
 
 
 def _float32(*args: Any) -> bool:
@@ -34,6 +42,25 @@ def _float32(*args: Any) -> bool:
         elif isinstance(arg, (list, tuple)) and not _float32(*arg):
             return False
     return True
+
+
+def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
+    """``op``, which writes to memory that autograd watches, and telling autograd of it."""
+    written = [
+        k
+        for k, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    if not written:
+        return op
+
+    def run(*args: Any) -> Any:
+        out = op(*args)
+        for k in written:
+            torch.autograd.graph.increment_version(args[k])
+        return out
+
+    return run
 
 
 def _attach_native() -> None:
@@ -55,7 +82,7 @@ def _attach_native() -> None:
         for name in names:
             implementation = getattr(getattr(torch.ops, namespace), name, None)
             if implementation is not None:
-                attach(name, backend, implementation.default, _float32)
+                attach(name, backend, _counting_writes(implementation.default), _float32)
 
 
 def _attach_triton() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -76,6 +77,7 @@ class Fishr(Annealed):
 
     ema: Setting[float | None] = Setting(check_decay)
     reduction: Setting[str] = Setting(check_reduction)
+    _resumed = False  # with a history that was loaded and has not moved yet
 
     def __init__(
         self,
@@ -194,6 +196,14 @@ class Fishr(Annealed):
         if self.ema is None:
             return
         kept = self._kept["ema"]
+        if self._resumed and (new := [name for name in variance if named[name] not in kept]):
+            more = f" and of {len(new) - 1} more" if new[1:] else ""
+            warnings.warn(
+                f"the loaded state has no Fishr history of {new[0]}{more}, which starts from 0 "
+                f"now: was it saved with other params than {self.params!r}?",
+                stacklevel=4,
+            )
+        self._resumed = False
         for name, v in variance.items():
             p = named[name]
             if p not in kept:
@@ -202,6 +212,10 @@ class Fishr(Annealed):
                 kept[p] = rows(kept[p], len(v))
             rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
             kept[p][: len(v)].lerp_(v, rate)
+
+    def _taken(self) -> None:
+        super()._taken()
+        self._resumed = bool(self._kept["ema"])
 
     def _admit(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]

@@ -52,8 +52,8 @@ class Tape:
             raise _unseen()
         owned = adopt(found, {id(p): name for name, p in named.items()})
         if head:
-            calls = choose_head(found).calls
-            chosen = {name: named[name] for call in calls for name in owned[call].values()}
+            last = choose_head(found).calls
+            chosen = {name: named[name] for call in last for name in owned[call].values()}
         else:
             # A frozen parameter may be asked for: it takes part from when it is unfrozen.
             selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
@@ -71,7 +71,7 @@ class Tape:
                     "params: none of the selected parameters was used in this forward; "
                     f"used: {sorted(used)}"
                 )
-            calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
+        calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
         refuse_mixing(found, calls)
         found = found.keep(calls)
         if self.check and not any(call.forgotten for call in calls):

@@ -132,8 +132,8 @@ def verify(
 
 
 _WAYS_OUT = (
-    "Leave the parameter out with params=, use fastdg.func, or, if you know better, switch the "
-    "check off with check=False."
+    "Leave the parameter out (params=, or freeze it), use fastdg.func, or, if you know better, "
+    "switch the check off with check=False."
 )
 
 
@@ -142,7 +142,8 @@ def _message(name: str, error: float, found: Found, owned: dict[Call, dict[str, 
     return (
         f"the per-sample gradients captured for {name!r} do not add up to autograd's gradient "
         f"(relative difference {error:.1e}). It was seen in: {'; '.join(callers)}. Likely causes: "
-        "the weight is also used outside a call of its module (F.linear(x, layer.weight)); the "
+        "the weight is also used outside a call of its module (F.linear(x, layer.weight); a term "
+        "of the losses in the weights themselves, for which optimizers have weight_decay); the "
         "sample is not the first dimension there (sequence first, tokens folded into the batch "
         "other than by x.view(N * T, ...)); or samples influence each other (statistics over the "
         f"batch, a loss over pairs). {_WAYS_OUT}"

@@ -66,7 +66,7 @@ class Found:
 def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     """The calls on the graph below ``root``.
 
-    ``until``: stop at the call made at that time, if it is its module's only one.
+    ``until``: stop at the call made at that time, if no other uses its parameters.
     """
     leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
@@ -79,9 +79,7 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
             slots[node] = entries
             calls.update(call for call, _, _ in entries)
             last = next((call for call, _, _ in entries if call.time == until), None)
-            if last is not None and not any(
-                call.module is last.module and call is not last for call in recorder.alive
-            ):
+            if last is not None and not _shared(last, recorder.alive):
                 whole = False
                 break
         hidden |= type(node) is _REENTRANT
@@ -99,6 +97,16 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     ordered = sorted(calls, key=lambda call: call.time)
     found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
+
+
+def _shared(call: Call, alive: Iterable[Call]) -> bool:
+    """Whether its module was called again, or a parameter of it is tied to another module."""
+    own = set(call.parameters.values())
+    return any(
+        other.module is call.module or not own.isdisjoint(other.parameters.values())
+        for other in alive
+        if other is not call
+    )
 
 
 def _without_parametrizations(found: Found) -> Found:

@@ -33,7 +33,9 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     output = tmp_path / "new" / "folder"
     result = call("demo", *TINY, "--output", str(output))
     assert result.exit_code == 0, result.output
-    for words in ("Fishr, head", "PCGrad", "ratio to ERM", "peak memory", "proves noth"):
+    done = len(experiment.DEFAULT)
+    spoken = ("Fishr, head", "PCGrad", "ratio to ERM", "peak memory", "proves noth")
+    for words in (*spoken, f"1 of {done} done", f"{done} of {done} done"):
         assert words in result.output
     results = json.loads((output / "results.json").read_text())
     assert set(results["runs"]) == {f"coloured/2/0/{name}" for name in experiment.DEFAULT}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,17 +22,6 @@ refs = {
     for name in fastdg.ops.registry.OPS
     if f"fastdg.ops.{name}" in sys.modules
 }
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """One instruction set; skipped where this machine does not run it."""
-    try:
-        before = cpp.set_instruction_set(request.param)
-    except RuntimeError:
-        pytest.skip(f"this machine or this build has no {request.param}")
-    yield request.param
-    cpp.set_instruction_set(before)
 
 
 def partition(counts: Sequence[int], extra: int = 0) -> tuple[Tensor, Tensor]:
@@ -163,6 +152,37 @@ def test_outer_domain(isa: str, case: tuple) -> None:
     assert_near(cpp.outer_domain(*tensors, window), expected)
 
 
+def assert_agreement(tensors: Sequence[Tensor], window: list[int]) -> None:
+    """Against the mask on the domains' gradients as `outer_domain` has them, so of equal signs."""
+    counts = tensors[3].diff()
+    weights = torch.linspace(0.5, 1.5, len(counts)) * (counts > 0)
+    means = cpp.outer_domain(*tensors, window)
+    for threshold, steepness in ((0.5, float("inf")), (0.2, 0.5)):
+        got = cpp.outer_agreement(*tensors, weights, threshold, steepness, window)
+        doubles = double(*means), weights.double(), threshold, steepness
+        expected = refs["agreement"].reference(*doubles)
+        assert_near(got[0], expected[0][0])
+        assert_near(got[1], expected[1][0])
+        assert_near(got[2], expected[2][0])
+
+
+def test_outer_agreement(isa: str, case: tuple) -> None:
+    *tensors, window = case
+    assert_agreement(tensors, window)
+
+
+@pytest.mark.parametrize("counts", [(2, 3, 1), (1,) * 64])
+@pytest.mark.parametrize("kind", ["T=1", "T=3", "conv"])
+def test_outer_agreement_in_blocks(isa: str, kind: str, counts: tuple[int, ...]) -> None:
+    """More than one of either direction."""
+    a, delta, window = {
+        "T=1": lambda: rows(sum(counts), 1, 301, 263),
+        "T=3": lambda: rows(sum(counts), 3, 45, 1301),
+        "conv": lambda: conv(sum(counts), 150, 37, (4, 4), (3, 3, 1, 1, 1, 1)),
+    }[kind]()
+    assert_agreement((a, delta, *partition(counts)), window)
+
+
 def test_outer_norms(isa: str, case: tuple) -> None:
     a, delta, _, _, window = case
     expected = refs["outer_norms"].reference(*double(a, delta), window)
@@ -242,7 +262,12 @@ def test_results_do_not_depend_on_the_threads(isa: str, shape: str) -> None:
         up = mean, variance
         back = cpp.outer_moments_backward(*up, a, delta, mean, order, offsets, window)
         gap = cpp.variance_gap([variance], [], torch.ones(2, dtype=torch.bool), 0.0)
-        return [mean, variance, *back, gap]
+        weights = torch.tensor([0.4, 0.6])
+        masked = [
+            cpp.outer_agreement(a, delta, order, offsets, weights, 0.5, steepness, window)
+            for steepness in (0.5, float("inf"))
+        ]
+        return [mean, variance, *back, gap, *masked[0], *masked[1]]
 
     a, delta, window = {
         "conv": lambda: conv(10, 6, 40, (9, 9), (3, 3, 1, 1, 1, 1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -259,6 +260,20 @@ def test_resume_is_bit_for_bit(params: str, after: int) -> None:
     assert [float(v) for v in parts] == [float(v) for v in whole]
     for p, expected in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, expected)
+
+
+def test_a_history_of_other_params_is_said() -> None:
+    model = mlp()
+    data = batches("mlp", 3, dtype=torch.float32)
+    opt = make_opt(model, "head")
+    train(opt, model, data)
+    wider = make_opt(model, "all")
+    wider.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match="no Fishr history of .* and of 1 more.*'all'"):
+        train(wider, model, data[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(wider, model, data[1:])
 
 
 def test_new_domain_starts_without_history() -> None:

@@ -278,10 +278,20 @@ def test_embedding_tied_to_the_output(padding: int | None) -> None:
 
     tokens = torch.randint(0, 7, (N, 5))
     target = torch.randint(0, 7, (N, 5))
-    assert_statistics(
-        LanguageModel(),
-        lambda m: F.cross_entropy(m(tokens), target, reduction="none").mean(1),
-    )
+    model = LanguageModel()
+
+    def losses(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(tokens), target, reduction="none").mean(1)
+
+    assert_statistics(model, losses)
+
+    def grads(params: str) -> dict[str, Tensor]:
+        with fastdg.record(model, params=params) as tape:
+            return fastdg.per_sample_gradients(tape, losses(model))
+
+    head = grads("head")  # the output layer, whose weight sees the table's gradients too
+    assert set(head) == {"table.weight"}
+    torch.testing.assert_close(head["table.weight"], grads("all")["table.weight"])
 
 
 def test_one_parameter_under_two_names_of_one_module() -> None:
