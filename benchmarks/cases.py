@@ -308,3 +308,19 @@ CASES = {
         *FISH,
     )
 }
+
+# What `pytest benchmarks/` times unless told otherwise: each question once or twice, in minutes
+SAMPLE = (
+    "variance/mlp",
+    "variance/mnist_cnn",
+    "differentiable/mlp",
+    "head/head",
+    "step/resnet18",
+    "Agr-Sum, D=3/mnist_cnn",
+    "PCGrad, D=3/mnist_cnn",
+    "agreement/D=3",
+    "gram/D=3",
+    "PCGrad of given gradients/D=3",
+    "Fish/D=3",
+)
+assert CASES.keys() >= set(SAMPLE)

@@ -1,6 +1,7 @@
 """`pytest benchmarks/`: each question's contenders, in groups.
 
-``--benchmark-disable`` runs each once.
+``--benchmark-disable`` runs each once. Timed are the cases of `cases.SAMPLE`, in some minutes; all
+of them with ``--all-cases``, and those asked for with ``-k``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,29 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this file, as for measure.py
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="time every case, not a sample")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from cases import SAMPLE
+
     for item in items:  # peers and compilers warn about themselves
         item.add_marker(pytest.mark.filterwarnings("default"))
+    option = config.option
+    if option.all_cases or option.benchmark_disable or option.keyword:
+        return
+    cases = [getattr(item, "callspec", None) for item in items]
+    keys = [spec and spec.params.get("case") for spec in cases]
+    left_out = [i for i, case in zip(items, keys, strict=True) if case and case.key not in SAMPLE]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    if config.option.all_cases or config.option.benchmark_disable or config.option.keyword:
+        return ""
+    return "a sample of the cases; --all-cases times every one, -k NAME those of that name"
 
 
 @pytest.fixture
