@@ -55,6 +55,9 @@ FASTDG_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 
 // -- the loop over the columns --
 
+constexpr int LINE = 16;         // floats of a cache line
+constexpr int AHEAD = 8 * LINE;  // what is fetched meanwhile: the next page is not, by itself
+
 template <class Value>
 struct Columns;
 
@@ -66,6 +69,8 @@ struct Columns<Pack<vec, N>> {
 
   FASTDG_DEVICE Pack<vec, N> from(int row) const {
     const float* p = rows[row] + at;
+    if constexpr (N > 1)  // gram sees to it by itself
+      FASTDG_UNROLL for (int k = 0; k < N * W; k += LINE) __builtin_prefetch(p + k + AHEAD);
     return Pack<vec, N>::each([p](int k) { return load(p + k * W); });
   }
   FASTDG_DEVICE void to(int row, const Pack<vec, N>& value) const {
@@ -125,33 +130,68 @@ static inline void fold(const Pass& pass, const Rows& rows, Range columns, Value
   run.template operator()<false, true>(groups - 1);
 }
 
-// One pass over columns few enough for sums in fp32, N vectors at a time.
+template <class Pass>
+constexpr int ROOM = Pass::SUMS > 0 ? Pass::SUMS : 1;
+
+// Adds to the results the sums of a pass: of whole Values, and of the columns from `rest` that fill none.
 template <int N, class Pass>
-static inline void pass_over(const Pass& pass, const Rows& rows, Range columns, double* results) {
-  using Wide = Pack<vec, N>;
-  using Single = Pack<float, 1>;
-  constexpr int SUMS = Pass::SUMS, ROOM = SUMS > 0 ? SUMS : 1;
-  Wide wide[ROOM] = {};
-  Single single[ROOM] = {};
-  const int64_t rest = columns.begin + (columns.end - columns.begin) / (N * W) * (N * W);
-  fold(pass, rows, {columns.begin, rest}, wide);
-  fold(pass, {rows.data, false}, {rest, columns.end}, single);
-  FASTDG_UNROLL for (int s = 0; s < SUMS; ++s) {
+static inline void add_up(const Pass& pass, const Rows& rows, Range rest, const Pack<vec, N>* wide,
+                          double* results) {
+  Pack<float, 1> single[ROOM<Pass>] = {};
+  fold(pass, {rows.data, false}, rest, single);
+  FASTDG_UNROLL for (int s = 0; s < Pass::SUMS; ++s) {
     vec sum = wide[s].x[0];
     FASTDG_UNROLL for (int n = 1; n < N; ++n) sum += wide[s].x[n];
     results[place_of(pass, s)] += add_lanes(sum) + single[s].x[0];
   }
 }
 
-// Block by block, so that all passes but the first find the columns in the cache.
+// In blocks of columns few enough for sums in fp32, N vectors at a time.
 template <int N, class Op>
 static void columns(const Op& op, const Rows& rows, Range range, double* results) {
-  for (int64_t k = range.begin; k < range.end; k += COLUMN_BLOCK) {
-    const Range block{k, std::min(k + COLUMN_BLOCK, range.end)};
-    for (int part = 0; part < parts(op); ++part)
-      with_part(op, part, [&](const auto& pass) { pass_over<N>(pass, rows, block, results); });
-  }
+  with_part(op, 0, [&](const auto& pass) {
+    for (int64_t k = range.begin; k < range.end; k += COLUMN_BLOCK) {
+      const int64_t end = std::min(k + COLUMN_BLOCK, range.end), rest = k + (end - k) / (N * W) * (N * W);
+      Pack<vec, N> sums[ROOM<std::decay_t<decltype(pass)>>] = {};
+      fold(pass, rows, {k, rest}, sums);
+      add_up<N>(pass, rows, {rest, end}, sums, results);
+    }
+  });
   if (rows.streamed) stream_end();
+}
+
+// A block in pieces whose rows stay in the first-level cache for all passes. Each pass also fetches its
+// share of the next piece, two rows at most: memory is busy while we multiply. In between the sums wait.
+static void gram(const Gram& op, const Rows& rows, Range range, double* results) {
+  using Sums = Pack<vec, 1>[TILE * TILE];
+  const int count = parts(op);
+  auto* waiting = reinterpret_cast<Sums*>(scratch(count * int64_t{sizeof(Sums)} / sizeof(float)));
+  const int64_t piece = std::clamp(GRAM_FLOATS / op.domains / W * W, LEAST_PIECE, LARGEST_PIECE);
+  const auto for_each_pass = [&](const auto& run) {
+    for (int part = 0; part < count; ++part)
+      with_part(op, part, [&](const auto& pass) { run(pass, waiting[part], part); });
+  };
+  for (int64_t k = range.begin; k < range.end; k += COLUMN_BLOCK) {
+    const int64_t end = std::min(k + COLUMN_BLOCK, range.end), rest = k + (end - k) / W * W;
+    std::memset(waiting, 0, count * sizeof(Sums));
+    for (int64_t c = k; c < rest; c += piece)
+      for_each_pass([&](const auto& pass, Sums& sums, int part) {
+        const float* next = rows.data[op.domains * part / count] + piece;
+        const float* other = rows.data[(op.domains * (part + 1) - 1) / count] + piece;
+        State<std::decay_t<decltype(pass)>, Pack<vec, 1>> state;
+        Sums here;
+        FASTDG_UNROLL for (int s = 0; s < pass.SUMS; ++s) here[s] = sums[s];
+        for (int64_t x = c; x < std::min(c + piece, rest); x += W) {
+          __builtin_prefetch(next + x);
+          __builtin_prefetch(other + x);
+          finish(pass, Columns<Pack<vec, 1>>{rows.data, x, false}, state, here);
+        }
+        FASTDG_UNROLL for (int s = 0; s < pass.SUMS; ++s) sums[s] = here[s];
+      });
+    for_each_pass([&](const auto& pass, Sums& sums, int) {
+      add_up<1>(pass, rows, {rest, end}, sums, results);
+    });
+  }
 }
 
 #undef FASTDG_DEVICE

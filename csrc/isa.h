@@ -15,6 +15,7 @@ constexpr int64_t UPSTREAM_ROWS = 252;
 constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
 constexpr int64_t RANK1_SAMPLES = 64;
 constexpr int64_t COLUMN_BLOCK = 1024;
+constexpr int64_t GRAM_FLOATS = 4096, LEAST_PIECE = 128, LARGEST_PIECE = 256;  // half of that cache
 
 #include "columns.h"
 #include "dense.h"
@@ -35,7 +36,7 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             norm_gram,
                             dense_moments,
                             dense_moments_backward,
-                            {columns<1, Gram>, columns<4, Combine>, columns<4, Agreement<false>>,
+                            {gram, columns<4, Combine>, columns<4, Agreement<false>>,
                              columns<2, Agreement<true>>, columns<4, MetaStep>, columns<2, Gap>,
                              columns<2, GapGradient>}};
 
