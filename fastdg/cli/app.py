@@ -152,6 +152,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-demo"
     ),
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs side by side, each on one core.", show_default="every core"),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
 ) -> None:
     """Train on real handwritten digits of several domains; compare, time and draw.
@@ -166,9 +170,12 @@ def demo(
         plan = demo_experiment.Plan(
             _names(algorithms) or DEFAULT, _names(datasets) or tuple(TASKS), seeds, steps
         )
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: expected >= 1, got {workers}")
         output.mkdir(parents=True, exist_ok=True)
+        processes = workers or demo_experiment.cores()
         with _training() as told:
-            results = demo_experiment.run(plan, output / "results.json", fresh, told)
+            results = demo_experiment.run(plan, output / "results.json", fresh, told, processes)
         for task in plan.tasks:
             for table in demo_tables(results, task, console.width):
                 console.print(table)

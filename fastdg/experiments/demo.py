@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +76,56 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+Unit = tuple[str, str, int, int, str]
+_task = cache(lambda name, seed: TASKS[name](seed))
+
+
+@_one_thread()
+def _trained(plan: Plan, unit: Unit) -> dict[str, Any]:
+    _, name, left_out, seed, algorithm = unit
+    task: Task = _task(name, seed)
+    return train(task, SETTINGS[name], algorithm, left_out, seed, plan.steps_of(name))
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _results(
+    plan: Plan, units: Sequence[Unit], workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(key, result)`` of each unit as it ends."""
+    if min(workers, len(units)) <= 1:
+        for unit in units:
+            yield unit[0], _trained(plan, unit)
+        return
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    # An interrupt is for the process that writes the results
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(min(workers, len(units)), spawn, signal.signal, ignore)
+    try:
+        keys = {pool.submit(_trained, plan, unit): unit[0] for unit in units}
+        for future in as_completed(keys):
+            yield keys[future], future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a training process was killed, for want of memory perhaps; the same command goes on "
+            "from here, and --workers 1 takes the least"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @_one_thread()
 def run(
     plan: Plan,
     path: Path,
     fresh: bool = False,
     progress: Callable[[str, int, int], None] = lambda key, done, total: None,
+    workers: int = 1,
 ) -> dict[str, Any]:
-    """Run what ``path`` does not hold yet, on one thread, writing it after every unit.
+    """Run what ``path`` does not hold yet, writing it after every unit.
 
     A run killed at any moment goes on where it was: units are deterministic, and the file is
     replaced whole. Other algorithms, tasks and more seeds add to what is there.
@@ -87,7 +135,8 @@ def run(
         path: of the results, JSON. ``settings``: of each task what `Setting.identity` says.
             ``machine``: where it was run last. ``runs``: key -> what `training.train` gives.
         fresh: ignore what is there.
-        progress: told the unit's key, how many are done, and how many there are.
+        progress: told the last unit's key, how many are done, and how many there are.
+        workers: processes that train side by side, each a unit on one thread.
 
     Returns:
         The same, with only the plan's runs, and ``plan`` itself: ``algorithms``, ``tasks`` and
@@ -95,28 +144,21 @@ def run(
 
     Raises:
         ValueError: ``path`` holds results of other settings, or is not a result file.
+        ChildProcessError: a worker was killed.
     """
     settings = {name: SETTINGS[name].identity(plan.steps_of(name)) for name in TASKS}
     kept = None if fresh else load_results(path, "settings", settings)
-    results: dict[str, Any] = {
-        "settings": settings,
-        "machine": machine(),
-        "runs": {} if kept is None else kept["runs"],
-    }
+    runs: dict[str, Any] = {} if kept is None else kept["runs"]
+    results: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": runs}
     write_json(results, path)
     units = list(plan.units())
-    made: dict[tuple[str, int], Task] = {}
-    for done, (key, name, left_out, seed, algorithm) in enumerate(units):
-        progress(key, done, len(units))
-        if key not in results["runs"]:
-            if (name, seed) not in made:
-                made[name, seed] = TASKS[name](seed)
-            task, setting = made[name, seed], SETTINGS[name]
-            results["runs"][key] = train(
-                task, setting, algorithm, left_out, seed, plan.steps_of(name)
-            )
-            write_json(results, path)
-    progress("", len(units), len(units))
+    left = [unit for unit in units if unit[0] not in runs]
+    done = len(units) - len(left)
+    progress(left[0][0] if left else "", done, len(units))
+    for key, result in _results(plan, left, workers):
+        runs[key] = result
+        write_json(results, path)
+        done += 1
+        progress(key if done < len(units) else "", done, len(units))
     asked = {"algorithms": plan.algorithms, "tasks": plan.tasks, "seeds": plan.seeds}
-    runs = {key: results["runs"][key] for key, *_ in units}
-    return results | {"plan": asked, "runs": runs}
+    return results | {"plan": asked, "runs": {key: runs[key] for key, *_ in units}}

@@ -14,7 +14,7 @@ import fastdg
 from fastdg.cli.app import app
 from fastdg.experiments import demo as experiment
 
-TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured"]
+TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured", "--workers", "1"]
 
 
 def call(*arguments: str) -> Result:
@@ -68,6 +68,7 @@ def test_demo_draws_both_tasks(tmp_path: Path) -> None:
         (["demo", "--algorithms", "mixup"], "algorithms: expected some of erm, fishr-head"),
         (["demo", "--datasets", "coloured,svhn"], "datasets: expected some of coloured, rotated"),
         (["demo", "--seeds", "0"], "seeds: expected >= 1, got 0"),
+        (["demo", "--workers", "0"], "workers: expected >= 1, got 0"),
         (["reproduce", "colored-mnist", "--algorithms", "irm", "--data", "."], "got irm"),
         (["reproduce", "colored-mnist", "--data", "nowhere"], "nowhere"),
         (["reproduce", "colored-mnist"], "--data: expected the folder of MNIST's four idx files"),

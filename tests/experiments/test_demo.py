@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, at: int) -> No
         assert same(run) == same(whole["runs"][key])
         assert key not in kept or run == kept[key]  # times too: it was not run again
     assert sorted(file.name for file in tmp_path.iterdir()) == ["killed.json", "whole.json"]
+
+
+def test_workers_come_to_the_same_numbers(tmp_path: Path) -> None:
+    alone = demo.run(SMALL, tmp_path / "alone.json")["runs"]
+    several = demo.run(SMALL, tmp_path / "several.json", workers=2)["runs"]
+    assert several.keys() == alone.keys()
+    assert all(same(run) == same(alone[key]) for key, run in several.items())
+
+
+def test_a_killed_worker_is_said(tmp_path: Path) -> None:
+    def kill(key: str, done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(ChildProcessError, match="goes on from here, and --workers 1"):
+        demo.run(SMALL, tmp_path / "results.json", progress=kill, workers=2)
 
 
 def test_the_file_says_what_was_run_where_and_to_what_end(tmp_path: Path) -> None:
