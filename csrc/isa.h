@@ -21,6 +21,7 @@ constexpr int64_t RANK1_SAMPLES = 64;
 #include "outer_norm.h"
 #include "outer_rank1.h"
 #include "outer_rank1_backward.h"
+#include "text.h"
 
 static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             R,
@@ -34,7 +35,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             dense_moments,
                             dense_moments_backward,
                             variance_gap,
-                            variance_gap_backward};
+                            variance_gap_backward,
+                            text_distance,
+                            text_distance_backward};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

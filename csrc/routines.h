@@ -73,6 +73,16 @@ struct GapDomains {
   float history;
 };
 
+// Embeddings and the texts they are compared with; see fastdg.ops.text_distance.
+struct Texts {
+  const float* embeddings;  // [N, width], `stride` from one to the next
+  int64_t stride;
+  const int64_t* labels;
+  const float *classes, *anchors, *teacher;  // [C, width], [C, count, width], [C, count]
+  int64_t count, width;                      // A and E
+  float scale;                               // of the relative distance
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -100,6 +110,10 @@ struct Routines {
   // Sum over columns of the spread of the domains' values, and `scale` times their distance to the mean.
   double (*variance_gap)(const GapTensor&, const GapDomains&, Range columns);
   void (*variance_gap_backward)(const GapTensor&, const GapDomains&, float scale, Range columns);
+  // Absolute and relative distances of samples, and the gradient of both.
+  void (*text_distance)(const Texts&, Range samples, float* absolute, float* relative);
+  void (*text_distance_backward)(const Texts&, const float* of_absolute, const float* of_relative,
+                                 Range samples, float* out);
 };
 
 const Routines* generic_routines();

@@ -7,7 +7,15 @@
 from __future__ import annotations
 
 from ..ops.registry import attach
-from . import launch, moments, outer_domain, outer_moments, outer_moments_backward, outer_norms
+from . import (
+    launch,
+    moments,
+    outer_domain,
+    outer_moments,
+    outer_moments_backward,
+    outer_norms,
+    text_distance,
+)
 
 
 def attach_all() -> None:
@@ -18,6 +26,8 @@ def attach_all() -> None:
     attach("outer_domain", "triton", outer_domain.outer_domain, outer)
     attach("outer_moments", "triton", outer_moments.outer_moments, outer)
     attach("outer_norms", "triton", outer_norms.outer_norms, outer)
+    attach("text_distance", "triton", text_distance.text_distance, plain)
+    attach("text_distance_backward", "triton", text_distance.text_distance_backward, plain)
     attach(
         "outer_moments_backward",
         "triton",

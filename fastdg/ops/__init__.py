@@ -11,6 +11,7 @@ from .outer_gram import outer_gram
 from .outer_moments import outer_moments
 from .outer_norms import outer_norms
 from .registry import use_backend
+from .text_distance import text_distance
 from .variance_gap import variance_gap
 
 from .backends import backends  # isort: skip  (attaches what is installed; needs the ops above)
@@ -27,6 +28,7 @@ __all__ = [
     "outer_gram",
     "outer_moments",
     "outer_norms",
+    "text_distance",
     "use_backend",
     "variance_gap",
 ]

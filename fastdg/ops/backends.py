@@ -19,6 +19,8 @@ CPP_OPS = (
     "outer_moments_backward",
     "outer_domain",
     "outer_norms",
+    "text_distance",
+    "text_distance_backward",
     "variance_gap",
     "variance_gap_backward",
 )

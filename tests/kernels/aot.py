@@ -64,6 +64,8 @@ def compile_launch(
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif kernel.params[position].is_constexpr or value == 1:
             signature[name] = "constexpr"
             constants[name] = value
@@ -156,6 +158,14 @@ def backward(a: Tensor, delta: Tensor, window: list[int]) -> None:
     )
 
 
+def distances(N: int, C: int, A: int, E: int, dtype: torch.dtype = torch.float32) -> None:
+    labels, teacher = meta(N, dtype=torch.int64), meta(C, A, dtype=dtype)
+    tables = meta(C, E, dtype=dtype), meta(C, A, E, dtype=dtype), teacher
+    embeddings, up = meta(N, E, dtype=dtype), meta(N, dtype=dtype)
+    kernels.text_distance.text_distance(embeddings, labels, *tables)
+    kernels.text_distance.text_distance_backward(up, up, embeddings, labels, *tables)
+
+
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
@@ -178,6 +188,10 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("bf16", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, torch.bfloat16))),
     ("conv 1x1", TF32, lambda: forward(*conv(96, 256, 64, 56, [1] * 6))),
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
+    ("CLIP text", FP32, lambda: distances(128, 65, 3, 512)),
+    ("CLIP text", FP32, lambda: distances(128, 65, 3, 512, torch.bfloat16)),
+    ("many anchors", FP32, lambda: distances(128, 65, 100, 768)),
+    ("ones", TF32, lambda: distances(1, 1, 1, 1)),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),
 ]

@@ -32,6 +32,9 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     lists = [torch.randn(s, device=device, requires_grad=grad) for s in ((2, 3), (5,)) * 3]
     weights = torch.tensor([0.5, 0.0, -2.0], device=device)
     inf = float("inf")
+    labels = torch.tensor([0, 1, 1, 0, 2, 1], device=device)
+    tables = [torch.randn(3, *shape, device=device) for shape in ((9,), (2, 9), (2,))]
+    each = torch.randn(6, device=device)
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
@@ -52,6 +55,8 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
+        "text_distance": (flat, labels, *tables),
+        "text_distance_backward": (each, each, flat, labels, *tables),
         "variance_gap": (variance, ema, present, 2.0),
         "variance_gap, no history": (variance, [], present, 0.0),
         "variance_gap_backward": (scalar, variance, ema, present, 2.0),
@@ -59,7 +64,7 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
 
 
 def differentiable(name: str) -> bool:
-    return name.split(",")[0] in ("moments", "outer_moments", "variance_gap")
+    return name.split(",")[0] in ("moments", "outer_moments", "text_distance", "variance_gap")
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -99,6 +104,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "outer_domain": (ops.outer_domain, "outer_domain"),
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),
+    "text_distance": (ops.text_distance, "text_distance"),
     "variance_gap": (ops.variance_gap, "variance_gap"),
     "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
     "combine": (lambda flat, w: ops.combine(domains(flat, 3), w), "combine"),
