@@ -24,6 +24,7 @@ from .statistics.api import (
 from .statistics.factors import Dense, Lookup, Outer
 from .statistics.layers import register_rule
 from .statistics.moments import DomainMoments
+from .text import TextTables, text_tables
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "PCGrad",
     "SANDMask",
     "Tape",
+    "TextTables",
     "VREx",
     "backends",
     "check",
@@ -57,5 +59,6 @@ __all__ = [
     "per_sample_norms",
     "record",
     "register_rule",
+    "text_tables",
     "use_backend",
 ]
