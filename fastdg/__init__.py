@@ -9,6 +9,8 @@ from .optim.iga import IGA
 from .optim.invariance import GroupDRO, VREx
 from .optim.irm import IRM
 from .optim.masking import ANDMask, SANDMask
+from .optim.miro import MIRO
+from .optim.rise import RISE, mix_students, mix_teachers
 from .optim.surgery import AgrRand, AgrSum, GramSurgery, PCGrad
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "IGA",
     "IRM",
+    "MIRO",
+    "RISE",
     "ANDMask",
     "AgrRand",
     "AgrSum",
@@ -54,6 +58,8 @@ __all__ = [
     "domain_gram",
     "domain_moments",
     "func",
+    "mix_students",
+    "mix_teachers",
     "ops",
     "per_sample_gradients",
     "per_sample_norms",

@@ -228,7 +228,8 @@ class _Transformers:
                     f"encoder: {type(self.model).__name__} gives no text_embeds; {INSTEAD}"
                 )
             return output.text_embeds
-        found = self.model.get_text_features(**tokens)
+        features: Any = self.model.get_text_features
+        found = features(**tokens)
         return found if isinstance(found, Tensor) else found.pooler_output  # since version 5
 
 
