@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..ops import text_distance
 from ..statistics.factors import accumulated
 from ..statistics.tape import watching
+from .notes import Hook
 from .settings import Setting, check_steepness, check_weight, checked
 from .term import Term
 
@@ -230,8 +231,12 @@ class RISE(Term):
     def _follow(self) -> None:
         """Take what the module gives from now on, for as long as this wrapper lives."""
         self._seen = None
-        handle = self.embedding.register_forward_hook(_Output(self))
+        handle = self.embedding.register_forward_hook(Hook(self, "_see"))
         weakref.finalize(self, handle.remove).atexit = False
+
+    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if watching():
+            self._seen = output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -247,25 +252,6 @@ class RISE(Term):
             "distillation": self.distillation,
             "temperature": self.temperature,
         }
-
-
-class _Output:
-    """A hook that gives a module's output to the wrapper, which it knows by a weak reference; a
-    copy of it knows none."""
-
-    def __init__(self, wrapper: RISE | None = None) -> None:
-        self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Output, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Output:
-        return _Output()
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        wrapper = self.wrapper() if self.wrapper is not None else None
-        if wrapper is not None and watching():
-            wrapper._seen = output
 
 
 def _units(classes: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
