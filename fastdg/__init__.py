@@ -2,7 +2,10 @@
 plain training."""
 
 from . import func, ops
+from .models.unet import UNetMasker
 from .ops import backends, use_backend
+from .optim.adios import ADIOS
+from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
 from .optim.fish import Fish
 from .optim.fishr import Fishr
 from .optim.iga import IGA
@@ -31,6 +34,8 @@ from .text import TextTables, text_tables
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADIOS",
+    "BYOL",
     "IGA",
     "IRM",
     "MIRO",
@@ -46,11 +51,15 @@ __all__ = [
     "GramSurgery",
     "GroupDRO",
     "Lookup",
+    "Objective",
     "Outer",
     "PCGrad",
     "SANDMask",
+    "SimCLR",
+    "SimSiam",
     "Tape",
     "TextTables",
+    "UNetMasker",
     "VREx",
     "backends",
     "check",

@@ -118,7 +118,7 @@ class RISE(Term):
         super().__init__(base, params="all", settings=given)
         self._follow()
 
-    def _term(  # type: ignore[override]
+    def _term(
         self,
         losses: Tensor,
         *,
