@@ -5,6 +5,7 @@ from .combine import combine
 from .gram import gram
 from .meta_step import meta_step
 from .moments import moments
+from .oracle_nll import oracle_nll
 from .outer_agreement import outer_agreement
 from .outer_domain import outer_domain
 from .outer_gram import outer_gram
@@ -23,6 +24,7 @@ __all__ = [
     "gram",
     "meta_step",
     "moments",
+    "oracle_nll",
     "outer_agreement",
     "outer_domain",
     "outer_gram",

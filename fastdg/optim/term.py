@@ -30,7 +30,7 @@ class Term(Unwatched):
     role = "term"
 
     @abstractmethod
-    def _term(self, losses: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _term(self, losses: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What is added to each of ``losses`` ``[N]``, times the weight and with its graph, and
         statistics that are means over the samples, detached."""
 
