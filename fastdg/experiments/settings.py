@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .. import (
     IGA,
     IRM,
+    RISE,
     AgrRand,
     AgrSum,
     ANDMask,
@@ -23,6 +24,8 @@ from .. import (
     SANDMask,
     VREx,
 )
+from ..data.numerals import coloured_texts, rotated_texts
+from ..text import TextTables
 
 EVALUATIONS = 10  # of a run
 
@@ -59,6 +62,8 @@ ALGORITHMS = {
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
+    # There is no teacher that sees the images
+    "rise": Algorithm("RISE", RISE, {"distillation": 0.0}),
 }
 DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.default)
 
@@ -75,6 +80,8 @@ class Setting:
         anneal: share of the steps before penalties have their weight.
         given: wrapper's class -> further arguments of it on this task. Those whose weight is
             annealed have an entry.
+        texts: training domains -> the embeddings of the classes' names, as wide as the last linear
+            layer of the network but one.
         divided: whether after the anneal the whole gradient is divided by the penalty's weight.
         source: where all that comes from, in words.
     """
@@ -85,6 +92,7 @@ class Setting:
     steps: int
     anneal: float
     given: Mapping[type[Any], Mapping[str, Any]]
+    texts: Callable[[Sequence[int]], TextTables]
     divided: bool
     source: str
 
@@ -101,9 +109,14 @@ class Setting:
         }
 
     def optimizer(
-        self, algorithm: str, model: nn.Module, domains: int, steps: int, seed: int
+        self,
+        algorithm: str,
+        model: nn.Sequential,
+        training: Sequence[int],
+        steps: int,
+        seed: int,
     ) -> Optimizer:
-        """Adam, wrapped if the algorithm asks for it."""
+        """Adam, wrapped if the algorithm asks for it; ``training`` are the domains trained on."""
         base = torch.optim.Adam(model.parameters(), lr=self.lr)
         chosen = ALGORITHMS[algorithm]
         if chosen.wrapper is None:
@@ -113,7 +126,8 @@ class Setting:
             given["anneal_steps"] = self.anneal_steps(steps)
         if chosen.wrapper in (AgrRand, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
-        return chosen.wrapper(base, num_domains=domains, **given)
+        more = (model[-3], *self.texts(training)) if chosen.wrapper is RISE else ()
+        return chosen.wrapper(base, *more, num_domains=len(training), **given)
 
     def divisor(self, opt: Any) -> float:
         """What the gradient of this step is divided by, as the paper's script does."""
@@ -169,6 +183,7 @@ SETTINGS = {
             IRM: _SCRIPT,
             VREx: _SCRIPT,
         },
+        texts=coloured_texts,
         divided=True,
         source="full batches, the penalties' weight, and the division by it, of the Fishr paper's "
         "ColoredMNIST script; the learning rate and the anneal (60 % of the steps) were chosen by "
@@ -181,6 +196,7 @@ SETTINGS = {
         steps=100,
         anneal=0.3,
         given={Fishr: {"penalty_weight": 10.0}, IRM: {}, VREx: {}},
+        texts=rotated_texts,
         divided=False,
         source="DomainBed's defaults, and its anneal (30 % of the steps); Fishr's weight is the "
         "one of 10, 100 and 1000 with the best accuracy on the training domains' held-out parts "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import DomainOptimizer, Fish, domain_gram, domain_moments, record
+from .. import RISE, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..data.digits import Task
 from .memory import measured
 from .settings import EVALUATIONS, Setting
@@ -44,7 +44,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = setting.network(task.images[0].shape[1], task.classes)
-    opt = setting.optimizer(algorithm, model, len(training), steps, seed)
+    opt = setting.optimizer(algorithm, model, training, steps, seed)
     domains = domain_ids(fit, setting.batch)
     anneal = setting.anneal_steps(steps)
     whole = torch.cat([part[0] for part in fit]), torch.cat([part[1] for part in fit])
@@ -66,7 +66,8 @@ def train(
     def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         opt.zero_grad()
         if isinstance(opt, DomainOptimizer):
-            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids)
+            more: dict[str, Any] = {"labels": y} if isinstance(opt, RISE) else {}
+            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids, **more)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_div_(grads, setting.divisor(opt))
         else:

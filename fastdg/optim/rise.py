@@ -45,6 +45,7 @@ class RISE(Term):
         anchors: ``[C, A, E]``; None: no relative distance.
         absolute, relative, distillation: the weights :math:`w`.
         temperature: :math:`\tau`.
+        num_domains: D; default: as many as have been seen.
 
     The weights and the temperature live in ``param_groups[0]`` (as ``rise_absolute`` and so on).
     ``statistics`` holds ``loss``, ``objective``, ``domain_loss``, ``domain_count``, and, without
@@ -97,6 +98,7 @@ class RISE(Term):
         relative: float = 1.0,
         distillation: float = 0.9,
         temperature: float = 3.0,
+        num_domains: int | None = None,
     ) -> None:
         given = checked(
             type(self),
@@ -115,7 +117,7 @@ class RISE(Term):
         self.classes, self.anchors = _units(classes, anchors)
         self.teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
         self.embedding = embedding
-        super().__init__(base, params="all", settings=given)
+        super().__init__(base, params="all", num_domains=num_domains, settings=given)
         self._follow()
 
     def _term(
@@ -251,6 +253,7 @@ class RISE(Term):
             "relative": self.relative,
             "distillation": self.distillation,
             "temperature": self.temperature,
+            "num_domains": self.num_domains,
         }
 
 

@@ -180,7 +180,7 @@ def test_erm_is_plain_training_on_the_batches_of_the_others(name: str, left_out:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> None:
     setting, chosen = SETTINGS[task], ALGORITHMS[algorithm]
-    opt = setting.optimizer(algorithm, setting.network(1, 10), 5, 200, 0)
+    opt = setting.optimizer(algorithm, setting.network(1, 10), range(5), 200, 0)
     assert type(opt) is (chosen.wrapper or torch.optim.Adam)
     assert opt.param_groups[0]["lr"] == setting.lr
     if chosen.wrapper is None:
@@ -205,10 +205,10 @@ def test_every_algorithm_trains(algorithm: str) -> None:
 
 def test_a_penalty_of_the_script_divides_the_gradient_after_the_anneal() -> None:
     setting = SETTINGS["coloured"]
-    opt = setting.optimizer("vrex", setting.network(2, 2), 2, 10, 0)
+    opt = setting.optimizer("vrex", setting.network(2, 2), range(2), 10, 0)
     opt.param_groups[0]["vrex_steps"] = setting.anneal_steps(10)
     assert setting.divisor(opt) == opt.penalty_weight == 91257.18613115903
-    assert setting.divisor(setting.optimizer("pcgrad", setting.network(2, 2), 2, 10, 0)) == 1
+    assert setting.divisor(setting.optimizer("pcgrad", setting.network(2, 2), range(2), 10, 0)) == 1
 
 
 def test_the_first_best_mean_validation_chooses_and_the_domain_left_out_does_not(
