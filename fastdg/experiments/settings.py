@@ -62,8 +62,9 @@ ALGORITHMS = {
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
-    # There is no teacher that sees the images
-    "rise": Algorithm("RISE", RISE, {"distillation": 0.0}),
+    # No teacher sees the images. Both weights: the one of 0.1, 0.3 and 1 with the best accuracy on
+    # the held-out parts of rotated training domains (seed 100)
+    "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
 }
 DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.default)
 
