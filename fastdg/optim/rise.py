@@ -141,8 +141,9 @@ class RISE(Term):
             )
         # What has no weight stays out: 0 * inf is NaN
         weighted = [weight * values for weight, values in parts.values() if weight > 0]
-        nothing = torch.zeros_like(absolute, requires_grad=True)
-        total = sum(weighted[1:], weighted[0]) if weighted else nothing
+        total = sum(weighted[1:], weighted[0]) if weighted else torch.zeros_like(absolute)
+        if not total.requires_grad:  # where all it depends on is frozen; a backward starts here
+            total.requires_grad_()
         statistics = {f"rise_{key}": values.detach().mean() for key, (_, values) in parts.items()}
         return total, statistics
 
@@ -163,11 +164,6 @@ class RISE(Term):
             raise ValueError(
                 f"embedding: expected that the module {name} gives a tensor [N, {E}], as wide as "
                 f"the texts' embeddings, got {got}"
-            )
-        if not seen.requires_grad:
-            raise ValueError(
-                f"embedding: what the module {name} gives has no graph, so nothing would learn "
-                "from its distances to the texts"
             )
         if len(seen) != len(losses):
             raise ValueError(

@@ -285,6 +285,20 @@ def test_forwards_without_gradients_are_not_looked_at() -> None:
     close(opt.statistics["objective"], losses.mean() + term)
 
 
+def test_what_is_frozen_is_only_told() -> None:
+    """Distances of an embedding that does not learn."""
+    model = Student()
+    model.backbone.requires_grad_(False)
+    model.embed.requires_grad_(False)
+    opt = made(model, distillation=0.0)
+    step(model, opt, 0)
+    x, y, _, _ = data(0)
+    term, parts = naive(model, x, y, None, WEIGHTS)
+    close(opt.statistics["rise_absolute"], parts["absolute"])
+    close(opt.statistics["objective"], opt.statistics["loss"] + term)
+    assert model.embed.weight.grad is None and model.head.weight.grad is not None
+
+
 def test_one_forward_for_one_backward() -> None:
     model = Student()
     opt = made(model)
