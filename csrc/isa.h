@@ -14,14 +14,16 @@ constexpr int64_t UPSTREAM_FLOATS = 32768;  // slope, level and H fit 512 KiB of
 constexpr int64_t UPSTREAM_ROWS = 252;
 constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
 constexpr int64_t RANK1_SAMPLES = 64;
+constexpr int64_t ORACLE_CHANNELS = 1024, ORACLE_POSITIONS = 128;
 
 #include "columns.h"
+#include "text.h"
+#include "oracle.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
 #include "outer_rank1_backward.h"
-#include "text.h"
 
 static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             R,
@@ -37,7 +39,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             variance_gap,
                             variance_gap_backward,
                             text_distance,
-                            text_distance_backward};
+                            text_distance_backward,
+                            oracle_squares,
+                            oracle_slopes};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

@@ -83,6 +83,15 @@ struct Texts {
   float scale;                               // of the relative distance
 };
 
+// Two feature maps of the same sizes; see fastdg.ops.oracle_nll. Channels are rows of positions if
+// `planes`, else positions are rows of channels; a step leads from one row to the next.
+struct FeatureMaps {
+  const float *features, *oracle;
+  int64_t feature_sample, oracle_sample, feature_step, oracle_step;
+  int64_t channels, positions;
+  bool planes;
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -114,6 +123,9 @@ struct Routines {
   void (*text_distance)(const Texts&, Range samples, float* absolute, float* relative);
   void (*text_distance_backward)(const Texts&, const float* of_absolute, const float* of_relative,
                                  Range samples, float* out);
+  // Of one sample: the square distance of each channel, and the gap times each channel's slope.
+  void (*oracle_squares)(const FeatureMaps&, int64_t sample, float* squares);
+  void (*oracle_slopes)(const FeatureMaps&, int64_t sample, const float* slope, float* out);
 };
 
 const Routines* generic_routines();

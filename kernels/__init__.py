@@ -10,6 +10,7 @@ from ..ops.registry import attach
 from . import (
     launch,
     moments,
+    oracle_nll,
     outer_domain,
     outer_moments,
     outer_moments_backward,
@@ -23,6 +24,8 @@ def attach_all() -> None:
     plain, outer = launch.supports, launch.supports_outer
     attach("moments", "triton", moments.moments, plain)
     attach("moments_backward", "triton", moments.moments_backward, plain)
+    attach("oracle_nll", "triton", oracle_nll.oracle_nll, oracle_nll.supports)
+    attach("oracle_nll_backward", "triton", oracle_nll.oracle_nll_backward, oracle_nll.supports)
     attach("outer_domain", "triton", outer_domain.outer_domain, outer)
     attach("outer_moments", "triton", outer_moments.outer_moments, outer)
     attach("outer_norms", "triton", outer_norms.outer_norms, outer)

@@ -15,6 +15,8 @@ from .registry import OPS, attach
 CPP_OPS = (
     "moments",
     "moments_backward",
+    "oracle_nll",
+    "oracle_nll_backward",
     "outer_moments",
     "outer_moments_backward",
     "outer_domain",

@@ -23,10 +23,11 @@ def variance_of(bias: Tensor) -> Tensor:
 def reference(features: Tensor, oracle: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dtype = statistic_dtype(features.dtype)
     squares = (features.to(dtype) - oracle.to(dtype)).square_().sum(2)
-    return _values(squares, bias.to(dtype), features.shape[2]), squares
+    return values_of(squares, bias.to(dtype), features.shape[2]), squares
 
 
-def _values(squares: Tensor, bias: Tensor, positions: int) -> Tensor:
+def values_of(squares: Tensor, bias: Tensor, positions: int) -> Tensor:
+    """The value of each sample ``[N]`` from its sums of squares ``[N, C]``."""
     variance = variance_of(bias)
     total = (squares / variance + positions * variance.log()).sum(1)
     return total * (0.5 / max(1, squares.shape[1] * positions))
@@ -45,8 +46,22 @@ def reference_backward(
     share = grad / max(1, squares.shape[1] * positions)
     slope = share.unsqueeze(1) / variance_of(bias.to(grad.dtype))
     change = (features.to(grad.dtype) - oracle.to(grad.dtype)).mul_(slope.unsqueeze(2))
-    out = torch.empty_like(features).copy_(change)
+    out = gradient_like(features).copy_(change)
     return out, bias_gradient(grad, bias, squares, positions)
+
+
+def by_rows(x: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, as in tokens, and not the positions."""
+    _, channels, positions = x.shape
+    return positions > 1 and x.stride(2) != 1 and (channels < 2 or x.stride(1) == 1)
+
+
+def gradient_like(features: Tensor) -> Tensor:
+    """A gradient to be written, in dense memory and in the order of the features."""
+    N, C, P = features.shape
+    if by_rows(features):
+        return features.new_empty((N, P, C)).transpose(1, 2)
+    return features.new_empty((N, C, P))
 
 
 def bias_gradient(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) -> Tensor:
@@ -65,7 +80,7 @@ def bias_gradients(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) 
 def _fake_backward(
     grad: Tensor, features: Tensor, oracle: Tensor, bias: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(features), torch.empty_like(bias)
+    return gradient_like(features), torch.empty_like(bias)
 
 
 define(
@@ -92,15 +107,13 @@ def _backward(
     ctx: Any, grad: Tensor | None, of_squares: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     bias, squares, *maps = ctx.saved_tensors
-    if of_squares is not None:
-        raise RuntimeError(
-            "fastdg::oracle_nll: its sums of squares are for its backward, and have no derivative"
-        )
     if grad is None:
-        return None, None, None
+        grad = squares.new_zeros(squares.shape[:1])
     if not maps:
         return None, None, bias_gradient(grad, bias, squares, ctx.positions)
     of_features, of_bias = call("oracle_nll_backward", grad, *maps, bias, squares)
+    if of_squares is not None:  # which nobody but PyTorch's own checks asks for
+        of_features = of_features + 2 * of_squares.unsqueeze(2) * (maps[0] - maps[1])
     return of_features, -of_features if ctx.needs_input_grad[1] else None, of_bias
 
 

@@ -166,6 +166,13 @@ def distances(N: int, C: int, A: int, E: int, dtype: torch.dtype = torch.float32
     kernels.text_distance.text_distance_backward(up, up, embeddings, labels, *tables)
 
 
+def oracles(N: int, C: int, P: int, rows: bool = False, oracle: torch.dtype | None = None) -> None:
+    features = meta(N, P, C).transpose(1, 2) if rows else meta(N, C, P)
+    args = features, features.to(oracle), meta(C)
+    kernels.oracle_nll.oracle_nll(*args)
+    kernels.oracle_nll.oracle_nll_backward(meta(N), *args, meta(N, C))
+
+
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
@@ -191,6 +198,10 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512)),
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512, torch.bfloat16)),
     ("many anchors", FP32, lambda: distances(128, 65, 100, 768)),
+    ("ResNet map", FP32, lambda: oracles(96, 256, 3136)),
+    ("ResNet map", FP32, lambda: oracles(96, 2048, 49, oracle=torch.bfloat16)),
+    ("ViT tokens", FP32, lambda: oracles(96, 768, 197, rows=True)),
+    ("ones", FP32, lambda: oracles(1, 1, 1)),
     ("ones", TF32, lambda: distances(1, 1, 1, 1)),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),

@@ -257,6 +257,7 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     order, offsets = partition((4,), 0)
     mean = torch.zeros(1, 6, 5)
     up = torch.zeros(4)
+    maps = torch.zeros(4, 3, 5), torch.zeros(4, 3, 5)
     texts = torch.zeros(4, 5), order, torch.zeros(2, 5), torch.zeros(2, 3, 5), torch.zeros(2, 3)
     arguments = {
         "moments": (a[:, 0], order, offsets),
@@ -265,6 +266,8 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
         "outer_moments": (a, delta, order, offsets, window),
         "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
         "outer_norms": (a, delta, window),
+        "oracle_nll": (*maps, torch.zeros(3)),
+        "oracle_nll_backward": (up, *maps, torch.zeros(3), torch.zeros(4, 3)),
         "text_distance": texts,
         "text_distance_backward": (up, up, *texts),
     }

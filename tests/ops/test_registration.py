@@ -35,6 +35,7 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     labels = torch.tensor([0, 1, 1, 0, 2, 1], device=device)
     tables = [torch.randn(3, *shape, device=device) for shape in ((9,), (2, 9), (2,))]
     each = torch.randn(6, device=device)
+    scale = torch.randn(2, device=device)
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
@@ -55,6 +56,17 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
+        "oracle_nll": (x.flatten(2), x.detach().flatten(2) + 1, scale.requires_grad_(grad)),
+        "oracle_nll, rows": (a.mT, a.detach().mT + 1, up[0, :4]),
+        "oracle_nll, no maps": (x.detach().flatten(2), x.detach().flatten(2) + 1, scale),
+        "oracle_nll_backward": (
+            each,
+            x.flatten(2),
+            x.detach().flatten(2),
+            scale,
+            each.new_ones(6, 2),
+        ),
+        "oracle_nll_backward, rows": (each, a.mT, a.mT, up[0, :4], each.new_ones(6, 4)),
         "text_distance": (flat, labels, *tables),
         "text_distance_backward": (each, each, flat, labels, *tables),
         "variance_gap": (variance, ema, present, 2.0),
@@ -64,7 +76,8 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
 
 
 def differentiable(name: str) -> bool:
-    return name.split(",")[0] in ("moments", "outer_moments", "text_distance", "variance_gap")
+    once = ("moments", "oracle_nll", "outer_moments", "text_distance", "variance_gap")
+    return name.split(",")[0] in once
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -104,6 +117,8 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "outer_domain": (ops.outer_domain, "outer_domain"),
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),
+    "oracle_nll": (ops.oracle_nll, "oracle_nll"),
+    "oracle_nll, rows": (ops.oracle_nll, "oracle_nll, rows"),
     "text_distance": (ops.text_distance, "text_distance"),
     "variance_gap": (ops.variance_gap, "variance_gap"),
     "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
