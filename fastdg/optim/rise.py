@@ -191,14 +191,16 @@ class RISE(Term):
                 f"labels: expected them on {embeddings.device}, as the embeddings, or on the CPU, "
                 f"got {labels.device}"
             )
-        inside = ((labels >= 0) & (labels < C)).all()
-        if inside.device.type != "cpu":  # there, without a wait
+        if labels.device.type != "cpu":  # there, without a wait
+            inside = ((labels >= 0) & (labels < C)).all()
             torch._assert_async(inside, f"labels: expected classes 0 to {C - 1}: those with texts")
-        elif not inside:
-            raise ValueError(
-                f"labels: expected classes 0 to {C - 1}, those with texts, got "
-                f"{int(labels.min())} to {int(labels.max())}"
-            )
+        else:
+            least, most = (int(x) for x in labels.aminmax())
+            if least < 0 or most >= C:
+                raise ValueError(
+                    f"labels: expected classes 0 to {C - 1}, those with texts, got {least} to "
+                    f"{most}"
+                )
         return labels.detach().to(embeddings.device, torch.int64)
 
     def _distillation(self, losses: Tensor, logits: Tensor | None, teacher: Tensor) -> Tensor:
