@@ -15,6 +15,7 @@ from .optim.masking import ANDMask, SANDMask
 from .optim.miro import MIRO
 from .optim.rise import RISE, mix_students, mix_teachers
 from .optim.surgery import AgrRand, AgrSum, GramSurgery, PCGrad
+from .optim.swad import SWAD
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (
     Tape,
@@ -40,6 +41,7 @@ __all__ = [
     "IRM",
     "MIRO",
     "RISE",
+    "SWAD",
     "ANDMask",
     "AgrRand",
     "AgrSum",

@@ -41,6 +41,8 @@ def check_order(outer: Wrapping, base: Any) -> None:
     """Raise TypeError if ``outer`` cannot go around ``base``."""
     if not isinstance(base, Wrapping) or base.role == "term":
         return
+    if outer.role == "average" and base.role == "algorithm":
+        return
     name, inner = type(outer).__name__, type(base).__name__
     if base.role == "average":
         advice = f"{inner} averages what all others have made and goes outermost: "

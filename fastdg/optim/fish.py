@@ -16,14 +16,9 @@ from .batch import Batch
 from .buffers import KINDS, Before, Buffers
 from .closures import asks_for_domain, check_same, losses_of
 from .loading import Kept
-from .settings import Setting, check_switch, check_weight, checked
+from .settings import Setting, check_steps, check_switch, check_weight, checked
 from .weighted import Losses, Weighted
 from .wrapper import Closure
-
-
-def check_steps(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 @dataclass

@@ -282,6 +282,32 @@ def test_a_state_without_miro_starts_it_anew() -> None:
         miro(copy.deepcopy(model)).load_state_dict(state)
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_distributed_checkpoints(flatten: bool) -> None:
+    """They want a module that owns every parameter of the optimizer."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, data = net(), batches(3)
+    opt = miro(model)
+    run(opt, model, data[:2])
+    whole = nn.ModuleList([model, *opt.modules()])
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(whole, opt, options=options))
+    weights = copy.deepcopy(model.state_dict())
+
+    again = net()
+    resumed = miro(again, oracle=copy.deepcopy(opt.oracle))
+    run(resumed, again, data[:1])
+    again.load_state_dict(weights)
+    resumed.zero_grad()
+    whole = nn.ModuleList([again, *resumed.modules()])
+    dcp.set_optimizer_state_dict(whole, resumed, saved, options=options)
+    assert resumed.steps == 2
+    run(opt, model, data[2:])
+    run(resumed, again, data[2:])
+    alike(again, model, 0)
+
+
 def test_the_group_of_the_variances() -> None:
     model = net()
     opt = fastdg.MIRO(
