@@ -101,11 +101,15 @@ def test_one_derivative_alone(device: str) -> None:
 def test_for_the_bias_alone_no_map_is_kept(device: str) -> None:
     x, y = torch.randn(2, 3, 4, 5, device=device).unbind()
     bias = torch.zeros(4, device=device, requires_grad=True)
+    seen: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor
+
     for needed in (False, True):
-        seen: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (seen.append(t), t)[1], lambda t: t
-        ):
+        seen.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             ops.oracle_nll(x.requires_grad_(needed), y, bias)
         assert (sum(t.numel() == x.numel() for t in seen) == 2) == needed
         assert all(t.numel() in (x.numel(), 4, 3 * 4) for t in seen)
@@ -167,7 +171,7 @@ def test_arguments(arguments, message: str) -> None:  # type: ignore[no-untyped-
     *shapes, more = arguments
     with pytest.raises(ValueError, match=message):
         ops.oracle_nll(*(torch.zeros(shape) for shape in shapes), **more)
-    with pytest.raises(ValueError, match="oracle: expected it on cpu, .* got meta"):
+    with pytest.raises(ValueError, match=r"oracle: expected it on cpu, .* got meta"):
         ops.oracle_nll(torch.ones(2, 3), torch.ones(2, 3, device="meta"), torch.ones(3))
 
 
