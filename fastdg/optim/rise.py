@@ -201,7 +201,7 @@ class RISE(Term):
                     f"labels: expected classes 0 to {C - 1}, those with texts, got {least} to "
                     f"{most}"
                 )
-        return labels.detach().to(embeddings.device, torch.int64)
+        return labels.detach().to(embeddings.device, torch.int64, non_blocking=True)
 
     def _distillation(self, losses: Tensor, logits: Tensor | None, teacher: Tensor) -> Tensor:
         shape = len(losses), len(self.classes)

@@ -262,6 +262,82 @@ def test_inside_fishr_the_penalty_is_of_the_losses() -> None:
     close(opt.statistics["penalty"], plain.statistics["penalty"])
 
 
+def nested(model: Student) -> Any:
+    """Two terms, and an algorithm around them."""
+    inner = fastdg.MIRO(torch.optim.Adam(model.parameters()), model, layers=["backbone"])
+    return fastdg.Fishr(
+        fastdg.RISE(inner, model.embed, *tables(), **WEIGHTS), penalty_weight=3.0, anneal_steps=1
+    )
+
+
+def test_with_another_term_and_an_algorithm() -> None:
+    model = Student()
+    opt = nested(model)
+    step(model, opt, 0)
+    opt.step()
+    step(model, opt, 1)
+    found = opt.statistics
+    x, y, _, t = data(1)
+    term, parts = naive(model, x, y, t, WEIGHTS)
+    whole = found["loss"] + 3.0 * found["penalty"] + term + 0.1 * found["miro"]
+    close(found["objective"], whole)
+    close(found["rise_absolute"], parts["absolute"])
+
+
+def test_a_chain_resumes_bit_for_bit() -> None:
+    def fresh() -> tuple[Student, Any]:
+        torch.manual_seed(1)
+        model = Student()
+        return model, nested(model)
+
+    model, opt = fresh()
+    for seed in range(2):
+        step(model, opt, seed)
+        opt.step()
+    other, again = fresh()
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    for seed in range(2, 4):
+        for one, wrapper in ((model, opt), (other, again)):
+            step(one, wrapper, seed)
+            wrapper.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_logits_serve_irm_too() -> None:
+    model = Student()
+    opt = made(model, lambda term: fastdg.IRM(term, penalty_weight=2.0, anneal_steps=0))
+    step(model, opt, 0)
+    x, y, _, t = data(0)
+    term, _ = naive(model, x, y, t, WEIGHTS)
+    found = opt.statistics
+    mean = found["domain_loss"].mean()
+    close(found["objective"], mean + 2.0 * found["penalty"] + term)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device() -> None:
+    model = Student(torch.float32).cuda()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = fastdg.RISE(base, model.embed, *tables(torch.float32), num_domains=2)
+    x, y, domains, t = (part.cuda() for part in data(0))
+
+    def once() -> None:
+        logits = model(x.float())
+        losses = F.cross_entropy(logits, y, reduction="none")
+        opt.backward(losses, domains, labels=y, logits=logits, teacher_logits=t)
+        opt.step()
+
+    once()  # compiles, and moves the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_an_algorithm_inside_is_refused() -> None:
     model = Student()
     inner = fastdg.VREx(torch.optim.Adam(model.parameters()))
