@@ -36,6 +36,8 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     tables = [torch.randn(3, *shape, device=device) for shape in ((9,), (2, 9), (2,))]
     each = torch.randn(6, device=device)
     scale = torch.randn(2, device=device)
+    maps = torch.randn(6, 2, 20, device=device, requires_grad=grad)
+    tokens = torch.randn(6, 3, 4, device=device).mT.requires_grad_(grad)
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
@@ -56,17 +58,11 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
-        "oracle_nll": (x.flatten(2), x.detach().flatten(2) + 1, scale.requires_grad_(grad)),
-        "oracle_nll, rows": (a.mT, a.detach().mT + 1, up[0, :4]),
-        "oracle_nll, no maps": (x.detach().flatten(2), x.detach().flatten(2) + 1, scale),
-        "oracle_nll_backward": (
-            each,
-            x.flatten(2),
-            x.detach().flatten(2),
-            scale,
-            each.new_ones(6, 2),
-        ),
-        "oracle_nll_backward, rows": (each, a.mT, a.mT, up[0, :4], each.new_ones(6, 4)),
+        "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
+        "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
+        "oracle_nll, no maps": (maps.detach(), maps.detach() + 1, scale),
+        "oracle_nll_backward": (each, maps, maps.detach() + 1, scale, flat[:, :2]),
+        "oracle_nll_backward, rows": (each, tokens, tokens.detach() + 1, up[0, :4], flat[:, :4]),
         "text_distance": (flat, labels, *tables),
         "text_distance_backward": (each, each, flat, labels, *tables),
         "variance_gap": (variance, ema, present, 2.0),

@@ -28,7 +28,7 @@ def model_and_wrapper(**settings: Any) -> tuple[nn.Sequential, fastdg.Fishr]:
         (lambda m: list(m.parameters()), r"expected a torch.optim.Optimizer, got list"),
         (lambda m: Adam, r"expected a torch.optim.Optimizer, got type"),
         (lambda m: fastdg.Fishr(Adam(m.parameters())), r"Fishr cannot go around; .* do not nest"),
-        (lambda m: fastdg.AgrSum(Adam(m.parameters())), r"AgrSum cannot go around; .* do not nest"),
+        (lambda m: fastdg.AgrSum(Adam(m.parameters())), r"Fishr cannot go around; .* do not nest"),
         (lambda m: LBFGS(m.parameters()), r"LBFGS evaluates the model several times a step"),
     ],
     ids=["generator", "list", "class", "nested", "in_surgery", "lbfgs"],
