@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from fastdg import Fishr
 from fastdg.cli.tables import demo_tables
 from fastdg.data.digits import TASKS
-from fastdg.experiments import demo, training
+from fastdg.experiments import demo, pretraining, training
 from fastdg.experiments.demo import Plan
 from fastdg.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
 from fastdg.experiments.storage import write_json
@@ -185,7 +186,7 @@ def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> Non
     assert opt.param_groups[0]["lr"] == setting.lr
     if chosen.wrapper is None:
         return
-    assert opt.num_domains == 5
+    assert opt.num_domains == (None if algorithm == "swad" else 5)
     wanted = {**chosen.given, **setting.given.get(chosen.wrapper, {})}
     assert {name: getattr(opt, name) for name in wanted} == wanted
     if chosen.wrapper in setting.given:
@@ -201,6 +202,19 @@ def test_every_algorithm_trains(algorithm: str) -> None:
     assert same(run) == same(again)
     losses = [point["loss"] for point in run["curve"]]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def test_a_backbone_is_pretrained_on_the_images_given() -> None:
+    """All but the last layer, the same way each time."""
+    task, setting = TASKS["rotated"](0), SETTINGS["rotated"]
+    torch.manual_seed(0)
+    model = setting.network(1, 10)
+    other, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    for network in (model, other):
+        pretraining.pretrain(network, task.images[:2], 3)
+    for one, two, before in zip(*(m.parameters() for m in (model, other, fresh)), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, before) == (before.shape[0] == 10)
 
 
 def test_a_penalty_of_the_script_divides_the_gradient_after_the_anneal() -> None:
