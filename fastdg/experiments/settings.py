@@ -68,11 +68,11 @@ ALGORITHMS = {
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
     # No teacher sees the images. Both weights: the one of 0.1, 0.3 and 1 with the best accuracy on
     # the held-out parts of rotated training domains (seed 100)
+    "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
     # The weight: the one of 0.01, 0.1 and 1 with the best accuracy on the held-out parts of rotated
     # training domains (0, 30 and 75 degrees left out, seed 100)
     "miro": Algorithm("MIRO", MIRO, {"weight": 0.01}, pretrained=True),
     "swad": Algorithm("SWAD", SWAD),
-    "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
 }
 DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.default)
 

@@ -126,7 +126,10 @@ class MIRO(Term):
 
     ``statistics`` holds ``miro`` (the sum over the layers, without :math:`\lambda`), ``loss``,
     ``objective`` (0-dim), and alone ``domain_loss`` (``[D]``, NaN for an empty domain) and
-    ``domain_count`` (``[D]``). The variances are kept in ``state_dict``.
+    ``domain_count`` (``[D]``). The variances are kept in ``state_dict``; the oracle is not: a run
+    that is resumed is given the same one, or starts from the same pre-trained weights before it
+    loads its own. ``torch.distributed.checkpoint`` asks for a module that owns every parameter:
+    ``nn.ModuleList([model, *opt.modules()])``.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a layer that does not exist; maps
