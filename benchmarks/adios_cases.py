@@ -19,15 +19,15 @@ MASKS, IMAGES, PENALTY, ENTROPY = 4, 32, 0.9, 0.7
 class Setup:
     """The encoder is the ResNet-18 of the other benchmarks, with 64 outputs for an embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: int = IMAGES) -> None:
         torch.manual_seed(0)
-        made = problem("resnet18", IMAGES)
+        made = problem("resnet18", images)
         self.network, (_, *shape) = made.model, made.x.shape
         with torch.no_grad():
             width = self.network(made.x[:1]).shape[1]
         self.objective = fastdg.SimCLR(nn.Sequential(self.network, nn.Linear(width, 64)))
         self.masker = fastdg.UNetMasker(MASKS, shape[0], width=8)
-        self.whole, self.view = torch.randn(2, IMAGES, *shape)
+        self.whole, self.view = torch.randn(2, images, *shape)
         self.first = torch.optim.SGD(self.objective.parameters(), lr=1e-3)
         self.second = torch.optim.SGD(self.masker.parameters(), lr=1e-3)
 
