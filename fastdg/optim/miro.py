@@ -70,14 +70,12 @@ class Forward:
 
     Attributes:
         samples: N.
-        maps: layer -> the oracle's map, until the layer has run.
-        values: what each layer that has run adds ``[N]``.
-        seen: layer -> its map, and the version of that.
+        maps: layer -> the oracle's map.
+        seen: layer that has run -> its map, and the version of that.
     """
 
     samples: int
     maps: dict[str, Tensor]
-    values: list[Tensor] = field(default_factory=list)
     seen: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
 
@@ -248,13 +246,13 @@ class MIRO(Term):
         self._forward = Forward(samples, self._oracle.maps(args, kwargs))
 
     def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        """A layer has run: compare it with the oracle's."""
+        """A layer has run: its map has to be like the oracle's."""
         forward = self._forward
         if forward is None:
             return
-        if name not in forward.maps:
+        if name in forward.seen:
             raise RuntimeError(f"layers: {name!r} ran twice in one forward of the model")
-        features, oracle = map_of(name, output), forward.maps.pop(name)
+        features, oracle = map_of(name, output), forward.maps[name]
         if features.shape != oracle.shape:
             raise ValueError(
                 f"oracle: its map of {name!r} has shape {tuple(oracle.shape)}, the model's "
@@ -266,22 +264,25 @@ class MIRO(Term):
         channels = features.shape[LAYOUTS[encoder.layout][1]]
         if encoder.bias.numel() == 0:
             self._fix(encoder, encoder.bias.new_full((channels,), BIAS, device=features.device))
-        forward.values.append(encoder(features, oracle))
         forward.seen[name] = features, features._version
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> Any:
-        """The model has run: leave what was found for the backward."""
+        """The model has run: compare the maps, and leave the result for the backward.
+
+        Not before: a layer may run inside a checkpoint, which would take our graph for its own.
+        """
         forward, self._forward = self._forward, None
         if forward is None:
             return None
-        if forward.maps:
-            raise RuntimeError(
-                f"layers: {next(iter(forward.maps))!r} did not run in this forward of the model"
-            )
-        for name, (features, version) in forward.seen.items():
+        values = []
+        for name, encoder in self._encoders.items():
+            if name not in forward.seen:
+                raise RuntimeError(f"layers: {name!r} did not run in this forward of the model")
+            features, version = forward.seen.pop(name)
             if features._version != version:
                 raise changed_in_place(name, "model")
-        return leave(output, self, torch.stack(forward.values).sum(0))
+            values.append(encoder(features, forward.maps.pop(name)))
+        return leave(output, self, torch.stack(values).sum(0))
 
     def _fix(self, encoder: VarianceEncoder, bias: Tensor) -> None:
         """The number of channels is known: b gets its size."""

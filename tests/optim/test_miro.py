@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from definitions import MAKES, Batch, Net, alike, batches, close, net, parts
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 import fastdg
 
@@ -371,6 +372,31 @@ def test_coinciding_features_are_bounded() -> None:
         assert seen["miro"] >= 3 * 0.5 * torch.tensor(1e-5).log() - 1e-9
         assert seen["miro"].isfinite()
     assert (opt.biases["conv"] < -2).all()
+
+
+class Checkpointed(nn.Module):
+    """Its layers lie inside a checkpoint, or not."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.head, self.inside = nn.Linear(6, 3), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inside:
+            return self.head(checkpoint(self.body, x, use_reentrant=False))
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("around", [lambda opt: opt, fastdg.AgrSum, fastdg.Fishr])
+def test_layers_inside_a_checkpoint(around: Callable[[Any], Any]) -> None:
+    models = [Checkpointed(inside).double() for inside in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    x, y, d = torch.randn(6, 4).double(), torch.arange(6) % 3, torch.arange(6) % 2
+    for model in models:
+        base = Adam(model.parameters(), lr=0.1, eps=1e-3)
+        run(around(fastdg.MIRO(base, model, layers=["body.0", "body.2"])), model, [(x, y, d)] * 3)
+    alike(models[1], models[0])
 
 
 class Tokens(nn.Module):
