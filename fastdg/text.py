@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +50,8 @@ class TextTables(NamedTuple):
 
 
 def text_tables(
-    class_names: Sequence[str],
-    domain_names: Sequence[str],
+    class_names: Iterable[str],
+    domain_names: Iterable[str],
     encoder: Any,
     *,
     templates: Sequence[str] = TEMPLATES,
@@ -103,7 +103,7 @@ def text_tables(
     names, domains = _names("class_names", class_names), _names("domain_names", domain_names)
     if not names:
         raise ValueError("class_names: expected at least one class")
-    texts = [_checked(template).format(name) for name in names for template in templates]
+    texts = [_checked(t).replace("{}", name) for name in names for t in templates]
     if not texts:
         raise ValueError("templates: expected at least one")
     texts += [ANCHOR.format(domain, name) for name in names for domain in domains]
@@ -128,9 +128,9 @@ def text_tables(
 # -- texts --
 
 
-def _names(argument: str, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"{argument}: expected a sequence of strings, got {names!r}")
+def _names(argument: str, names: Iterable[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument}: expected a list of strings, got {names!r}")
     found: dict[str, int] = {}
     for k, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():

@@ -73,6 +73,14 @@ def test_templates_and_domains_are_chosen() -> None:
     assert tables.anchors.shape == (1, 4, 26) and "a dark photo of a dog" in seen
 
 
+def test_names_may_be_an_array_and_hold_braces() -> None:
+    names = np.array(["dog", "set {0}"])
+    seen: list[str] = []
+    fastdg.text_tables(names, (), lambda texts: (seen.extend(texts), letters(texts))[1],
+                       templates=["a {} in {x}"])  # fmt: skip
+    assert seen == ["a dog in {x}", "a set {0} in {x}"]
+
+
 def test_many_texts_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fastdg.text_tables(NAMES, DOMAINS, letters)
     monkeypatch.setattr(text, "BATCH", 4)
@@ -320,7 +328,7 @@ def test_a_name_is_looked_up_before_its_model_is_loaded(
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"class_names": "dog"}, TypeError, "class_names: expected a sequence of strings"),
+        ({"class_names": "dog"}, TypeError, "class_names: expected a list of strings"),
         ({"class_names": []}, ValueError, "class_names: expected at least one class"),
         (
             {"class_names": ["dog", " "]},
@@ -329,7 +337,7 @@ def test_a_name_is_looked_up_before_its_model_is_loaded(
         ),
         ({"class_names": ["dog", None]}, ValueError, r"class_names\[1\]: .*got None"),
         ({"class_names": ["a_b", "a b"]}, ValueError, "0 and 1 are both 'a b'"),
-        ({"domain_names": "photo"}, TypeError, "domain_names: expected a sequence of strings"),
+        ({"domain_names": "photo"}, TypeError, "domain_names: expected a list of strings"),
         ({"domain_names": ["photo", ""]}, ValueError, r"domain_names\[1\]"),
         ({"templates": ["a dog"]}, ValueError, "templates: expected sentences with one {}"),
         ({"templates": []}, ValueError, "templates: expected at least one"),

@@ -267,7 +267,7 @@ def _units(classes: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
             got = table.dtype if isinstance(table, Tensor) else type(table).__name__
             raise TypeError(
                 f"{name}: expected a floating-point tensor {shape}, got {got}; "
-                "fastdg.text_tables makes one"
+                "fastdg.text_tables makes both: RISE(base, embedding, *tables)"
             )
         if table.dim() != dims or 0 in table.shape:
             raise ValueError(f"{name}: expected a tensor {shape}, got {list(table.shape)}")
