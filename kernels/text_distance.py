@@ -1,7 +1,5 @@
 """``text_distance``: distances of embeddings to the texts of their classes."""
 
-
-
 from __future__ import annotations
 
 import triton
