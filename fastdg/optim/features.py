@@ -38,7 +38,9 @@ PRESETS = (
     Preset("embedder", r"encoder\.stages\.\d+"),  # transformers: ResNet, RegNet
     Preset("patch_embed", r"blocks\.\d+", 3),  # timm: ViT and its kind
     Preset("conv_proj", r"encoder\.layers\.encoder_layer_\d+", 3),  # torchvision: ViT
-    Preset("embeddings.patch_embeddings", r"encoder\.layer\.\d+", 3),  # transformers: ViT, DINOv2
+    Preset("embeddings.patch_embeddings", r"(?:layers|encoder\.layer)\.\d+", 3),  # ViT, DINOv2
+    Preset("embeddings.patch_embeddings", r"encoder\.layers\.\d+"),  # transformers: Swin
+    Preset("embeddings", r"encoder\.stages\.\d+"),  # transformers: ConvNeXt
     Preset("embeddings.patch_embedding", r"encoder\.layers\.\d+", 3),  # transformers: CLIP
     Preset("conv1", r"transformer\.resblocks\.\d+", 3),  # open_clip
 )

@@ -70,6 +70,18 @@ BACKBONES: dict[str, tuple[list[str], list[str]]] = {
         ["vit.embeddings.patch_embeddings", *(f"vit.encoder.layer.{i}.output" for i in range(6))],
         ["vit.embeddings.patch_embeddings", "vit.encoder.layer.2", "vit.encoder.layer.5"],
     ),
+    "transformers ViT since 5": (
+        ["vit.embeddings.patch_embeddings", *(f"vit.layers.{i}.output" for i in range(6))],
+        ["vit.embeddings.patch_embeddings", "vit.layers.2", "vit.layers.5"],
+    ),
+    "transformers Swin": (
+        ["swin.embeddings.patch_embeddings", *(f"swin.encoder.layers.{i}.a" for i in range(4))],
+        ["swin.embeddings.patch_embeddings", *(f"swin.encoder.layers.{i}" for i in range(4))],
+    ),
+    "transformers ConvNeXt": (
+        ["net.embeddings.patch_embeddings", *(f"net.encoder.stages.{i}.a" for i in range(4))],
+        ["net.embeddings", *(f"net.encoder.stages.{i}" for i in range(4))],
+    ),
     "transformers CLIP": (
         ["vision.embeddings.patch_embedding", *(f"vision.encoder.layers.{i}" for i in range(3))],
         ["vision.embeddings.patch_embedding", "vision.encoder.layers.2"],
@@ -104,6 +116,37 @@ def test_presets_of_the_libraries_themselves(package: str, name: str) -> None:
     with torch.device("meta"):
         model = make(name) if package == "timm" else make()
     assert len(preset_of(model)) == 5
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 16}
+STAGED = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
+LIBRARY: dict[str, tuple[dict[str, Any], list[str], list[int]]] = {
+    "ViTModel": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
+    "Dinov2Model": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
+    "CLIPVisionModel": ({**VIT, "patch_size": 4}, ["NC", "NLC", "NLC"], [16] * 3),
+    "ResNetModel": ({**STAGED, "embedding_size": 8}, ["NC"] * 5, [8, 8, 16, 16, 24]),
+    "ConvNextModel": (STAGED, ["NC"] * 5, [8, 8, 16, 16, 24]),
+    "SwinModel": (
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 32, "window_size": 4},
+        ["NLC"] * 3,
+        [8, 16, 16],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_transformers_own_networks(name: str) -> None:
+    """Tiny, from their configurations: layers, layouts, a step."""
+    library = pytest.importorskip("transformers")
+    settings, layouts, channels = LIBRARY[name]
+    model = getattr(library, name)(getattr(library, name.replace("Model", "Config"))(**settings))
+    opt = fastdg.MIRO(SGD(model.parameters(), lr=0.1), model.train())
+    size = settings.get("image_size", 64)
+    out = model(torch.randn(5, 3, size, size))
+    opt.backward(out.pooler_output.flatten(1).square().mean(1), torch.arange(5) % 2)
+    opt.step()
+    assert [encoder.layout for encoder in opt._encoders.values()] == layouts
+    assert [len(bias) for bias in opt.biases.values()] == channels
 
 
 def test_no_preset() -> None:
