@@ -37,6 +37,7 @@ PRESETS = (
     Preset("stem", r"trunk_output\.block[1-4]"),  # torchvision: RegNet
     Preset("embedder", r"encoder\.stages\.\d+"),  # transformers: ResNet, RegNet
     Preset("patch_embed", r"blocks\.\d+", 3),  # timm: ViT and its kind
+    Preset("patch_embed", r"layers\.\d+"),  # timm: Swin
     Preset("conv_proj", r"encoder\.layers\.encoder_layer_\d+", 3),  # torchvision: ViT
     Preset("embeddings.patch_embeddings", r"(?:layers|encoder\.layer)\.\d+", 3),  # ViT, DINOv2
     Preset("embeddings.patch_embeddings", r"encoder\.layers\.\d+"),  # transformers: Swin

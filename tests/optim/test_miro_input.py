@@ -62,6 +62,10 @@ BACKBONES: dict[str, tuple[list[str], list[str]]] = {
         ["patch_embed.proj", *(f"blocks.{i}.mlp.fc1" for i in range(12)), "norm", "head"],
         ["patch_embed", *(f"blocks.{i}" for i in (2, 5, 8, 11))],
     ),
+    "timm Swin": (
+        ["patch_embed.proj", *(f"layers.{i}.blocks.0.mlp" for i in range(4)), "norm", "head"],
+        ["patch_embed", *(f"layers.{i}" for i in range(4))],
+    ),
     "torchvision ViT": (
         ["conv_proj", *(f"encoder.layers.encoder_layer_{i}.ln_1" for i in range(12))],
         ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11))],
@@ -104,10 +108,10 @@ def test_presets(name: str) -> None:
     [
         ("torchvision.models", "resnet18"),
         ("torchvision.models", "vit_b_16"),
-        ("torchvision.models", "regnet_y_400mf"),
         ("timm", "resnet18"),
         ("timm", "vit_tiny_patch16_224"),
         ("timm", "convnext_atto"),
+        ("timm", "swin_tiny_patch4_window7_224"),
     ],
 )
 def test_presets_of_the_libraries_themselves(package: str, name: str) -> None:
