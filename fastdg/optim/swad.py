@@ -162,9 +162,7 @@ class SWAD(Unwatched):
         if not self.finished:
             count, kept = group["swad_segment_steps"], self._kept["segment"]
             for alike in self._alike():
-                if any(p not in kept for p in alike):
-                    kept.update({p: accumulated(p.detach()).clone() for p in alike})
-                    continue
+                kept.update({p: accumulated(p.detach()).clone() for p in alike if p not in kept})
                 averages = [kept[p] for p in alike]
                 now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
                 _average(averages, now, count)  # of which the first is a copy
@@ -236,7 +234,9 @@ class SWAD(Unwatched):
         for p, segment in kept["segment"].items():
             row = segment.unsqueeze(0)
             before = kept["pending"].get(p)
-            kept["pending"][p] = row.clone() if before is None else torch.cat([before, row])
+            if before is None:  # a new one was what it is all the time
+                before = row.expand(len(group["swad_losses"]), *segment.shape)
+            kept["pending"][p] = torch.cat([before, row])
         group["swad_losses"] = [*group["swad_losses"], loss]
         group["swad_pending_steps"] = [*group["swad_pending_steps"], group["swad_segment_steps"]]
         group["swad_segment_steps"] = 0

@@ -117,6 +117,20 @@ def test_steps_since_the_last_evaluation_count() -> None:
         early.apply()
 
 
+def test_parameters_that_come_later_were_there_all_the_time() -> None:
+    model = network(torch.float64)
+    opt = fastdg.SWAD(SGD(model[2].parameters(), lr=0.1), model)
+    early = train(opt, model, [1.0, 1.1])
+    opt.add_param_group({"params": model[0].parameters()})
+    own = torch.cat([p.detach().flatten() for p in model[0].parameters()])
+    late = train(opt, model, [1.2, 1.3, 1.4])
+    size = len(own)
+    assert torch.equal(early[0][:size], own)
+    close(flat(opt.averaged().module)[size:], torch.stack([*early, *late]).mean(0)[size:])
+    first = late[0][:size]  # the segment in which they came is the first that is known
+    assert (flat(opt.averaged().module)[:size] - first).norm() < (late[-1][:size] - own).norm()
+
+
 @pytest.mark.parametrize("at", [2, 5, 11])
 def test_resumes_bit_for_bit(at: int) -> None:
     losses = CASES["its end"]
