@@ -140,7 +140,7 @@ def main() -> None:
     setup(
         packages=[*find_packages(include=["fastdg*"]), "fastdg.kernels"],
         package_dir={"fastdg.kernels": "kernels"},
-        package_data={"fastdg": ["py.typed", RECORD]},
+        package_data={"fastdg": ["py.typed", RECORD], "fastdg.data": ["numerals.txt"]},
         ext_modules=[native_extension(target == "cuda")] if target else [],
         cmdclass=commands(policy, target, reason),
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if target else {},

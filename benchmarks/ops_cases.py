@@ -188,8 +188,41 @@ def variance_gap(shapes: tuple[tuple[int, ...], ...]) -> OpCase:
     )
 
 
+def text_distance(B: int, C: int, A: int, E: int) -> OpCase:
+    """Distances of embeddings to their texts, against reading the embeddings and their texts."""
+    torch.manual_seed(0)
+    embeddings, labels = torch.randn(B, E), torch.randint(C, (B,))
+    classes, anchors = torch.randn(C, E), torch.randn(C, A, E)
+    classes, anchors = F.normalize(classes, dim=1), F.normalize(anchors, dim=2)
+    tables = classes, anchors, (anchors @ classes.unsqueeze(2)).squeeze(2).softmax(1)
+    up = torch.randn(2, B)
+    moved = (2 + A) * _nbytes(embeddings)
+    backward = torch.ops.fastdg.text_distance_backward
+
+    def check() -> float:
+        exact = ops.text_distance(embeddings.double(), labels, *(t.double() for t in tables))
+        pairs = zip(exact, ops.text_distance(embeddings, labels, *tables), strict=True)
+        return max(((x - y).norm() / x.norm()).item() for x, y in pairs)
+
+    return OpCase(
+        runs={
+            "copy": _copy(moved),
+            "text_distance": lambda: ops.text_distance(embeddings, labels, *tables),
+            "text_distance_backward": lambda: backward(*up, embeddings, labels, *tables),
+        },
+        flops={},
+        moved={
+            "copy": moved,
+            "text_distance": moved,
+            "text_distance_backward": moved + _nbytes(embeddings),
+        },
+        check=check,
+    )
+
+
 OPS: dict[str, Callable[[], OpCase]] = {
     **{layer.name: (lambda layer=layer: outer(layer)) for layer in LAYERS},
     "moments, P=100 000": lambda: moments(100_000),
+    "text_distance, B=128": lambda: text_distance(128, 65, 3, 512),
     "variance_gap, MLP": lambda: variance_gap(((1024, 784), (1024, 1024), (10, 1024), (1024,))),
 }

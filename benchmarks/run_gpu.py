@@ -114,6 +114,20 @@ def op_calls(device: str) -> Iterator[tuple[str, Callable[[Callable], Any]]]:
 
     yield "moments, variance_gap and their gradients", moments
 
+    embeddings, labels = torch.randn(128, 512), torch.randint(65, (128,))
+    classes = F.normalize(torch.randn(65, 512), dim=1)
+    anchors = F.normalize(torch.randn(65, 3, 512), dim=2)
+    teacher = torch.randn(65, 3).softmax(1)
+
+    def distances(move: Callable) -> list[Tensor]:
+        leaf = move(embeddings).requires_grad_()
+        tables = move(classes), move(anchors), move(teacher)
+        absolute, relative = ops.text_distance(leaf, labels.to(leaf.device), *tables)
+        total = absolute.sum() + relative.square().sum()
+        return [absolute, relative, *torch.autograd.grad(total, leaf)]
+
+    yield "text_distance and its gradient", distances
+
 
 def errors(device: str) -> Iterator[Row]:
     """Every op and backend against float64."""

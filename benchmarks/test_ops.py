@@ -22,6 +22,6 @@ def test_ops(benchmark: Any, layer: str, what: str) -> None:
     benchmark.group = f"ops: {layer}, N=96"
     benchmark.extra_info["flops"] = case.flops.get(what)
     benchmark.extra_info["bytes"] = case.moved.get(what)
-    if what in ("outer_moments", "moments", "variance_gap"):
+    if what in ("outer_moments", "moments", "text_distance", "variance_gap"):
         assert case.check() < 1e-5
     benchmark.pedantic(case.runs[what], rounds=15, warmup_rounds=2)

@@ -16,14 +16,17 @@ constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and
 constexpr int64_t RANK1_SAMPLES = 64;
 constexpr int64_t COLUMN_BLOCK = 1024;
 constexpr int64_t GRAM_FLOATS = 4096, LEAST_PIECE = 128, LARGEST_PIECE = 256;  // half of that cache
+constexpr int64_t ORACLE_CHANNELS = 1024, ORACLE_POSITIONS = 128;
 
 #include "columns.h"
 #include "dense.h"
+#include "oracle.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
 #include "outer_rank1_backward.h"
+#include "text.h"
 
 static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             R,
@@ -38,7 +41,11 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             dense_moments_backward,
                             {gram, columns<4, Combine>, columns<4, Agreement<false>>,
                              columns<2, Agreement<true>>, columns<4, MetaStep>, columns<2, Gap>,
-                             columns<2, GapGradient>}};
+                             columns<2, GapGradient>},
+                            text_distance,
+                            text_distance_backward,
+                            oracle_squares,
+                            oracle_slopes};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

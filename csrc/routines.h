@@ -136,6 +136,25 @@ using ColumnRoutine = void(const Op&, const Rows&, Range columns, double* sums);
 template <class... Ops>
 using ColumnRoutines = std::tuple<ColumnRoutine<Ops>*...>;
 
+// Embeddings and the texts they are compared with; see fastdg.ops.text_distance.
+struct Texts {
+  const float* embeddings;  // [N, width], `stride` from one to the next
+  int64_t stride;
+  const int64_t* labels;
+  const float *classes, *anchors, *teacher;  // [C, width], [C, count, width], [C, count]
+  int64_t count, width;                      // A and E
+  float scale;                               // of the relative distance
+};
+
+// Two feature maps of the same sizes; see fastdg.ops.oracle_nll. Channels are rows of positions if
+// `planes`, else positions are rows of channels; a step leads from one row to the next.
+struct FeatureMaps {
+  const float *features, *oracle;
+  int64_t feature_sample, oracle_sample, feature_step, oracle_step;
+  int64_t channels, positions;
+  bool planes;
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -161,6 +180,13 @@ struct Routines {
   void (*dense_moments_backward)(const Upstream&, const float* grads, int64_t stride, Group,
                                  int64_t width, float* out, int64_t out_stride);
   ColumnRoutines<Gram, Combine, Agreement<false>, Agreement<true>, MetaStep, Gap, GapGradient> columns;
+  // Absolute and relative distances of samples, and the gradient of both.
+  void (*text_distance)(const Texts&, Range samples, float* absolute, float* relative);
+  void (*text_distance_backward)(const Texts&, const float* of_absolute, const float* of_relative,
+                                 Range samples, float* out);
+  // Of one sample: the square distance of each channel, and the gap times each channel's slope.
+  void (*oracle_squares)(const FeatureMaps&, int64_t sample, float* squares);
+  void (*oracle_slopes)(const FeatureMaps&, int64_t sample, const float* slope, float* out);
 };
 
 const Routines* generic_routines();

@@ -2,14 +2,20 @@
 plain training."""
 
 from . import func, ops
+from .models.unet import UNetMasker
 from .ops import backends, use_backend
+from .optim.adios import ADIOS
+from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
 from .optim.fish import Fish
 from .optim.fishr import Fishr
 from .optim.iga import IGA
 from .optim.invariance import GroupDRO, VREx
 from .optim.irm import IRM
 from .optim.masking import ANDMask, SANDMask
+from .optim.miro import MIRO
+from .optim.rise import RISE, mix_students, mix_teachers
 from .optim.surgery import AgrRand, AgrSum, GramSurgery, PCGrad
+from .optim.swad import SWAD
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (
     Tape,
@@ -24,12 +30,18 @@ from .statistics.api import (
 from .statistics.factors import Dense, Lookup, Outer
 from .statistics.layers import register_rule
 from .statistics.moments import DomainMoments
+from .text import TextTables, text_tables
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADIOS",
+    "BYOL",
     "IGA",
     "IRM",
+    "MIRO",
+    "RISE",
+    "SWAD",
     "ANDMask",
     "AgrRand",
     "AgrSum",
@@ -41,10 +53,15 @@ __all__ = [
     "GramSurgery",
     "GroupDRO",
     "Lookup",
+    "Objective",
     "Outer",
     "PCGrad",
     "SANDMask",
+    "SimCLR",
+    "SimSiam",
     "Tape",
+    "TextTables",
+    "UNetMasker",
     "VREx",
     "backends",
     "check",
@@ -52,10 +69,13 @@ __all__ = [
     "domain_gram",
     "domain_moments",
     "func",
+    "mix_students",
+    "mix_teachers",
     "ops",
     "per_sample_gradients",
     "per_sample_norms",
     "record",
     "register_rule",
+    "text_tables",
     "use_backend",
 ]

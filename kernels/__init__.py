@@ -10,11 +10,13 @@ from ..ops.registry import attach
 from . import (
     launch,
     moments,
+    oracle_nll,
     outer_agreement,
     outer_domain,
     outer_moments,
     outer_moments_backward,
     outer_norms,
+    text_distance,
 )
 
 
@@ -23,10 +25,14 @@ def attach_all() -> None:
     plain, outer = launch.supports, launch.supports_outer
     attach("moments", "triton", moments.moments, plain)
     attach("moments_backward", "triton", moments.moments_backward, plain)
+    attach("oracle_nll", "triton", oracle_nll.oracle_nll, oracle_nll.supports)
+    attach("oracle_nll_backward", "triton", oracle_nll.oracle_nll_backward, oracle_nll.supports)
     attach("outer_agreement", "triton", outer_agreement.outer_agreement, launch.supports_weighted)
     attach("outer_domain", "triton", outer_domain.outer_domain, outer)
     attach("outer_moments", "triton", outer_moments.outer_moments, outer)
     attach("outer_norms", "triton", outer_norms.outer_norms, outer)
+    attach("text_distance", "triton", text_distance.text_distance, plain)
+    attach("text_distance_backward", "triton", text_distance.text_distance_backward, plain)
     attach(
         "outer_moments_backward",
         "triton",

@@ -24,6 +24,11 @@ def test_python_snippets_run(document: str) -> None:
     x, y, domains = torch.randn(12, 5), torch.arange(12) % 3, torch.arange(12) % 2
     names = {"torch": torch, "F": F, "fastdg": fastdg, "model": model, "x": x, "y": y}
     names |= {"domains": domains, "loader": [(x, y, domains)] * 2, "batches": [(x, y)] * 2}
+    words = torch.randn(128, 8)
+    names["text_encoder"] = lambda texts: torch.stack([words[[*map(ord, t)]].sum(0) for t in texts])
+    names["teacher"] = lambda x: torch.randn(len(x), 3)
+    names["encoder"] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8))
+    names["pairs"] = [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))] * 2
     blocks = snippets(document)
     assert blocks
     for block in blocks:

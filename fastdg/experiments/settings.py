@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from .. import (
     IGA,
     IRM,
+    MIRO,
+    RISE,
+    SWAD,
     AgrRand,
     AgrSum,
     ANDMask,
@@ -23,6 +26,8 @@ from .. import (
     SANDMask,
     VREx,
 )
+from ..data.numerals import coloured_texts, rotated_texts
+from ..text import TextTables
 
 EVALUATIONS = 10  # of a run
 
@@ -36,12 +41,14 @@ class Algorithm:
         wrapper: class of the wrapper; None for plain training.
         given: its arguments, whatever the task.
         default: whether the demo runs it unless asked for others.
+        pretrained: whether it begins with layers from `pretraining.pretrain`.
     """
 
     title: str
     wrapper: type[Any] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     default: bool = False
+    pretrained: bool = False
 
 
 ALGORITHMS = {
@@ -59,6 +66,13 @@ ALGORITHMS = {
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
+    # No teacher sees the images. Both weights: the one of 0.1, 0.3 and 1 with the best accuracy on
+    # the held-out parts of rotated training domains (seed 100)
+    "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
+    # The weight: the one of 0.01, 0.1 and 1 with the best accuracy on the held-out parts of rotated
+    # training domains (0, 30 and 75 degrees left out, seed 100)
+    "miro": Algorithm("MIRO", MIRO, {"weight": 0.01}, pretrained=True),
+    "swad": Algorithm("SWAD", SWAD),
 }
 DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.default)
 
@@ -75,6 +89,8 @@ class Setting:
         anneal: share of the steps before penalties have their weight.
         given: wrapper's class -> further arguments of it on this task. Those whose weight is
             annealed have an entry.
+        texts: training domains -> the embeddings of the classes' names, as wide as the last linear
+            layer of the network but one.
         divided: whether after the anneal the whole gradient is divided by the penalty's weight.
         source: where all that comes from, in words.
     """
@@ -85,6 +101,7 @@ class Setting:
     steps: int
     anneal: float
     given: Mapping[type[Any], Mapping[str, Any]]
+    texts: Callable[[Sequence[int]], TextTables]
     divided: bool
     source: str
 
@@ -101,9 +118,14 @@ class Setting:
         }
 
     def optimizer(
-        self, algorithm: str, model: nn.Module, domains: int, steps: int, seed: int
+        self,
+        algorithm: str,
+        model: nn.Sequential,
+        training: Sequence[int],
+        steps: int,
+        seed: int,
     ) -> Optimizer:
-        """Adam, wrapped if the algorithm asks for it."""
+        """Adam, wrapped if the algorithm asks for it; ``training`` are the domains trained on."""
         base = torch.optim.Adam(model.parameters(), lr=self.lr)
         chosen = ALGORITHMS[algorithm]
         if chosen.wrapper is None:
@@ -113,7 +135,15 @@ class Setting:
             given["anneal_steps"] = self.anneal_steps(steps)
         if chosen.wrapper in (AgrRand, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
-        return chosen.wrapper(base, num_domains=domains, **given)
+        if chosen.wrapper is SWAD:
+            return SWAD(base, model, **given)
+        more: tuple[Any, ...] = ()
+        if chosen.wrapper is RISE:
+            more = (model[-3], *self.texts(training))
+        if chosen.wrapper is MIRO:
+            more = (model,)
+            given["layers"] = [n for n, layer in model.named_children() if type(layer) is nn.ReLU]
+        return chosen.wrapper(base, *more, num_domains=len(training), **given)
 
     def divisor(self, opt: Any) -> float:
         """What the gradient of this step is divided by, as the paper's script does."""
@@ -169,6 +199,7 @@ SETTINGS = {
             IRM: _SCRIPT,
             VREx: _SCRIPT,
         },
+        texts=coloured_texts,
         divided=True,
         source="full batches, the penalties' weight, and the division by it, of the Fishr paper's "
         "ColoredMNIST script; the learning rate and the anneal (60 % of the steps) were chosen by "
@@ -181,6 +212,7 @@ SETTINGS = {
         steps=100,
         anneal=0.3,
         given={Fishr: {"penalty_weight": 10.0}, IRM: {}, VREx: {}},
+        texts=rotated_texts,
         divided=False,
         source="DomainBed's defaults, and its anneal (30 % of the steps); Fishr's weight is the "
         "one of 10, 100 and 1000 with the best accuracy on the training domains' held-out parts "

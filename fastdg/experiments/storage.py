@@ -1,41 +1,27 @@
-"""Files that are either whole or not there: written under another name, then renamed."""
+"""What experiments write and read again: result files and checkpoints, each written whole."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+from ..files import replace
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """``torch.save`` that a kill at any moment leaves either done or undone."""
-    _replace(path, lambda file: torch.save(state, file))
+    replace(path, lambda file: torch.save(state, file))
 
 
 def write_json(value: Any, path: Path) -> None:
     """The same for JSON."""
     text = json.dumps(value, indent=1) + "\n"
-    _replace(path, lambda file: file.write(text.encode()))
+    replace(path, lambda file: file.write(text.encode()))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

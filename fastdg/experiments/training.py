@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import DomainOptimizer, Fish, domain_gram, domain_moments, record
+from .. import RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..data.digits import Task
 from .memory import measured
-from .settings import EVALUATIONS, Setting
+from .pretraining import pretrain
+from .settings import ALGORITHMS, EVALUATIONS, Setting
 
 Part = tuple[Tensor, Tensor]  # images and labels
 
@@ -27,7 +29,8 @@ def train(
 
     Each training domain is split 80:20 and trained on its 80 %. The checkpoint to report is the one
     with the best mean accuracy on the 20 % parts, the first if there are several: DomainBed's
-    training-domain selection. The domain left out takes no part in it.
+    training-domain selection. The domain left out takes no part in it. What is evaluated of SWAD is
+    the averaged model.
 
     Returns:
         ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen
@@ -44,7 +47,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = setting.network(task.images[0].shape[1], task.classes)
-    opt = setting.optimizer(algorithm, model, len(training), steps, seed)
+    if ALGORITHMS[algorithm].pretrained:
+        pretrain(model, [x for x, _ in fit], seed)
+    opt = setting.optimizer(algorithm, model, training, steps, seed)
     domains = domain_ids(fit, setting.batch)
     anneal = setting.anneal_steps(steps)
     whole = torch.cat([part[0] for part in fit]), torch.cat([part[1] for part in fit])
@@ -65,8 +70,9 @@ def train(
 
     def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         opt.zero_grad()
-        if isinstance(opt, DomainOptimizer):
-            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids)
+        if isinstance(opt, DomainOptimizer) and not isinstance(opt, SWAD):
+            more: dict[str, Any] = {"labels": y} if isinstance(opt, RISE) else {}
+            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids, **more)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             torch._foreach_div_(grads, setting.divisor(opt))
         else:
@@ -89,18 +95,21 @@ def train(
         else:
             loss, peak = measured(partial(step, x, y))
         if count in marks:
-            variance, distance = head_variances(model, fit)
-            curve.append(
-                {
-                    "step": count,
-                    "loss": float(loss),
-                    "validation": statistics.fmean(accuracy(model, *part) for part in held),
-                    "test": accuracy(model, task.images[left_out], task.labels[left_out]),
-                    "variance": variance,
-                    "distance": distance,
-                    "cosine": cosines(model, fit),
-                }
-            )
+            if isinstance(opt, SWAD):
+                opt.evaluate(mean_loss(model, held))
+            with opt.applied() if isinstance(opt, SWAD) else nullcontext():
+                variance, distance = head_variances(model, fit)
+                curve.append(
+                    {
+                        "step": count,
+                        "loss": float(loss),
+                        "validation": statistics.fmean(accuracy(model, *part) for part in held),
+                        "test": accuracy(model, task.images[left_out], task.labels[left_out]),
+                        "variance": variance,
+                        "distance": distance,
+                        "cosine": cosines(model, fit),
+                    }
+                )
     best = max(curve, key=lambda point: point["validation"])
     return {
         "chosen": best["test"],
@@ -139,6 +148,12 @@ def domain_ids(parts: Sequence[Part], batch: int | None) -> Tensor:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """In per cent."""
     return 100 * float((model(x).argmax(1) == y).float().mean())
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, parts: Sequence[Part]) -> float:
+    """The mean of the parts' losses."""
+    return statistics.fmean(float(F.cross_entropy(model(x), y)) for x, y in parts)
 
 
 def head_variances(model: nn.Module, parts: Sequence[Part]) -> tuple[list[float], float]:

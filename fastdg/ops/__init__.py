@@ -5,12 +5,14 @@ from .combine import combine
 from .gram import gram
 from .meta_step import meta_step
 from .moments import moments
+from .oracle_nll import oracle_nll
 from .outer_agreement import outer_agreement
 from .outer_domain import outer_domain
 from .outer_gram import outer_gram
 from .outer_moments import outer_moments
 from .outer_norms import outer_norms
 from .registry import use_backend
+from .text_distance import text_distance
 from .variance_gap import variance_gap
 
 from .backends import backends  # isort: skip  (attaches what is installed; needs the ops above)
@@ -22,11 +24,13 @@ __all__ = [
     "gram",
     "meta_step",
     "moments",
+    "oracle_nll",
     "outer_agreement",
     "outer_domain",
     "outer_gram",
     "outer_moments",
     "outer_norms",
+    "text_distance",
     "use_backend",
     "variance_gap",
 ]

@@ -24,11 +24,15 @@ CPP_OPS = (
     *COLUMN_OPS,
     "moments",
     "moments_backward",
+    "oracle_nll",
+    "oracle_nll_backward",
     "outer_moments",
     "outer_moments_backward",
     "outer_agreement",
     "outer_domain",
     "outer_norms",
+    "text_distance",
+    "text_distance_backward",
 )
 CUDA_OPS = COLUMN_OPS
 

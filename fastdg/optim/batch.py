@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +14,32 @@ from ..statistics.api import Resolved
 from ..statistics.factors import accumulated
 
 
+class Added(NamedTuple):
+    """What terms add to the losses of one micro-batch.
+
+    Attributes:
+        values: of each sample ``[N]``, times the terms' weights, with their graph.
+        statistics: means over its samples, detached.
+    """
+
+    values: Tensor
+    statistics: Mapping[str, Tensor]
+
+
 @dataclass
 class Batch:
-    """One staged micro-batch: its losses, its domains, and what the tape knows of its forward."""
+    """One staged micro-batch: its losses, its domains, what the tape knows of its forward, and
+    what terms add to each loss ``[N]``."""
 
     losses: Tensor
     partition: Partition
     resolved: Resolved
+    terms: Tensor | None
+
+    @property
+    def roots(self) -> list[Tensor]:
+        """Where its graph begins."""
+        return [self.losses] if self.terms is None else [self.losses, self.terms]
 
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:
@@ -34,3 +54,16 @@ def domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
     for batch in staged:
         total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
     return total / count.to(total.dtype)
+
+
+def descend(objective: Tensor, staged: Sequence[Batch]) -> None:
+    """One backward of the objective (0-dim) and of the mean of what terms add to it."""
+    terms, shares = shared_terms(staged)
+    torch.autograd.backward([objective, *terms], [None, *shares])
+
+
+def shared_terms(staged: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """What terms add, and the weights of the samples with which its sum is its mean."""
+    samples = sum(batch.losses.shape[0] for batch in staged)
+    terms = [batch.terms for batch in staged if batch.terms is not None]
+    return terms, [torch.full_like(values, 1 / samples) for values in terms]

@@ -21,10 +21,11 @@ def asks_for_domain(closure: Callable[..., Any]) -> bool:
     )
 
 
-def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor]:
-    """Losses and domain ids from what ``closure(domain)`` returned: both, or the losses alone."""
+def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Losses, domain ids and further inputs from what ``closure(domain)`` returned: all, the first
+    two, or the losses alone."""
     if isinstance(result, Tensor):
-        return result, torch.full(result.shape, domain)
+        return result, torch.full(result.shape, domain), {}
     return check_result(result)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..domains import partition
-from ..statistics.api import spent
+from ..domains import Partition, partition
+from ..statistics.api import Resolved, spent
 from ..statistics.collect import MixedSamples
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
 from .wrapped import deliver
@@ -89,13 +89,17 @@ class DomainGradientOptimizer(DomainOptimizer):
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         """The gradient to step along, and the algorithm's own statistics."""
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> DomainBatch:
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> DomainBatch:
+        total = losses if terms is None else losses + terms
         parts = partition(domains, losses, self.num_domains)
         extent = parts.num_domains
+
+        def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
+            return DomainBatch(losses, parts, resolved, terms, total, ids, extent)
+
         if not _readable(domains, self.num_domains):
             try:
-                resolved = self._tape.resolve(losses)
-                return DomainBatch(losses, parts, resolved, list(range(extent)), extent)
+                return made(parts, self._tape.resolve(total), list(range(extent)))
             except MixedSamples:
                 pass  # one wait for the device, and it may turn out to be one domain's forward
         present, rows = torch.unique(domains.detach().long(), return_inverse=True)
@@ -103,9 +107,9 @@ class DomainGradientOptimizer(DomainOptimizer):
         if len(ids) < extent:
             parts = partition(rows, losses, len(ids))
         if len(ids) == 1:
-            return DomainBatch(losses, parts, self._tape.reached(losses), ids, extent)
+            return made(parts, self._tape.reached(total), ids)
         try:
-            return DomainBatch(losses, parts, self._tape.resolve(losses), ids, extent)
+            return made(parts, self._tape.resolve(total), ids)
         except MixedSamples as error:
             raise ValueError(
                 f"losses: {error.where} normalises over the batch (training mode), which mixes the "
@@ -119,7 +123,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         *earlier, batch = self._staged
         with torch.no_grad():
             self._staged = [Gathered.of(earlier, batch)]
-        spent([batch.losses])
+        spent([batch.total])
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         *earlier, batch = staged

@@ -16,14 +16,9 @@ from .batch import Batch
 from .buffers import KINDS, Before, Buffers
 from .closures import asks_for_domain, check_same, losses_of
 from .loading import Kept
-from .settings import Setting, check_switch, check_weight, checked
+from .settings import Setting, check_steps, check_switch, check_weight, checked
 from .weighted import Losses, Weighted
 from .wrapper import Closure
-
-
-def check_steps(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
 @dataclass
@@ -137,8 +132,8 @@ class Fish(Weighted):
 
     # -- inner steps --
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
-        batch = super()._batch(losses, domains)
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
+        batch = super()._batch(losses, domains, terms)
         ids = domains if domains.device.type == "cpu" else batch.partition.domains
         message = (
             "domains: Fish takes its steps on one domain after the other, so a batch holds the "
@@ -149,7 +144,7 @@ class Fish(Weighted):
         if self._staged:
             first = self._staged[0].domain.to(ids.device)
             check_same(ids, first, f"{message}, micro-batches with final=False among them")
-        return Single(losses, batch.partition, batch.resolved, ids[0])
+        return Single(losses, batch.partition, batch.resolved, terms, ids[0])
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.shares, self._meta
@@ -168,7 +163,8 @@ class Fish(Weighted):
             if d:
                 self._advance()
             self.zero_grad()
-            self.backward(*losses_of(closure(d), d))
+            losses, domains, inputs = losses_of(closure(d), d)
+            self.backward(losses, domains, **inputs)
             seen.append(self._statistics)
         self._statistics = {**self._statistics, **_together(seen)}
         return self._statistics["loss"]

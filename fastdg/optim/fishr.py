@@ -16,7 +16,7 @@ from ..statistics.collect import refuse_fused_attention
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
 from .annealed import Annealed
-from .batch import Batch, domain_loss, total_loss
+from .batch import Batch, descend, domain_loss, total_loss
 from .settings import Setting, check_decay, check_reduction, checked
 from .wrapped import accumulate
 
@@ -121,7 +121,8 @@ class Fishr(Annealed):
         if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
             for batch in staged:
                 refuse_fused_attention(batch.resolved.found)
-        plain = not _hooked(staged) and not _sparse(staged)
+        terms = any(batch.terms is not None for batch in staged)
+        plain = not (terms or _hooked(staged) or _sparse(staged))
         if weight == 0 and self.params != "head" and plain:
             moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])
             penalty, objective = self._penalty(moments, staged), loss
@@ -130,7 +131,7 @@ class Fishr(Annealed):
             penalty = self._penalty(moments, staged)
             # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
             objective = loss + weight * penalty if weight > 0 else loss
-            objective.backward()
+            descend(objective, staged)
         variance = {name: v.detach() for name, v in moments.variance.items()}
         self._pending = variance, moments.present, _parameters(staged)
         domains = max(len(moments.count), *map(len, self._kept["ema"].values()), 0)

@@ -23,10 +23,12 @@ class DomainBatch(Batch):
     """A micro-batch whose partition is of the domains ``ids`` alone.
 
     Attributes:
+        total: losses with what terms add to them ``[N]``; the gradient is of these.
         ids: the domains that have samples, where that is known without a wait; else all.
         extent: D.
     """
 
+    total: Tensor
     ids: list[int]
     extent: int
 
@@ -139,13 +141,15 @@ class Swept(Gradients):
                 made[chosen[name]] = compute(factor)
 
         with unhooked(rest):
-            grads = collect(self.batch.losses, found, owned, chosen.__contains__, use, extra=rest)
+            grads = collect(self.batch.total, found, owned, chosen.__contains__, use, extra=rest)
         self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
         return made
 
 
 class Gathered(Gradients):
     """Of several micro-batches, each of whose gradients were taken as it came."""
+
+    roots: Sequence[Tensor] = ()  # their graphs are gone
 
     def __init__(self) -> None:
         self.sums: dict[Tensor, dict[int, Tensor]] = {}  # of its samples' gradients, by domain
@@ -189,8 +193,8 @@ class Gathered(Gradients):
         leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
         samples = batch.losses.shape[0]
         scale = 0.5 ** (samples - 1).bit_length()  # about the mean, exactly: fp16 may not overflow
-        weight = torch.full_like(batch.losses, scale)
-        grads = gradients_of(batch.losses, leaves, weight, retain_graph=False)
+        weight = torch.full_like(batch.total, scale)
+        grads = gradients_of(batch.total, leaves, weight, retain_graph=False)
         for p, grad in zip(leaves, grads, strict=True):
             if grad is None:
                 continue

@@ -17,7 +17,8 @@ from ..statistics.collect import refuse_fused_attention
 from ..statistics.factors import accumulated
 from ..statistics.moments import merge
 from ..statistics.tape import paused
-from .batch import Batch
+from .batch import Batch, descend
+from .chain import terms_of
 from .closures import asks_for_domain, check_same, losses_of
 from .rerun import Start
 from .settings import Setting, check_weight, checked
@@ -98,9 +99,9 @@ class IGA(DomainOptimizer):
             settings=checked(type(self), {"penalty_weight": penalty_weight}),
         )
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         try:
-            return super()._batch(losses, domains)
+            return super()._batch(losses, domains, terms)
         except ValueError as error:
             if not str(error).startswith("params:"):
                 raise
@@ -132,7 +133,7 @@ class IGA(DomainOptimizer):
         objective = losses.objective(losses.shares, staged)
         if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
             objective = objective + weight * penalty
-        objective.backward()
+        descend(objective, staged)
         self._statistics = {
             **losses.statistics(),
             "penalty": penalty.detach(),
@@ -146,6 +147,12 @@ class IGA(DomainOptimizer):
         name = type(self).__name__
         refuse_ranks(name)
         refuse_groups(self.param_groups, name)
+        if terms := terms_of(self):
+            raise ValueError(
+                f"closure: IGA runs a closure that asks for a domain twice, which "
+                f"{type(terms[0]).__name__} cannot follow; call opt.backward(losses, domains) on a "
+                "mixed batch"
+            )
         if self.num_domains is None:
             raise ValueError(
                 "num_domains: opt.step(closure) asks for the losses of each domain in turn; pass "
@@ -205,7 +212,7 @@ class IGA(DomainOptimizer):
         held = [(p, p.grad) for p in self._trained()]
         for p, _ in held:  # closures clear gradients, by custom
             p.grad = None
-        losses, domains = losses_of(closure(d), d)
+        losses, domains, _ = losses_of(closure(d), d)
         for p, grad in held:
             p.grad = grad
         check_losses(losses)

@@ -19,7 +19,8 @@ from ..statistics.graph import sweep
 from ..statistics.layers.generic import as_it_was
 from ..statistics.tape import Call, paused
 from .annealed import Annealed
-from .batch import Batch
+from .batch import Batch, descend
+from .chain import terms_of
 from .settings import checked
 from .weighted import UNSEEN, Losses, check_reached, refuse_again
 from .wrapper import Closure
@@ -118,30 +119,37 @@ class IRM(Annealed):
         self.check_rows = check
 
     def backward(
-        self, losses: Tensor, domains: Tensor, final: bool = True, logits: Tensor | None = None
+        self,
+        losses: Tensor,
+        domains: Tensor,
+        final: bool = True,
+        logits: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """As `DomainOptimizer.backward`; ``logits`` ``[N, *]`` are those of ``losses``, with their
         graph."""
         self._logits = logits
+        if any("logits" in term.inputs() for term in terms_of(self)):
+            inputs["logits"] = logits
         try:
-            return super().backward(losses, domains, final)
+            return super().backward(losses, domains, final, **inputs)
         finally:
             self._logits = None
 
     def _evaluate(self, closure: Closure) -> Tensor:
         result = closure()
-        if isinstance(result, tuple) and len(result) == 3:
+        if isinstance(result, tuple) and len(result) == 3 and not isinstance(result[2], dict):
             losses, domains, logits = result
             return self.backward(losses, domains, logits=logits)
         return super()._evaluate(lambda: result)
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> Scored:
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Scored:
         if self._logits is not None:
             check_logits(self._logits, losses)
             refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
-            return Scored(losses, parts, UNSEEN, self._logits, None)
-        batch = super()._batch(losses, domains)
+            return Scored(losses, parts, UNSEEN, terms, self._logits, None)
+        batch = super()._batch(losses, domains, terms)
         calls = batch.resolved.found.calls
         if len(calls) != 1 or len(calls[0].outputs) != 1:
             what = "several times" if len(calls) > 1 else "and returned several tensors"
@@ -149,7 +157,7 @@ class IRM(Annealed):
                 f"{calls[0].where}: the head ran {what}, so it is not known which output the "
                 "logits are; pass them: opt.backward(losses, domains, logits=logits)"
             )
-        return Scored(losses, batch.partition, batch.resolved, None, calls[0])
+        return Scored(losses, batch.partition, batch.resolved, terms, None, calls[0])
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
@@ -161,7 +169,7 @@ class IRM(Annealed):
             objective = losses.objective(losses.shares, staged)
             if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
                 objective = objective + weight * penalty
-            objective.backward()
+            descend(objective, staged)
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {
             **losses.statistics(),

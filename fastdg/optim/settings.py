@@ -59,6 +59,11 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
 
 
+def check_steps(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
 def check_decay(name: str, value: Any) -> None:
     if value is not None and not (_number(value) and 0 <= value < 1):
         raise ValueError(f"{name}: expected None or a decay in [0, 1), got {value!r}")

@@ -57,6 +57,22 @@ def is_probe(base: Optimizer) -> bool:
     )
 
 
+def new_parameters(name: str, inner: str) -> RuntimeError:
+    """What to raise if the optimizer inside has grown behind the wrapper's back."""
+    return RuntimeError(
+        f"the wrapped {inner} was given new parameters that this forward was not watched for: run "
+        f"the model again, and call add_param_group on the {name}"
+    )
+
+
+def used_twice(name: str) -> RuntimeError:
+    """What to raise for a second backward on one forward."""
+    return RuntimeError(
+        f"{name}.backward was already called on this forward; run the model again, or add the "
+        "losses up first and call backward once"
+    )
+
+
 def no_backward(name: str, staged: bool) -> RuntimeError:
     """What to raise for a step that nothing, or only micro-batches, came before."""
     return RuntimeError(

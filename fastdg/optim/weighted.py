@@ -15,7 +15,7 @@ from ..statistics.api import Resolved, Tape
 from ..statistics.factors import accumulated
 from ..statistics.graph import Found
 from ..statistics.moments import rows
-from .batch import Batch, domain_loss, total_loss
+from .batch import Batch, domain_loss, shared_terms, total_loss
 from .wrapper import DomainOptimizer
 
 UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {})
@@ -91,12 +91,11 @@ def refuse_again(losses: Tensor, staged: Iterable[Batch], name: str) -> None:
         )
 
 
-class Weighted(DomainOptimizer):
-    r"""Base of algorithms with the gradient :math:`\sum_d c_d \nabla\ell_d` of domain mean losses.
+class Unwatched(DomainOptimizer):
+    """Base of wrappers that need no gradients of single samples or domains.
 
-    An algorithm implements `_coefficients`. One ordinary backward of a weighted sum: whatever
-    autograd can differentiate goes, batch norm in training and compiled models among it, and no
-    forward is watched.
+    One ordinary backward: whatever autograd can differentiate goes, batch norm in training and
+    compiled models among it, and no forward is watched.
     """
 
     _asked = False  # for the tape
@@ -117,16 +116,25 @@ class Weighted(DomainOptimizer):
             self._rewatch()
         return self._tape
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         refuse_again(losses, self._staged, type(self).__name__)
-        return Batch(losses, partition(domains, losses, self.num_domains), UNSEEN)
+        return Batch(losses, partition(domains, losses, self.num_domains), UNSEEN, terms)
+
+
+class Weighted(Unwatched):
+    r"""Base of algorithms with the gradient :math:`\sum_d c_d \nabla\ell_d` of domain mean losses.
+
+    An algorithm implements `_coefficients`.
+    """
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         losses = Losses.of(staged, self._domains())
         coefficients, more = self._coefficients(losses)
         weights = losses.weights(coefficients, staged)
         parts = [batch.losses for batch in staged]
-        torch.autograd.backward(parts, [w.to(x.dtype) for w, x in zip(weights, parts, strict=True)])
+        terms, shares = shared_terms(staged)
+        grads = [w.to(x.dtype) for w, x in zip(weights, parts, strict=True)]
+        torch.autograd.backward([*parts, *terms], [*grads, *shares])
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {**losses.statistics(), **more}
         return losses.mean

@@ -19,6 +19,8 @@ class Wrapping(Optimizer):
     """An optimizer whose groups, state and defaults are those of ``base``, by reference."""
 
     base: Optimizer
+    _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    role = "algorithm"  # or "term", which others may go around, or "average", outermost
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -69,14 +71,17 @@ def check_extent(num_domains: Any, model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-def check_result(result: Any) -> tuple[Tensor, Tensor]:
-    """What a closure returned, if it is ``(losses, domains)``."""
+def check_result(result: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What a closure returned, if it is ``(losses, domains)``, with the further inputs of
+    `backward` as a third or without."""
+    if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], dict):
+        return result
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "closure: expected it to return (losses, domains) and to leave backward to step, got "
             f"{type(result).__name__}"
         )
-    return result
+    return *result, {}
 
 
 def names_of(

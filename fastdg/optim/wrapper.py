@@ -16,9 +16,9 @@ from ..domains import partition
 from ..statistics.api import Tape, check_losses, listed, spent
 from ..statistics.factors import accumulated
 from ..statistics.tape import Recorder, Selection, paused
-from . import loading
+from . import loading, support
 from .batch import Batch
-from .support import is_probe, no_backward, refuse_groups, refuse_ranks, refuse_scaler
+from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -63,7 +63,7 @@ class DomainOptimizer(Wrapping):
 
     _tape: Tape
     _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
-    _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _told: list[Told]  # what terms have to say of everything staged
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
     _loading = False
@@ -73,6 +73,7 @@ class DomainOptimizer(Wrapping):
     _transient: tuple[str, ...] = (
         "_tape",
         "_staged",
+        "_told",
         "_ready",
         "_pending",
         "_statistics",
@@ -91,20 +92,16 @@ class DomainOptimizer(Wrapping):
         check: bool = True,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        if isinstance(base, DomainOptimizer):
-            raise TypeError(
-                f"base: {type(base).__name__} is a wrapper itself, and wrappers do not nest, since "
-                f"each has a backward of its own; give {type(self).__name__} the optimizer inside"
-            )
+        check_order(self, base)
         check_base(base, type(self).__name__)
-        refuse_groups(base.param_groups, type(self).__name__, self.penalises)
+        support.refuse_groups(base.param_groups, type(self).__name__, self.penalises)
         check_extent(num_domains, model)
         self.base = base
         self.params = listed(params)
         self.num_domains = num_domains
         self.check = check
         self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
-        self._names = names_of(self.param_groups, model, {})
+        self._names = names_of(self.param_groups, model, self._known())
         check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
         self._watch(model)
@@ -125,7 +122,9 @@ class DomainOptimizer(Wrapping):
 
     # -- training --
 
-    def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
         """In place of ``losses.mean().backward()``: adds the algorithm's gradient to ``.grad``.
 
         Args:
@@ -135,13 +134,14 @@ class DomainOptimizer(Wrapping):
                 alone; the next final call merges everything staged, weighted by the number of
                 samples. The graphs of staged micro-batches stay alive until then, unless the
                 wrapper takes what it needs of them at once.
+            inputs: what the terms inside this wrapper ask for (see there).
 
         Returns:
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
 
         Raises:
-            TypeError, ValueError: ``losses`` or ``domains`` are not as described; batch norm in
-                training mode among the tracked layers.
+            TypeError, ValueError: ``losses``, ``domains`` or ``inputs`` are not as described; batch
+                norm in training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
                 the captured gradients are not autograd's; training runs on several ranks.
 
@@ -149,48 +149,46 @@ class DomainOptimizer(Wrapping):
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
-            self._stage(losses, domains)
+            self._stage(losses, domains, inputs)
             if not final:
                 self._defer()
                 return accumulated(losses.detach()).mean()
-            staged, self._staged = self._staged, []
+            (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
             with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
             if self._tape.recorder.handles:
-                spent(batch.losses for batch in staged)
+                spent(part for batch in staged for part in batch.roots)
         except BaseException:
-            self._staged = []
+            self._staged, self._told = [], []
             raise
-        self._ready = True
+        self._statistics = merged(heard, self._statistics)
+        for link in chain(self):
+            link._ready = True
         return loss
 
-    def _stage(self, losses: Tensor, domains: Tensor) -> None:
+    def _stage(self, losses: Tensor, domains: Tensor, inputs: dict[str, Any]) -> None:
         check_losses(losses)
-        refuse_ranks(type(self).__name__)
-        refuse_groups(self.param_groups, type(self).__name__, self.penalises)
+        support.refuse_ranks(type(self).__name__)
+        support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
             self._rewatch()
-            raise RuntimeError(
-                f"the wrapped {type(self.base).__name__} was given new parameters that this "
-                "forward was not watched for: run the model again, and call add_param_group on the "
-                f"{type(self).__name__}"
-            )
-        batch = self._batch(losses, domains)
+            raise support.new_parameters(type(self).__name__, type(self.base).__name__)
+        added = added_by(terms_of(self), losses, inputs, type(self).__name__)
+        batch = self._batch(losses, domains, added.values if added is not None else None)
         calls = batch.resolved.found.calls
         if any(call.swept for call in calls):
-            raise RuntimeError(
-                f"{type(self).__name__}.backward was already called on this forward; run the model "
-                "again, or add the losses up first and call backward once"
-            )
+            raise support.used_twice(type(self).__name__)
         for call in calls:
             call.swept = True
         self._tape.recorder.settle()
         self._staged.append(batch)
+        if added is not None:
+            self._told.append(told(added))
 
-    def _batch(self, losses: Tensor, domains: Tensor) -> Batch:
-        """What to stage of a micro-batch; every check on it."""
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
+        """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         parts = partition(domains, losses, self.num_domains)
-        return Batch(losses, parts, self._tape.resolve(losses))
+        return Batch(losses, parts, self._tape.resolve(losses), terms)
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
@@ -209,8 +207,9 @@ class DomainOptimizer(Wrapping):
         """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
 
         Args:
-            closure: optional; returns ``(losses, domains)``, which are passed to `backward` first.
-                It is called once, with gradients enabled.
+            closure: optional; returns ``(losses, domains)``, or ``(losses, domains, {name:
+                input})``, which are passed to `backward` first. It is called once, with gradients
+                enabled.
 
         Returns:
             The mean loss if a closure was given, else None.
@@ -219,14 +218,14 @@ class DomainOptimizer(Wrapping):
             RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
                 the call comes from a ``torch.amp.GradScaler``.
         """
-        refuse_scaler(self)
+        support.refuse_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = self._evaluate(closure)
         elif self._staged or not self._ready:
-            if self._staged or not is_probe(self.base):
-                raise no_backward(type(self).__name__, bool(self._staged))
+            if self._staged or not support.is_probe(self.base):
+                raise support.no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
             return None
         self._advance()
@@ -234,7 +233,8 @@ class DomainOptimizer(Wrapping):
 
     def _evaluate(self, closure: Closure) -> Tensor:
         """Run the closure of a `step`, and backward on what it returns."""
-        return self.backward(*check_result(closure()))
+        losses, domains, inputs = check_result(closure())
+        return self.backward(losses, domains, **inputs)
 
     def _advance(self) -> None:
         """Step on the gradient there is, and let own state follow."""
@@ -249,7 +249,7 @@ class DomainOptimizer(Wrapping):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and whatever `backward` has staged or left for `step`."""
-        self._staged, self._ready, self._pending = [], False, None
+        self._staged, self._told, self._ready, self._pending = [], [], False, None
         self.base.zero_grad(set_to_none)
 
     @property
@@ -342,30 +342,39 @@ class DomainOptimizer(Wrapping):
         for name, tensors in self._kept.items():
             for p, tensor in tensors.items():
                 yield p, f"{self.prefix}_{name}", tensor
+        if isinstance(self.base, DomainOptimizer):  # a term
+            yield from self.base._own_tensors()
 
     def _reset_base(self) -> None:
         """Make the wrapped optimizer's state that of a new one, in place."""
-        state = fresh_state(self.base)
+        state = fresh_state(innermost(self.base))
         self.state.clear()
         self.state.update(state)
 
     def _rewatch(self) -> None:
         model = self._model() if self._model is not None else None
-        self._names = names_of(self.param_groups, model, self._names)
+        self._names = names_of(self.param_groups, model, {**self._names, **self._known()})
         self._watch(model)
 
     def _watch(self, model: nn.Module | None) -> None:
         if "_tape" in self.__dict__:
             self._tape.recorder.close()
         self._model = weakref.ref(model) if model is not None else None
+        if model is not None:
+            model = nn.ModuleList([model, *(m for term in terms_of(self) for m in term.modules())])
         self._tape = Tape(Recorder(self._names, model), self.params, self.check)
         self._watched = self._size()
+
+    def _known(self) -> dict[Tensor, str]:
+        """Names of parameters that wrappers inside have."""
+        return self.base._names if isinstance(self.base, DomainOptimizer) else {}
 
     def _size(self) -> int:
         return sum(len(group["params"]) for group in self.param_groups)
 
     def _clear(self) -> None:
-        self._staged, self._ready, self._pending, self._statistics = [], False, None, {}
+        self._staged, self._told, self._ready, self._pending = [], [], False, None
+        self._statistics = {}
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = (*self._transient, *self._patched)

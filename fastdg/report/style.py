@@ -24,6 +24,7 @@ COLOURS = {
     "pcgrad": "#cc79a7",
     "and-mask": "#e69f00",
     "sand-mask": "#f0e442",
+    "rise": "#6a3d9a",
 }
 STYLE: Any = {
     "font.size": 8.5,

@@ -42,13 +42,37 @@ def paused() -> Iterator[None]:
         _paused.reset(token)
 
 
+def watching() -> bool:
+    """Whether a forward that runs now is the user's own, and one to be trained on."""
+    return (
+        torch.is_grad_enabled()
+        and not _paused.get()
+        and not torch._C._is_tracing()
+        # The user's own torch.func transform, for which fastdg.func is
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def recording() -> bool:
+    """Whether a forward that runs now is the user's, and will have a backward.
+
+    Not inside the user's own torch.func transforms, for which fastdg.func is.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not _paused.get()
+        and not torch._C._is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a module that owns tracked parameters, or that mixes samples.
 
     Attributes:
         module: the module.
-        args, kwargs: what it was called with, with an `_alias` in place of each tensor.
+        args, kwargs: what it was called with, with an `alias` in place of each tensor.
         parameters: local name -> full name of its own tracked parameters.
         outputs: shape, dtype and device of each tensor it returned that carries a gradient, else
             None.
@@ -171,10 +195,8 @@ class Recorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Record a call; returns what the module shall return in place of ``output``, or None."""
-        if not torch.is_grad_enabled() or _paused.get() or torch._C._is_tracing():
+        if not watching():
             return None
-        if torch._C._are_functorch_transforms_active():
-            return None  # the user's own torch.func transform, for which fastdg.func is
         own = self._own(module)
         if not own and not spans_samples(module):
             return None
@@ -183,7 +205,7 @@ class Recorder:
         self.seen.setdefault(id(module), weakref.ref(module))
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
-        aliases = {id(t): _alias(t) for t in inputs}  # one for query, key and value that are one
+        aliases = {id(t): alias(t) for t in inputs}  # one for query, key and value that are one
 
         def aliased(tree: Any) -> Any:
             if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
@@ -270,7 +292,7 @@ class _Alias(torch.autograd.Function):
 _behind_node = super(torch.autograd.Function, _Alias).apply
 
 
-def _alias(tensor: Tensor) -> Tensor:
+def alias(tensor: Tensor) -> Tensor:
     """What to keep of a module's input, as autograd keeps what it saves.
 
     A tensor that is changed in place later on gets a new graph node, one below which the module's

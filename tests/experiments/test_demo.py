@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from fastdg import Fishr
 from fastdg.cli.tables import demo_tables
 from fastdg.data.digits import TASKS
-from fastdg.experiments import demo, training
+from fastdg.experiments import demo, pretraining, training
 from fastdg.experiments.demo import Plan
 from fastdg.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
 from fastdg.experiments.storage import write_json
@@ -197,12 +198,12 @@ def test_erm_is_plain_training_on_the_batches_of_the_others(name: str, left_out:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> None:
     setting, chosen = SETTINGS[task], ALGORITHMS[algorithm]
-    opt = setting.optimizer(algorithm, setting.network(1, 10), 5, 200, 0)
+    opt = setting.optimizer(algorithm, setting.network(1, 10), range(5), 200, 0)
     assert type(opt) is (chosen.wrapper or torch.optim.Adam)
     assert opt.param_groups[0]["lr"] == setting.lr
     if chosen.wrapper is None:
         return
-    assert opt.num_domains == 5
+    assert opt.num_domains == (None if algorithm == "swad" else 5)
     wanted = {**chosen.given, **setting.given.get(chosen.wrapper, {})}
     assert {name: getattr(opt, name) for name in wanted} == wanted
     if chosen.wrapper in setting.given:
@@ -220,12 +221,25 @@ def test_every_algorithm_trains(algorithm: str) -> None:
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
+def test_a_backbone_is_pretrained_on_the_images_given() -> None:
+    """All but the last layer, the same way each time."""
+    task, setting = TASKS["rotated"](0), SETTINGS["rotated"]
+    torch.manual_seed(0)
+    model = setting.network(1, 10)
+    other, fresh = copy.deepcopy(model), copy.deepcopy(model)
+    for network in (model, other):
+        pretraining.pretrain(network, task.images[:2], 3)
+    for one, two, before in zip(*(m.parameters() for m in (model, other, fresh)), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, before) == (before.shape[0] == 10)
+
+
 def test_a_penalty_of_the_script_divides_the_gradient_after_the_anneal() -> None:
     setting = SETTINGS["coloured"]
-    opt = setting.optimizer("vrex", setting.network(2, 2), 2, 10, 0)
+    opt = setting.optimizer("vrex", setting.network(2, 2), range(2), 10, 0)
     opt.param_groups[0]["vrex_steps"] = setting.anneal_steps(10)
     assert setting.divisor(opt) == opt.penalty_weight == 91257.18613115903
-    assert setting.divisor(setting.optimizer("pcgrad", setting.network(2, 2), 2, 10, 0)) == 1
+    assert setting.divisor(setting.optimizer("pcgrad", setting.network(2, 2), range(2), 10, 0)) == 1
 
 
 def test_the_first_best_mean_validation_chooses_and_the_domain_left_out_does_not(

@@ -167,6 +167,21 @@ def backward(a: Tensor, delta: Tensor, window: list[int]) -> None:
     )
 
 
+def distances(N: int, C: int, A: int, E: int, dtype: torch.dtype = torch.float32) -> None:
+    labels, teacher = meta(N, dtype=torch.int64), meta(C, A, dtype=dtype)
+    tables = meta(C, E, dtype=dtype), meta(C, A, E, dtype=dtype), teacher
+    embeddings, up = meta(N, E, dtype=dtype), meta(N, dtype=dtype)
+    kernels.text_distance.text_distance(embeddings, labels, *tables)
+    kernels.text_distance.text_distance_backward(up, up, embeddings, labels, *tables)
+
+
+def oracles(N: int, C: int, P: int, rows: bool = False, oracle: torch.dtype | None = None) -> None:
+    features = meta(N, P, C).transpose(1, 2) if rows else meta(N, C, P)
+    args = features, features.to(oracle), meta(C)
+    kernels.oracle_nll.oracle_nll(*args)
+    kernels.oracle_nll.oracle_nll_backward(meta(N), *args, meta(N, C))
+
+
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
@@ -201,6 +216,14 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6))),
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6), steepness=10.0)),
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
+    ("CLIP text", FP32, lambda: distances(128, 65, 3, 512)),
+    ("CLIP text", FP32, lambda: distances(128, 65, 3, 512, torch.bfloat16)),
+    ("many anchors", FP32, lambda: distances(128, 65, 100, 768)),
+    ("ResNet map", FP32, lambda: oracles(96, 256, 3136)),
+    ("ResNet map", FP32, lambda: oracles(96, 2048, 49, oracle=torch.bfloat16)),
+    ("ViT tokens", FP32, lambda: oracles(96, 768, 197, rows=True)),
+    ("ones", FP32, lambda: oracles(1, 1, 1)),
+    ("ones", TF32, lambda: distances(1, 1, 1, 1)),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: agreement(*conv(1, 1, 1, 3, THREE), D=1)),
     ("ones", TF32, lambda: backward(*conv(1, 1, 1, 4, THREE))),

@@ -316,6 +316,9 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     a, delta, window = rows(4, 3, 5, 6)
     order, offsets = partition((4,), 0)
     mean = torch.zeros(1, 6, 5)
+    up = torch.zeros(4)
+    maps = torch.zeros(4, 3, 5), torch.zeros(4, 3, 5)
+    texts = torch.zeros(4, 5), order, torch.zeros(2, 5), torch.zeros(2, 3, 5), torch.zeros(2, 3)
     arguments = {
         "moments": (a[:, 0], order, offsets),
         "moments_backward": (a[0, :1], a[0, :1], a[:, 0], a[0, :1], order, offsets),
@@ -324,6 +327,10 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
         "outer_moments": (a, delta, order, offsets, window),
         "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
         "outer_norms": (a, delta, window),
+        "oracle_nll": (*maps, torch.zeros(3)),
+        "oracle_nll_backward": (up, *maps, torch.zeros(3), torch.zeros(4, 3)),
+        "text_distance": texts,
+        "text_distance_backward": (up, up, *texts),
     }
     assert set(arguments) == set(attached)
     for name, (backend, _, supports) in attached.items():

@@ -32,6 +32,12 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     lists = [torch.randn(s, device=device, requires_grad=grad) for s in ((2, 3), (5,)) * 3]
     weights = torch.tensor([0.5, 0.0, -2.0], device=device)
     inf = float("inf")
+    labels = torch.tensor([0, 1, 1, 0, 2, 1], device=device)
+    tables = [torch.randn(3, *shape, device=device) for shape in ((9,), (2, 9), (2,))]
+    each = torch.randn(6, device=device)
+    scale = torch.randn(2, device=device)
+    maps = torch.randn(6, 2, 20, device=device, requires_grad=grad)
+    tokens = torch.randn(6, 3, 4, device=device).mT.requires_grad_(grad)
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
@@ -52,6 +58,13 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
+        "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
+        "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
+        "oracle_nll, no maps": (maps.detach(), maps.detach() + 1, scale),
+        "oracle_nll_backward": (each, maps, maps.detach() + 1, scale, flat[:, :2]),
+        "oracle_nll_backward, rows": (each, tokens, tokens.detach() + 1, up[0, :4], flat[:, :4]),
+        "text_distance": (flat, labels, *tables),
+        "text_distance_backward": (each, each, flat, labels, *tables),
         "variance_gap": (variance, ema, present, 2.0),
         "variance_gap, no history": (variance, [], present, 0.0),
         "variance_gap_backward": (scalar, variance, ema, present, 2.0),
@@ -59,7 +72,8 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
 
 
 def differentiable(name: str) -> bool:
-    return name.split(",")[0] in ("moments", "outer_moments", "variance_gap")
+    once = ("moments", "oracle_nll", "outer_moments", "text_distance", "variance_gap")
+    return name.split(",")[0] in once
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -99,6 +113,9 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "outer_domain": (ops.outer_domain, "outer_domain"),
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),
+    "oracle_nll": (ops.oracle_nll, "oracle_nll"),
+    "oracle_nll, rows": (ops.oracle_nll, "oracle_nll, rows"),
+    "text_distance": (ops.text_distance, "text_distance"),
     "variance_gap": (ops.variance_gap, "variance_gap"),
     "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
     "combine": (lambda flat, w: ops.combine(domains(flat, 3), w), "combine"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +55,63 @@ WRAPS: dict[str, Wrap] = {
     "IRM": lambda base, **more: fastdg.IRM(base, **{"anneal_steps": 2, **more}),
     "VREx": lambda base, **more: fastdg.VREx(base, **{"anneal_steps": 2, **more}),
     "GroupDRO": lambda base, **more: fastdg.GroupDRO(base, **{"eta": 0.5, **more}),
+    "MIRO": lambda base, **more: miro(base, **more),
+    "Fishr(MIRO)": lambda base, **more: wrap(miro(base), **more),
+    "AgrSum(MIRO)": lambda base, **more: fastdg.AgrSum(miro(base), **more),
+    "RISE": lambda base, **more: rise(base, **more),
+    "SWAD(Fishr)": lambda base, **more: fastdg.SWAD(wrap(base, **more), model_of(base)),
 }
+
+
+def model_of(base: Optimizer) -> nn.Sequential:
+    """The network that the optimizer was made for."""
+    first = base.param_groups[0]["params"][0]
+    return next(model for model in NETWORKS if model[0].weight is first)
+
+
+def miro(base: Optimizer, **more: Any) -> fastdg.MIRO:
+    """With the same oracle each time, as a run that is resumed has it."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(5)
+        oracle = Network().to(base.param_groups[0]["params"][0].dtype)
+    return fastdg.MIRO(base, model_of(base), oracle, layers=["0", "2"], **more)
+
+
+class RISE(fastdg.RISE):
+    """Makes up its labels, so that it may be given what all are given."""
+
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        labels = torch.arange(len(losses)) % 3
+        return super().backward(losses, domains, final, **{"labels": labels, **inputs})
+
+
+def rise(base: Optimizer, **more: Any) -> RISE:
+    """Embeddings are what is before the last layer."""
+    generator = torch.Generator().manual_seed(2)
+    anchors = torch.randn(3, 2, 5, generator=generator)
+    return RISE(base, model_of(base)[1], anchors.mean(1), anchors, **more)
 
 
 def even(gram: Tensor) -> Tensor:
     """A weighting that can be pickled."""
     return gram.new_full(gram.shape[:1], 1 / len(gram))
+
+
+class Network(nn.Sequential):
+    """Remembered, with its copies, by who has to find it again."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        NETWORKS.append(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        NETWORKS.append(self)
+
+
+NETWORKS: deque[Network] = deque(maxlen=8)
 
 
 @dataclass(frozen=True)
@@ -81,15 +133,16 @@ class Case:
 
 
 # What differs between the optimizers inside is no wrapper's own: one has them all
+TWO = ("fused_adamw", "adagrad")
 CASES = [
     Case(wrapper, base)
     for wrapper in WRAPS
-    for base in (BASES if wrapper == "Fishr" else ("fused_adamw", "adagrad"))
+    for base in (BASES if wrapper == "Fishr" else TWO[:1] if "(" in wrapper else TWO)
 ]
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    return Network().to(dtype)
 
 
 def batch(model: nn.Module, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def test_state_dict_has_only_what_checkpoint_libraries_keep(case: Case) -> None:
     _, opt = case.trained()
     state = opt.state_dict()
     assert set(state) == {"state", "param_groups"}
-    assert set(state["state"]) <= {0, 1, 2, 3}
+    assert set(state["state"]) <= set(range(opt._size()))
     assert state["param_groups"][0][f"{opt.prefix}_steps"] == 4
     assert case.wrapper != "Fishr" or len(emas(opt)) == 2
 
@@ -151,6 +151,8 @@ def test_state_of_the_bare_optimizer_loads(case: Case) -> None:
     assert opt.steps == 0
     steps(model, opt, range(3))
     assert opt.steps == 3
+    if "MIRO" in case.wrapper:  # which has one more group
+        return
     # and the other way: the bare optimizer takes the wrapper's
     case.make(plain.parameters()).load_state_dict(opt.state_dict())
 
@@ -177,6 +179,8 @@ def test_distributed_checkpoint_state_dict(case: Case, flatten: bool) -> None:
     """Names in place of ids, a probing step, keyword loading; in one process."""
     from torch.distributed.checkpoint import state_dict as dcp
 
+    if "MIRO" in case.wrapper:
+        pytest.skip("asks for a module that owns all parameters: in test_miro.py")
     options = dcp.StateDictOptions(flatten_optimizer_state_dict=flatten)
     model, opt = case.trained()
     weights = copy.deepcopy(model.state_dict())
@@ -206,14 +210,16 @@ def test_a_probing_step_is_the_bare_optimizer_s(case: Case) -> None:
     rates = [group["lr"] for group in opt.param_groups]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    opt.param_groups[0]["lr"] = 0.0
+    for group in opt.param_groups:
+        group["lr"] = 0.0
     if opt.state:  # Adagrad is born with its state, so that nobody probes it
         with pytest.raises(RuntimeError, match="needs a backward"):
             opt.step(closure=None)
         opt.zero_grad()
     else:
         opt.step(closure=None)
-    opt.param_groups[0]["lr"] = rates[0]
+    for group, rate in zip(opt.param_groups, rates, strict=True):
+        group["lr"] = rate
     same(model, before)
     assert opt.steps == 0
     steps(model, opt, range(2))

@@ -1,0 +1,1 @@
+"""Networks that algorithms bring along."""

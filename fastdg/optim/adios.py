@@ -1,0 +1,317 @@
+"""ADIOS: an encoder that sees through masks, and a masker that makes that hard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..statistics.factors import accumulated
+from .contrast import Objective
+from .settings import check_switch, check_weight
+from .support import refuse_ranks
+from .wrapped import Wrapping
+
+LEAST = 1e-10  # the reference's, in the area's penalty
+
+
+class ADIOS:
+    r"""Adversarial masking, which pre-trains an encoder without labels: a min-max of two
+    optimizers.
+
+    A masker divides the image x' into N masks, :math:`\sum_k m_k = 1` at every pixel. One step of
+    the encoder, then one of the masker:
+
+    .. math::
+        \min_{\text{encoder}} \; &\sum_k L_k, \qquad
+            L_k = L\bigl(z(x), z(x' \circ (1 - m_k))\bigr), \\
+        \max_{\text{masker}} \; &\sum_k \Bigl( L_k - \alpha\,\tfrac1B \sum_b
+            \frac1{\sin(\pi\,\bar m_{kb}) + 10^{-10}} \Bigr) - \beta H, \\
+        H = &-\sum_k p_k \log p_k, \qquad p = \operatorname{softmax}_k \sum_b \bar m_{kb}
+
+    with :math:`\bar m_{kb}` the area of mask k in image b. The penalty keeps masks from being empty
+    or everything; :math:`\beta > 0` makes the masks differ in size.
+
+    The whole image is encoded once and compared with all N: 2 (N + 1) encodes a step, where one for
+    each pair takes 4 N. Each comparison is taken back through the encoder before the next one is
+    made, so that no more than two are in memory. The masker runs once. In its step the encoder
+    stays as it is, buffers such as running statistics and ``requires_grad`` flags included.
+
+    Args:
+        encoder_optimizer: steps on the parameters of ``objective``.
+        masker_optimizer: steps on those of ``masker``. Both are ordinary optimizers, for
+            schedulers, hooks and gradient clipping (``register_step_pre_hook``) as ever.
+        masker: images ``[B, C, H, W]`` -> masks ``[B, N, H, W]`` that sum to one over N, as
+            `UNetMasker` does.
+        objective: L: `SimCLR`, `BYOL`, `SimSiam` or another `Objective`; holds the encoder.
+        penalty: :math:`\alpha`.
+        entropy: :math:`\beta`.
+        single: ADIOS-s: each image is compared with one of its masks, drawn anew at each step: 4
+            encodes. The penalty and the entropy are those of all masks.
+        generator: where masks are drawn from with ``single``; None: torch's global generator, the
+            state of which is the user's to keep.
+
+    The defaults are those of SimCLR on ImageNet100-S (N 4).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or a parameter is with the wrong
+            optimizer.
+
+    Reference:
+        Shi, Siddharth, Torr, Kosiorek: Adversarial Masking for Self-Supervised Learning, ICML 2022.
+
+    Example:
+        >>> objective = fastdg.SimCLR(nn.Sequential(backbone, projection))
+        >>> masker = fastdg.UNetMasker(masks=4)
+        >>> adios = fastdg.ADIOS(
+        ...     torch.optim.SGD(objective.parameters(), lr=0.1),
+        ...     torch.optim.SGD(masker.parameters(), lr=0.01),
+        ...     masker,
+        ...     objective=objective,
+        ... )
+        >>> for images, _ in loader:
+        ...     statistics = adios.step(augment(images), augment(images))
+        >>> opt = fastdg.MIRO(torch.optim.Adam(model.parameters()), model, oracle=pretrained)
+    """
+
+    def __init__(
+        self,
+        encoder_optimizer: Optimizer,
+        masker_optimizer: Optimizer,
+        masker: nn.Module,
+        *,
+        objective: Objective,
+        penalty: float = 0.923,
+        entropy: float = 0.712,
+        single: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(masker, nn.Module):
+            raise TypeError(f"masker: expected an nn.Module, got {type(masker).__name__}")
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                "objective: expected a fastdg.Objective, such as fastdg.SimCLR(network), got "
+                f"{type(objective).__name__}"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+            )
+        check_weight("penalty", penalty)
+        check_weight("entropy", entropy)
+        check_switch("single", single)
+        _check("encoder_optimizer", encoder_optimizer, objective, masker, "masker")
+        _check("masker_optimizer", masker_optimizer, masker, objective, "objective")
+        self.encoder_optimizer, self.masker_optimizer = encoder_optimizer, masker_optimizer
+        self.masker, self.objective = masker, objective
+        self.penalty, self.entropy, self.single = penalty, entropy, single
+        self.generator = generator
+        self.steps = 0
+
+    def step(self, whole: Tensor, view: Tensor | None = None) -> dict[str, Tensor]:
+        """One step of the encoder, and one of the masker.
+
+        Args:
+            whole: x, images ``[B, C, H, W]`` that are encoded as they are.
+            view: x', another view of the same images, which is masked; default: ``whole``.
+
+        Returns:
+            0-dim tensors, detached: ``loss``, the mean of the encoder's :math:`L_k`;
+            ``masker_loss``, that of the masker's, after the encoder's step; ``penalty`` (without
+            :math:`\\alpha`) and ``entropy`` (H); and ``areas`` ``[N]``, the means over images.
+
+        Raises:
+            ValueError: the views are of different images; what the masker returns are no masks.
+            RuntimeError: training runs on several ranks; the masker has no gradient.
+        """
+        refuse_ranks(type(self).__name__)
+        view = whole if view is None else view
+        if not isinstance(whole, Tensor) or not isinstance(view, Tensor) or len(whole) != len(view):
+            raise ValueError("view: expected as many images as there are whole ones")
+        masks = self._masks(view)
+        chosen = self._chosen(masks.detach())
+        loss = self._encode(whole, view, [self._hide(masks.detach(), k) for k in chosen])
+        found = self._mask(whole, view, masks, chosen)
+        self.steps += 1
+        return {"loss": loss, **found}
+
+    # -- the two steps --
+
+    def _encode(self, whole: Tensor, view: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+        self.encoder_optimizer.zero_grad()
+        one = self.objective.embed(whole)
+        leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in one)
+        losses = []
+        for mask in hidden:
+            loss = self.objective.loss(leaves, self.objective.embed(view * (1 - mask)))
+            loss.backward()
+            losses.append(loss.detach())
+        reached = [(x, leaf.grad) for x, leaf in zip(one, leaves, strict=True)]
+        reached = [(x, grad) for x, grad in reached if grad is not None]
+        torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
+        self.encoder_optimizer.step()
+        self.objective.follow()
+        return torch.stack(losses).mean()
+
+    def _mask(
+        self, whole: Tensor, view: Tensor, masks: Tensor, chosen: Sequence[Tensor | int]
+    ) -> dict[str, Tensor]:
+        self.masker_optimizer.zero_grad()
+        leaf = masks.detach().requires_grad_()
+        losses = []
+        with _frozen(self.objective):
+            with torch.no_grad():
+                one = self.objective.embed(whole)
+            for k in chosen:
+                two = self.objective.embed(view * (1 - self._hide(leaf, k)))
+                loss = self.objective.loss(one, two)
+                (-loss).backward()
+                losses.append(loss.detach())
+        areas = accumulated(masks).flatten(2).mean(2)
+        # The sine of a full area is that of an empty one, and not negative by its rounding
+        middle = torch.minimum(areas, 1 - areas).clamp(min=0)
+        penalty = (1 / ((math.pi * middle).sin() + LEAST)).mean(0).sum()
+        share = areas.sum(0).log_softmax(0)
+        entropy = -(share.exp() * share).sum()
+        cost = self.penalty * penalty + self.entropy * entropy
+        torch.autograd.backward([cost, masks], [None, leaf.grad])
+        self.masker_optimizer.step()
+        return {
+            "masker_loss": torch.stack(losses).mean(),
+            "penalty": penalty.detach(),
+            "entropy": entropy.detach(),
+            "areas": areas.detach().mean(0),
+        }
+
+    # -- masks --
+
+    def _masks(self, view: Tensor) -> Tensor:
+        masks = self.masker(view)
+        shape = (len(view), *view.shape[2:])
+        if (
+            not isinstance(masks, Tensor)
+            or masks.dim() != view.dim()
+            or (masks.shape[0], *masks.shape[2:]) != shape
+            or masks.shape[1] < 2
+        ):
+            got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
+            raise ValueError(
+                f"masker: expected masks [{shape[0]}, N, {', '.join(map(str, shape[1:]))}] with N "
+                f">= 2, got {got}"
+            )
+        if not masks.requires_grad:
+            raise RuntimeError("masker: its masks have no graph; does it run under torch.no_grad?")
+        if self.steps == 0:  # later a wait for the device
+            total = accumulated(masks.detach()).sum(1)
+            if not ((total - 1).abs() < 1e-2).all() or masks.detach().min() < 0:
+                raise ValueError(
+                    "masker: expected masks that are >= 0 and sum to one at every pixel, as after "
+                    "a softmax over dimension 1"
+                )
+        return masks
+
+    def _chosen(self, masks: Tensor) -> list[Tensor | int]:
+        """The masks to compare with: each, or one of each image ``[B]``."""
+        B, N = masks.shape[:2]
+        if not self.single:
+            return list(range(N))
+        device = masks.device if self.generator is None else self.generator.device
+        drawn = torch.randint(N, (B,), generator=self.generator, device=device)
+        return [drawn.to(masks.device)]
+
+    @staticmethod
+    def _hide(masks: Tensor, k: Tensor | int) -> Tensor:
+        """The masks k ``[B, 1, H, W]``."""
+        if isinstance(k, int):
+            return masks[:, k : k + 1]
+        return masks[torch.arange(len(masks), device=masks.device), k].unsqueeze(1)
+
+    # -- state --
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on: networks, optimizers, the count of steps, and the state
+        of ``generator``."""
+        return {
+            "objective": self.objective.state_dict(),
+            "masker": self.masker.state_dict(),
+            "encoder_optimizer": self.encoder_optimizer.state_dict(),
+            "masker_optimizer": self.masker_optimizer.state_dict(),
+            "steps": self.steps,
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`, bit for bit.
+
+        Raises:
+            ValueError: it is no such state, or has the state of a generator and none was given.
+        """
+        missing = self.state_dict().keys() - state_dict.keys()
+        if missing:
+            raise ValueError(f"state_dict: it is not one of ADIOS, it lacks {sorted(missing)}")
+        state = state_dict["generator"]
+        if (state is None) != (self.generator is None):
+            has, here = ("none", "one") if state is None else ("one", "none")
+            raise ValueError(
+                f"state_dict: it has {has} of a generator's states, but {here} was given here, so "
+                "its run would not go on as it was; see generator="
+            )
+        self.objective.load_state_dict(state_dict["objective"])
+        self.masker.load_state_dict(state_dict["masker"])
+        self.encoder_optimizer.load_state_dict(state_dict["encoder_optimizer"])
+        self.masker_optimizer.load_state_dict(state_dict["masker_optimizer"])
+        self.steps = state_dict["steps"]
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state.cpu())
+
+    def __repr__(self) -> str:
+        return (
+            f"ADIOS(objective={type(self.objective).__name__}, "
+            f"masker={type(self.masker).__name__}, penalty={self.penalty}, "
+            f"entropy={self.entropy}, single={self.single})"
+        )
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of ``module`` is differentiated inside, and its buffers are afterwards what they
+    were."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        with torch.no_grad():
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
+
+
+def _check(argument: str, optimizer: Any, own: nn.Module, other: nn.Module, name: str) -> None:
+    """Raise unless ``optimizer`` steps on parameters of ``own`` and on none of ``other``."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{argument}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, Wrapping) and optimizer.role != "average":
+        raise TypeError(
+            f"{argument}: {type(optimizer).__name__} makes gradients of its own from domains' "
+            "losses, of which there are none here; give the optimizer inside"
+        )
+    parameters = {p for group in optimizer.param_groups for p in group["params"]}
+    if not parameters & set(own.parameters()):
+        raise ValueError(f"{argument}: it has no parameter of this {type(own).__name__}")
+    if wrong := [key for key, p in other.named_parameters() if p in parameters]:
+        raise ValueError(
+            f"{argument}: it also has parameters of the {name} ({wrong[0]!r}), which is trained "
+            "the other way"
+        )

@@ -1,0 +1,78 @@
+"""What a forward leaves behind for its backward, on the autograd graph itself.
+
+It dies with the graph, and belongs to the losses that come from that forward, however many
+forwards there are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from ..statistics.tape import alias
+
+_KEY = "fastdg_left"
+
+
+def leave(output: Any, owner: object, value: Any) -> Any:
+    """The output of a module with ``value`` left for ``owner``; return it from a forward hook.
+
+    Every tensor in it gets a graph node of its own, above all that the value's graph may hold: a
+    value on a node below its own would keep itself alive, in a cycle that no collector sees.
+    """
+
+    def noted(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        tensor = alias(tensor)
+        left: Any = get_gradient_edge(tensor).node.metadata
+        left.setdefault(_KEY, []).append((weakref.ref(owner), value))
+        return tensor
+
+    return pytree.tree_map_only(Tensor, noted, output)
+
+
+def found(losses: Tensor, owner: object) -> list[Any]:
+    """What was left for ``owner`` on the graph of ``losses``: of the last forward on each path."""
+    assert losses.grad_fn is not None
+    pending: list[Node] = [losses.grad_fn]
+    seen = set(pending)
+    values: list[Any] = []
+    for node in pending:  # grows while we walk it
+        left: Any = node.metadata
+        own = [value for ref, value in left.get(_KEY, ()) if ref() is owner]
+        values += [value for value in own if all(value is not other for other in values)]
+        if own:
+            continue
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                pending.append(below)
+    return values
+
+
+class Hook:
+    """A module's hook that calls a method of its owner, for as long as that lives.
+
+    A copy of it, on a copied or pickled module, does nothing: a copied owner hooks itself on.
+    """
+
+    def __init__(self, owner: object | None = None, method: str = "", *args: Any) -> None:
+        self.owner = weakref.ref(owner) if owner is not None else lambda: None
+        self.method, self.args = method, args
+
+    @torch.compiler.disable
+    def __call__(self, *seen: Any) -> Any:
+        owner = self.owner()
+        return None if owner is None else getattr(owner, self.method)(*self.args, *seen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()

@@ -1,0 +1,396 @@
+"""SWAD: average the weights of every step, from where the validation loss settles to where it
+leaves the valley."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+
+from ..statistics.api import Tape
+from ..statistics.factors import accumulated
+from . import support
+from .loading import Kept
+from .settings import Setting, check_steps, check_weight, checked
+from .weighted import Unwatched
+from .wrapper import Closure, DomainOptimizer
+
+_average = get_swa_multi_avg_fn()
+
+
+class SWAD(Unwatched):
+    r"""Stochastic weight averaging, densely: the mean of the weights of every step within a valley
+    of the validation loss.
+
+    .. math::
+        \bar\theta = \frac1{t_e-t_s+1}\sum_{t=t_s}^{t_e}\theta_t
+
+    Training goes on as without it. `step` adds the new weights to the mean of a segment, and
+    `evaluate`, called with the validation loss at each evaluation, ends the segment. With the
+    losses :math:`E_k`, the valley begins with the segment that ends at evaluation k if
+    :math:`E_k` is the least of the ``n_converge`` losses from there on. It ends before the first
+    ``n_tolerance`` evaluations in a row that are all above
+
+    .. math:: (1 + r) \cdot \operatorname{mean}(E_k, \dots, E_{k + \text{n\_converge} - 1})
+
+    and ``finished`` then tells that further training changes nothing. It may also be stopped
+    before: the average is of all there is from the valley's beginning on; without a valley it is
+    that of the last segment.
+
+    It goes around any wrapper, or a plain optimizer, as the outermost:
+    ``fastdg.SWAD(fastdg.Fishr(optimizer), model)``. `backward`, its arguments and ``statistics``
+    are those of the wrapper inside; around a plain optimizer call ``loss.backward()`` as ever.
+
+    The averages are not the model's weights until they are put there: inside ``with
+    opt.applied():`` to look at them, by ``opt.apply()`` for good; ``opt.averaged()`` is a copy of
+    the model with them. Buffers are the model's own, as they are then: batch norm in training has
+    to see the training data again, ``torch.optim.swa_utils.update_bn(loader, opt.averaged())``.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` that steps without a closure, or a wrapper.
+        model: those of its parameters that the optimizer has are averaged.
+        n_converge: evaluations among which the first has to be the best for a valley to begin.
+        n_tolerance: evaluations above the threshold, in a row, that end it.
+        tolerance_ratio: r.
+
+    The settings live in ``param_groups[0]`` (as ``swad_n_converge`` and so on), losses and counts
+    beside them, the averages in ``state_dict``: a run that is resumed goes on bit for bit. At most
+    ``max(n_converge, n_tolerance - 1) + 2`` averages are held, in float32 for weights in half
+    precision. One fused update a step.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Cha, Chun, Lee, Cho, Park, Lee, Park: SWAD: Domain Generalization by Seeking Flat Minima,
+        NeurIPS 2021. The threshold is the paper's with :math:`1 + r` for its r; the defaults are
+        those of its code.
+
+    Example:
+        >>> opt = fastdg.SWAD(torch.optim.Adam(model.parameters()), model)
+        >>> F.cross_entropy(model(x), y).backward(); opt.step()        # each step
+        >>> opt.evaluate(validation_loss)                              # each evaluation
+        >>> opt.apply()                                                # at the end
+    """
+
+    prefix = "swad"
+    role = "average"
+    tensors = ("segment", "pending", "average")
+    penalises = False
+    _transient = (*Unwatched._transient, "_shown")
+
+    n_converge: Setting[int] = Setting(check_steps)
+    n_tolerance: Setting[int] = Setting(check_steps)
+    tolerance_ratio: Setting[float] = Setting(check_weight)
+
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module,
+        *,
+        n_converge: int = 3,
+        n_tolerance: int = 6,
+        tolerance_ratio: float = 0.3,
+    ) -> None:
+        given = checked(
+            type(self),
+            {
+                "n_converge": n_converge,
+                "n_tolerance": n_tolerance,
+                "tolerance_ratio": tolerance_ratio,
+            },
+        )
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self._network = model  # which goes with this wrapper wherever it is copied
+        super().__init__(base, params="all", model=model, settings=given)
+        self._given.update(FRESH)
+        self._fill()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """Whether `step` is to be shown a ``torch.amp.GradScaler``, for wrappers to refuse it."""
+        return isinstance(self.base, DomainOptimizer)
+
+    # -- training --
+
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        """That of the wrapper inside; see there."""
+        if not isinstance(self.base, DomainOptimizer):
+            raise TypeError(
+                f"SWAD.backward: the {type(self.base).__name__} inside is no wrapper and has no "
+                "backward; call loss.backward()"
+            )
+        return self.base.backward(losses, domains, final, **inputs)
+
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        raise AssertionError("nothing is staged here")
+
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """A step of the optimizer inside; its new weights join the average.
+
+        Args:
+            closure: for the optimizer inside.
+
+        Returns:
+            What that returns.
+
+        Raises:
+            RuntimeError: inside `applied`.
+        """
+        support.refuse_scaler(self)
+        if self._shown:
+            raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
+        probe = closure is None and support.is_probe(self.base)
+        loss: Any = self.base.step(closure)
+        if not probe:
+            self._commit()
+        return loss
+
+    @torch.compiler.disable
+    def _commit(self) -> None:
+        group = self.param_groups[0]
+        group["swad_steps"] = self.steps + 1
+        if not self.finished:
+            count, kept = group["swad_segment_steps"], self._kept["segment"]
+            for alike in self._alike():
+                kept.update({p: accumulated(p.detach()).clone() for p in alike if p not in kept})
+                averages = [kept[p] for p in alike]
+                now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
+                _average(averages, now, count)  # of which the first is a copy
+            group["swad_segment_steps"] = count + 1
+        for name, tensors in self._kept.items():
+            for p, tensor in tensors.items():
+                if p.grad is not None:  # the wrapped optimizer has made its own state by now
+                    self.state[p][f"swad_{name}"] = tensor
+
+    def _alike(self) -> list[list[Tensor]]:
+        """The parameters that are averaged, by device and dtype."""
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self._network.parameters():
+            if p in self._names:
+                groups.setdefault((p.device, p.dtype), []).append(p)
+        return list(groups.values())
+
+    # -- the valley --
+
+    @torch.no_grad()
+    def evaluate(self, validation_loss: float | Tensor) -> None:
+        """End a segment with the validation loss of the model as it is.
+
+        Raises:
+            ValueError: the loss is not a finite number.
+            RuntimeError: no step was made since the last evaluation.
+        """
+        loss = float(validation_loss)
+        if not math.isfinite(loss):
+            raise ValueError(f"validation_loss: expected a finite number, got {loss}")
+        if self.finished:
+            return
+        group = self.param_groups[0]
+        if not group["swad_segment_steps"]:
+            raise RuntimeError("SWAD.evaluate: no step was made since the last evaluation")
+        self._push(loss)
+        losses = group["swad_losses"]
+        if group["swad_threshold"] is None:
+            if len(losses) < self.n_converge:
+                return
+            if losses[0] > min(losses):
+                self._drop(self.n_converge - 1)
+                return
+            mean = sum(losses) / len(losses)
+            group["swad_threshold"] = mean + self.tolerance_ratio * abs(mean)
+        elif (
+            len(losses) >= self.n_tolerance
+            and min(losses[-self.n_tolerance :]) > group["swad_threshold"]
+        ):
+            self._join(len(losses) - self.n_tolerance)
+            self._drop(0)
+            group["swad_finished"] = True
+            return
+        self._join(max(0, len(losses) - (self.n_tolerance - 1)))
+
+    @property
+    def started(self) -> bool:
+        """Whether a valley was found."""
+        return self.param_groups[0].get("swad_threshold") is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the valley has ended, so that the average will not change any more."""
+        return bool(self.param_groups[0].get("swad_finished"))
+
+    def _push(self, loss: float) -> None:
+        """The segment waits, with its loss."""
+        group, kept = self.param_groups[0], self._kept
+        for p, segment in kept["segment"].items():
+            row = segment.unsqueeze(0)
+            before = kept["pending"].get(p)
+            if before is None:  # a new one was what it is all the time
+                before = row.expand(len(group["swad_losses"]), *segment.shape)
+            kept["pending"][p] = torch.cat([before, row])
+        group["swad_losses"] = [*group["swad_losses"], loss]
+        group["swad_pending_steps"] = [*group["swad_pending_steps"], group["swad_segment_steps"]]
+        group["swad_segment_steps"] = 0
+
+    def _drop(self, keep: int) -> None:
+        """Only the last so many segments wait on."""
+        group, kept = self.param_groups[0], self._kept["pending"]
+        first = len(group["swad_losses"]) - keep
+        for p in list(kept):
+            kept[p] = kept[p][first:].clone()
+            if not keep:
+                del kept[p]
+        group["swad_losses"] = group["swad_losses"][first:]
+        group["swad_pending_steps"] = group["swad_pending_steps"][first:]
+
+    def _join(self, count: int) -> None:
+        """The first so many segments that wait become part of the average."""
+        if not count:
+            return
+        group, kept = self.param_groups[0], self._kept
+        steps = group["swad_pending_steps"][:count]
+        before = group["swad_average_steps"]
+        for p, pending in kept["pending"].items():
+            parts = pending[:count].unbind()
+            own = kept["average"].get(p)
+            kept["average"][p] = _mean(parts, steps) if own is None else own
+            if own is not None:
+                own.copy_(_mean([own, *parts], [before, *steps]))
+        group["swad_average_steps"] = before + sum(steps)
+        self._drop(len(group["swad_losses"]) - count)
+
+    def _weights(self) -> tuple[dict[Tensor, Tensor], int]:
+        """The averaged weights now, and of how many steps they are the mean."""
+        group, kept = self.param_groups[0], self._kept
+        waiting, segment = group["swad_pending_steps"], group["swad_segment_steps"]
+        if not (self.started or segment):
+            waiting = waiting[-1:]
+        elif not self.started:
+            waiting = []
+        steps = [group["swad_average_steps"], *waiting, segment]
+        if not sum(steps):
+            raise RuntimeError("SWAD: there is no average before the first step")
+        found: dict[Tensor, Tensor] = {}
+        for p, last in kept["segment"].items():
+            pending = kept["pending"].get(p)
+            rows = pending[-len(waiting) :].unbind() if pending is not None and waiting else ()
+            parts = [kept["average"].get(p, last), *rows, last]
+            used = [(part, n) for part, n in zip(parts, steps, strict=True) if n]
+            found[p] = _mean(*zip(*used, strict=True))
+        return found, sum(steps)
+
+    # -- the averaged weights --
+
+    @torch.no_grad()
+    def averaged(self) -> AveragedModel:
+        """A copy of the model with the averaged weights, for `torch.optim.swa_utils.update_bn`.
+
+        Raises:
+            RuntimeError: no step was made yet.
+        """
+        weights, steps = self._weights()
+        copied = AveragedModel(self._network)
+        copied.n_averaged.fill_(steps)
+        pairs = zip(copied.module.parameters(), self._network.parameters(), strict=True)
+        for own, p in pairs:
+            if p in weights:
+                own.copy_(weights[p])
+        return copied
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give the model the averaged weights, for good.
+
+        Raises:
+            RuntimeError: no step was made yet.
+        """
+        for p, weight in self._weights()[0].items():
+            p.copy_(weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The model, with the averaged weights inside the ``with`` block; its own weights and
+        buffers come back after.
+
+        Raises:
+            RuntimeError: no step was made yet.
+        """
+        tensors = [*self._network.parameters(), *self._network.buffers()]
+        before = [tensor.detach().clone() for tensor in tensors]
+        self.apply()
+        self._shown = True
+        try:
+            yield self._network
+        finally:
+            self._shown = False
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+
+    # -- what is the wrapper's inside --
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Those of the wrapper inside; none around a plain optimizer."""
+        return self.base.statistics if isinstance(self.base, DomainOptimizer) else {}
+
+    @property
+    def tape(self) -> Tape:
+        """That of the wrapper inside, or its own."""
+        return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._shown = False
+
+    def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+        losses, held = groups[0].get("swad_losses", []), kept["pending"].values()
+        steps = groups[0].get("swad_segment_steps", 0) or groups[0].get("swad_average_steps", 0)
+        lacking = (steps and not kept["segment"]) or (losses and not held)
+        if lacking or any(len(pending) != len(losses) for pending in held):
+            raise ValueError(
+                "state_dict: it comes from a SWAD run but lacks averages that it should have. "
+                "torch.distributed.checkpoint fills in only what the optimizer already has: save "
+                "and load with torch.save, or around the optimizer inside"
+            )
+        for name, tensors in kept.items():
+            for p, tensor in tensors.items():
+                shape = tensor.shape[1:] if name == "pending" else tensor.shape
+                if shape != p.shape:
+                    raise ValueError(
+                        f"state_dict: its average of {self._names[p]} has shape {tuple(shape)}, "
+                        f"but the parameter has shape {tuple(p.shape)}"
+                    )
+
+    def settings(self) -> dict[str, Any]:
+        own = ("n_converge", "n_tolerance", "tolerance_ratio")
+        return {name: getattr(self, name) for name in own}
+
+
+# What the first group holds before the first step. Lists in it are replaced, never changed
+FRESH: dict[str, Any] = {
+    "segment_steps": 0,
+    "pending_steps": [],
+    "losses": [],
+    "average_steps": 0,
+    "threshold": None,
+    "finished": False,
+}
+
+
+def _mean(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The mean of means of so many steps each."""
+    total = sum(counts)
+    result = parts[0] * (counts[0] / total)
+    for part, count in zip(parts[1:], counts[1:], strict=True):
+        result.add_(part, alpha=count / total)
+    return result

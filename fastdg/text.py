@@ -1,0 +1,333 @@
+"""Tables of text embeddings of classes, for algorithms that are guided by language."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .files import replace
+
+# Those of CLIP that work best together on ImageNet, as its authors have found
+TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+# Anchors where the domains have no names that say how they look, as for VLCS and TerraIncognita
+PHOTOS = ("bright photo", "corrupted photo", "dark photo", "good photo")
+ANCHOR = "a {} of a {}"
+
+Encoder = Callable[[list[str]], Tensor]
+BATCH = 256  # texts that are encoded at once
+INSTEAD = (
+    "pass a function list[str] -> Tensor [n, E], a pair (model, tokenizer) of transformers or "
+    "open_clip, or the path of a folder with a CLIP model that transformers saved"
+)
+
+
+class TextTables(NamedTuple):
+    """Text embeddings of classes, as the encoder gives them (of any length), float32 on the CPU.
+
+    Attributes:
+        classes: ``[C, E]``, the mean over the templates.
+        anchors: ``[C, A, E]``: of each class, as it looks in each domain; None without domains.
+    """
+
+    classes: Tensor
+    anchors: Tensor | None
+
+
+def text_tables(
+    class_names: Iterable[str],
+    domain_names: Iterable[str],
+    encoder: Any,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    cache: str | Path | None = None,
+) -> TextTables:
+    r"""Embed the names of classes, and of classes in domains: what `RISE` compares images with.
+
+    .. math::
+        T_c = \frac1{|\mathcal T|}\sum_{t\in\mathcal T} \operatorname{text}(t(c)), \qquad
+        K_{ca} = \operatorname{text}(\text{"a } a \text{ of a } c\text{"})
+
+    Args:
+        class_names: C words or phrases, in the order of the labels; ``_`` is read as a space.
+        domain_names: A of them, "sketch" for one; ``fastdg.text.PHOTOS`` where domains have no
+            such names. With ``()`` there are no anchors.
+        encoder: one of
+
+            - a function ``list[str] -> Tensor [n, E]``;
+            - ``(model, tokenizer)`` of transformers: a ``CLIPModel`` or a
+              ``CLIPTextModelWithProjection``, and its tokenizer or processor;
+            - ``(model, tokenizer)`` of open_clip;
+            - a name on the Hugging Face hub, or a folder, of a CLIP model for transformers
+              (``pip install 'fastdg[text]'``).
+        templates: sentences with ``{}`` in the place of the class; default: CLIP's seven.
+        cache: folder to keep the tables in, under a name that is a hash of the texts and of the
+            encoder's weights and tokens (of the encoder's name, if that is what was given). A file
+            there that is not whole is made anew. A function's results cannot be kept: nothing tells
+            it from another.
+
+    Returns:
+        ``TextTables(classes, anchors)``, which unpacks: ``fastdg.RISE(opt, layer, *tables)``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; a class without text is named.
+        ImportError: the encoder is a name, and transformers is not installed.
+        OSError: the encoder is a name, and there is no such model here or it cannot be downloaded.
+
+    Reference:
+        Huang et al.: A Sentence Speaks a Thousand Images: Domain Generalization through Distilling
+        CLIP with Language Guidance, ICCV 2023. Radford et al.: Learning Transferable Visual Models
+        From Natural Language Supervision, ICML 2021.
+
+    Example:
+        >>> tables = fastdg.text_tables(
+        ...     ["dog", "guitar"], ["photo", "sketch"], "openai/clip-vit-base-patch32",
+        ...     cache="text_tables",
+        ... )
+    """
+    names, domains = _names("class_names", class_names), _names("domain_names", domain_names)
+    if not names:
+        raise ValueError("class_names: expected at least one class")
+    texts = [_checked(t).replace("{}", name) for name in names for t in templates]
+    if not texts:
+        raise ValueError("templates: expected at least one")
+    texts += [ANCHOR.format(domain, name) for name in names for domain in domains]
+    shape = len(names), len(templates), len(domains)
+    kept: Path | None = None
+    if cache is not None and isinstance(encoder, str) and not Path(encoder).exists():
+        kept = _file(cache, shape, texts, [encoder.encode()])
+        if (tables := _read(kept, shape)) is not None:
+            return tables
+    encode, identity = _encoder(encoder)
+    if cache is not None and kept is None:
+        kept = _file(cache, shape, texts, identity(texts))
+        if (tables := _read(kept, shape)) is not None:
+            return tables
+    tables = _tables(_embed(encode, texts), shape)
+    if kept is not None:
+        arrays = {key: x.numpy() for key, x in tables._asdict().items() if x is not None}
+        replace(kept, lambda file: np.savez(file, **arrays))
+    return tables
+
+
+# -- texts --
+
+
+def _names(argument: str, names: Iterable[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"{argument}: expected a list of strings, got {names!r}")
+    found: dict[str, int] = {}
+    for k, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{argument}[{k}]: expected its name in words, got {name!r}")
+        words = " ".join(name.replace("_", " ").split())
+        if words in found:
+            raise ValueError(
+                f"{argument}: {found[words]} and {k} are both {words!r}; texts have to tell them "
+                "apart"
+            )
+        found[words] = k
+    return list(found)
+
+
+def _checked(template: Any) -> str:
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(
+            f"templates: expected sentences with one {{}} for the class, got {template!r}"
+        )
+    return template
+
+
+# -- encoders --
+
+
+def _encoder(encoder: Any) -> tuple[Encoder, Callable[[list[str]], list[bytes]]]:
+    """A function from texts to embeddings, and one to all that its results depend on."""
+    if isinstance(encoder, str):
+        encoder = _load(encoder)
+    if isinstance(encoder, (tuple, list)) and len(encoder) == 2:
+        model, tokenizer = encoder
+        if isinstance(model, nn.Module) and callable(tokenizer):
+            if hasattr(model, "encode_text"):
+                return _OpenCLIP(model, tokenizer), _Content(model, tokenizer)
+            tokens = _Tokens(tokenizer)
+            return _Transformers(model, tokens), _Content(model, tokens)
+    elif callable(encoder) and not isinstance(encoder, nn.Module):
+        return encoder, _refuse_function
+    raise TypeError(f"encoder: got {type(encoder).__name__}; {INSTEAD}")
+
+
+def _refuse_function(texts: list[str]) -> list[bytes]:
+    raise ValueError(
+        "cache: the encoder is a function, which nothing tells from another one, so that its "
+        "tables cannot be kept under a name of their own; use cache=None, or pass a pair (model, "
+        "tokenizer)"
+    )
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    try:
+        from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
+    except ImportError as error:
+        raise ImportError(
+            f"encoder: {name!r} is loaded with transformers, which is not installed: "
+            f"pip install 'fastdg[text]'; or {INSTEAD}"
+        ) from error
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in ("clip", "clip_text_model"):  # weights that are not there are made at random
+            raise ValueError(f"encoder: {name!r} is a model of type {kind!r}, not CLIP; {INSTEAD}")
+        return (
+            CLIPTextModelWithProjection.from_pretrained(name),
+            AutoTokenizer.from_pretrained(name),
+        )
+    except OSError as error:
+        raise OSError(
+            f"encoder: {name!r} is not a folder with a CLIP model, and could not be downloaded "
+            f"from the Hugging Face hub ({str(error).splitlines()[0]}); {INSTEAD}"
+        ) from error
+
+
+class _Tokens:
+    """A tokenizer of transformers, or a processor, as a function of texts."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> dict[str, Tensor]:
+        tokens = self.tokenizer(text=texts, padding=True, truncation=True, return_tensors="pt")
+        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+
+
+class _Transformers:
+    def __init__(self, model: nn.Module, tokens: _Tokens) -> None:
+        self.model, self.tokens = model, tokens
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        tokens = {key: value.to(device) for key, value in self.tokens(texts).items()}
+        if not hasattr(self.model, "get_text_features"):
+            output = self.model(**tokens)
+            if not hasattr(output, "text_embeds"):
+                raise TypeError(
+                    f"encoder: {type(self.model).__name__} gives no text_embeds; {INSTEAD}"
+                )
+            return output.text_embeds
+        features: Any = self.model.get_text_features
+        found = features(**tokens)
+        return found if isinstance(found, Tensor) else found.pooler_output  # since version 5
+
+
+class _OpenCLIP:
+    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        device = next(self.model.parameters()).device
+        encode: Any = self.model.encode_text
+        return encode(self.tokenizer(texts).to(device))
+
+
+class _Content:
+    """The tokens of texts and the weights that act on them."""
+
+    def __init__(self, model: nn.Module, tokens: Callable[[list[str]], Any]) -> None:
+        self.model, self.tokens = model, tokens
+
+    def __call__(self, texts: list[str]) -> list[bytes]:
+        found = torch.utils._pytree.tree_leaves(self.tokens(texts))
+        weights = [
+            (name, x)
+            for name, x in self.model.state_dict().items()
+            if not name.startswith(("vision", "visual"))
+        ]
+        parts = [type(self.model).__name__.encode(), *(_bytes("tokens", x) for x in found)]
+        return parts + [_bytes(name, x) for name, x in weights]
+
+
+def _bytes(name: str, x: Tensor) -> bytes:
+    head = f"{name} {x.dtype} {tuple(x.shape)} ".encode()
+    return head + x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@torch.no_grad()
+def _embed(encode: Encoder, texts: list[str]) -> Tensor:
+    model = getattr(encode, "model", None)
+    training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        parts = []
+        for k in range(0, len(texts), BATCH):
+            part = texts[k : k + BATCH]
+            found = encode(part)
+            if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(part):
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(
+                    f"encoder: expected a tensor [{len(part)}, E] for {len(part)} texts, got {got}"
+                )
+            parts.append(found.detach().float().cpu())
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(training)
+    found = torch.cat(parts)
+    length = found.norm(dim=1)
+    for k in (~(length > 0) | ~length.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"encoder: the embedding of {texts[k]!r} is not finite, or all zeros: there is no "
+            "angle to it"
+        )
+    return found
+
+
+def _tables(embeddings: Tensor, shape: tuple[int, int, int]) -> TextTables:
+    C, templates, A = shape
+    E = embeddings.shape[1]
+    classes = embeddings[: C * templates].view(C, templates, E).mean(1)
+    return TextTables(classes, embeddings[C * templates :].view(C, A, E) if A else None)
+
+
+# -- files --
+
+
+def _file(
+    folder: str | Path, shape: tuple[int, int, int], texts: list[str], content: list[bytes]
+) -> Path:
+    digest = hashlib.sha256(repr((shape, texts)).encode())
+    for part in content:
+        digest.update(f"\0{len(part)}\0".encode())
+        digest.update(part)
+    return Path(folder) / f"{digest.hexdigest()}.npz"
+
+
+def _read(path: Path, shape: tuple[int, int, int]) -> TextTables | None:
+    """The tables at ``path``; None if there are none, or none that are whole."""
+    C, _, A = shape
+    try:
+        # Opened here, as NumPy leaves a broken file open
+        with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
+            classes = torch.from_numpy(file["classes"])
+            anchors = torch.from_numpy(file["anchors"]) if A else None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        return None
+    good = classes.dim() == 2 and len(classes) == C and classes.dtype == torch.float32
+    if anchors is not None:
+        good = (
+            good and anchors.shape == (C, A, classes.shape[-1]) and anchors.dtype == classes.dtype
+        )
+    return TextTables(classes, anchors) if good else None

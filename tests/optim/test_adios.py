@@ -1,0 +1,419 @@
+"""ADIOS against one encode for each pair; who is touched when; resuming; and what it is for."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+import fastdg
+
+N, B, TAU, ALPHA, BETA = 3, 4, 0.5, 0.3, 0.7
+KINDS = ("SimCLR", "BYOL", "SimSiam")
+
+
+def encoder(norm: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2),
+        nn.BatchNorm2d(6) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(54, 5),
+    )
+
+
+class Masker(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, N, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).softmax(1)
+
+
+def objective(kind: str, norm: bool = False) -> fastdg.Objective:
+    if kind == "SimCLR":
+        return fastdg.SimCLR(encoder(norm), temperature=TAU)
+    predictor = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    if kind == "BYOL":
+        return fastdg.BYOL(encoder(norm), predictor, momentum=0.9)
+    return fastdg.SimSiam(encoder(norm), predictor)
+
+
+def made(kind: str = "SimCLR", norm: bool = False, **more: Any) -> fastdg.ADIOS:
+    aim, masker = objective(kind, norm).double(), Masker().double()
+    given = {"objective": aim, "penalty": ALPHA, "entropy": BETA, **more}
+    first = SGD(aim.parameters(), lr=0.1, momentum=0.9)
+    return fastdg.ADIOS(first, Adam(masker.parameters(), lr=0.05), masker, **given)
+
+
+def views(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, B, 2, 7, 7, generator=generator, dtype=torch.float64)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-11, atol=1e-12)
+
+
+# -- the algorithm --
+
+
+def nt_xent(one: Tensor, two: Tensor) -> Tensor:
+    z = [*one, *two]
+    total = 0.0
+    for i in range(2 * B):
+        others = [F.cosine_similarity(z[i], z[j], 0) / TAU for j in range(2 * B) if j != i]
+        mine = F.cosine_similarity(z[i], z[(i + B) % (2 * B)], 0) / TAU
+        total += torch.stack(others).logsumexp(0) - mine
+    return total / (2 * B)  # type: ignore[return-value]
+
+
+def naive_loss(kind: str, aim: Any, target: nn.Module | None, x: Tensor, masked: Tensor) -> Tensor:
+    """Encodes both."""
+    one, two = aim.network(x), aim.network(masked)
+    if kind == "SimCLR":
+        return nt_xent(one, two)
+    to = (one, two) if target is None else (target(x), target(masked))
+    cosines = F.cosine_similarity(aim.predictor(one), to[1].detach()).mean()
+    back = F.cosine_similarity(aim.predictor(two), to[0].detach()).mean()
+    return -(cosines + back) / 2 if target is None else (2 - 2 * cosines) + (2 - 2 * back)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_equals_one_encode_for_each_pair(kind: str) -> None:
+    adios = made(kind)
+    aim, masker = copy.deepcopy((adios.objective, adios.masker))
+    target = copy.deepcopy(aim.network) if kind == "BYOL" else None
+    first = SGD([p for p in aim.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    second = Adam(masker.parameters(), lr=0.05)
+    for seed in range(3):
+        x, view = views(seed)
+        got = adios.step(x, view)
+
+        masks = masker(view).detach()
+        losses = [naive_loss(kind, aim, target, x, view * (1 - masks[:, [k]])) for k in range(N)]
+        first.zero_grad()
+        sum(losses).backward()
+        first.step()
+        if target is not None:
+            for slow, fast in zip(target.parameters(), aim.network.parameters(), strict=True):
+                slow.data = 0.9 * slow.data + 0.1 * fast.data
+        close(got["loss"], sum(losses) / N)
+
+        masks = masker(view)
+        areas = torch.stack([torch.stack([masks[b, k].mean() for k in range(N)]) for b in range(B)])
+        losses = [naive_loss(kind, aim, target, x, view * (1 - masks[:, [k]])) for k in range(N)]
+        gain, penalty = 0.0, 0.0
+        for k in range(N):
+            each = sum(1 / (torch.sin(torch.pi * areas[b, k]) + 1e-10) for b in range(B)) / B
+            gain, penalty = gain + losses[k] - ALPHA * each, penalty + each
+        share = areas.sum(0).softmax(0)
+        entropy = -(share * share.log()).sum()
+        second.zero_grad()
+        (-(gain - BETA * entropy)).backward()
+        second.step()
+        close(got["masker_loss"], sum(losses) / N)
+        close(got["penalty"], penalty)
+        close(got["entropy"], entropy)
+        close(got["areas"], areas.mean(0))
+    for mine, other in ((adios.objective.network, aim.network), (adios.masker, masker)):
+        for p, q in zip(mine.parameters(), other.parameters(), strict=True):
+            close(p, q)
+
+
+def test_one_random_mask_of_each_image() -> None:
+    """ADIOS-s; the penalty stays that of all masks."""
+    generator = torch.Generator().manual_seed(3)
+    adios = made(single=True, generator=generator)
+    chosen = torch.randint(N, (B,), generator=torch.Generator().manual_seed(3))
+    assert len(chosen.unique()) > 1
+    aim, masker = copy.deepcopy((adios.objective, adios.masker))
+    first = SGD(aim.parameters(), lr=0.1, momentum=0.9)
+    x, view = views(0)
+    got = adios.step(x, view)
+
+    masks = masker(view).detach()
+    own = torch.stack([masks[b, k] for b, k in enumerate(chosen)]).unsqueeze(1)
+    loss = naive_loss("SimCLR", aim, None, x, view * (1 - own))
+    loss.backward()
+    first.step()
+    close(got["loss"], loss)
+    close(got["masker_loss"], naive_loss("SimCLR", aim, None, x, view * (1 - own)))
+    close(got["penalty"], (1 / ((torch.pi * masks.mean((2, 3))).sin() + 1e-10)).mean(0).sum())
+    for p, q in zip(adios.objective.parameters(), aim.parameters(), strict=True):
+        close(p, q)
+
+
+def test_the_masker_ascends() -> None:
+    """One step of it along its gradient, and the loss on the same images is higher."""
+    adios = made(penalty=0.0, entropy=0.0)
+    adios.encoder_optimizer = SGD(adios.objective.parameters(), lr=0.0)
+    adios.masker_optimizer = SGD(adios.masker.parameters(), lr=1e-2)
+    x, view = views(0)
+    seen = [float(adios.step(x, view)["loss"]) for _ in range(5)]
+    assert seen == sorted(seen) and seen[-1] > seen[0]
+
+
+@pytest.mark.parametrize(("weight", "sign"), [(50.0, -1), (0.0, 1)])
+def test_the_entropy_weight_makes_masks_differ_in_size(weight: float, sign: int) -> None:
+    adios = made(penalty=0.0, entropy=weight)
+    adios.encoder_optimizer = SGD(adios.objective.parameters(), lr=0.0)
+    x, view = views(0)
+    seen = [float(adios.step(x, view)["entropy"]) for _ in range(8)]
+    if weight:
+        assert sign * (seen[-1] - seen[0]) > 0
+
+
+def test_full_and_empty_masks_cost_the_same() -> None:
+    """The sine of pi is below zero in floating point, and would make a full mask a gain."""
+    adios = made(penalty=1.0, entropy=0.0)
+    adios.masker.layers[2].weight.data.zero_()
+    adios.masker.layers[2].bias.data = torch.tensor([60.0, 0, 0]).double()
+    got = adios.step(*views(0))
+    assert float(got["areas"][0]) == 1 and float(got["penalty"]) > 2.9e10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_objectives_compare_two_views(kind: str) -> None:
+    aim = objective(kind).double()
+    x, view = views(0)
+    assert aim(x, view).shape == ()
+    assert float(aim(x, view).detach()) > float(aim(x, x).detach())
+    close(aim(x, view), aim(view, x))
+    assert aim.network.training
+
+
+# -- how often, and who is touched --
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_image_is_encoded_once(kind: str, single: bool) -> None:
+    adios = made(kind, single=single)
+    calls = {"network": 0, "masker": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*args: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    adios.objective.network.register_forward_hook(count("network"))
+    adios.masker.register_forward_hook(count("masker"))
+    adios.step(*views(0))
+    assert calls == {"network": 2 * (1 + (1 if single else N)), "masker": 1}
+
+
+def everything(module: nn.Module) -> list[Any]:
+    tensors = [x.detach().clone() for x in module.state_dict().values()]
+    flags = [p.requires_grad for p in module.parameters()]
+    grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+    modes = [m.training for m in module.modules()]
+    return [*tensors, flags, *grads, modes]
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_leaves_the_other_network_alone(kind: str) -> None:
+    """With batch norm, whose running statistics are of the encoder's own step."""
+    adios = made(kind, norm=True)
+    adios.step(*views(1))
+    before = everything(adios.masker)
+    at: dict[str, list[Any]] = {}
+
+    def encoded(*args: Any) -> None:
+        assert same(before, everything(adios.masker))
+
+    adios.encoder_optimizer.register_step_post_hook(encoded)
+    follow = adios.objective.follow
+    adios.objective.follow = lambda: (follow(), at.update(encoder=everything(adios.objective)))[0]
+    adios.step(*views(0))
+    assert same(at["encoder"], everything(adios.objective))
+    assert not same(before, everything(adios.masker))
+
+
+def test_the_encoder_is_as_it_was_after_an_error() -> None:
+    adios = made(norm=True)
+    aim, calls = adios.objective, []
+    loss = aim.loss
+
+    def fails(*args: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) > N + 1:
+            raise KeyError("in the masker's step")
+        return loss(*args)
+
+    aim.loss = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        adios.step(*views(0))
+    assert all(p.requires_grad for p in aim.parameters())
+    assert aim.network[1].num_batches_tracked == N + 1
+    aim.loss = loss  # type: ignore[method-assign]
+    adios.step(*views(0))
+
+
+def test_under_autocast() -> None:
+    aim, masker = fastdg.SimCLR(encoder()), Masker()
+    adios = fastdg.ADIOS(Adam(aim.parameters()), Adam(masker.parameters()), masker, objective=aim)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = adios.step(*views(0).float())
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in got.values())
+
+
+# -- optimizers and state --
+
+
+def test_schedulers_move_both() -> None:
+    adios = made()
+    first = torch.optim.lr_scheduler.StepLR(adios.encoder_optimizer, 1, 0.1)
+    second = torch.optim.lr_scheduler.CosineAnnealingLR(adios.masker_optimizer, 4)
+    for seed in range(2):
+        adios.step(*views(seed))
+        first.step()
+        second.step()
+    assert adios.encoder_optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    assert adios.masker_optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_bit_for_bit(kind: str, single: bool) -> None:
+    def fresh(seed: int) -> fastdg.ADIOS:
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed) if single else None
+        return made(kind, norm=True, single=single, generator=generator)
+
+    one = fresh(0)
+    for seed in range(2):
+        one.step(*views(seed))
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    two = fresh(9)
+    two.load_state_dict(torch.load(file, weights_only=True))
+    assert two.steps == 2
+    for seed in range(2, 5):
+        found, expected = two.step(*views(seed)), one.step(*views(seed))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert same(everything(one.objective), everything(two.objective))
+    assert same(everything(one.masker), everything(two.masker))
+
+
+def test_states_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="state_dict: it is not one of ADIOS, it lacks"):
+        made().load_state_dict({"masker": {}})
+    drawing = made(single=True, generator=torch.Generator())
+    with pytest.raises(ValueError, match="has one of a generator's states, but none was given"):
+        made(single=True).load_state_dict(drawing.state_dict())
+    with pytest.raises(ValueError, match="has none of a generator's states, but one was given"):
+        drawing.load_state_dict(made().state_dict())
+
+
+def test_what_it_has_trained_is_an_oracle() -> None:
+    """Pre-train a backbone, and start from it with MIRO."""
+    adios = made(norm=True)
+    for seed in range(2):
+        adios.step(*views(seed))
+    model = copy.deepcopy(adios.objective.network).float()
+    oracle = copy.deepcopy(model)
+    base = Adam(model.parameters(), lr=1e-3)
+    opt = fastdg.MIRO(base, model, oracle=oracle, layers=["0", "2"])
+    model[1].eval()  # its batch norm is frozen
+    for seed in range(2):
+        x = views(seed)[0].float()
+        losses = F.cross_entropy(model(x), torch.arange(B) % 5, reduction="none")
+        opt.zero_grad()
+        opt.backward(losses, torch.arange(B) % 2)
+        opt.step()
+    assert opt.steps == 2 and opt.statistics["miro"].isfinite()
+
+
+# -- bad input --
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"masker": 3}, TypeError, "masker: expected an nn.Module, got int"),
+        ({"objective": encoder()}, TypeError, r"objective: expected a fastdg.Objective.*Seq"),
+        ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
+        ({"penalty": -1.0}, ValueError, "penalty: expected a finite number >= 0, got -1"),
+        ({"entropy": float("nan")}, ValueError, "entropy: expected a finite number >= 0"),
+        ({"single": 1}, ValueError, "single: expected True or False, got 1"),
+        ({"encoder_optimizer": 1}, TypeError, "encoder_optimizer: expected a torch.optim"),
+        ({"masker_optimizer": SGD(encoder().parameters())}, ValueError,
+         "masker_optimizer: it has no parameter of this Masker"),
+        ({"encoder_optimizer": fastdg.VREx(SGD(encoder().parameters()))}, TypeError,
+         "encoder_optimizer: VREx makes gradients of its own from domains' losses"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    aim, masker = objective("SimCLR"), Masker()
+    arguments = {
+        "encoder_optimizer": SGD(aim.parameters()),
+        "masker_optimizer": SGD(masker.parameters()),
+        "masker": masker,
+        "objective": aim,
+    }
+    with pytest.raises(error, match=message):
+        fastdg.ADIOS(**{**arguments, **given})
+
+
+def test_an_optimizer_of_both_networks() -> None:
+    aim, masker = objective("SimCLR"), Masker()
+    both = SGD([*aim.parameters(), *masker.parameters()])
+    with pytest.raises(ValueError, match="encoder_optimizer: it also has parameters of the masker"):
+        fastdg.ADIOS(both, SGD(masker.parameters()), masker, objective=aim)
+    with pytest.raises(ValueError, match=r"masker_optimizer: .* of the objective \('network"):
+        fastdg.ADIOS(SGD(aim.parameters()), both, masker, objective=aim)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.sum(1), r"masker: expected masks \[4, N, 7, 7\] with N >= 2, got \[4, 7, 7\]"),
+        (lambda m: m[:, :1], r"got \[4, 1, 7, 7\]"),
+        (lambda m: m[:, :, ::2], r"got \[4, 3, 4, 7\]"),
+        (lambda m: 2 * m, "masker: expected masks that are >= 0 and sum to one"),
+        (lambda m: torch.cat([m - 1, m + 1], 1)[:, [0, 4]], "masker: expected masks that are >= 0"),
+        (lambda m: [m], "got list"),
+    ],
+)
+def test_what_is_no_mask(change: Callable[[Tensor], Any], message: str) -> None:
+    adios = made()
+    adios.masker.register_forward_hook(lambda module, inputs, output: change(output))
+    with pytest.raises(ValueError, match=message):
+        adios.step(*views(0))
+
+
+def test_bad_views() -> None:
+    adios = made()
+    x, view = views(0)
+    with pytest.raises(ValueError, match="view: expected as many images as there are whole ones"):
+        adios.step(x, view[1:])
+    with pytest.raises(RuntimeError, match="masker: its masks have no graph"), torch.no_grad():
+        adios.step(x, view)
+
+
+@pytest.mark.parametrize("make", [fastdg.BYOL, fastdg.SimSiam])
+def test_objectives_name_what_they_lack(make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"network: expected an nn\.Module, got int"):
+        make(3, nn.Linear(5, 5))
+    with pytest.raises(TypeError, match=r"predictor: expected an nn\.Module, got None"):
+        make(nn.Linear(5, 5), None)
+    with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+        fastdg.SimCLR(nn.Linear(5, 5), temperature=0.0)

@@ -1,0 +1,343 @@
+"""MIRO: layers found, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from definitions import batches, net
+from torch import Tensor, nn
+from torch.optim import SGD, Adam
+
+import fastdg
+from fastdg.optim.features import layout_of, preset_of
+
+
+def tree(*names: str) -> nn.Module:
+    """A module with modules of these names."""
+    root = nn.Module()
+    for name in names:
+        *parents, last = name.split(".")
+        here = root
+        for parent in parents:
+            if not hasattr(here, parent):
+                here.add_module(parent, nn.Module())
+            here = getattr(here, parent)
+        here.add_module(last, nn.Identity())
+    return root
+
+
+STAGES = ["layer1", "layer2", "layer3", "layer4"]
+BACKBONES: dict[str, tuple[list[str], list[str]]] = {
+    "torchvision and timm ResNet": (
+        ["conv1", "bn1", "maxpool", *STAGES, "fc"],
+        ["maxpool", *STAGES],
+    ),
+    "a ResNet inside": (
+        [f"backbone.{name}" for name in ("maxpool", *STAGES)],
+        [f"backbone.{name}" for name in ("maxpool", *STAGES)],
+    ),
+    "timm ResNetV2": (
+        ["stem.conv", *(f"stages.{i}.blocks.{j}" for i in range(4) for j in range(2)), "head"],
+        ["stem", *(f"stages.{i}" for i in range(4))],
+    ),
+    "timm RegNet": (
+        ["stem.conv", *(f"s{i}.b1" for i in range(1, 5))],
+        ["stem", *(f"s{i}" for i in range(1, 5))],
+    ),
+    "torchvision RegNet": (
+        ["stem.0", *(f"trunk_output.block{i}.a" for i in range(1, 5))],
+        ["stem", *(f"trunk_output.block{i}" for i in range(1, 5))],
+    ),
+    "transformers ResNet": (
+        ["resnet.embedder.pooler", *(f"resnet.encoder.stages.{i}.layers.0" for i in range(4))],
+        ["resnet.embedder", *(f"resnet.encoder.stages.{i}" for i in range(4))],
+    ),
+    "timm ViT": (
+        ["patch_embed.proj", *(f"blocks.{i}.mlp.fc1" for i in range(12)), "norm", "head"],
+        ["patch_embed", *(f"blocks.{i}" for i in (2, 5, 8, 11))],
+    ),
+    "timm Swin": (
+        ["patch_embed.proj", *(f"layers.{i}.blocks.0.mlp" for i in range(4)), "norm", "head"],
+        ["patch_embed", *(f"layers.{i}" for i in range(4))],
+    ),
+    "torchvision ViT": (
+        ["conv_proj", *(f"encoder.layers.encoder_layer_{i}.ln_1" for i in range(12))],
+        ["conv_proj", *(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11))],
+    ),
+    "transformers ViT": (
+        ["vit.embeddings.patch_embeddings", *(f"vit.encoder.layer.{i}.output" for i in range(6))],
+        ["vit.embeddings.patch_embeddings", "vit.encoder.layer.2", "vit.encoder.layer.5"],
+    ),
+    "transformers ViT since 5": (
+        ["vit.embeddings.patch_embeddings", *(f"vit.layers.{i}.output" for i in range(6))],
+        ["vit.embeddings.patch_embeddings", "vit.layers.2", "vit.layers.5"],
+    ),
+    "transformers Swin": (
+        ["swin.embeddings.patch_embeddings", *(f"swin.encoder.layers.{i}.a" for i in range(4))],
+        ["swin.embeddings.patch_embeddings", *(f"swin.encoder.layers.{i}" for i in range(4))],
+    ),
+    "transformers ConvNeXt": (
+        ["net.embeddings.patch_embeddings", *(f"net.encoder.stages.{i}.a" for i in range(4))],
+        ["net.embeddings", *(f"net.encoder.stages.{i}" for i in range(4))],
+    ),
+    "transformers CLIP": (
+        ["vision.embeddings.patch_embedding", *(f"vision.encoder.layers.{i}" for i in range(3))],
+        ["vision.embeddings.patch_embedding", "vision.encoder.layers.2"],
+    ),
+    "open_clip": (
+        ["visual.conv1", *(f"visual.transformer.resblocks.{i}.attn" for i in range(6))],
+        ["visual.conv1", "visual.transformer.resblocks.2", "visual.transformer.resblocks.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_presets(name: str) -> None:
+    names, expected = BACKBONES[name]
+    assert preset_of(tree(*names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        ("torchvision.models", "resnet18"),
+        ("torchvision.models", "vit_b_16"),
+        ("timm", "resnet18"),
+        ("timm", "vit_tiny_patch16_224"),
+        ("timm", "convnext_atto"),
+        ("timm", "swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_presets_of_the_libraries_themselves(package: str, name: str) -> None:
+    library = pytest.importorskip(package)
+    make = library.create_model if package == "timm" else getattr(library, name)
+    with torch.device("meta"):
+        model = make(name) if package == "timm" else make()
+    assert len(preset_of(model)) == 5
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 16}
+STAGED = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
+LIBRARY: dict[str, tuple[dict[str, Any], list[str], list[int]]] = {
+    "ViTModel": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
+    "Dinov2Model": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
+    "CLIPVisionModel": ({**VIT, "patch_size": 4}, ["NC", "NLC", "NLC"], [16] * 3),
+    "ResNetModel": ({**STAGED, "embedding_size": 8}, ["NC"] * 5, [8, 8, 16, 16, 24]),
+    "ConvNextModel": (STAGED, ["NC"] * 5, [8, 8, 16, 16, 24]),
+    "SwinModel": (
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 32, "window_size": 4},
+        ["NLC"] * 3,
+        [8, 16, 16],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_transformers_own_networks(name: str) -> None:
+    """Tiny, from their configurations: layers, layouts, a step."""
+    library = pytest.importorskip("transformers")
+    settings, layouts, channels = LIBRARY[name]
+    model = getattr(library, name)(getattr(library, name.replace("Model", "Config"))(**settings))
+    opt = fastdg.MIRO(SGD(model.parameters(), lr=0.1), model.train())
+    size = settings.get("image_size", 64)
+    out = model(torch.randn(5, 3, size, size))
+    opt.backward(out.pooler_output.flatten(1).square().mean(1), torch.arange(5) % 2)
+    opt.step()
+    assert [encoder.layout for encoder in opt._encoders.values()] == layouts
+    assert [len(bias) for bias in opt.biases.values()] == channels
+
+
+def test_no_preset() -> None:
+    with pytest.raises(ValueError, match=r"Net is no backbone .* has \['conv', 'norm'"):
+        fastdg.MIRO(Adam(net().parameters()), net())
+    two = tree(*(f"{side}.{name}" for side in "ab" for name in ("maxpool", *STAGES)))
+    with pytest.raises(ValueError, match=r"several backbones \('a.layer1', 'b.layer1'"):
+        preset_of(two)
+
+
+def test_layouts() -> None:
+    conv, linear = nn.Conv2d(3, 8, 1), nn.Sequential(nn.Linear(3, 8), nn.GELU())
+    cases: list[tuple[nn.Module, tuple[int, ...], str]] = [
+        (conv, (6, 8, 5, 5), "NC"),
+        (conv, (6, 8, 8, 8), "NC"),
+        (nn.MaxPool2d(2), (6, 7, 5, 5), "NC"),
+        (conv, (6, 25, 8), "NLC"),  # a patch embedding's
+        (linear, (6, 25, 8), "NLC"),
+        (linear, (25, 6, 8), "LNC"),
+        (linear, (6, 5, 5, 8), "NLC"),
+        (linear, (6, 8), "NC"),
+        (nn.Conv1d(3, 8, 1), (6, 8, 25), "NC"),
+        (nn.LayerNorm((5, 8)), (6, 5, 8), "NLC"),
+        (nn.Identity(), (6, 25, 8), "NLC"),
+    ]
+    for layer, shape, expected in cases:
+        assert layout_of("layer", layer, torch.Size(shape), 6) == expected, (layer, shape)
+
+
+def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
+    base = SGD(model.parameters(), lr=0.1)
+    return fastdg.MIRO(base, model, *args, **{"layers": ["conv"], **more})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: make(m, layers=["cov"]), ValueError, r"no module 'cov'; nearest: \['conv'"),
+        (lambda m: make(m, layers=["conv", "conv"]), ValueError, "'conv' stands there twice"),
+        (lambda m: make(m, layers="conv"), TypeError, "a list of names of modules, got 'conv'"),
+        (lambda m: make(m, layers=[m.conv]), TypeError, "names of modules, got Conv2d"),
+        (lambda m: make(m, m), ValueError, "oracle: it is the model itself"),
+        (lambda m: make(m, nn.Linear(2, 2)), ValueError, "the oracle has no module 'conv'"),
+        (lambda m: make(m, "resnet"), TypeError, "oracle: expected an nn.Module, got str"),
+        (lambda m: make(m, copy.deepcopy(m).to("meta")), ValueError, "on meta, but the model is"),
+        (lambda m: make(m, weight=-1.0), ValueError, "weight: expected a finite number >= 0"),
+        (lambda m: make(m, lr_multiplier=0), ValueError, "lr_multiplier: expected a finite num"),
+        (lambda m: make(m, layouts="CNL"), ValueError, r"one of \['NC', 'NLC', 'LNC'\], got 'CNL'"),
+        (lambda m: make(m, layouts={"norm": "NC"}), ValueError, "'norm' is none of the layers"),
+        (lambda m: make(m, layouts=3), TypeError, "layouts: expected one of .* got int"),
+        (lambda m: make(m, dtype=torch.int8), ValueError, "expected a floating-point dtype"),
+        (lambda m: fastdg.MIRO(SGD(m.parameters()), "m"), TypeError, "model: expected an nn.Modul"),
+        (lambda m: fastdg.MIRO(m, m), TypeError, "base: expected a torch.optim.Optimizer, got Net"),
+        (
+            lambda m: fastdg.MIRO(SGD(net().parameters()), m, layers=["conv"]),
+            ValueError,
+            "model: none of the parameters",
+        ),
+    ],
+)
+def test_arguments(call: Callable[[Any], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(net())
+
+
+def test_order() -> None:
+    """Terms inside, one algorithm around them."""
+    model = net()
+    with pytest.raises(TypeError, match=r"Fishr is an algorithm .*: fastdg.Fishr\(fastdg.MIRO\("):
+        fastdg.MIRO(fastdg.Fishr(SGD(model.parameters())), model, layers=["conv"])
+    with pytest.raises(TypeError, match="AgrSum and Fishr are algorithms, and two of them"):
+        fastdg.AgrSum(fastdg.Fishr(make(model)))
+    assert fastdg.MIRO(make(model), model, layers=["down"]).base.layers == ["conv"]
+
+
+def step(opt: Any, model: nn.Module, x: Tensor, y: Tensor, **inputs: Any) -> None:
+    opt.backward(F.cross_entropy(model(x), y, reduction="none"), y % 2, **inputs)
+
+
+def test_losses_that_the_model_did_not_make() -> None:
+    model, ((x, y, d),) = net(), batches(1)
+    opt = make(model)
+    losses = F.cross_entropy(copy.deepcopy(model)(x), y, reduction="none")
+    with pytest.raises(RuntimeError, match="no training forward of the Net given to MIRO"):
+        opt.backward(losses, d)
+    model.eval()
+    with pytest.raises(RuntimeError, match="no training forward"):
+        step(opt, model, x, y)
+    model.train()
+    losses = F.cross_entropy(model(x) + model(x), y, reduction="none")
+    with pytest.raises(RuntimeError, match="several training forwards"):
+        opt.backward(losses, d)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    with pytest.raises(ValueError, match=r"there are 3, but the forward .* had 9 samples for MIRO"):
+        opt.backward(losses[:3], d[:3])
+    assert model.conv.weight.grad is None
+    step(opt, model, x, y)
+    opt.step()
+
+
+def test_inputs_of_backward() -> None:
+    model, ((x, y, _),) = net(), batches(1)
+    for opt in (make(model), fastdg.Fishr(make(model)), fastdg.Fishr(SGD(model.parameters()))):
+        with pytest.raises(TypeError, match="nothing here takes an input 'labels'; known are none"):
+            step(opt, model, x, y, labels=y)
+
+
+class Tricky(nn.Module):
+    """Shares a layer, changes a map in place, leaves one out."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), kind
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.first(x)
+        if self.kind == "in place":
+            h += 1
+        if self.kind == "twice":
+            h = self.first(h)
+        return h if self.kind == "left out" else self.second(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("in place", "the oracle changes the output of 'first' in place"),
+        ("twice", "'first' ran twice in one forward"),
+        ("left out", "'second' did not run in the oracle's forward"),
+    ],
+)
+def test_forwards_that_do_not_go(kind: str, message: str) -> None:
+    model = Tricky(kind)
+    opt = fastdg.MIRO(SGD(model.parameters()), model, layers=["first", "second"])
+    with pytest.raises(RuntimeError, match=message):
+        model(torch.randn(3, 4))
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+    del opt
+    model(torch.randn(3, 4))  # nobody listens any more
+
+
+def test_an_oracle_that_does_not_fit() -> None:
+    model, oracle = Tricky(""), Tricky("")
+    oracle.second = nn.Linear(4, 5)
+    opt = fastdg.MIRO(SGD(model.parameters()), model, oracle, layers=["first", "second"])
+    with pytest.raises(ValueError, match=r"map of 'second' has shape \(3, 5\), the model's \(3, 4"):
+        model(torch.randn(3, 4))
+    assert opt.steps == 0
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.linear(x), None
+
+
+class Boxed(nn.Module):
+    """Its map is its output, in other containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.pair(x)[0]}
+
+
+class Alive:
+    """Lies on a graph."""
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_maps_in_containers_and_a_graph_that_dies(used: bool) -> None:
+    """With the losses, although the model's output is a map that the term was made from."""
+    model, x, y = Boxed(), torch.randn(5, 4), torch.arange(5) % 3
+    opt = fastdg.MIRO(SGD(model.parameters(), lr=0.1), model, layers=["pair"])
+    out = model(x)["logits"]
+    (below, _), *_ = out.grad_fn.next_functions
+    below.metadata["alive"] = alive = Alive()
+    reference = weakref.ref(alive)
+    losses = F.cross_entropy(out, y, reduction="none")
+    if used:
+        opt.backward(losses, y % 2)
+        opt.step()
+    del out, losses, below, alive
+    assert reference() is None
