@@ -54,12 +54,12 @@ class Algorithm:
 ALGORITHMS = {
     "erm": Algorithm("ERM", default=True),
     "fishr-head": Algorithm("Fishr, head", Fishr, {"params": "head"}, default=True),
-    "fishr-all": Algorithm("Fishr, all", Fishr, {"params": "all"}),
+    "fishr-all": Algorithm("Fishr, all", Fishr, {"params": "all"}, default=True),
     "irm": Algorithm("IRM", IRM),
     "vrex": Algorithm("V-REx", VREx, default=True),
     "iga": Algorithm("IGA", IGA),
     "groupdro": Algorithm("GroupDRO", GroupDRO),
-    "fish": Algorithm("Fish", Fish, default=True),
+    "fish": Algorithm("Fish", Fish),
     "agr-sum": Algorithm("Agr-Sum", AgrSum),
     "agr-rand": Algorithm("Agr-Rand", AgrRand),
     "pcgrad": Algorithm("PCGrad", PCGrad, default=True),
@@ -192,7 +192,7 @@ SETTINGS = {
         batch=None,
         network=_perceptron,
         lr=3e-3,
-        steps=300,
+        steps=200,
         anneal=0.6,
         given={
             Fishr: {**_SCRIPT, "ema": None, "reduction": "sum"},
