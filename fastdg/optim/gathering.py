@@ -12,10 +12,13 @@ from torch import Tensor
 
 from .. import ops
 from ..statistics.collect import collect, gradients_of, unhooked
-from ..statistics.factors import Agreement, Factor, accumulated
+from ..statistics.factors import Agreement, Dense, Factor, accumulated
 from .batch import Batch
 
 T = TypeVar("T")
+# Entries of a parameter whose domains' gradients may wait for the others: one call for all of them
+# costs less than a call for each, as biases and the weights of norms would need.
+SMALL = 1 << 14
 
 
 @dataclass
@@ -127,7 +130,16 @@ class Swept(Gradients):
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
         parts = self.batch.partition
-        return self._each(lambda factor: factor.agreement(parts, weights, threshold, steepness))
+
+        def combined(factor: Factor) -> Agreement | Sequence[Tensor]:
+            if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
+                return factor.domain(parts).unbind()
+            return factor.agreement(parts, weights, threshold, steepness)
+
+        found = self._each(combined)
+        made = {p: part for p, part in found.items() if isinstance(part, Agreement)}
+        small = {p: rows for p, rows in found.items() if p not in made}
+        return made | _agreements(small, weights, threshold, steepness)
 
     def _each(self, compute: Callable[[Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
@@ -227,11 +239,18 @@ class Gathered(Gradients):
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
-        made: dict[Tensor, Agreement] = {}
-        for group, gradients in by_dtype(self.rows()):
-            parts = ops.agreement(gradients, weights, threshold, steepness)
-            made.update(zip(group, map(Agreement, *parts), strict=True))
-        return made
+        return _agreements(self.rows(), weights, threshold, steepness)
+
+
+def _agreements(
+    rows: Mapping[Tensor, Sequence[Tensor]], weights: Tensor, threshold: float, steepness: float
+) -> dict[Tensor, Agreement]:
+    """`ops.agreement` of several parameters' gradients in one call."""
+    made: dict[Tensor, Agreement] = {}
+    for group, gradients in by_dtype(rows):
+        parts = ops.agreement(gradients, weights, threshold, steepness)
+        made.update(zip(group, map(Agreement, *parts), strict=True))
+    return made
 
 
 def by_dtype(
