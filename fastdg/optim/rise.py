@@ -188,9 +188,9 @@ class RISE(Term):
             )
         if (known := found(losses, self)) and forward.token not in known:
             raise RuntimeError(
-                f"losses: they come from an earlier forward of the module {name}, not the last, the "
-                "embeddings of which would be taken for theirs; call backward (final=False for all "
-                "but the last) before the model runs again"
+                f"losses: they come from an earlier forward of the module {name}, not the last, "
+                "whose embeddings would be taken for theirs; call backward (with final=False, if "
+                "more are to come) before the model runs again"
             )
         if forward.version is not None and seen._version != forward.version:
             raise RuntimeError(
