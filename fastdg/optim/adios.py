@@ -76,7 +76,6 @@ class ADIOS:
         ... )
         >>> for images, _ in loader:
         ...     statistics = adios.step(augment(images), augment(images))
-        >>> opt = fastdg.MIRO(torch.optim.Adam(model.parameters()), model, oracle=pretrained)
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,8 +127,8 @@ class MIRO(Term):
     ``objective`` (0-dim), and alone ``domain_loss`` (``[D]``, NaN for an empty domain) and
     ``domain_count`` (``[D]``). The variances are kept in ``state_dict``; the oracle is not: a run
     that is resumed is given the same one, or starts from the same pre-trained weights before it
-    loads its own. ``torch.distributed.checkpoint`` asks for a module that owns every parameter:
-    ``nn.ModuleList([model, *opt.modules()])``.
+    loads its own; a model that is still the oracle is warned of. ``torch.distributed.checkpoint``
+    asks for a module that owns every parameter: ``nn.ModuleList([model, *opt.modules()])``.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a layer that does not exist; maps
@@ -147,7 +148,7 @@ class MIRO(Term):
 
     prefix = "miro"
     tensors = ("bias",)
-    _transient = (*Term._transient, "_forward")
+    _transient = (*Term._transient, "_forward", "_resumed")
 
     weight: Setting[float] = Setting(check_weight)
 
@@ -225,6 +226,7 @@ class MIRO(Term):
 
     def _follow(self) -> None:
         self._forward: Forward | None = None
+        self._resumed = False  # with the next forward as the first one
         model = self._network
         handles: list[Any] = [
             model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True)
@@ -241,9 +243,26 @@ class MIRO(Term):
         if not (model.training and recording()):
             return
         self._oracle.check_device(model)
+        if self._resumed:
+            self._resumed = False
+            self._compare()
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         samples = next((len(x) for x in tensors if x.dim()), 0)
         self._forward = Forward(samples, self._oracle.maps(args, kwargs))
+
+    def _compare(self) -> None:
+        """Warn if a run that goes on has an oracle that was copied from what it has trained."""
+        oracle = dict(self.oracle.named_parameters())
+        known = ((p, oracle.get(name)) for name, p in self._network.named_parameters())
+        pairs = [(p, q) for p, q in known if p in self._names and q is not None]
+        if pairs and all(p.shape == q.shape and bool((p.to(q) == q).all()) for p, q in pairs):
+            warnings.warn(
+                f"MIRO: the run that was loaded has made {self.steps} steps, but the model's "
+                "weights are the oracle's. Make the wrapper before the model loads its own, or "
+                "pass oracle= the network with the pre-trained weights",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         """A layer has run: its map has to be like the oracle's."""
@@ -313,6 +332,7 @@ class MIRO(Term):
 
     def _taken(self) -> None:
         super()._taken()
+        self._resumed = self.steps > 0
         loaded, self._kept["bias"] = self._kept["bias"], {}
         for encoder in self._encoders.values():
             if (bias := loaded.get(encoder.bias)) is not None:

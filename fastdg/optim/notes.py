@@ -30,11 +30,16 @@ def leave(output: Any, owner: object, value: Any) -> Any:
         if not tensor.requires_grad:
             return tensor
         tensor = alias(tensor)
-        left: Any = get_gradient_edge(tensor).node.metadata
-        left.setdefault(_KEY, []).append((weakref.ref(owner), value))
+        mark(tensor, owner, value)
         return tensor
 
     return pytree.tree_map_only(Tensor, noted, output)
+
+
+def mark(tensor: Tensor, owner: object, value: Any) -> None:
+    """Leave ``value``, which holds no graph, for ``owner`` on the node of ``tensor`` itself."""
+    left: Any = get_gradient_edge(tensor).node.metadata
+    left.setdefault(_KEY, []).append((weakref.ref(owner), value))
 
 
 def found(losses: Tensor, owner: object) -> list[Any]:

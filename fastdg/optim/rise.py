@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,9 +14,24 @@ from torch.optim import Optimizer
 from ..ops import text_distance
 from ..statistics.factors import accumulated
 from ..statistics.tape import watching
-from .notes import Hook
+from .notes import Hook, found, mark
 from .settings import Setting, check_steepness, check_weight, checked
 from .term import Term
+
+
+@dataclass
+class Forward:
+    """A forward of the module.
+
+    Attributes:
+        output: what it gave.
+        version: of that then, if it has a graph.
+        token: left on its graph node then, to tell losses that come from it.
+    """
+
+    output: Any
+    version: int | None = None
+    token: object = field(default_factory=object)
 
 
 class RISE(Term):
@@ -80,7 +96,7 @@ class RISE(Term):
     prefix = "rise"
     _transient = (*Term._transient, "_seen")
 
-    _seen: Any  # what the module gave in the forward that waits for its backward
+    _seen: Forward | None  # the one that waits for its backward
 
     absolute: Setting[float] = Setting(check_weight)
     relative: Setting[float] = Setting(check_weight)
@@ -151,14 +167,14 @@ class RISE(Term):
 
     def _embeddings(self, losses: Tensor) -> Tensor:
         """What the module gave in the forward of these losses."""
-        seen, self._seen = self._seen, None
+        forward, self._seen = self._seen, None
         name = type(self.embedding).__name__
-        if seen is None:
+        if forward is None:
             raise RuntimeError(
                 f"embedding: the module {name} has not run, with gradients enabled, since the last "
                 "backward; run the model that it belongs to, once for each backward"
             )
-        E = self.classes.shape[1]
+        E, seen = self.classes.shape[1], forward.output
         if not isinstance(seen, Tensor) or seen.dim() != 2 or seen.shape[1] != E:
             got = list(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
             raise ValueError(
@@ -169,6 +185,18 @@ class RISE(Term):
             raise ValueError(
                 f"losses: expected one for each of the {len(seen)} embeddings of the last forward, "
                 f"got {len(losses)}"
+            )
+        if (known := found(losses, self)) and forward.token not in known:
+            raise RuntimeError(
+                f"losses: they come from an earlier forward of the module {name}, not the last, "
+                "whose embeddings would be taken for theirs; call backward (with final=False, if "
+                "more are to come) before the model runs again"
+            )
+        if forward.version is not None and seen._version != forward.version:
+            raise RuntimeError(
+                f"embedding: the output of the module {name} is changed in place after it (an "
+                "activation with inplace=True, or +=); name the module that does so in its place, "
+                "or make that operation out of place"
             )
         return accumulated(seen)
 
@@ -235,8 +263,12 @@ class RISE(Term):
         weakref.finalize(self, handle.remove).atexit = False
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if watching():
-            self._seen = output
+        if not watching():
+            return
+        self._seen = Forward(output)
+        if isinstance(output, Tensor) and output.requires_grad:
+            self._seen.version = output._version
+            mark(output, self, self._seen.token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -157,6 +157,8 @@ class SWAD(Unwatched):
 
     @torch.compiler.disable
     def _commit(self) -> None:
+        if self._size() != self._watched:  # the optimizer inside was given new parameters
+            self._rewatch()
         group = self.param_groups[0]
         group["swad_steps"] = self.steps + 1
         if not self.finished:

@@ -238,6 +238,19 @@ def test_micro_batches_are_one_batch(name: str) -> None:
         alike(twin, model, 1e-9)
 
 
+def test_an_oracle_copied_from_what_a_resumed_run_has_trained_is_warned_of() -> None:
+    model, data = net(), batches(3)
+    opt = miro(model)
+    run(opt, model, data[:2])
+    resumed = net()
+    resumed.load_state_dict(model.state_dict())
+    late = fastdg.VREx(miro(resumed))
+    late.load_state_dict(fastdg.VREx(opt).state_dict())
+    with pytest.warns(UserWarning, match="has made 2 steps, but the model's weights are the orac"):
+        run(late, resumed, data[2:])
+    run(late, resumed, data[2:])  # once is enough
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_resumes_bit_for_bit(name: str) -> None:
     model, data = net(), batches(4)

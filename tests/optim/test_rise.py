@@ -385,6 +385,20 @@ def test_one_forward_for_one_backward() -> None:
         opt.backward(losses, domains, labels=y)
 
 
+def test_losses_of_an_earlier_forward_and_embeddings_changed_in_place_are_refused() -> None:
+    model = Student()
+    opt = made(model)
+    (x, y, domains, _), (other, _, _, _) = data(0), data(1)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    again = F.cross_entropy(model(other), y, reduction="none")
+    with pytest.raises(RuntimeError, match="losses: they come from an earlier forward of the"):
+        opt.backward(losses, domains, labels=y)
+    del again
+    logits = model.head(model.embed(model.backbone(x)).relu_())
+    with pytest.raises(RuntimeError, match="embedding: the output of the module Linear is changed"):
+        opt.backward(F.cross_entropy(logits, y, reduction="none"), domains, labels=y)
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_follow_their_own_model(way: str) -> None:
     model = Student()

@@ -117,6 +117,19 @@ def test_steps_since_the_last_evaluation_count() -> None:
         early.apply()
 
 
+def test_parameters_that_the_optimizer_inside_is_given_are_averaged() -> None:
+    model = network(torch.float64)
+    inner = SGD(model[2].parameters(), lr=0.1)
+    opt = fastdg.SWAD(inner, model)
+    train(opt, model, [5.0])
+    inner.add_param_group({"params": model[0].parameters()})
+    before = flat(model)
+    seen = train(opt, model, [4.0], seed=1)
+    assert not torch.equal(seen[-1], before)
+    with opt.applied():
+        close(flat(model), torch.stack(seen).mean(0))
+
+
 def test_parameters_that_come_later_were_there_all_the_time() -> None:
     model = network(torch.float64)
     opt = fastdg.SWAD(SGD(model[2].parameters(), lr=0.1), model)
