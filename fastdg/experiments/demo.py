@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,27 +96,56 @@ def cores() -> int:
 
 def _results(
     plan: Plan, units: Sequence[Unit], workers: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Generator[tuple[str, dict[str, Any]], None, None]:
     """``(key, result)`` of each unit as it ends."""
     if min(workers, len(units)) <= 1:
         for unit in units:
             yield unit[0], _trained(plan, unit)
         return
+    others = set(multiprocessing.active_children())
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    # An interrupt is for the process that writes the results
-    ignore = (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(min(workers, len(units)), spawn, signal.signal, ignore)
+    pool = ProcessPoolExecutor(min(workers, len(units)), spawn, _belong_to, (os.getpid(),))
+    ended = False
     try:
-        keys = {pool.submit(_trained, plan, unit): unit[0] for unit in units}
+        with _uninterrupted():
+            keys = {pool.submit(_trained, plan, unit): unit[0] for unit in units}
         for future in as_completed(keys):
             yield keys[future], future.result()
+        ended = True
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a training process was killed, for want of memory perhaps; the same command goes on "
             "from here, and --workers 1 takes the least"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if not ended:  # nobody waits for units that nobody will write down
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes begun inside leave an interrupt to the one that writes the results."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _belong_to(parent: int) -> None:
+    """End this process when its parent does, however that ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @_one_thread()
@@ -155,10 +186,11 @@ def run(
     left = [unit for unit in units if unit[0] not in runs]
     done = len(units) - len(left)
     progress(left[0][0] if left else "", done, len(units))
-    for key, result in _results(plan, left, workers):
-        runs[key] = result
-        write_json(results, path)
-        done += 1
-        progress(key if done < len(units) else "", done, len(units))
+    with closing(_results(plan, left, workers)) as found:
+        for key, result in found:
+            runs[key] = result
+            write_json(results, path)
+            done += 1
+            progress(key if done < len(units) else "", done, len(units))
     asked = {"algorithms": plan.algorithms, "tasks": plan.tasks, "seeds": plan.seeds}
     return results | {"plan": asked, "runs": {key: runs[key] for key, *_ in units}}

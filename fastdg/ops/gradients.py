@@ -16,6 +16,18 @@ def flatten(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
             shape, dtype or device from those of the first.
         TypeError: something is not a dense floating-point tensor.
     """
+    for d, domain in enumerate(gradients):
+        if not isinstance(domain, (list, tuple)):
+            raise TypeError(
+                f"gradients[{d}]: expected a list of tensors, the gradients of one domain, got "
+                f"{type(domain).__name__}"
+            )
+        for k, gradient in enumerate(domain):
+            if not isinstance(gradient, Tensor):
+                raise TypeError(
+                    f"gradients[{d}][{k}]: expected a dense floating-point tensor, got "
+                    f"{type(gradient).__name__}"
+                )
     if len(gradients) == 0 or len(gradients[0]) == 0:
         raise ValueError("gradients: expected at least one domain with at least one tensor")
     first = gradients[0]
@@ -52,8 +64,9 @@ def check_weights(weights: Tensor, domains: int, device: torch.device) -> None:
         TypeError: its dtype is not floating point.
         ValueError: its shape or device is another.
     """
-    if not weights.is_floating_point():
-        raise TypeError(f"weights: expected a floating-point tensor, got {weights.dtype}")
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights: expected a floating-point tensor, got {got}")
     if weights.shape != (domains,):
         raise ValueError(f"weights: expected the shape ({domains},), got {tuple(weights.shape)}")
     if weights.device != device:

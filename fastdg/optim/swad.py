@@ -50,7 +50,8 @@ class SWAD(Unwatched):
     The averages are not the model's weights until they are put there: inside ``with
     opt.applied():`` to look at them, by ``opt.apply()`` for good; ``opt.averaged()`` is a copy of
     the model with them. Buffers are the model's own, as they are then: batch norm in training has
-    to see the training data again, ``torch.optim.swa_utils.update_bn(loader, opt.averaged())``.
+    to see the training data again: ``opt.apply()`` and ``torch.optim.swa_utils.update_bn(loader,
+    model)``, or that of a copy that is kept.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a wrapper.

@@ -113,7 +113,21 @@ def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Ten
             )
         return lambda name, p: True
     if callable(params):
-        return lambda name, p: bool(params(name, p))
+        chosen = params
+
+        def selected(name: str, p: Tensor) -> bool:
+            try:
+                return bool(chosen(None if name.startswith("param_groups[") else name, p))  # type: ignore[arg-type]
+            except (TypeError, AttributeError) as error:
+                if not name.startswith("param_groups["):
+                    raise
+                raise ValueError(
+                    f"params: the predicate looks at names ({error}), and this optimizer knows "
+                    "none (its name is None): give model=, or the optimizer "
+                    "model.named_parameters()"
+                ) from error
+
+        return selected
     if not isinstance(params, Iterable):
         raise TypeError(
             "params: expected 'head', 'all', a list of names or parameters, or a predicate, "

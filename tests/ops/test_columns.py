@@ -412,6 +412,21 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
         RuntimeError,
         "meta_step changes its arguments: call it outside the transforms",
     ),
+    "no gradient": (
+        lambda g: ops.gram([[g[0][0], None], g[1]]),
+        TypeError,
+        r"gradients\[0\]\[1\]: expected a dense floating-point tensor, got NoneType",
+    ),
+    "a dictionary": (
+        lambda g: ops.combine({"weight": g[0]}, torch.ones(1)),
+        TypeError,
+        r"gradients\[0\]: expected a list of tensors, the gradients of one domain, got str",
+    ),
+    "arguments in another order": (
+        lambda g: ops.combine(torch.ones(2), g),
+        TypeError,
+        r"gradients\[0\]: expected a list of tensors",
+    ),
 }
 
 

@@ -276,6 +276,24 @@ def test_a_history_of_other_params_is_said() -> None:
         train(wider, model, data[1:])
 
 
+def test_a_predicate_on_names_that_nobody_knows() -> None:
+    model = mlp()
+    x, y, d = batches("mlp", 1, dtype=torch.float32)[0]
+
+    def chosen(predicate: Callable[[str, Tensor], bool], **known: nn.Module) -> list[int]:
+        opt = fastdg.Fishr(Adam(model.parameters()), params=predicate, **known)
+        opt.backward(losses_of(model, x, y), d)
+        opt.step()
+        return [p.dim() for p in model.parameters() if "fishr_ema" in opt.state[p]]
+
+    assert chosen(lambda name, p: "bias" not in name, model=model) == [2, 2]
+    assert chosen(lambda name, p: p.dim() == 1) == [1, 1]
+    with pytest.raises(ValueError, match=r"looks at names .*give model="):
+        chosen(lambda name, p: "bias" not in name)
+    with pytest.raises(ValueError, match=r"looks at names .*give model="):
+        chosen(lambda name, p: name.endswith("weight"))
+
+
 def test_new_domain_starts_without_history() -> None:
     model = mlp()
     opt = make_opt(model, anneal_steps=0)
