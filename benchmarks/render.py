@@ -168,11 +168,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     from fastdg.report.style import STYLE, save
 
-    cases = list(results["cases"].values())
-    columns = 4
+    measured = results["cases"].values()
+    order = [*QUESTIONS, *GIVEN]
+    cases = sorted(measured, key=lambda case: order.index(case["question"]))
+    columns = 3
     with rc_context(STYLE):
         lines = -(-len(cases) // columns)
-        figure = Figure(figsize=(3.9 * columns, 2.35 * lines), layout="constrained")
+        figure = Figure(figsize=(5.4 * columns, 2.1 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for axes, case in zip(panels, cases, strict=False):
             rows = {"fastdg": case["contenders"]["fastdg"], **peers(case)}
@@ -183,7 +185,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             for at, value in enumerate(values):
                 axes.text(value * 1.06, at, times(value), va="center", fontsize=7)
             axes.set_xscale("log")
-            axes.set_xlim(0.8, max(values) * 2.6)
+            axes.set_xlim(0.8 * min(1, case["floor"], *values), max(values) * 2.6)
             axes.set_yticks(range(len(rows)), [_short(name) for name in rows], fontsize=7)
             axes.invert_yaxis()
             axes.axvline(1, color="black", lw=0.8)
