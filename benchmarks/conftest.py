@@ -20,13 +20,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-cases", action="store_true", help="time every case, not a sample")
 
 
+def _sampled(config: pytest.Config) -> bool:
+    option = config.option
+    return not (option.all_cases or option.benchmark_disable or option.keyword)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from cases import SAMPLE
 
     for item in items:  # peers and compilers warn about themselves
         item.add_marker(pytest.mark.filterwarnings("default"))
-    option = config.option
-    if option.all_cases or option.benchmark_disable or option.keyword:
+    if not _sampled(config):
         return
     cases = [getattr(item, "callspec", None) for item in items]
     keys = [spec and spec.params.get("case") for spec in cases]
@@ -36,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str:
-    if config.option.all_cases or config.option.benchmark_disable or config.option.keyword:
+    if not _sampled(config):
         return ""
     return "a sample of the cases; --all-cases times every one, -k NAME those of that name"
 

@@ -22,16 +22,9 @@ def flatten(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
                 f"gradients[{d}]: expected a list of tensors, the gradients of one domain, got "
                 f"{type(domain).__name__}"
             )
-        for k, gradient in enumerate(domain):
-            if not isinstance(gradient, Tensor):
-                raise TypeError(
-                    f"gradients[{d}][{k}]: expected a dense floating-point tensor, got "
-                    f"{type(gradient).__name__}"
-                )
     if len(gradients) == 0 or len(gradients[0]) == 0:
         raise ValueError("gradients: expected at least one domain with at least one tensor")
     first = gradients[0]
-    dtype, device = first[0].dtype, first[0].device
     for d, domain in enumerate(gradients):
         if len(domain) != len(first):
             raise ValueError(
@@ -39,20 +32,21 @@ def flatten(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
                 f"got {len(domain)}"
             )
         for k, (gradient, like) in enumerate(zip(domain, first, strict=True)):
-            if not gradient.is_floating_point() or gradient.layout is not torch.strided:
+            tensor = isinstance(gradient, Tensor)
+            if not (tensor and gradient.is_floating_point() and gradient.layout is torch.strided):
+                got = f"{gradient.dtype}, {gradient.layout}" if tensor else type(gradient).__name__
                 raise TypeError(
-                    f"gradients[{d}][{k}]: expected a dense floating-point tensor, "
-                    f"got {gradient.dtype}, {gradient.layout}"
+                    f"gradients[{d}][{k}]: expected a dense floating-point tensor, got {got}"
                 )
             if gradient.shape != like.shape:
                 raise ValueError(
                     f"gradients[{d}][{k}]: expected the shape {tuple(like.shape)} of "
                     f"gradients[0][{k}], got {tuple(gradient.shape)}"
                 )
-            if gradient.dtype != dtype or gradient.device != device:
+            if gradient.dtype != first[0].dtype or gradient.device != first[0].device:
                 raise ValueError(
-                    f"gradients[{d}][{k}]: expected {dtype} on {device} as gradients[0][0], "
-                    f"got {gradient.dtype} on {gradient.device}"
+                    f"gradients[{d}][{k}]: expected {first[0].dtype} on {first[0].device} as "
+                    f"gradients[0][0], got {gradient.dtype} on {gradient.device}"
                 )
     return [gradient for domain in gradients for gradient in domain]
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..ops import text_distance
 from ..statistics.factors import accumulated
-from ..statistics.tape import watching
+from ..statistics.tape import recording
 from .notes import Hook, found, mark
 from .settings import Setting, check_steepness, check_weight, checked
 from .term import Term
@@ -263,7 +263,7 @@ class RISE(Term):
         weakref.finalize(self, handle.remove).atexit = False
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not watching():
+        if not recording():
             return
         self._seen = Forward(output)
         if isinstance(output, Tensor) and output.requires_grad:

@@ -116,11 +116,11 @@ def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Ten
         chosen = params
 
         def selected(name: str, p: Tensor) -> bool:
+            if not name.startswith("param_groups["):
+                return bool(chosen(name, p))
             try:
-                return bool(chosen(None if name.startswith("param_groups[") else name, p))  # type: ignore[arg-type]
+                return bool(chosen(None, p))  # type: ignore[arg-type]
             except (TypeError, AttributeError) as error:
-                if not name.startswith("param_groups["):
-                    raise
                 raise ValueError(
                     f"params: the predicate looks at names ({error}), and this optimizer knows "
                     "none (its name is None): give model=, or the optimizer "

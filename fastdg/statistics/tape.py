@@ -42,17 +42,6 @@ def paused() -> Iterator[None]:
         _paused.reset(token)
 
 
-def watching() -> bool:
-    """Whether a forward that runs now is the user's own, and one to be trained on."""
-    return (
-        torch.is_grad_enabled()
-        and not _paused.get()
-        and not torch._C._is_tracing()
-        # The user's own torch.func transform, for which fastdg.func is
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
 def recording() -> bool:
     """Whether a forward that runs now is the user's, and will have a backward.
 
@@ -195,7 +184,7 @@ class Recorder:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Record a call; returns what the module shall return in place of ``output``, or None."""
-        if not watching():
+        if not recording():
             return None
         own = self._own(module)
         if not own and not spans_samples(module):
