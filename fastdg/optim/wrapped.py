@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..statistics.api import select
+from ..statistics.selection import select
 from ..statistics.tape import Selection
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..domains import partition
-from ..statistics.api import Tape, check_losses, listed, spent
+from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
+from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, support
 from .batch import Batch
@@ -207,9 +208,8 @@ class DomainOptimizer(Wrapping):
         """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
 
         Args:
-            closure: optional; returns ``(losses, domains)``, or ``(losses, domains, {name:
-                input})``, which are passed to `backward` first. It is called once, with gradients
-                enabled.
+            closure: optional; returns ``(losses, domains)`` or ``(losses, domains, inputs)``, which
+                are passed to `backward` first. It is called once, with gradients enabled.
 
         Returns:
             The mean loss if a closure was given, else None.
