@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from ..data.digits import TASKS
+from ..data.pacs import DOMAINS
+from ..experiments.pacs import ALGORITHMS
+from ..report.pacs_figure import MEAN, accuracies, gain
 from ..report.summary import Estimate, Row, mean_and_error, rows
 
 
@@ -75,4 +79,34 @@ def colored_mnist_table(results: dict[str, Any]) -> Table:
                 f"{within} (within {value['tolerance']:.1f})",
                 f"{seconds:.2f}" if key == "train" else "",
             )
+    return table
+
+
+def pacs_table(results: dict[str, Any]) -> Table:
+    """Accuracy on each domain left out; a row an algorithm."""
+    seeds = results["plan"]["seeds"]
+    title = "PACS, 32x32: accuracy (%) on the domain left out"
+    if seeds > 1:
+        title += f"\nmean ± standard error of {seeds} seeds"
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    table.caption = (
+        "checkpoint: chosen on the training domains, or the last; gain: the mean's over ERM's, "
+        "* if the 95 % interval of the difference leaves out 0"
+    )
+    for name in ("", *DOMAINS, MEAN, "gain", "last step", "ms/step"):
+        table.add_column(name, justify="right" if name else "left")
+    for name in results["plan"]["algorithms"]:
+        chosen = accuracies(results, name, "chosen")
+        last = accuracies(results, name, "last")[MEAN]
+        more = gain(results, name, "chosen") if name != "erm" else None
+        said = "" if more is None else f"{more[0][0]:+.1f} ± {more[0][1]:.1f}" + " *"[more[1]]
+        runs = [run for key, run in results["runs"].items() if key.split("/")[2] == name]
+        seconds = statistics.median(run["step_seconds"] for run in runs)
+        table.add_row(
+            ALGORITHMS[name][0],
+            *(_value(mean_and_error(of)) for of in chosen.values()),
+            said.strip(),
+            _value(mean_and_error(last)),
+            f"{1e3 * seconds:.0f}",
+        )
     return table

@@ -25,6 +25,10 @@ COLOURS = {
     "and-mask": "#e69f00",
     "sand-mask": "#f0e442",
     "rise": "#6a3d9a",
+    "miro": "#e31a1c",
+    "miro+fishr": "#fb9a99",
+    "swad": "#b15928",
+    "miro+swad": "#fdbf6f",
 }
 STYLE: Any = {
     "font.size": 8.5,

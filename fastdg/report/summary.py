@@ -96,13 +96,20 @@ def _clear(difference: Estimate, count: int) -> bool:
     return abs(mean) > STUDENT[min(count - 1, len(STUDENT)) - 1] * error
 
 
+def difference(row: Sequence[float], plain: Sequence[float]) -> tuple[Estimate, bool]:
+    """Mean and standard error of the difference, seed by seed, and whether it is clear: its 95 %
+    interval (Student's t) leaves out 0."""
+    found = mean_and_error([a - b for a, b in zip(row, plain, strict=True)])
+    return found, _clear(found, len(row))
+
+
 def _against(row: list[float], plain: list[float], chance: float) -> str:
     values = f"{statistics.fmean(row):.1f} against {statistics.fmean(plain):.1f} %"
     if len(row) < 2:
         return f"{values}, of one seed, which proves nothing"
-    gain, error = mean_and_error([a - b for a, b in zip(row, plain, strict=True)])
+    (gain, error), clear = difference(row, plain)
     verdict = "no clear difference"
-    if _clear((gain, error), len(row)):
+    if clear:
         verdict = "better" if gain > 0 else "worse"
     if not _clear(mean_and_error([value - chance for value in row]), len(row)):
         verdict += f"; not clearly other than guessing, {chance:.0f} %"

@@ -1,0 +1,149 @@
+"""Training runs side by side, a core each, and their results in one file; resumable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import machine
+from .storage import load_results, write_json
+
+Unit = Callable[[], dict[str, Any]]  # one run; it can be pickled, and is deterministic
+Told = Callable[[str, int, int], None]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps this small gain little from a second thread, and wait long for it on a busy machine;
+    and numbers then do not depend on how many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def _trained(unit: Unit) -> dict[str, Any]:
+    return unit()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _results(
+    units: Mapping[str, Unit], workers: int
+) -> Generator[tuple[str, dict[str, Any]], None, None]:
+    """``(key, result)`` of each unit as it ends."""
+    if min(workers, len(units)) <= 1:
+        for key, unit in units.items():
+            yield key, _trained(unit)
+        return
+    others = set(multiprocessing.active_children())
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    pool = ProcessPoolExecutor(min(workers, len(units)), spawn, _belong_to, (os.getpid(),))
+    ended = False
+    try:
+        with _uninterrupted():
+            keys = {pool.submit(_trained, unit): key for key, unit in units.items()}
+        for future in as_completed(keys):
+            yield keys[future], future.result()
+        ended = True
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a training process was killed, for want of memory perhaps; the same command goes on "
+            "from here, and --workers 1 takes the least"
+        ) from error
+    finally:
+        if not ended:  # nobody waits for units that nobody will write down
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes begun inside leave an interrupt to the one that writes the results."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _belong_to(parent: int) -> None:
+    """End this process when its parent does, however that ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def silent(key: str, done: int, total: int) -> None:
+    """Whom to tell when nobody wants to know."""
+
+
+@_one_thread()
+def run_units(
+    units: Mapping[str, Unit],
+    settings: Mapping[str, Any],
+    path: Path,
+    fresh: bool = False,
+    progress: Told = silent,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Run what ``path`` does not hold yet, writing it after every unit.
+
+    A run killed at any moment goes on where it was: units are deterministic, and the file is
+    replaced whole. Other units add to what is there.
+
+    Args:
+        units: key -> what to run, in this order.
+        settings: what the results depend on.
+        path: of the results, JSON. ``settings``; ``machine``: where it was run last; ``runs``:
+            key -> what its unit gave.
+        fresh: ignore what is there.
+        progress: told the last unit's key, how many are done, and how many there are.
+        workers: processes that train side by side, each a unit on one thread.
+
+    Returns:
+        The same, with only these units' runs.
+
+    Raises:
+        ValueError: ``path`` holds results of other settings, or is not a result file.
+        ChildProcessError: a worker was killed.
+    """
+    kept = None if fresh else load_results(path, "settings", settings)
+    runs: dict[str, Any] = {} if kept is None else kept["runs"]
+    results: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": runs}
+    write_json(results, path)
+    left = {key: unit for key, unit in units.items() if key not in runs}
+    done = len(units) - len(left)
+    progress(next(iter(left), ""), done, len(units))
+    with closing(_results(left, workers)) as found:
+        for key, result in found:
+            runs[key] = result
+            write_json(results, path)
+            done += 1
+            progress(key if done < len(units) else "", done, len(units))
+    return results | {"runs": {key: runs[key] for key in units}}
