@@ -23,6 +23,7 @@ from cases import CASES
 from contenders import FLOOR, OURS, PLAIN, Case, Contender, verified
 from harness import environment, in_process, interleave, peak_memory, summary, timed
 from ops_cases import OPS
+from terms import TERMS
 
 
 def memory(case: Case, contender: Contender) -> int | None:
@@ -119,6 +120,33 @@ def measure_op(layer: str, seconds: float) -> dict[str, Any]:
     return {"error": case.check(), "runs": rows}
 
 
+def measure_term(name: str, seconds: float) -> dict[str, Any]:
+    """One term's contenders, once ours has its numbers right."""
+    term = TERMS[name]
+    peaks = {
+        way: peak_memory(
+            lambda make=make: make(term.made(None)),  # type: ignore[misc]
+            lambda make=make: make(term.made(6)),  # type: ignore[misc]
+        )
+        for way, make in term.ways.items()
+    }
+    if not (wrong := term.error(None)) <= term.tolerance:
+        raise ArithmeticError(f"{name}: relative error {wrong:.1e}")
+    runs = {way: make(term.made(None)) for way, make in term.ways.items()}
+    for run in runs.values():
+        run()
+    cost = {way: timed(run) for way, run in runs.items()}
+    share = dict.fromkeys(runs, seconds / len(runs))
+    rows: dict[str, dict[str, Any]] = {
+        way: {**summary(times), "peak_bytes": peaks[way]}
+        for way, times in interleave(runs, cost, share).items()
+    }
+    for row in rows.values():
+        row["ratio"] = round(row["median"] / rows[term.unit]["median"], 4)
+    head = {"title": term.title, "unit": term.unit, "goal": term.goal, "error": wrong}
+    return {**head, **term.extra(term.made(None)), "contenders": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu.json"))
@@ -134,28 +162,32 @@ def main() -> None:
         kind, key = arguments.case.split(":", 1)
         if kind == "op":
             print(json.dumps(measure_op(key, arguments.seconds)))
+        elif kind == "term":
+            print(json.dumps(measure_term(key, arguments.seconds)))
         else:
             print(json.dumps(measure_case(key, arguments.seconds, arguments.skip)))
         return
 
     todo = [f"case:{key}" for key in CASES] + [f"op:{layer}" for layer in OPS]
+    todo += [f"term:{name}" for name in TERMS]
     todo = [name for name in todo if arguments.only in name]
     result: dict[str, Any] = {
         **environment("python " + " ".join(sys.argv)),
         "settings": {"dtype": "float32", "domains": 3},
         "cases": {},
         "ops": {},
+        "terms": {},
     }
     if arguments.only and arguments.out.exists():
         before = json.loads(arguments.out.read_text())
-        result |= {kind: before[kind] for kind in ("cases", "ops")}
+        result |= {kind: before.get(kind, {}) for kind in ("cases", "ops", "terms")}
     began = time.perf_counter()
     for number, name in enumerate(todo, 1):
         kind, key = name.split(":", 1)
-        seconds = arguments.seconds if kind == "case" else arguments.seconds / 6
+        seconds = arguments.seconds / 6 if kind == "op" else arguments.seconds
         skips = [word for skipped in arguments.skip for word in ("--skip", skipped)]
         found = in_process([__file__, "--case", name, "--seconds", str(seconds), *skips])
-        result["cases" if kind == "case" else "ops"][key] = found
+        result[f"{kind}s"][key] = found
         minutes = (time.perf_counter() - began) / 60
         print(f"[{number}/{len(todo)}] {minutes:4.1f} min  {brief(name, found)}", file=sys.stderr)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -165,9 +197,9 @@ def main() -> None:
 def brief(name: str, found: dict[str, Any]) -> str:
     """One line of progress."""
     if "contenders" in found:
-        rows = found["contenders"].items()
-        words = [f"{n} {r['ratio']:.2f}" for n, r in rows if "ratio" in r and n != PLAIN]
-        return f"{name}: plain {found['contenders'][PLAIN]['median'] * 1e3:.1f} ms; " + ", ".join(
+        rows, unit = found["contenders"].items(), found.get("unit", PLAIN)
+        words = [f"{n} {r['ratio']:.2f}" for n, r in rows if "ratio" in r and n != unit]
+        return f"{name}: {unit} {found['contenders'][unit]['median'] * 1e3:.1f} ms; " + ", ".join(
             words
         )
     rates = [
