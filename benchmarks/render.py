@@ -80,7 +80,7 @@ def measured(results: dict[str, Any]) -> str:
                 f"| {times(reference['ratio']) if 'ratio' in reference else '–'} "
                 f"| {rival} | {memory} |"
             )
-    lines += given(results)
+    lines += [*given(results), *terms(results)]
     lines += [
         "",
         "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
@@ -131,6 +131,74 @@ def given(results: dict[str, Any]) -> list[str]:
             cells[-1] = times(ours["peak_bytes"] / plain["peak_bytes"])
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def terms(results: dict[str, Any]) -> list[str]:
+    """The table of what adds to the losses or averages the weights; nothing if not measured."""
+    if not results.get("terms"):
+        return []
+    lines = [
+        "",
+        "MIRO, RISE, ADIOS and SWAD, each beside what it is judged by. Memory is that of the "
+        "whole process.",
+        "",
+        "| | to reach | | time | | memory |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for term in results["terms"].values():
+        title, goal = term["title"], term["goal"]
+        for name, row in term["contenders"].items():
+            ours = "**" if name == "fastdg" else ""
+            peak = f"{row['peak_bytes'] / 1e6:.0f} MB" if row.get("peak_bytes") else "–"
+            time = f"{1e3 * row['median']:.{1 if row['median'] > 0.05 else 2}f} ms"
+            cells = [title, goal, f"{ours}{name}{ours}", time]
+            lines.append(f"| {' | '.join(cells)} | {ours}{times(row['ratio'])}{ours} | {peak} |")
+            title = goal = ""
+    return lines
+
+
+def left_out(results: dict[str, Any]) -> str:
+    """README's table of PACS."""
+    from fastdg.data.pacs import DOMAINS
+    from fastdg.experiments.pacs import ALGORITHMS
+    from fastdg.report.pacs_figure import MEAN, accuracies, gain
+    from fastdg.report.summary import mean_and_error
+
+    settings, keys = results["settings"], [key.split("/") for key in results["runs"]]
+    names = [name for name in ALGORITHMS if any(name == of for _, _, of in keys)]
+    results = results | {"plan": {"algorithms": names, "seeds": len({seed for _, seed, _ in keys})}}
+    lines = [
+        f"Accuracy in per cent on the domain left out, of the checkpoint chosen on the training "
+        f"domains; mean ± standard error of {results['plan']['seeds']} seeds, "
+        f"{settings['steps']} steps of {settings['batch']} images a domain. The gain is the "
+        "mean's over ERM's with the same seed, bold where its 95 % interval leaves out 0:",
+        "",
+        f"| | {' | '.join(d.replace('_', ' ') for d in DOMAINS)} | mean | gain | last step |",
+        "|---|" + "---:|" * (len(DOMAINS) + 3),
+    ]
+
+    def shown(values: list[float]) -> str:
+        mean, error = mean_and_error(values)
+        return f"{mean:.1f} ± {error:.1f}"
+
+    for name in names:
+        chosen = accuracies(results, name, "chosen")
+        last = accuracies(results, name, "last")[MEAN]
+        more = gain(results, name, "chosen") if name != "erm" else None
+        said = ""
+        if more is not None:
+            (mean, error), clear = more
+            bold = "**" if clear else ""
+            said = f"{bold}{mean:+.1f} ± {error:.1f}{bold}"
+        cells = [ALGORITHMS[name][0], *map(shown, chosen.values()), said, shown(last)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Every run: [`benchmarks/results/pacs.json`](benchmarks/results/pacs.json).",
+        "",
+        "![Accuracy on each domain left out](benchmarks/results/pacs.png)",
+    ]
+    return "\n".join(lines)
 
 
 def reproduced(results: dict[str, Any]) -> str:
@@ -218,6 +286,7 @@ def filled(text: str) -> str:
     timing = json.loads((RESULTS / "cpu.json").read_text())
     training = json.loads((RESULTS / "colored_mnist.json").read_text())
     text = replaced(text, "measured", measured(timing))
+    text = replaced(text, "pacs", left_out(json.loads((RESULTS / "pacs.json").read_text())))
     return replaced(text, "reproduced", reproduced(training))
 
 
