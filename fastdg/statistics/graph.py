@@ -212,6 +212,26 @@ def sweep(
     return rest
 
 
+def about_mean(losses: Tensor) -> float:
+    """About 1 / N, a power of two: in half precision, a backward of their sum begins with it where
+    that of the mean would not overflow, and what it finds is divided by it exactly."""
+    return 0.5 ** (losses.shape[0] - 1).bit_length()
+
+
+def root(losses: Tensor, scale: Tensor | None, *, twice: bool) -> Tensor | None:
+    """What a backward of the sum of ``losses`` begins with where gradients are to be ``scale``
+    (0-dim, a ``torch.amp.GradScaler``'s) times as large; what it finds has to be divided by it.
+
+    Then it meets the numbers that a scaled backward of the mean does. If its result will be
+    differentiated (``twice``) it is the square root of that: the gradients that arrive at the
+    result come with the rest of the factor, and neither they nor the result underflow.
+    """
+    if scale is None:
+        return None
+    mean = scale * about_mean(losses)
+    return torch.ldexp(torch.ones_like(mean), torch.frexp(mean).exponent // 2) if twice else mean
+
+
 def forget(roots: Iterable[Node]) -> None:
     """Let go of the inputs of all calls on spent graphs, which may live on with their losses."""
     pending = list(roots)
