@@ -212,7 +212,7 @@ class Gathered(Gradients):
         found, _, chosen = batch.resolved
         tracked = set(chosen.values())
         leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
-        start = root(batch.total, batch.scale, twice=False)
+        start = root(batch.total, batch.scale)
         scale = about_mean(batch.total) if start is None else start  # fp16 may not overflow
         weight = torch.ones_like(batch.total) * scale
         grads = gradients_of(batch.total, leaves, weight, retain_graph=False)

@@ -181,7 +181,7 @@ class IRM(Annealed):
     def _products(self, batch: Scored, create_graph: bool) -> Tensor:
         """The derivative of each sample's loss by a factor on its logits, ``[N]``."""
         rows = len(batch.losses), -1
-        start = root(batch.losses, batch.scale, twice=create_graph)
+        start = root(batch.losses, batch.scale)
         weights = torch.ones_like(batch.losses)
         if start is not None:
             weights *= start

@@ -101,7 +101,7 @@ def verify(
         losses.shape[0], generator=generator, dtype=torch.float64, device="cpu"
     )
     w = weights.to(losses)
-    start = root(losses, scale, twice=False)
+    start = root(losses, scale)
     first = w if start is None else w * start
     gradients = gradients_of(losses, list(parameters.values()), first)
     expected = dict(zip(parameters, gradients, strict=True))
@@ -132,7 +132,7 @@ def verify(
         size = max(float(norms.get(name, 0.0)), norm, 1e-3 * worst)
         error = float((captured.to(reference.dtype) - reference).norm())
         if error > tolerance * size:
-            raise RuntimeError(_message(name, error / size, found, owned))
+            raise RuntimeError(_message(name, error / size, found, owned, torch.float16 in dtypes))
         if losses.shape[0] > 1 and 0 < norm < float("inf"):
             shown.add(name)
     return shown
@@ -144,8 +144,13 @@ _WAYS_OUT = (
 )
 
 
-def _message(name: str, error: float, found: Found, owned: dict[Call, dict[str, str]]) -> str:
+def _message(
+    name: str, error: float, found: Found, owned: dict[Call, dict[str, str]], half: bool
+) -> str:
     callers = dict.fromkeys(c.where for c in found.calls if name in owned[c].values())
+    small = (
+        "; or they are too small for float16: opt.backward(losses, domains, scaler=GradScaler())"
+    )
     return (
         f"the per-sample gradients captured for {name!r} do not add up to autograd's gradient "
         f"(relative difference {error:.1e}). It was seen in: {'; '.join(callers)}. Likely causes: "
@@ -153,5 +158,5 @@ def _message(name: str, error: float, found: Found, owned: dict[Call, dict[str, 
         "of the losses in the weights themselves, for which optimizers have weight_decay); the "
         "sample is not the first dimension there (sequence first, tokens folded into the batch "
         "other than by x.view(N * T, ...)); or samples influence each other (statistics over the "
-        f"batch, a loss over pairs). {_WAYS_OUT}"
+        f"batch, a loss over pairs){small if half else ''}. {_WAYS_OUT}"
     )

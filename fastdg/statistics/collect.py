@@ -102,7 +102,7 @@ def collect(
     nothing that comes out of it has.
     """
     samples = losses.shape[0]
-    start = root(losses, scale, twice=create_graph)
+    start = root(losses, scale)
     inverse = None if start is None else start.reciprocal().expand(samples)
     uses: dict[str, int] = {}
     for call in found.calls:

@@ -218,18 +218,11 @@ def about_mean(losses: Tensor) -> float:
     return 0.5 ** (losses.shape[0] - 1).bit_length()
 
 
-def root(losses: Tensor, scale: Tensor | None, *, twice: bool) -> Tensor | None:
-    """What a backward of the sum of ``losses`` begins with where gradients are to be ``scale``
-    (0-dim, a ``torch.amp.GradScaler``'s) times as large; what it finds has to be divided by it.
-
-    Then it meets the numbers that a scaled backward of the mean does. If its result will be
-    differentiated (``twice``) it is the square root of that: the gradients that arrive at the
-    result come with the rest of the factor, and neither they nor the result underflow.
-    """
-    if scale is None:
-        return None
-    mean = scale * about_mean(losses)
-    return torch.ldexp(torch.ones_like(mean), torch.frexp(mean).exponent // 2) if twice else mean
+def root(losses: Tensor, scale: Tensor | None) -> Tensor | None:
+    """What a backward of the sum of ``losses`` begins with under a ``torch.amp.GradScaler`` of the
+    factor ``scale`` (0-dim), where it meets the numbers that a scaled backward of the mean does.
+    What it finds has to be divided by it."""
+    return None if scale is None else scale * about_mean(losses)
 
 
 def forget(roots: Iterable[Node]) -> None:
