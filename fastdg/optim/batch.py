@@ -75,4 +75,4 @@ def shared_terms(staged: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
 def scaled(grad: Tensor, staged: Sequence[Batch]) -> Tensor:
     """``grad`` with the factor that ``.grad`` has under a GradScaler: that of the final call."""
     scale = staged[-1].scale
-    return grad if scale is None else grad * scale
+    return grad if scale is None else grad * scale.to(grad.device, non_blocking=True)

@@ -63,15 +63,16 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
     return scale
 
 
-def show(opt: DomainOptimizer) -> None:
-    """Make ``.grad`` NaN, where a scaler looks, if what the algorithm may keep is not finite."""
-    if opt._scaler is None:
-        return
+def give_away(opt: DomainOptimizer) -> None:
+    """Make ``.grad`` NaN, where a scaler looks, if what the algorithm may keep is not finite: a
+    variance can overflow where no gradient does."""
     told = [opt._statistics[key] for key in ("penalty", "objective") if key in opt._statistics]
-    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    if told and grads:
-        finite = torch.stack([x.to(told[0]) for x in told]).isfinite().all()
-        grad = grads[0]._values() if grads[0].is_sparse else grads[0]
+    if opt._scaler is None or not told:
+        return
+    finite = torch.stack([x.to(told[0]) for x in told]).isfinite().all()
+    grads = (p.grad for group in opt.param_groups for p in group["params"])
+    grad = next((g._values() if g.is_sparse else g for g in grads if g is not None), None)
+    if grad is not None:
         grad.mul_(torch.where(finite, 1.0, torch.nan).to(grad))
 
 
@@ -92,7 +93,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
     out itself; one wait for the device, as with every optimizer that is not fused.
     """
     try:
-        scaler = _scaler(opt, closure)
+        scaler = _caller(opt, closure)
         scale, found = (getattr(opt, key) for key in _SHOWN)
         links = list(chain(opt))
         if bool(found):
@@ -120,7 +121,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
         raise
 
 
-def _scaler(opt: DomainOptimizer, closure: Any) -> GradScaler:
+def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
     """The scaler that calls, if it is the one whose factor is in ``.grad``, just once."""
     name = type(opt).__name__
     maker = next(link for link in chain(opt) if link.role != "average")

@@ -157,7 +157,7 @@ class DomainOptimizer(Wrapping):
         self._statistics = merged(heard, self._statistics)
         for link in chain(self):
             link._ready, link._scaler = True, self._scaler
-        scaling.show(self)
+        scaling.give_away(self)
         return loss
 
     def _stage(

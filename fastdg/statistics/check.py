@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .collect import collect, gradients_of
 from .factors import Factor, weighted_sum
-from .graph import Found, root
+from .graph import Found, root, unscaled
 from .layers import rule_of
 from .layers.generic import dims_by_size
 from .tape import Call
@@ -126,7 +126,7 @@ def verify(
         reference = torch.zeros_like(parameter) if reference is None else reference
         if reference.layout != torch.strided:
             reference = reference.to_dense()
-        reference = reference if start is None else reference / start
+        reference = unscaled(reference, start)
         captured = got.get(name, torch.zeros_like(parameter))
         norm = float(reference.norm())
         size = max(float(norms.get(name, 0.0)), norm, 1e-3 * worst)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .factors import Factor, accumulated, total
-from .graph import Found, root, sweep
+from .factors import Factor, total
+from .graph import Found, root, sweep, unscaled
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
 from .tape import Call, contents, own_parameters, paused
@@ -136,9 +136,7 @@ def collect(
     )
     for name, left in parts.items():  # some recorded uses do not lead to these losses
         consume(name, total(left))
-    if start is None:
-        return rest
-    return [None if grad is None else accumulated(grad) / start for grad in rest]
+    return [None if grad is None else unscaled(grad, start) for grad in rest]
 
 
 def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:

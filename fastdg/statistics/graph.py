@@ -225,6 +225,15 @@ def root(losses: Tensor, scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale * about_mean(losses)
 
 
+def unscaled(grad: Tensor, start: Tensor | float | None) -> Tensor:
+    """``grad`` of a backward that began with ``start``, divided by it; no longer in float16, where
+    it would underflow after all."""
+    if start is None:
+        return grad
+    start = start.to(grad.device) if isinstance(start, Tensor) else start
+    return (grad.float() if grad.dtype == torch.float16 else grad) / start
+
+
 def forget(roots: Iterable[Node]) -> None:
     """Let go of the inputs of all calls on spent graphs, which may live on with their losses."""
     pending = list(roots)
