@@ -261,6 +261,19 @@ def test_an_overflow_in_half_precision_is_skipped() -> None:
     assert flat(model.parameters()).isfinite().all()
 
 
+def test_a_scale_that_grows_until_something_overflows(wrapper: Wrap) -> None:
+    """Again and again: what is skipped is all that is lost."""
+    model, opt = start(wrapper)
+    scaler = GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
+    skipped = 0
+    for seed in range(12):
+        before = scaler.get_scale()
+        train(model, opt, [seed], scaler, forward=under(torch.float16))
+        skipped += scaler.get_scale() < before
+    assert 0 < skipped < 12 and opt.steps == 12 - skipped
+    assert flat(model.parameters()).isfinite().all()
+
+
 def test_statistics_that_overflow_skip_the_step() -> None:
     """The gradient is finite, the variances are not: none of both goes anywhere."""
     model, opt = start(WRAPPERS["Fishr-all"], plain)
