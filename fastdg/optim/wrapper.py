@@ -133,10 +133,11 @@ class DomainOptimizer(Wrapping):
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
 
         Raises:
-            TypeError, ValueError: ``losses``, ``domains`` or ``inputs`` are not as described; batch
-                norm in training mode among the tracked layers.
+            TypeError, ValueError: ``losses``, ``domains``, ``scaler`` or ``inputs`` are not as
+                described; batch norm in training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's; training runs on several ranks.
+                the captured gradients are not autograd's; training runs on several ranks; what is
+                staged or in ``.grad`` was not made with this ``scaler``.
 
         After an error ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
