@@ -28,13 +28,14 @@ class Added(NamedTuple):
 
 @dataclass
 class Batch:
-    """One staged micro-batch: its losses, its domains, what the tape knows of its forward, and
-    what terms add to each loss ``[N]``."""
+    """One staged micro-batch: its losses, its domains, what the tape knows of its forward, what
+    terms add to each loss ``[N]``, and the factor of the `backward`'s GradScaler, 0-dim."""
 
     losses: Tensor
     partition: Partition
     resolved: Resolved
     terms: Tensor | None
+    scale: Tensor | None
 
     @property
     def roots(self) -> list[Tensor]:
@@ -59,11 +60,19 @@ def domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
 def descend(objective: Tensor, staged: Sequence[Batch]) -> None:
     """One backward of the objective (0-dim) and of the mean of what terms add to it."""
     terms, shares = shared_terms(staged)
-    torch.autograd.backward([objective, *terms], [None, *shares])
+    torch.autograd.backward(
+        [objective, *terms], [scaled(torch.ones_like(objective), staged), *shares]
+    )
 
 
 def shared_terms(staged: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-    """What terms add, and the weights of the samples with which its sum is its mean."""
+    """What terms add, and the weights of the samples with which its sum is its mean, `scaled`."""
     samples = sum(batch.losses.shape[0] for batch in staged)
     terms = [batch.terms for batch in staged if batch.terms is not None]
-    return terms, [torch.full_like(values, 1 / samples) for values in terms]
+    return terms, [scaled(torch.full_like(values, 1 / samples), staged) for values in terms]
+
+
+def scaled(grad: Tensor, staged: Sequence[Batch]) -> Tensor:
+    """``grad`` with the factor that ``.grad`` has under a GradScaler: that of the final call."""
+    scale = staged[-1].scale
+    return grad if scale is None else grad * scale.to(grad.device, non_blocking=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..domains import Partition, partition
 from ..statistics.api import Resolved, spent
 from ..statistics.collect import MixedSamples
+from .batch import scaled
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
 from .wrapped import deliver
 from .wrapper import DomainOptimizer
@@ -95,11 +96,11 @@ class DomainGradientOptimizer(DomainOptimizer):
         extent = parts.num_domains
 
         def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
-            return DomainBatch(losses, parts, resolved, terms, total, ids, extent)
+            return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
 
         if not _readable(domains, self.num_domains):
             try:
-                return made(parts, self._tape.resolve(total), list(range(extent)))
+                return made(parts, self._tape.resolve(total, self._scale), list(range(extent)))
             except MixedSamples:
                 pass  # one wait for the device, and it may turn out to be one domain's forward
         present, rows = torch.unique(domains.detach().long(), return_inverse=True)
@@ -109,7 +110,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         if len(ids) == 1:
             return made(parts, self._tape.reached(total), ids)
         try:
-            return made(parts, self._tape.resolve(total), ids)
+            return made(parts, self._tape.resolve(total, self._scale), ids)
         except MixedSamples as error:
             raise ValueError(
                 f"losses: {error.where} normalises over the batch (training mode), which mixes the "
@@ -133,10 +134,10 @@ class DomainGradientOptimizer(DomainOptimizer):
             combined, statistics = self._surgery(gradients)
             for p in self._names:
                 if p in combined:
-                    grad = combined.pop(p)
+                    grad = scaled(combined.pop(p), staged)
                     deliver(p, grad.to_sparse(1) if p in gradients.sparse else grad)
             for p, grad in gradients.rest.items():
-                deliver(p, grad / gradients.samples)
+                deliver(p, scaled(grad / gradients.samples, staged))
             loss = gradients.losses.sum() / gradients.samples
             self._statistics = {
                 "loss": loss,

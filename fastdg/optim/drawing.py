@@ -52,6 +52,16 @@ class DrawingOptimizer(DomainGradientOptimizer):
         """Write down how far the generator has come; to be called whenever it was drawn from."""
         self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()
 
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        if self._pending is None and self._scaler is not None:
+            self._pending = self._generator_state()
+        return super()._gradient(staged)
+
+    def _skip(self) -> None:
+        if self.generator is not None:
+            self.generator.set_state(self._pending)
+            self._remember()
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state with the wrapper's own in it, the generator's too."""
         self._remember()

@@ -39,7 +39,9 @@ class Fish(Weighted):
     To first order this climbs the inner products between the domains' gradients. The training loop
     is an ordinary one over batches of a single domain: each ``opt.step()`` is an inner step, and
     every ``meta_steps``-th also takes the meta step, in place. One copy of the weights is kept;
-    the wrapped optimizer's state goes on through all steps, as in DomainBed.
+    the wrapped optimizer's state goes on through all steps, as in DomainBed. An inner step that a
+    ``torch.amp.GradScaler`` skips is one of no length: the meta-iteration goes on with the next
+    domain, and a last one still takes the meta step, as that loop does.
 
     ``opt.step(closure)`` makes a whole meta-iteration: ``closure(d)`` runs the model on domain d
     and returns its losses, or ``(losses, domains)``, for d from 0 to ``meta_steps - 1``. ``.grad``
@@ -100,6 +102,8 @@ class Fish(Weighted):
     _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_product", "_meta")
     _transient = (*Weighted._transient, *_fleeting)
 
+    _product: Tensor | None
+
     meta_lr: Setting[float] = Setting(check_weight)
     meta_steps: Setting[int] = Setting(check_steps)
 
@@ -130,6 +134,10 @@ class Fish(Weighted):
         """Inner steps taken in this meta-iteration; kept in ``param_groups``."""
         return int(self.param_groups[0].get("fish_position", 0))
 
+    @property
+    def _reads_grad(self) -> bool:  # type: ignore[override]
+        return self.inner_product
+
     # -- inner steps --
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
@@ -144,7 +152,7 @@ class Fish(Weighted):
         if self._staged:
             first = self._staged[0].domain.to(ids.device)
             check_same(ids, first, f"{message}, micro-batches with final=False among them")
-        return Single(losses, batch.partition, batch.resolved, terms, ids[0])
+        return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         return losses.shares, self._meta
@@ -172,6 +180,18 @@ class Fish(Weighted):
     @torch.compiler.disable
     def _prepare(self) -> None:
         kept = self._kept["kept"]
+        self._keep(kept)
+        if self.position and self.inner_product:
+            if self._product is None:  # resumed: of the steps before nothing is known
+                self._product = self._statistics["loss"].new_full((), torch.nan)
+            for p, start in kept.items():
+                if p.grad is not None:
+                    grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                    gram = ops.gram([[grad], [p.detach() - start]])
+                    self._product = self._product - gram[0, 1]
+
+    def _keep(self, kept: dict[Tensor, Tensor]) -> None:
+        """The weights, and the buffers, that the meta-iteration begins with."""
         if self.position == 0:
             for p, start in kept.items():
                 if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
@@ -184,14 +204,10 @@ class Fish(Weighted):
             for p in group["params"]:
                 if p.grad is not None and p not in kept:
                     kept[p] = p.detach().clone()
-        if self.position and self.inner_product:
-            if self._product is None:  # resumed: of the steps before nothing is known
-                self._product = self._statistics["loss"].new_full((), torch.nan)
-            for p, start in kept.items():
-                if p.grad is not None:
-                    grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                    gram = ops.gram([[grad], [p.detach() - start]])
-                    self._product = self._product - gram[0, 1]
+
+    def _skip(self) -> None:
+        self._keep(self._kept["kept"])
+        self._commit()
 
     @torch.compiler.disable
     def _commit(self) -> None:

@@ -16,7 +16,7 @@ from ..statistics.collect import refuse_fused_attention
 from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.tape import Selection
 from .annealed import Annealed
-from .batch import Batch, descend, domain_loss, total_loss
+from .batch import Batch, descend, domain_loss, scaled, total_loss
 from .settings import Setting, check_decay, check_reduction, checked
 from .wrapped import accumulate
 
@@ -124,7 +124,7 @@ class Fishr(Annealed):
         terms = any(batch.terms is not None for batch in staged)
         plain = not (terms or _hooked(staged) or _sparse(staged))
         if weight == 0 and self.params != "head" and plain:
-            moments = merge([self._moments_and_gradient(batch, samples) for batch in staged])
+            moments = merge([self._moments_and_gradient(batch, staged) for batch in staged])
             penalty, objective = self._penalty(moments, staged), loss
         else:
             moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
@@ -152,10 +152,12 @@ class Fishr(Annealed):
             batch.partition,
             create_graph=create_graph,
             retain_graph=True,
+            scale=batch.scale,
         )[0]
 
-    def _moments_and_gradient(self, batch: Batch, samples: int) -> DomainMoments:
+    def _moments_and_gradient(self, batch: Batch, staged: Sequence[Batch]) -> DomainMoments:
         """Both from one backward: the gradient is the mean of the domains', weighted by count."""
+        samples = sum(len(part.losses) for part in staged)
         chosen = batch.resolved.chosen
         tracked = set(chosen.values())
         rest = [p for p in batch.resolved.found.leaves if p not in tracked]
@@ -166,14 +168,15 @@ class Fishr(Annealed):
             create_graph=False,
             retain_graph=False,
             extra=rest,
+            scale=batch.scale,
         )
         for name, mean in moments.mean.items():
             share = moments.count.to(mean.dtype) / samples
             weighted = share @ mean.reshape(len(share), chosen[name].numel())
-            accumulate(chosen[name], weighted.view(chosen[name].shape))
+            accumulate(chosen[name], scaled(weighted.view(chosen[name].shape), staged))
         for p, grad in zip(rest, grads, strict=True):
             if grad is not None:
-                accumulate(p, grad / samples)
+                accumulate(p, scaled(grad / samples, staged))
         return moments
 
     def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:

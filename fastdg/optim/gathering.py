@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..statistics.collect import collect, gradients_of, unhooked
 from ..statistics.factors import Agreement, Dense, Factor, accumulated
+from ..statistics.graph import about_mean, root, unscaled
 from .batch import Batch
 
 T = TypeVar("T")
@@ -153,7 +154,15 @@ class Swept(Gradients):
                 made[chosen[name]] = compute(factor)
 
         with unhooked(rest):
-            grads = collect(self.batch.total, found, owned, chosen.__contains__, use, extra=rest)
+            grads = collect(
+                self.batch.total,
+                found,
+                owned,
+                chosen.__contains__,
+                use,
+                extra=rest,
+                scale=self.batch.scale,
+            )
         self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
         return made
 
@@ -203,20 +212,20 @@ class Gathered(Gradients):
         found, _, chosen = batch.resolved
         tracked = set(chosen.values())
         leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
-        samples = batch.losses.shape[0]
-        scale = 0.5 ** (samples - 1).bit_length()  # about the mean, exactly: fp16 may not overflow
-        weight = torch.full_like(batch.total, scale)
+        under = root(batch.total, batch.scale)
+        start = about_mean(batch.total) if under is None else under  # fp16 may not overflow
+        weight = torch.ones_like(batch.total) * start
         grads = gradients_of(batch.total, leaves, weight, retain_graph=False)
         for p, grad in zip(leaves, grads, strict=True):
             if grad is None:
                 continue
             if p not in tracked:
-                self._add_rest(p, grad / scale)
+                self._add_rest(p, unscaled(grad, start))
                 continue
             if grad.layout != torch.strided:
                 self.sparse.add(p)
                 grad = grad.to_dense()
-            self._add(p, batch.ids[0], accumulated(grad) / scale)
+            self._add(p, batch.ids[0], unscaled(accumulated(grad), start))
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})

@@ -125,6 +125,7 @@ class IGA(DomainOptimizer):
                     batch.partition,
                     create_graph=weight > 0,
                     retain_graph=True,
+                    scale=batch.scale,
                 )[0]
                 for batch in staged
             ]

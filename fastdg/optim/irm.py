@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..domains import partition
 from ..statistics.check import ATTEMPTS, TOLERANCE
 from ..statistics.factors import accumulated
-from ..statistics.graph import sweep
+from ..statistics.graph import root, sweep
 from ..statistics.layers.generic import as_it_was
 from ..statistics.tape import Call, paused
 from .annealed import Annealed
@@ -148,7 +148,7 @@ class IRM(Annealed):
             check_logits(self._logits, losses)
             refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
-            return Scored(losses, parts, UNSEEN, terms, self._logits, None)
+            return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, None)
         batch = super()._batch(losses, domains, terms)
         calls = batch.resolved.found.calls
         if len(calls) != 1 or len(calls[0].outputs) != 1:
@@ -157,7 +157,7 @@ class IRM(Annealed):
                 f"{calls[0].where}: the head ran {what}, so it is not known which output the "
                 "logits are; pass them: opt.backward(losses, domains, logits=logits)"
             )
-        return Scored(losses, batch.partition, batch.resolved, terms, None, calls[0])
+        return Scored(losses, batch.partition, batch.resolved, terms, batch.scale, None, calls[0])
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
@@ -181,22 +181,27 @@ class IRM(Annealed):
     def _products(self, batch: Scored, create_graph: bool) -> Tensor:
         """The derivative of each sample's loss by a factor on its logits, ``[N]``."""
         rows = len(batch.losses), -1
-        delta = _deltas(batch, create_graph)
+        start = root(batch.losses, batch.scale)
+        weights = torch.ones_like(batch.losses)
+        if start is not None:
+            weights *= start
+        delta = _deltas(batch, create_graph, weights)
         with torch.set_grad_enabled(create_graph):
             logits = replayed(batch.call) if batch.call is not None else batch.logits
             assert logits is not None
-            self._check(batch, delta, logits)
-            return (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
+            self._check(batch, delta, logits, weights)
+            products = (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
+            return products if start is None else products / start
 
     @torch.no_grad()
-    def _check(self, batch: Scored, delta: Tensor, logits: Tensor) -> None:
+    def _check(self, batch: Scored, delta: Tensor, logits: Tensor, before: Tensor) -> None:
         head = batch.call.module if batch.call is not None else self
         tried = self._shown.get(head, 0)
         if not self.check_rows or tried >= ATTEMPTS:
             return
         generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
         weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
-        weighted = _deltas(batch, create_graph=False, weights=weights).flatten()
+        weighted = _deltas(batch, False, before * weights).flatten()
         expected = (delta.reshape(len(weights), -1) * weights.unsqueeze(1).to(delta)).flatten()
         tolerance = max(TOLERANCE.get(x.dtype, 1e-4) for x in (delta, batch.losses))
         if (weighted - expected).norm() > tolerance * expected.norm():
@@ -234,14 +239,14 @@ def check_logits(logits: Any, losses: Tensor) -> None:
         raise ValueError("logits: they have no graph; pass the very tensor losses were made from")
 
 
-def _deltas(batch: Scored, create_graph: bool, weights: Tensor | None = None) -> Tensor:
-    """The gradient of the summed (or weighted) losses at the logits; the graph is kept."""
+def _deltas(batch: Scored, create_graph: bool, weights: Tensor) -> Tensor:
+    """The gradient of the weighted losses at the logits; the graph is kept."""
     deltas: list[Tensor | None] = []
     if batch.logits is not None:
         deltas += torch.autograd.grad(
             batch.losses,
             batch.logits,
-            torch.ones_like(batch.losses) if weights is None else weights,
+            weights,
             create_graph=create_graph,
             retain_graph=True,
             allow_unused=True,

@@ -22,19 +22,6 @@ def refuse_ranks(name: str) -> None:
         )
 
 
-def refuse_scaler(opt: Optimizer) -> None:
-    """Raise if the step comes from ``GradScaler.step``: variances scale with the square.
-
-    The scaler sets two attributes on an optimizer that has ``_step_supports_amp_scaling``.
-    """
-    found = [opt.__dict__.pop(key, None) for key in ("found_inf", "grad_scale")]
-    if any(value is not None for value in found):
-        raise RuntimeError(
-            f"{type(opt).__name__}: GradScaler is not supported yet: bf16 autocast needs none. "
-            "Call opt.step() yourself, and opt.backward on losses that are not scaled."
-        )
-
-
 def refuse_groups(groups: Sequence[dict[str, Any]], name: str, penalises: bool = True) -> None:
     """Raise if the wrapped optimizer ascends a penalty."""
     if penalises and any(group.get("maximize") for group in groups):

@@ -197,6 +197,9 @@ class GramSurgery(DomainGradientOptimizer):
     def _weights(self, gram: Tensor) -> Tensor:
         if len(gram) == 1:
             return gram.new_ones(1)
+        finite = gram.isfinite().all()
+        if self._scaler is not None:  # whose step is skipped then; solvers raise at what they see
+            gram = gram.where(finite, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         weights = self.weighting(gram)
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
@@ -206,7 +209,7 @@ class GramSurgery(DomainGradientOptimizer):
                 f"weighting: expected it to return weights of shape {tuple(gram.shape[:1])} for a "
                 f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
             )
-        return weights
+        return weights if self._scaler is None else weights.where(finite, torch.nan)
 
     def settings(self) -> dict[str, Any]:
         return {"weighting": self.weighting, **super().settings()}

@@ -116,7 +116,7 @@ class SWAD(Unwatched):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """Whether `step` is to be shown a ``torch.amp.GradScaler``, for wrappers to refuse it."""
+        """Whether a ``torch.amp.GradScaler`` shows itself to `step`, for the wrapper inside."""
         return isinstance(self.base, DomainOptimizer)
 
     # -- training --
@@ -135,19 +135,8 @@ class SWAD(Unwatched):
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         raise AssertionError("nothing is staged here")
 
-    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
-        """A step of the optimizer inside; its new weights join the average.
-
-        Args:
-            closure: for the optimizer inside.
-
-        Returns:
-            What that returns.
-
-        Raises:
-            RuntimeError: inside `applied`.
-        """
-        support.refuse_scaler(self)
+    def _step(self, closure: Closure | None) -> Tensor | None:
+        """A step of the optimizer inside; its new weights join the average."""
         if self._shown:
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and support.is_probe(self.base)

@@ -15,7 +15,7 @@ from ..statistics.api import Resolved, Tape
 from ..statistics.factors import accumulated
 from ..statistics.graph import Found
 from ..statistics.moments import rows
-from .batch import Batch, domain_loss, shared_terms, total_loss
+from .batch import Batch, domain_loss, scaled, shared_terms, total_loss
 from .wrapper import DomainOptimizer
 
 UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {})
@@ -118,7 +118,9 @@ class Unwatched(DomainOptimizer):
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         refuse_again(losses, self._staged, type(self).__name__)
-        return Batch(losses, partition(domains, losses, self.num_domains), UNSEEN, terms)
+        return Batch(
+            losses, partition(domains, losses, self.num_domains), UNSEEN, terms, self._scale
+        )
 
 
 class Weighted(Unwatched):
@@ -133,7 +135,7 @@ class Weighted(Unwatched):
         weights = losses.weights(coefficients, staged)
         parts = [batch.losses for batch in staged]
         terms, shares = shared_terms(staged)
-        grads = [w.to(x.dtype) for w, x in zip(weights, parts, strict=True)]
+        grads = [scaled(w, staged).to(x.dtype) for w, x in zip(weights, parts, strict=True)]
         torch.autograd.backward([*parts, *terms], [*grads, *shares])
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {**losses.statistics(), **more}

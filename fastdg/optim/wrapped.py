@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..statistics.selection import select
@@ -20,7 +21,26 @@ class Wrapping(Optimizer):
 
     base: Optimizer
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _scaler: GradScaler | None  # by whose factor it is too large
+    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
+    _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _reads_grad = False  # in `_prepare`
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
+    # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
+    # patch onto the instance.
+    _transient: tuple[str, ...] = (
+        "_tape",
+        "_staged",
+        "_told",
+        "_ready",
+        "_pending",
+        "_statistics",
+        "_scale",
+        "_scaler",
+        "_model",
+        "_loaded",
+    )
+    _patched = ("step", "_opt_called")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -45,6 +65,17 @@ class Wrapping(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
+
+    def _done(self) -> None:
+        """The gradient that `backward` has left is used, or not wanted."""
+        self._ready, self._scaler, self._pending = False, None, None
+
+    def _skip(self) -> None:
+        """Called in place of a step that a GradScaler skips: own state stays as it is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = (*self._transient, *self._patched)
+        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
 
 
 def check_base(base: Any, name: str) -> None:

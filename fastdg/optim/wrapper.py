@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from ..domains import partition
@@ -17,9 +18,9 @@ from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
-from . import loading, support
+from . import loading, scaling, support
 from .batch import Batch
-from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
+from .chain import Told, added_by, chain, check_order, merged, terms_of, told
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -27,7 +28,6 @@ from .wrapped import (
     check_extent,
     check_params,
     check_result,
-    fresh_state,
     names_of,
 )
 
@@ -59,29 +59,14 @@ class DomainOptimizer(Wrapping):
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
     penalises = True  # adds a term that an optimizer which ascends would turn around
-    # torch.amp.GradScaler then shows itself to `step`, which refuses it
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
+    _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
 
     _tape: Tape
-    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _told: list[Told]  # what terms have to say of everything staged
-    _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
     _loading = False
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
-    # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
-    # patch onto the instance.
-    _transient: tuple[str, ...] = (
-        "_tape",
-        "_staged",
-        "_told",
-        "_ready",
-        "_pending",
-        "_statistics",
-        "_model",
-        "_loaded",
-    )
-    _patched = ("step", "_opt_called")
 
     def __init__(
         self,
@@ -124,7 +109,13 @@ class DomainOptimizer(Wrapping):
     # -- training --
 
     def backward(
-        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+        self,
+        losses: Tensor,
+        domains: Tensor,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """In place of ``losses.mean().backward()``: adds the algorithm's gradient to ``.grad``.
 
@@ -135,22 +126,24 @@ class DomainOptimizer(Wrapping):
                 alone; the next final call merges everything staged, weighted by the number of
                 samples. The graphs of staged micro-batches stay alive until then, unless the
                 wrapper takes what it needs of them at once.
+            scaler: its factor goes into ``.grad`` alone; ``losses`` are passed without it.
             inputs: what the terms inside this wrapper ask for (see there).
 
         Returns:
             The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
 
         Raises:
-            TypeError, ValueError: ``losses``, ``domains`` or ``inputs`` are not as described; batch
-                norm in training mode among the tracked layers.
+            TypeError, ValueError: ``losses``, ``domains``, ``scaler`` or ``inputs`` are not as
+                described; batch norm in training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's; training runs on several ranks.
+                the captured gradients are not autograd's; training runs on several ranks; what is
+                staged or in ``.grad`` was not made with this ``scaler``.
 
         After an error ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
-            self._stage(losses, domains, inputs)
+            self._stage(losses, domains, scaler, inputs)
             if not final:
                 self._defer()
                 return accumulated(losses.detach()).mean()
@@ -164,11 +157,15 @@ class DomainOptimizer(Wrapping):
             raise
         self._statistics = merged(heard, self._statistics)
         for link in chain(self):
-            link._ready = True
+            link._ready, link._scaler = True, self._scaler
+        scaling.give_away(self)
         return loss
 
-    def _stage(self, losses: Tensor, domains: Tensor, inputs: dict[str, Any]) -> None:
+    def _stage(
+        self, losses: Tensor, domains: Tensor, scaler: GradScaler | None, inputs: dict[str, Any]
+    ) -> None:
         check_losses(losses)
+        self._scale = scaling.factor(self, scaler, losses)
         support.refuse_ranks(type(self).__name__)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
@@ -189,7 +186,8 @@ class DomainOptimizer(Wrapping):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         parts = partition(domains, losses, self.num_domains)
-        return Batch(losses, parts, self._tape.resolve(losses), terms)
+        resolved = self._tape.resolve(losses, self._scale)
+        return Batch(losses, parts, resolved, terms, self._scale)
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
@@ -216,9 +214,14 @@ class DomainOptimizer(Wrapping):
 
         Raises:
             RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
-                the call comes from a ``torch.amp.GradScaler``.
+                or was not given the ``scaler`` that makes this call.
         """
-        support.refuse_scaler(self)
+        if "found_inf" in self.__dict__:
+            scaling.step(self, closure)
+            return None
+        return self._step(closure)
+
+    def _step(self, closure: Closure | None) -> Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -238,18 +241,20 @@ class DomainOptimizer(Wrapping):
 
     def _advance(self) -> None:
         """Step on the gradient there is, and let own state follow."""
+        scaling.refuse_scaled(self)
         self._prepare()
         self.base.step()
         self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
         self._commit()
-        self._ready, self._pending = False, None
+        self._done()
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has made its own state by now
                 self.state[p][name] = tensor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and whatever `backward` has staged or left for `step`."""
-        self._staged, self._told, self._ready, self._pending = [], [], False, None
+        self._staged, self._told = [], []
+        self._done()
         self.base.zero_grad(set_to_none)
 
     @property
@@ -345,12 +350,6 @@ class DomainOptimizer(Wrapping):
         if isinstance(self.base, DomainOptimizer):  # a term
             yield from self.base._own_tensors()
 
-    def _reset_base(self) -> None:
-        """Make the wrapped optimizer's state that of a new one, in place."""
-        state = fresh_state(innermost(self.base))
-        self.state.clear()
-        self.state.update(state)
-
     def _rewatch(self) -> None:
         model = self._model() if self._model is not None else None
         self._names = names_of(self.param_groups, model, {**self._names, **self._known()})
@@ -373,12 +372,8 @@ class DomainOptimizer(Wrapping):
         return sum(len(group["params"]) for group in self.param_groups)
 
     def _clear(self) -> None:
-        self._staged, self._told, self._ready, self._pending = [], [], False, None
-        self._statistics = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = (*self._transient, *self._patched)
-        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+        self._staged, self._told, self._statistics = [], [], {}
+        self._done()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's

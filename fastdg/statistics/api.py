@@ -40,8 +40,8 @@ class Tape:
         self.recorder, self.params, self.check = recorder, params, check
         self.checks = Checks()
 
-    def resolve(self, losses: Tensor) -> Resolved:
-        """Find the forward below ``losses``; check what was not yet checked."""
+    def resolve(self, losses: Tensor, scale: Tensor | None = None) -> Resolved:
+        """Find the forward below ``losses``; check what was not yet checked, at ``scale``."""
         check_losses(losses)
         named = {name: p for p, name in self.recorder.names.values() if p.requires_grad}
         root = losses.grad_fn
@@ -75,7 +75,7 @@ class Tape:
         refuse_mixing(found, calls)
         found = found.keep(calls)
         if self.check and not any(call.forgotten for call in calls):
-            self.checks.verify(losses, found, owned, chosen)
+            self.checks.verify(losses, found, owned, chosen, scale)
         return Resolved(found, owned, chosen)
 
     def reached(self, losses: Tensor) -> Resolved:
@@ -204,9 +204,10 @@ def moments_of(
     create_graph: bool,
     retain_graph: bool,
     extra: Sequence[Tensor] = (),
+    scale: Tensor | None = None,
 ) -> tuple[DomainMoments, list[Tensor | None]]:
     """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
-    ``extra``."""
+    ``extra``; ``scale`` as in `collect`."""
     mean: dict[str, Tensor] = {}
     variance: dict[str, Tensor] = {}
 
@@ -223,6 +224,7 @@ def moments_of(
         create_graph=create_graph,
         retain_graph=retain_graph,
         extra=extra,
+        scale=scale,
     )
     names = [name for name in resolved.chosen if name in mean]
     moments = DomainMoments(

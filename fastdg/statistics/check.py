@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .collect import collect, gradients_of
 from .factors import Factor, weighted_sum
-from .graph import Found
+from .graph import Found, root, unscaled
 from .layers import rule_of
 from .layers.generic import dims_by_size
 from .tape import Call
@@ -52,6 +52,7 @@ class Checks:
         found: Found,
         owned: dict[Call, dict[str, str]],
         parameters: Mapping[str, Tensor],
+        scale: Tensor | None = None,
     ) -> None:
         """Run `verify` if a parameter, or a way of using one, was not checked before."""
         uses = {_use(call, losses.shape[0]) for call in found.calls}
@@ -62,7 +63,7 @@ class Checks:
         ]
         if not pending and uses <= self.uses:
             return
-        self.shown.update(verify(losses, found, owned, parameters))
+        self.shown.update(verify(losses, found, owned, parameters, scale))
         self.uses |= uses
         for name in pending:
             self.attempts[name] = self.attempts.get(name, 0) + 1
@@ -80,12 +81,14 @@ def verify(
     found: Found,
     owned: dict[Call, dict[str, str]],
     parameters: Mapping[str, Tensor],
+    scale: Tensor | None = None,
 ) -> set[str]:
     r"""Compare :math:`\sum_i w_i g_i` with autograd's gradient of :math:`\sum_i w_i \ell_i`.
 
     Equal sums alone would not notice samples that are mixed up; random :math:`w` do: a sample axis
     elsewhere, tokens folded into the batch in another order, samples that influence each other.
-    It costs two further backward passes.
+    It costs two further backward passes, which run with a ``torch.amp.GradScaler``'s ``scale`` as
+    those of the training do.
 
     Returns:
         The parameters for which this could have shown a mistake.
@@ -98,20 +101,23 @@ def verify(
         losses.shape[0], generator=generator, dtype=torch.float64, device="cpu"
     )
     w = weights.to(losses)
-    expected = dict(
-        zip(parameters, gradients_of(losses, list(parameters.values()), w), strict=True)
-    )
+    start = root(losses, scale)
+    first = w if start is None else w * start
+    gradients = gradients_of(losses, list(parameters.values()), first)
+    expected = dict(zip(parameters, gradients, strict=True))
     got: dict[str, Tensor] = {}
-    scale: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
 
     def consume(name: str, factor: Factor) -> None:
         with torch.no_grad():
             got[name] = weighted_sum(factor, w)
-            scale[name] = (factor.norms().sqrt() * w).sum()
+            norms[name] = (factor.norms().sqrt() * w).sum()
 
     with torch.no_grad():
-        collect(losses, found, owned, parameters.__contains__, consume, retain_graph=True)
-    worst = max((float(s) for s in scale.values()), default=0.0)
+        collect(
+            losses, found, owned, parameters.__contains__, consume, retain_graph=True, scale=scale
+        )
+    worst = max((float(s) for s in norms.values()), default=0.0)
     dtypes = {output[1] for call in found.calls for output in call.outputs if output is not None}
     tolerance = max(TOLERANCE.get(dtype, 1e-4) for dtype in (*dtypes, losses.dtype))
     shown: set[str] = set()
@@ -120,12 +126,13 @@ def verify(
         reference = torch.zeros_like(parameter) if reference is None else reference
         if reference.layout != torch.strided:
             reference = reference.to_dense()
+        reference = unscaled(reference, start)
         captured = got.get(name, torch.zeros_like(parameter))
         norm = float(reference.norm())
-        size = max(float(scale.get(name, 0.0)), norm, 1e-3 * worst)
+        size = max(float(norms.get(name, 0.0)), norm, 1e-3 * worst)
         error = float((captured.to(reference.dtype) - reference).norm())
         if error > tolerance * size:
-            raise RuntimeError(_message(name, error / size, found, owned))
+            raise RuntimeError(_message(name, error / size, found, owned, torch.float16 in dtypes))
         if losses.shape[0] > 1 and 0 < norm < float("inf"):
             shown.add(name)
     return shown
@@ -137,8 +144,13 @@ _WAYS_OUT = (
 )
 
 
-def _message(name: str, error: float, found: Found, owned: dict[Call, dict[str, str]]) -> str:
+def _message(
+    name: str, error: float, found: Found, owned: dict[Call, dict[str, str]], half: bool
+) -> str:
     callers = dict.fromkeys(c.where for c in found.calls if name in owned[c].values())
+    small = (
+        "; or they are too small for float16: opt.backward(losses, domains, scaler=GradScaler())"
+    )
     return (
         f"the per-sample gradients captured for {name!r} do not add up to autograd's gradient "
         f"(relative difference {error:.1e}). It was seen in: {'; '.join(callers)}. Likely causes: "
@@ -146,5 +158,5 @@ def _message(name: str, error: float, found: Found, owned: dict[Call, dict[str, 
         "of the losses in the weights themselves, for which optimizers have weight_decay); the "
         "sample is not the first dimension there (sequence first, tokens folded into the batch "
         "other than by x.view(N * T, ...)); or samples influence each other (statistics over the "
-        f"batch, a loss over pairs). {_WAYS_OUT}"
+        f"batch, a loss over pairs){small if half else ''}. {_WAYS_OUT}"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Factor, total
-from .graph import Found, sweep
+from .graph import Found, root, sweep, unscaled
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
 from .tape import Call, contents, own_parameters, paused
@@ -93,14 +93,17 @@ def collect(
     create_graph: bool = False,
     retain_graph: bool = False,
     extra: Sequence[Tensor] = (),
-    weight: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Sweep, and hand every selected parameter's `Factor` to ``consume`` as soon as it is complete.
 
     A parameter used several times is complete when its last use was visited; its gradients are
-    summed first.
+    summed first. ``scale``: the factor of a ``torch.amp.GradScaler``, which the sweep runs with and
+    nothing that comes out of it has.
     """
     samples = losses.shape[0]
+    start = root(losses, scale)
+    inverse = None if start is None else start.reciprocal().expand(samples)
     uses: dict[str, int] = {}
     for call in found.calls:
         for name in owned[call].values():
@@ -115,7 +118,8 @@ def collect(
             if local not in own:
                 continue
             name = own[local]
-            parts.setdefault(name, []).append(_per_sample(call, factor, samples))
+            factor = _per_sample(call, factor, samples)
+            parts.setdefault(name, []).append(factor if inverse is None else factor.scaled(inverse))
             if len(parts[name]) == uses[name]:
                 consume(name, total(parts.pop(name)))
 
@@ -128,11 +132,11 @@ def collect(
         create_graph=create_graph,
         retain_graph=retain_graph,
         extra=extra,
-        weight=weight,
+        weight=None if start is None else torch.ones_like(losses) * start,
     )
     for name, left in parts.items():  # some recorded uses do not lead to these losses
         consume(name, total(left))
-    return rest
+    return [None if grad is None else unscaled(grad, start) for grad in rest]
 
 
 def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:

@@ -38,8 +38,10 @@ def wrap(base: Optimizer, **settings: Any) -> fastdg.Fishr:
 class Fish(fastdg.Fish):
     """Takes every batch for one of a single domain, so that it may be given what all are given."""
 
-    def backward(self, losses: Tensor, domains: Tensor, final: bool = True) -> Tensor:
-        return super().backward(losses, domains * 0, final)
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        return super().backward(losses, domains * 0, final, **inputs)
 
 
 WRAPS: dict[str, Wrap] = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from bases import Make, batch, network, same, steps, wrap
+from bases import batch, network, steps, wrap
 from torch import distributed, nn
 from torch.optim import SGD, Adam
 
@@ -33,35 +32,6 @@ def test_several_ranks(ranks: int) -> None:
         with pytest.raises(RuntimeError, match=r"Fishr: distributed .* not supported yet, .* 2 ra"):
             opt.backward(*batch(model), final=final)
     assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler(make: Make, unscale: bool) -> None:
-    model = network()
-    opt = wrap(make(model.parameters()))
-    before = copy.deepcopy(model)
-    scaler = torch.amp.GradScaler("cpu")
-    losses, domains = batch(model)
-    opt.backward(scaler.scale(losses), domains)
-    if unscale:
-        scaler.unscale_(opt)
-    with pytest.raises(RuntimeError, match=r"GradScaler is not supported yet: bf16 .* needs none"):
-        scaler.step(opt)
-    same(model, before)
-    assert opt.steps == 0
-    steps(model, opt, range(2))  # and without it, all is well
-    assert opt.steps == 2
-
-
-def test_grad_scaler_that_is_off() -> None:
-    model = network()
-    opt = wrap(Adam(model.parameters()))
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses, domains = batch(model)
-    opt.backward(scaler.scale(losses), domains)
-    scaler.step(opt)
-    scaler.update()
-    assert opt.steps == 1
 
 
 def test_maximize() -> None:
