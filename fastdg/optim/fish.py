@@ -275,7 +275,7 @@ class Fish(Weighted):
                 "one backward and step before loading, or save between meta-iterations"
             )
         for p, tensor in kept["kept"].items():
-            if tensor.shape != p.shape:
+            if tensor.shape != p.shape and p.numel():  # what has no size yet gets it by loading
                 raise ValueError(
                     f"state_dict: its kept weights of {self._names[p]} have shape "
                     f"{tuple(tensor.shape)}, but the parameter has shape {tuple(p.shape)}"
