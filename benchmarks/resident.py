@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "optim"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "optim"))
 
 import torch
 from harness import _status, _trim, environment, in_process
@@ -57,7 +56,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results/resident.json")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/resident.json"))
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--only", default="", help="measure these again, keep the others")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # the process of one run

@@ -346,7 +346,8 @@ class MIRO(Term):
             raise ValueError(
                 f"state_dict: it comes from a MIRO run of {steps} steps but has no miro_bias, so "
                 "the variances would silently start anew. torch.distributed.checkpoint fills in "
-                "only what the optimizer already has: run one backward and step before loading"
+                "only what the optimizer already has: run the model once, in training mode, before "
+                "loading"
             )
         for name, encoder in self._encoders.items():
             bias = kept["bias"].get(encoder.bias)

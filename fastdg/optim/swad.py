@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
 from . import support
-from .loading import Kept
+from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
 from .weighted import Unwatched
 from .wrapper import Closure, DomainOptimizer
@@ -152,9 +152,21 @@ class SWAD(Unwatched):
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and support.is_probe(self.base)
         loss: Any = self.base.step(closure)
-        if not probe:
+        if probe:
+            begin(self, [p for p in self._names if p.grad is not None])
+        else:
             self._commit()
         return loss
+
+    def _new(self) -> Kept:
+        weights = [p for alike in self._alike() for p in alike]
+        zeros = {p: torch.zeros_like(accumulated(p.detach())) for p in weights}
+        none = {p: zero.new_zeros((0, *zero.shape)) for p, zero in zeros.items()}
+        return {
+            "segment": zeros,
+            "pending": none,
+            "average": {p: z.clone() for p, z in zeros.items()},
+        }
 
     @torch.compiler.disable
     def _commit(self) -> None:

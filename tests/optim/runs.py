@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,33 +168,37 @@ def rise(base: Optimizer, model: Net) -> fastdg.RISE:
     return fastdg.RISE(base, model.embed, anchors.mean(1), anchors)
 
 
-RUNS: dict[str, Callable[[], Any]] = {
-    "Fishr": lambda: Run(lambda o, m: fishr(o)),
-    "Fishr, all layers": lambda: Run(lambda o, m: fishr(o, params="all")),
-    "AgrSum": lambda: Run(lambda o, m: fastdg.AgrSum(o)),
-    "AgrRand": lambda: Run(lambda o, m: fastdg.AgrRand(o)),
-    "AgrRand, a generator": lambda: Run(lambda o, m: fastdg.AgrRand(o, generator=seeded())),
-    "PCGrad": lambda: Run(lambda o, m: fastdg.PCGrad(o, generator=seeded())),
-    "GramSurgery": lambda: Run(lambda o, m: fastdg.GramSurgery(o, even)),
-    "ANDMask": lambda: Run(lambda o, m: fastdg.ANDMask(o, threshold=0.3)),
-    "SANDMask": lambda: Run(lambda o, m: fastdg.SANDMask(o, threshold=0.3)),
-    "Fish": lambda: Run(
-        lambda o, m: fastdg.Fish(o, num_domains=3, model=m), alone=True, batch_norm=True
+RUNS: dict[str, Callable[..., Any]] = {
+    "Fishr": partial(Run, lambda o, m: fishr(o, num_domains=3)),
+    "Fishr, all layers": partial(Run, lambda o, m: fishr(o, params="all", num_domains=3)),
+    "AgrSum": partial(Run, lambda o, m: fastdg.AgrSum(o)),
+    "AgrRand": partial(Run, lambda o, m: fastdg.AgrRand(o)),
+    "AgrRand, a generator": partial(Run, lambda o, m: fastdg.AgrRand(o, generator=seeded())),
+    "PCGrad": partial(Run, lambda o, m: fastdg.PCGrad(o, generator=seeded())),
+    "GramSurgery": partial(Run, lambda o, m: fastdg.GramSurgery(o, even)),
+    "ANDMask": partial(Run, lambda o, m: fastdg.ANDMask(o, threshold=0.3)),
+    "SANDMask": partial(Run, lambda o, m: fastdg.SANDMask(o, threshold=0.3)),
+    "Fish": partial(
+        Run,
+        lambda o, m: fastdg.Fish(o, num_domains=3, model=m),
+        alone=True,
+        batch_norm=True,
     ),
-    "IGA": lambda: Run(lambda o, m: fastdg.IGA(o, penalty_weight=0.5)),
-    "IRM": lambda: Run(lambda o, m: fastdg.IRM(o, anneal_steps=7)),
-    "VREx": lambda: Run(lambda o, m: fastdg.VREx(o, anneal_steps=7)),
-    "GroupDRO": lambda: Run(lambda o, m: fastdg.GroupDRO(o, eta=0.1)),
-    "MIRO": lambda: Run(miro),
-    "RISE": lambda: Run(rise),
-    "Fishr(MIRO(RISE))": lambda: Run(lambda o, m: fishr(miro(rise(o, m), m))),
-    "Fish(MIRO)": lambda: Run(lambda o, m: fastdg.Fish(miro(o, m), num_domains=3), alone=True),
-    "SWAD(Fishr)": lambda: Run(lambda o, m: fastdg.SWAD(fishr(o), m, n_converge=2)),
-    "SWAD(PCGrad(MIRO))": lambda: Run(  # with a valley that does not end
-        lambda o, m: fastdg.SWAD(fastdg.PCGrad(miro(o, m)), m, tolerance_ratio=100.0)
+    "IGA": partial(Run, lambda o, m: fastdg.IGA(o, penalty_weight=0.5)),
+    "IRM": partial(Run, lambda o, m: fastdg.IRM(o, anneal_steps=7)),
+    "VREx": partial(Run, lambda o, m: fastdg.VREx(o, anneal_steps=7)),
+    "GroupDRO": partial(Run, lambda o, m: fastdg.GroupDRO(o, eta=0.1, num_domains=3)),
+    "MIRO": partial(Run, miro),
+    "RISE": partial(Run, rise),
+    "Fishr(MIRO(RISE))": partial(Run, lambda o, m: fishr(miro(rise(o, m), m), num_domains=3)),
+    "Fish(MIRO)": partial(Run, lambda o, m: fastdg.Fish(miro(o, m), num_domains=3), alone=True),
+    "SWAD(Fishr)": partial(Run, lambda o, m: fastdg.SWAD(fishr(o, num_domains=3), m, n_converge=2)),
+    "SWAD(PCGrad(MIRO))": partial(
+        Run,  # with a valley that does not end
+        lambda o, m: fastdg.SWAD(fastdg.PCGrad(miro(o, m)), m, tolerance_ratio=100.0),
     ),
-    "ADIOS": lambda: Adversarial(single=False),
-    "ADIOS-s": lambda: Adversarial(single=True),
+    "ADIOS": partial(Adversarial, single=False),
+    "ADIOS-s": partial(Adversarial, single=True),
 }
 
 
