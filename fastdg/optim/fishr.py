@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from .. import ops
 from ..statistics.api import moments_of
 from ..statistics.collect import refuse_fused_attention
-from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.factors import accumulated
+from ..statistics.moments import DomainMoments, merge, rows
 from ..statistics.selection import select
 from ..statistics.tape import Selection
 from . import loading

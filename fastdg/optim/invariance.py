@@ -182,8 +182,8 @@ class GroupDRO(Weighted):
             raise ValueError(
                 f"state_dict: it comes from a GroupDRO run of {steps} steps but has no groupdro_q, "
                 "so the domains' weights would silently start anew. torch.distributed.checkpoint "
-                "fills in only what the optimizer already has: give num_domains=, or run one backward "
-                "and step before loading"
+                "fills in only what the optimizer already has: give num_domains=, or run one "
+                "backward and step before loading"
             )
         for q in kept["q"].values():
             if self.num_domains is not None and len(q) != self.num_domains:

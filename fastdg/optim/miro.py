@@ -318,7 +318,10 @@ class MIRO(Term):
                 "after MIRO was made, with model.train() and outside torch.no_grad, and do not "
                 "change its output in place"
             )
-        return self.weight * forwards[0], {"miro": forwards[0].detach().mean()}
+        values, statistics = forwards[0], {"miro": forwards[0].detach().mean()}
+        if self.weight == 0:  # 0 * inf is NaN
+            return torch.zeros_like(values.detach()).requires_grad_(), statistics
+        return self.weight * values, statistics
 
     # -- state and copies --
 

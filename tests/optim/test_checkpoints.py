@@ -172,3 +172,45 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
     resumed = RUNS[name]()
     resumed.load(state)
     ends_alike(run, resumed)
+
+
+@pytest.mark.parametrize("name", ["VREx", "Fish", "SWAD(PCGrad(MIRO))"])
+def test_another_algorithm_s_state_is_refused(name: str) -> None:
+    saved, run = go(RUNS["Fishr"](), 3).opt.state_dict(), RUNS[name]()
+    before = copy.deepcopy(run.opt.state_dict())
+    algorithm = type(run.opt.base if isinstance(run.opt, fastdg.SWAD) else run.opt).__name__
+    with pytest.raises(ValueError, match=f"saved by Fishr, and here is {algorithm}, .*of the Adam"):
+        run.opt.load_state_dict(saved)
+    assert str(run.opt.state_dict()) == str(before)
+
+
+def test_the_optimizer_s_part_of_another_algorithm_s_state() -> None:
+    run = go(RUNS["Fishr"](), 3)
+    model = copy.deepcopy(run.model)
+    adam = torch.optim.Adam(model.named_parameters())
+    adam.load_state_dict(run.opt.state_dict())
+    opt = fastdg.VREx(adam)
+    assert opt.steps == 0 and opt.state[model.head.bias]["step"] == 3
+
+
+def test_what_wrappers_that_are_gone_have_left_is_left_out() -> None:
+    run, fresh = go(RUNS["SWAD(Fishr)"](), 9), RUNS["Fishr"]()
+    with pytest.warns(UserWarning, match="what SWAD kept in it is left out"):
+        fresh.opt.load_state_dict(run.opt.state_dict())
+    assert fresh.opt.steps == 9
+    assert "swad" not in str(fresh.opt.state_dict())
+    assert "fishr_ema" in str(fresh.opt.state_dict())
+
+
+@pytest.mark.parametrize("depth", range(3))
+def test_a_state_loaded_anywhere_in_a_chain_reaches_all_of_it(depth: int) -> None:
+    run, fresh = go(RUNS["Fishr(MIRO(RISE))"](), 9), RUNS["Fishr(MIRO(RISE))"]()
+    state, inner = copy.deepcopy(run.state()), fresh.opt
+    for _ in range(depth + 1):
+        inner = inner.base
+    inner.load_state_dict(state.pop("opt"))
+    fresh.model.load_state_dict(state["model"])
+    fresh.scheduler.load_state_dict(state["scheduler"])
+    fresh.steps = run.steps
+    assert fresh.opt.steps == fresh.opt.base.steps == 9
+    ends_alike(run, fresh)
