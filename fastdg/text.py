@@ -69,7 +69,7 @@ def text_tables(
             such names. With ``()`` there are no anchors.
         encoder: one of
 
-            - a function ``list[str] -> Tensor [n, E]``;
+            - a function ``list[str] -> Tensor [n, E]``, or an array of NumPy's;
             - ``(model, tokenizer)`` of transformers: a ``CLIPModel`` or a
               ``CLIPTextModelWithProjection``, and its tokenizer or processor;
             - ``(model, tokenizer)`` of open_clip;
@@ -276,6 +276,8 @@ def _embed(encode: Encoder, texts: list[str]) -> Tensor:
         for k in range(0, len(texts), BATCH):
             part = texts[k : k + BATCH]
             found = encode(part)
+            if isinstance(found, np.ndarray):
+                found = torch.from_numpy(found)
             if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(part):
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(

@@ -375,3 +375,9 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="encoder: expected a tensor"):
         fastdg.text_tables(NAMES, (), (model, codes))
     assert model.training
+
+
+def test_arrays_are_taken_too() -> None:
+    arrays = fastdg.text_tables(NAMES, DOMAINS, lambda texts: letters(texts).numpy())
+    for array, table in zip(arrays, fastdg.text_tables(NAMES, DOMAINS, letters), strict=True):
+        assert torch.equal(array, table)

@@ -234,7 +234,12 @@ class ADIOS:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on: networks, optimizers, the count of steps, and the state
-        of ``generator``."""
+        of ``generator``.
+
+        ``torch.distributed.checkpoint`` would load nothing into optimizers that have not stepped:
+        give it ``get_state_dict(objective, encoder_optimizer)``, the same of masker and
+        masker_optimizer, and ``steps``.
+        """
         return {
             "objective": self.objective.state_dict(),
             "masker": self.masker.state_dict(),

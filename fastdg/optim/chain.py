@@ -44,19 +44,20 @@ def check_order(outer: Wrapping, base: Any) -> None:
     if outer.role == "average" and base.role == "algorithm":
         return
     name, inner = type(outer).__name__, type(base).__name__
-    if base.role == "average":
+    if outer.role == base.role == "average":
+        advice = "one average of the weights is enough; "
+        shown = f"give {name} what is inside"
+    elif base.role == "average":
         advice = f"{inner} averages what all others have made and goes outermost: "
         shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), model)"
     elif outer.role == "term":
         advice = f"{inner} is an algorithm and goes around the terms: "
         shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), ...)"
     else:
-        advice = (
-            f"{name} and {inner} are algorithms, and two of them do not nest, since each makes the "
-            "one gradient to step along; "
-        )
+        advice = "two algorithms do not nest, since each makes the one gradient to step along; "
         shown = f"give {name} the optimizer inside"
-    raise TypeError(f"base: {inner} is a wrapper that {name} cannot go around; {advice}{shown}")
+    what = f"another {inner}" if name == inner else inner
+    raise TypeError(f"base: {name} cannot go around {what}: {advice}{shown}")
 
 
 def added_by(

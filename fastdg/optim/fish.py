@@ -123,6 +123,7 @@ class Fish(Weighted):
         given = checked(type(self), {"meta_lr": meta_lr, "meta_steps": steps})
         self.inner_product = inner_product
         self._network = model  # whose buffers go with this wrapper wherever it is copied
+        self._buffers = Buffers(model)
         super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
         self._given["position"] = 0
         self._fill()
@@ -266,6 +267,14 @@ class Fish(Weighted):
         self._noted: dict[str, Tensor] = {}  # the buffers that this meta-iteration began with
         self._stamps, self._begun, self._product, self._meta = {}, False, None, {}
 
+    def _new(self) -> Kept:
+        weights = {p: p.detach().clone() for p in self._names}
+        owner = self._owner()
+        return {
+            "kept": weights,
+            **{kind: {owner: now} for kind, now in self._buffers.now().items()},
+        }
+
     def _taken(self) -> None:
         super()._taken()
         self._begin_here()
@@ -288,10 +297,10 @@ class Fish(Weighted):
                 f"state_dict: it comes from within a meta-iteration of Fish (position {position}) "
                 "but has no fish_kept tensors, the weights that it began with. "
                 "torch.distributed.checkpoint fills in only what the optimizer already has: run "
-                "one backward and step before loading, or save between meta-iterations"
+                "one backward and step before loading"
             )
         for p, tensor in kept["kept"].items():
-            if tensor.shape != p.shape:
+            if tensor.shape != p.shape and p.numel():  # what has no size yet gets it by loading
                 raise ValueError(
                     f"state_dict: its kept weights of {self._names[p]} have shape "
                     f"{tuple(tensor.shape)}, but the parameter has shape {tuple(p.shape)}"

@@ -13,10 +13,14 @@ from torch.optim import Optimizer
 from .. import ops
 from ..statistics.api import moments_of
 from ..statistics.collect import refuse_fused_attention
+from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
+from ..statistics.selection import select
 from ..statistics.tape import Selection
+from . import loading
 from .annealed import Annealed
 from .batch import Batch, descend, domain_loss, scaled, total_loss
+from .chain import terms_of
 from .settings import Setting, check_decay, check_reduction, checked
 from .wrapped import accumulate
 
@@ -208,6 +212,10 @@ class Fishr(Annealed):
                 stacklevel=4,
             )
         self._resumed = False
+        if self.steps == 1:  # which parameters it is about was guessed before the first forward
+            for p in kept.keys() - set(named.values()):
+                del kept[p]
+                self.state[p].pop("fishr_ema", None)
         for name, v in variance.items():
             p = named[name]
             if p not in kept:
@@ -216,6 +224,19 @@ class Fishr(Annealed):
                 kept[p] = rows(kept[p], len(v))
             rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
             kept[p][: len(v)].lerp_(v, rate)
+
+    def _new(self) -> loading.Kept:
+        if self.ema is None or self.num_domains is None:
+            return {}
+        terms = {p for term in terms_of(self) for m in term.modules() for p in m.parameters()}
+        named = {name: p for p, name in self._names.items() if p not in terms}
+        chosen = select(self.params, named)
+        found = [p for name, p in named.items() if chosen(name, p)]
+        if self.params == "head":  # as far as it can be told: the last weight, and its bias
+            alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
+            found = found[-1:] if alone else found[-2:]
+        D = self.num_domains
+        return {"ema": {p: accumulated(p.detach()).new_zeros((D, *p.shape)) for p in found}}
 
     def _taken(self) -> None:
         super()._taken()
@@ -230,8 +251,9 @@ class Fishr(Annealed):
             raise ValueError(
                 f"state_dict: it comes from a Fishr run of {steps} steps but has no fishr_ema "
                 "tensors, so the history would silently start anew. torch.distributed.checkpoint "
-                "fills in only what the optimizer already has: run one backward and step before "
-                "loading; or set fishr_ema to None in its param_groups"
+                "fills in only what the optimizer already has: give num_domains= (and params=, "
+                "unless the head is the optimizer's last layer), or run one backward and step "
+                "before loading; or set fishr_ema to None in its param_groups"
             )
         for p, ema in kept["ema"].items():
             if self.num_domains is not None and len(ema) != self.num_domains:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .annealed import Annealed
+from .loading import Kept
 from .settings import Setting, check_weight, checked
 from .weighted import Losses, Weighted
 
@@ -157,6 +158,14 @@ class GroupDRO(Weighted):
         # What has come down to 0 could never grow again
         return q.clamp(min=torch.finfo(q.dtype).tiny)
 
+    def _new(self) -> Kept:
+        if self.num_domains is None:
+            return {}
+        p = self._owner()
+        equal = 1 / self.num_domains
+        q = torch.full((self.num_domains,), equal, dtype=torch.float64, device=p.device)
+        return {"q": {p: q}}
+
     def _commit(self) -> None:
         kept = self._kept["q"]
         for owner, q in kept.items() or [(self._owner(), None)]:
@@ -173,8 +182,8 @@ class GroupDRO(Weighted):
             raise ValueError(
                 f"state_dict: it comes from a GroupDRO run of {steps} steps but has no groupdro_q, "
                 "so the domains' weights would silently start anew. torch.distributed.checkpoint "
-                "fills in only what the optimizer already has: run one backward and step before "
-                "loading"
+                "fills in only what the optimizer already has: give num_domains=, or run one "
+                "backward and step before loading"
             )
         for q in kept["q"].values():
             if self.num_domains is not None and len(q) != self.num_domains:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class IRM(Annealed):
 
     The logits are what the head (the last module with parameters that ran) returns, which is run
     once more for them; or they are given: ``opt.backward(losses, domains, logits=logits)``. Give
-    them if they are scaled after the head, or if the head draws random numbers.
+    them if they are scaled after the head, if the head draws random numbers, or if the losses are
+    no cross-entropy (of what the head returns, or a warning says so).
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -218,6 +220,15 @@ class IRM(Annealed):
                     "random numbers, as dropout does), so its logits are not known; pass them: "
                     "opt.backward(losses, domains, logits=logits)"
                 )
+        if batch.call is not None and not crossed(batch.losses, logits, delta):
+            warnings.warn(
+                f"{batch.call.where}: IRM takes what the head returns, {list(logits.shape)}, for "
+                "the logits, but the losses are not the cross-entropy of it (are they scaled after "
+                "the head?); pass those which the losses are made from: "
+                "opt.backward(losses, domains, logits=logits)",
+                UserWarning,
+                stacklevel=7,  # the caller of backward
+            )
         telling = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
         self._shown[head] = ATTEMPTS if telling else tried + 1
 
@@ -237,6 +248,34 @@ def check_logits(logits: Any, losses: Tensor) -> None:
         )
     if not logits.requires_grad:
         raise ValueError("logits: they have no graph; pass the very tensor losses were made from")
+
+
+def crossed(losses: Tensor, logits: Tensor, delta: Tensor) -> bool:
+    r"""Whether the losses can be the cross-entropy of the logits, with any weight and label a
+    sample: :math:`\ell = -w\log p_y` where :math:`\partial\ell/\partial z = w(p - e_y)`.
+
+    Args:
+        losses: ``[N]``.
+        logits: ``[N, C]``; ``[N]`` and ``[N, 1]`` are of two classes. Of more dimensions nothing is
+            known.
+        delta: the gradients of the losses at the logits.
+    """
+    if logits[0].numel() == 1:
+        z, g = (x.reshape(-1, 1).double() for x in (logits, delta))
+        z, g = torch.cat([torch.zeros_like(z), z], 1), torch.cat([-g, g], 1)
+    elif logits.dim() == 2:
+        z, g = logits.double(), delta.double()
+    else:
+        return True
+    logs = z.log_softmax(1)
+    y = g.argmin(1, keepdim=True)
+    rest = 1 - logs.gather(1, y).exp()
+    weight = -g.gather(1, y) / rest
+    expected = (-weight * logs.gather(1, y)).squeeze(1)
+    # Near 1 nothing is left of p_y in half precision
+    told = (rest.squeeze(1) > 0.1) & expected.isfinite() & losses.isfinite()
+    off = (losses.double() - expected).abs() > 0.1 * expected.abs() + 1e-6
+    return not (told & off).any()
 
 
 def _deltas(batch: Scored, create_graph: bool, weights: Tensor) -> Tensor:

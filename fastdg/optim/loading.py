@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..statistics.factors import accumulated
+from .chain import chain, innermost
+from .wrapped import Wrapping
+
+if TYPE_CHECKING:
+    from .wrapper import DomainOptimizer
+
 Kept = dict[str, dict[Tensor, Tensor]]
-
-
-class _Wrapper(Protocol):
-    _loading: bool
-
-    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]: ...
-
-    def _taken(self) -> None: ...
 
 
 class Loading:
@@ -27,7 +27,7 @@ class Loading:
     long as its user wants, and one that is copied hooks itself onto its own optimizer.
     """
 
-    def __init__(self, wrapper: _Wrapper | None = None) -> None:
+    def __init__(self, wrapper: DomainOptimizer | None = None) -> None:
         self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -36,18 +36,29 @@ class Loading:
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return Loading()
 
-    def _idle(self) -> _Wrapper | None:
+    def _idle(self) -> DomainOptimizer | None:
         wrapper = self.wrapper() if self.wrapper is not None else None
         return None if wrapper is None or wrapper._loading else wrapper
 
     def before(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._idle()
-        return wrapper._take(state_dict) if wrapper is not None else None
+        return wrapper._take(prepared(wrapper, state_dict)) if wrapper is not None else None
 
     def after(self, base: Optimizer) -> None:
         wrapper = self._idle()
         if wrapper is not None:
             wrapper._taken()
+            for hook in wrapper._optimizer_load_state_dict_post_hooks.values():
+                hook(wrapper)
+
+
+def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state as the hooks that ``opt`` calls before it loads one leave it."""
+    state_dict = dict(state_dict)
+    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(opt, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
 
 
 def attach(wrapper: Any) -> None:
@@ -78,7 +89,8 @@ def split(
         if i in named:
             p = named[i]
             for key in own.keys() & entry.keys():
-                kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
+                if isinstance(entry[key], Tensor):  # what was not saved may come as {}
+                    kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
             entry = {key: value for key, value in entry.items() if key not in own}
         if entry:
             rest[i] = entry
@@ -92,3 +104,81 @@ def by_id(groups: Sequence[Mapping[str, Any]], parameters: Iterable[Tensor]) -> 
     """
     ids = [i for group in groups for i in group["params"]]
     return dict(zip(ids, parameters, strict=False))
+
+
+def begin(wrapper: DomainOptimizer, parameters: Iterable[Tensor]) -> None:
+    """Give the wrapper's tensors of a new run to those of ``parameters`` that lack them.
+
+    torch.distributed.checkpoint, which loads into what an optimizer already has, makes a step with
+    gradients of zeros before. The wrapped optimizer has state of its own for ``parameters``, or
+    needs none: an entry of ours alone would pass for it.
+    """
+    there = set(parameters)
+    for name, tensors in wrapper._new().items():
+        for p in there & tensors.keys() - wrapper._kept[name].keys():
+            wrapper._kept[name][p] = tensors[p]
+    for p, key, tensor in wrapper._own_tensors():
+        if p in there:
+            wrapper.state[p][key] = tensor
+
+
+def adopt(wrapper: DomainOptimizer) -> None:
+    """Take over what an optimizer that was wrapped before, or is born with state, has."""
+    for p in wrapper._names:
+        for name in wrapper.tensors:
+            if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
+                wrapper._kept[name][p] = accumulated(tensor)
+    begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
+
+
+def without_others(wrapper: DomainOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state without what wrappers that are not in this chain have left in it.
+
+    Raises:
+        ValueError: another algorithm has saved it.
+    """
+    for hook in wrapper._optimizer_load_state_dict_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Loading) and hooks.wrapper is not None and hooks.wrapper() is not None:
+            return state_dict  # the wrapper outside has seen to it
+    links = list(chain(wrapper))
+    here = {link.prefix for link in links}
+    groups, known = state_dict["param_groups"], dict(_prefixes(Wrapping))
+    away = {x: known[x] for x in known.keys() - here if f"{x}_steps" in groups[0]}
+    if not away:
+        return state_dict
+    names = " and ".join(sorted(kind.__name__ for kind in away.values()))
+    own = [link for link in links if link.role == "algorithm"] or links
+    if any(kind.role == "algorithm" for kind in away.values()) and not any(
+        f"{link.prefix}_steps" in groups[0] for link in own
+    ):
+        name, inner = type(own[0]).__name__, type(innermost(wrapper)).__name__
+        raise ValueError(
+            f"state_dict: it was saved by {names}, and here is {name}, which could go on with the "
+            f"part of the {inner} only. If that is what you want, load it into the {inner} before "
+            f"it is wrapped; to go on with that run, wrap the {inner} in what saved it"
+        )
+    warnings.warn(
+        f"state_dict: what {names} kept in it is left out, since there is no such wrapper here",
+        stacklevel=4,
+    )
+    marks = tuple(f"{prefix}_" for prefix in away)
+
+    def rest(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if not str(key).startswith(marks)}
+
+    state = {i: rest(entry) for i, entry in state_dict["state"].items()}
+    return {
+        **state_dict,
+        "state": {i: entry for i, entry in state.items() if entry},
+        "param_groups": [rest(group) for group in groups],
+    }
+
+
+def _prefixes(kind: type[Wrapping]) -> Iterator[tuple[str, type[Wrapping]]]:
+    """Prefix of the keys -> the wrapper, of all that there are; of several the one that others are
+    made from."""
+    for sub in kind.__subclasses__():
+        yield from _prefixes(sub)
+    if hasattr(kind, "prefix"):
+        yield kind.prefix, kind

@@ -318,7 +318,10 @@ class MIRO(Term):
                 "after MIRO was made, with model.train() and outside torch.no_grad, and do not "
                 "change its output in place"
             )
-        return self.weight * forwards[0], {"miro": forwards[0].detach().mean()}
+        values, statistics = forwards[0], {"miro": forwards[0].detach().mean()}
+        if self.weight == 0:  # 0 * inf is NaN
+            return torch.zeros_like(values.detach()).requires_grad_(), statistics
+        return self.weight * values, statistics
 
     # -- state and copies --
 
@@ -346,7 +349,8 @@ class MIRO(Term):
             raise ValueError(
                 f"state_dict: it comes from a MIRO run of {steps} steps but has no miro_bias, so "
                 "the variances would silently start anew. torch.distributed.checkpoint fills in "
-                "only what the optimizer already has: run one backward and step before loading"
+                "only what the optimizer already has: run the model once, in training mode, before "
+                "loading"
             )
         for name, encoder in self._encoders.items():
             bias = kept["bias"].get(encoder.bias)

@@ -71,6 +71,8 @@ class RISE(Term):
     `backward` takes three more inputs: ``opt.backward(losses, domains, labels=labels,
     logits=logits, teacher_logits=teacher_logits)``.
 
+    A closure of `step` returns them as a third: ``(losses, domains, dict(labels=labels))``.
+
     - ``labels``: class y of each sample ``[N]``, on the device of ``losses`` or the CPU.
     - ``logits``: z ``[N, C]``, with their graph; needed with ``teacher_logits`` only.
     - ``teacher_logits``: t ``[N, C]``: 100 times the cosines of the teacher's image embeddings with
@@ -172,7 +174,9 @@ class RISE(Term):
         if forward is None:
             raise RuntimeError(
                 f"embedding: the module {name} has not run, with gradients enabled, since the last "
-                "backward; run the model that it belongs to, once for each backward"
+                "backward; run the model that it belongs to, once for each backward (under "
+                "activation checkpointing with use_reentrant=False: the reentrant kind runs it "
+                "without gradients)"
             )
         E, seen = self.classes.shape[1], forward.output
         if not isinstance(seen, Tensor) or seen.dim() != 2 or seen.shape[1] != E:
@@ -186,7 +190,13 @@ class RISE(Term):
                 f"losses: expected one for each of the {len(seen)} embeddings of the last forward, "
                 f"got {len(losses)}"
             )
-        if (known := found(losses, self)) and forward.token not in known:
+        if len(known := found(losses, self)) > 1:
+            raise RuntimeError(
+                f"losses: {len(known)} forwards of the module {name} lead to them, and RISE would "
+                "know the embeddings of the last only; call backward for each forward (with "
+                "final=False for all but the last)"
+            )
+        if known and forward.token not in known:
             raise RuntimeError(
                 f"losses: they come from an earlier forward of the module {name}, not the last, "
                 "whose embeddings would be taken for theirs; call backward (with final=False, if "
@@ -332,7 +342,7 @@ def mix_teachers(*logits: Tensor) -> Tensor:
         logits: of each teacher, of one shape.
 
     Raises:
-        ValueError: the shapes differ, or there are none.
+        TypeError, ValueError: the shapes differ, or there are none.
     """
     return _stacked(logits).mean(0)
 
@@ -350,12 +360,18 @@ def mix_students(*logits: Tensor) -> Tensor:
         logits: of each student, of one shape.
 
     Raises:
-        ValueError: the shapes differ, or there are none.
+        TypeError, ValueError: the shapes differ, or there are none.
     """
     return _stacked(logits).softmax(-1).sum(0)
 
 
 def _stacked(logits: tuple[Tensor, ...]) -> Tensor:
+    for x in logits:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"logits: expected a tensor (N, C) for each, one after the other, got "
+                f"{type(x).__name__}; of a list of them: (*logits)"
+            )
     shapes = {tuple(x.shape) for x in logits}
     if len(shapes) != 1:
         got = ", ".join(map(str, sorted(shapes))) or "none"

@@ -3,7 +3,7 @@ leaves the valley."""
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
 from . import support
-from .loading import Kept
+from .averages import FRESH, finite, mean
+from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
 from .weighted import Unwatched
 from .wrapper import Closure, DomainOptimizer
@@ -41,7 +42,7 @@ class SWAD(Unwatched):
 
     and ``finished`` then tells that further training changes nothing. It may also be stopped
     before: the average is of all there is from the valley's beginning on; without a valley it is
-    that of the last segment.
+    that of the last segment (of all steps, with a warning, if `evaluate` was never called).
 
     It goes around any wrapper, or a plain optimizer, as the outermost:
     ``fastdg.SWAD(fastdg.Fishr(optimizer), model)``. `backward`, its arguments and ``statistics``
@@ -141,9 +142,20 @@ class SWAD(Unwatched):
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and support.is_probe(self.base)
         loss: Any = self.base.step(closure)
-        if not probe:
+        if probe:
+            begin(self, [p for p in self._names if p.grad is not None])
+        else:
             self._commit()
         return loss
+
+    def _new(self) -> Kept:
+        zeros = {p: torch.zeros_like(accumulated(p.detach())) for ps in self._alike() for p in ps}
+        none = {p: zero.new_zeros((0, *zero.shape)) for p, zero in zeros.items()}
+        return {
+            "segment": zeros,
+            "pending": none,
+            "average": {p: z.clone() for p, z in zeros.items()},
+        }
 
     @torch.compiler.disable
     def _commit(self) -> None:
@@ -179,12 +191,10 @@ class SWAD(Unwatched):
         """End a segment with the validation loss of the model as it is.
 
         Raises:
-            ValueError: the loss is not a finite number.
+            TypeError, ValueError: the loss is not a finite number.
             RuntimeError: no step was made since the last evaluation.
         """
-        loss = float(validation_loss)
-        if not math.isfinite(loss):
-            raise ValueError(f"validation_loss: expected a finite number, got {loss}")
+        loss = finite("validation_loss", validation_loss)
         if self.finished:
             return
         group = self.param_groups[0]
@@ -198,8 +208,8 @@ class SWAD(Unwatched):
             if losses[0] > min(losses):
                 self._drop(self.n_converge - 1)
                 return
-            mean = sum(losses) / len(losses)
-            group["swad_threshold"] = mean + self.tolerance_ratio * abs(mean)
+            level = sum(losses) / len(losses)
+            group["swad_threshold"] = level + self.tolerance_ratio * abs(level)
         elif (
             len(losses) >= self.n_tolerance
             and min(losses[-self.n_tolerance :]) > group["swad_threshold"]
@@ -254,9 +264,9 @@ class SWAD(Unwatched):
         for p, pending in kept["pending"].items():
             parts = pending[:count].unbind()
             own = kept["average"].get(p)
-            kept["average"][p] = _mean(parts, steps) if own is None else own
+            kept["average"][p] = mean(parts, steps) if own is None else own
             if own is not None:
-                own.copy_(_mean([own, *parts], [before, *steps]))
+                own.copy_(mean([own, *parts], [before, *steps]))
         group["swad_average_steps"] = before + sum(steps)
         self._drop(len(group["swad_losses"]) - count)
 
@@ -271,13 +281,20 @@ class SWAD(Unwatched):
         steps = [group["swad_average_steps"], *waiting, segment]
         if not sum(steps):
             raise RuntimeError("SWAD: there is no average before the first step")
+        if not (group["swad_losses"] or self.started):
+            warnings.warn(
+                "SWAD: opt.evaluate(validation_loss) was never called, so there is no valley, and "
+                f"the average is that of all {sum(steps)} steps from the first one on",
+                UserWarning,
+                stacklevel=4,
+            )
         found: dict[Tensor, Tensor] = {}
         for p, last in kept["segment"].items():
             pending = kept["pending"].get(p)
             rows = pending[-len(waiting) :].unbind() if pending is not None and waiting else ()
             parts = [kept["average"].get(p, last), *rows, last]
             used = [(part, n) for part, n in zip(parts, steps, strict=True) if n]
-            found[p] = _mean(*zip(*used, strict=True))
+            found[p] = mean(*zip(*used, strict=True))
         return found, sum(steps)
 
     # -- the averaged weights --
@@ -352,7 +369,8 @@ class SWAD(Unwatched):
             raise ValueError(
                 "state_dict: it comes from a SWAD run but lacks averages that it should have. "
                 "torch.distributed.checkpoint fills in only what the optimizer already has: save "
-                "and load with torch.save, or around the optimizer inside"
+                "with torch.save, or turn its files into one, which is loaded as a whole, with "
+                "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
             )
         for name, tensors in kept.items():
             for p, tensor in tensors.items():
@@ -366,23 +384,3 @@ class SWAD(Unwatched):
     def settings(self) -> dict[str, Any]:
         own = ("n_converge", "n_tolerance", "tolerance_ratio")
         return {name: getattr(self, name) for name in own}
-
-
-# What the first group holds before the first step. Lists in it are replaced, never changed
-FRESH: dict[str, Any] = {
-    "segment_steps": 0,
-    "pending_steps": [],
-    "losses": [],
-    "average_steps": 0,
-    "threshold": None,
-    "finished": False,
-}
-
-
-def _mean(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The mean of means of so many steps each."""
-    total = sum(counts)
-    result = parts[0] * (counts[0] / total)
-    for part, count in zip(parts[1:], counts[1:], strict=True):
-        result.add_(part, alpha=count / total)
-    return result

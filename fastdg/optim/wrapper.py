@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -93,13 +92,10 @@ class DomainOptimizer(Wrapping):
         self._watch(model)
         self._clear()
         loading.attach(self)
-        # The optimizer may have been wrapped before: its history goes on, under these settings
-        for p, name in product(self._names, self.tensors):
-            if (tensor := self.state.get(p, {}).get(f"{self.prefix}_{name}")) is not None:
-                self._kept[name][p] = accumulated(tensor)
         self._given = {"steps": 0, **(settings or {})}
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
         self._fill()
+        loading.adopt(self)
 
     @property
     def steps(self) -> int:
@@ -196,6 +192,10 @@ class DomainOptimizer(Wrapping):
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
 
+    def _new(self) -> loading.Kept:
+        """Own tensors as a new run has them, if their shapes are known before any forward."""
+        return {}
+
     def _prepare(self) -> None:
         """Called right before the wrapped optimizer steps."""
 
@@ -230,6 +230,7 @@ class DomainOptimizer(Wrapping):
             if self._staged or not support.is_probe(self.base):
                 raise support.no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
+            loading.begin(self, [p for p in self._names if p.grad is not None])
             return None
         self._advance()
         return loss
@@ -299,11 +300,7 @@ class DomainOptimizer(Wrapping):
             ValueError: the state was saved with another number of domains, or lacks tensors it
                 should have. Nothing is changed then.
         """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        rest = self._take(state_dict)
+        rest = self._take(loading.prepared(self, state_dict))
         self._loading = True  # so that the hooks of `loading` do not take it again
         try:
             self.base.load_state_dict(rest)
@@ -315,6 +312,7 @@ class DomainOptimizer(Wrapping):
 
     def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What the wrapped optimizer shall load of this state; the wrapper's own is set aside."""
+        state_dict = loading.without_others(self, state_dict)
         groups = state_dict["param_groups"]
         named = loading.by_id(groups, (p for g in self.param_groups for p in g["params"]))
         own = {f"{self.prefix}_{name}": name for name in self.tensors}

@@ -130,3 +130,29 @@ def test_irm_with_wrong_logits(logits: Any, error: type[Exception], message: str
         losses = F.cross_entropy(z, torch.arange(6) % 3, reduction="none")
         opt.backward(losses, torch.arange(6) % 2, logits=logits(z))
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_head_whose_output_is_not_the_logits_is_warned_of(factor: float, outputs: int) -> None:
+    """Weights of samples are no matter."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, outputs))
+    opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))
+    x, d = torch.randn(12, 5), torch.arange(12) % 3
+    y = torch.randint(max(2, outputs), (12,))
+    scale = torch.full((), factor, requires_grad=True)
+    logits = model(x) * scale
+
+    def losses(logits: Tensor) -> Tensor:
+        if outputs > 1:
+            return F.cross_entropy(logits, y, reduction="none") * torch.linspace(0.1, 2, 12)
+        return F.binary_cross_entropy_with_logits(logits[:, 0], y.float(), reduction="none")
+
+    if factor == 1:
+        opt.backward(losses(logits), d)
+        return
+    with pytest.warns(UserWarning, match=r"not the cross-entropy of it .* logits=logits\)"):
+        opt.backward(losses(logits), d)
+    opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))
+    logits = model(x) * scale
+    opt.backward(losses(logits), d, logits=logits)

@@ -275,6 +275,7 @@ def test_resumes_bit_for_bit(name: str) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:state_dict. what VREx kept in it is left out")
 def test_a_state_without_miro_starts_it_anew() -> None:
     model, (batch,) = net(), batches(1)
     bare = MAKES["adam"](model)
@@ -460,3 +461,19 @@ def test_which_dimension_has_the_samples_may_have_to_be_told() -> None:
     with pytest.raises(ValueError, match=r"layouts=\{'block': 'NLC'\}, or 'LNC' if the tokens"):
         model(torch.randn(4, 4, 3).double())
     del opt
+
+
+@pytest.mark.parametrize("around", [lambda o: o, fastdg.AgrSum, fastdg.Fishr])
+def test_without_a_weight_it_stays_out(around: Callable[[Any], Any]) -> None:
+    """Whatever its value: 0 * inf is NaN."""
+    model, ((x, y, d),) = net(), batches(1, absent=False)
+    opt = around(fastdg.MIRO(MAKES["adam"](model), model, layers=LAYERS, weight=0.0))
+    model(x)  # the variances have a size now
+    term = opt if isinstance(opt, fastdg.MIRO) else opt.base
+    term.biases[LAYERS[0]].data.fill_(torch.inf)
+    for _ in range(2):
+        opt.zero_grad()
+        opt.backward(F.cross_entropy(model(x), y, reduction="none"), d)
+        opt.step()
+    assert not opt.statistics["miro"].isfinite()
+    assert all(p.isfinite().all() for p in model.parameters())

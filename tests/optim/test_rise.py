@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastdg
 from fastdg.text import text_tables
@@ -530,3 +531,27 @@ def test_an_embedding_of_another_width_or_kind() -> None:
     with pytest.raises(ValueError, match="losses: expected one for each of the 5 embeddings"):
         _, y, domains, _ = data(0)
         opt.backward(logits.sum() * torch.ones(N), domains, labels=y)
+
+
+def test_several_forwards_of_one_backward_are_refused() -> None:
+    model = Student()
+    opt = made(model)
+    (x, y, domains, _), (other, _, _, _) = data(0), data(1)
+    one, two = (F.cross_entropy(model(view), y, reduction="none") for view in (x, other))
+    with pytest.raises(RuntimeError, match="losses: 2 forwards of the module Linear lead to them"):
+        opt.backward((one + two) / 2, domains, labels=y)
+
+
+def test_reentrant_checkpointing_is_told_of() -> None:
+    model = Student()
+    opt = made(model)
+    x, y, domains, _ = data(0)
+    logits = checkpoint(model, x.requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        opt.backward(F.cross_entropy(logits, y, reduction="none"), domains, labels=y)
+
+
+@pytest.mark.parametrize("mix", [fastdg.mix_teachers, fastdg.mix_students])
+def test_mixes_take_tensors_one_after_the_other(mix: Any) -> None:
+    with pytest.raises(TypeError, match=r"got list; of a list of them: \(\*logits\)"):
+        mix([torch.ones(2, 3), torch.ones(2, 3)])

@@ -246,11 +246,14 @@ def test_what_it_refuses() -> None:
     for loss in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="validation_loss: expected a finite number"):
             opt.evaluate(loss)
+    for word in (None, "low", [1.0], torch.ones(2)):
+        with pytest.raises((TypeError, ValueError), match=r"validation_loss: expected .*, got"):
+            opt.evaluate(word)
     with opt.applied(), pytest.raises(RuntimeError, match="averaged weights inside `applied`"):
         opt.step()
     with pytest.raises(TypeError, match=r"SWAD averages .* fastdg.SWAD\(fastdg.Fishr\("):
         wrap(opt)
-    with pytest.raises(TypeError, match="cannot go around"):
+    with pytest.raises(TypeError, match=r"around another SWAD: one .* give SWAD what is in"):
         fastdg.SWAD(opt, model)
     arguments: list[tuple[dict[str, Any], str]] = [
         ({"n_converge": 0}, "n_converge: expected an integer >= 1"),
@@ -278,3 +281,15 @@ def test_a_grad_scaler_around_a_plain_optimizer() -> None:
     plain.step()
     torch.testing.assert_close(flat(model), flat(twin))
     assert opt.steps == 1
+
+
+def test_an_average_without_evaluations_is_warned_of() -> None:
+    model = network()
+    opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        opt.step()
+    with pytest.warns(UserWarning, match=r"opt.evaluate.* never called, .* all 2 steps"):
+        opt.apply()
+    opt.evaluate(torch.tensor([1.0]))
+    opt.apply()

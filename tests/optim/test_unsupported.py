@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bases import batch, network, steps, wrap
+from bases import WRAPS, Make, batch, network, same, steps, wrap
 from torch import distributed, nn
 from torch.optim import SGD, Adam
 
@@ -64,3 +64,17 @@ def test_step_without_backward_at_learning_rate_zero(gradients: str, used: bool)
         return
     with pytest.raises(RuntimeError, match="needs a backward before it"):
         opt.step()
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "AgrSum", "ANDMask", "Fish"])
+def test_surgery_goes_around_an_optimizer_that_maximises(name: str) -> None:
+    """The step is the other way, and there is no penalty to be maximised."""
+    model = network()
+    twin = copy.deepcopy(model)
+    up, down = SGD(model.parameters(), lr=0.1, maximize=True), SGD(twin.parameters(), lr=0.1)
+    start = [p.detach().clone() for p in model.parameters()]
+    for net, base in ((model, up), (twin, down)):
+        torch.manual_seed(1)
+        steps(net, WRAPS[name](base), [0])
+    for p, q, origin in zip(model.parameters(), twin.parameters(), start, strict=True):
+        torch.testing.assert_close(p - origin, origin - q)
