@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from bases import WRAPS, Make, batch, network, same, steps, wrap
+from bases import WRAPS, batch, network, steps, wrap
 from torch import distributed, nn
 from torch.optim import SGD, Adam
 
