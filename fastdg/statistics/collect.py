@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +46,7 @@ def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
     owned: dict[Call, dict[str, str]] = {}
     for call in found.calls:
         own = dict(call.parameters)
-        if own and rule_of(call.module) is None:
+        if own and call.module._modules and rule_of(call.module) is None:
             for local, p in silent(call.module, ""):
                 name = names.get(id(p))
                 if name is not None and id(p) in used and name not in own.values():
@@ -101,21 +102,22 @@ def collect(
     summed first.
     """
     samples = losses.shape[0]
-    uses: dict[str, int] = {}
-    for call in found.calls:
-        for name in owned[call].values():
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for call in found.calls for name in owned[call].values())
     parts: dict[str, list[Factor]] = {}
 
     def visit(call: Call, deltas: Sequence[Tensor]) -> None:
         own = {local: name for local, name in owned[call].items() if selected(name)}
         if not own:
             return
-        for local, factor in _factors(call, deltas, list(own)).items():
-            if local not in own:
+        for local, factor in _factors(call, deltas, own).items():
+            name = own.get(local)
+            if name is None:
                 continue
-            name = own[local]
-            parts.setdefault(name, []).append(_per_sample(call, factor, samples))
+            factor = _per_sample(call, factor, samples)
+            if uses[name] == 1:
+                consume(name, factor)
+                continue
+            parts.setdefault(name, []).append(factor)
             if len(parts[name]) == uses[name]:
                 consume(name, total(parts.pop(name)))
 
@@ -135,10 +137,10 @@ def collect(
     return rest
 
 
-def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
+def _factors(call: Call, deltas: Sequence[Tensor], names: Iterable[str]) -> dict[str, Factor]:
     rule = rule_of(call.module)
     if rule is None:
-        return generic(call, deltas, names)
+        return generic(call, deltas, list(names))
     return rule(call.module, call.args or tuple(call.kwargs.values()), deltas[0])
 
 

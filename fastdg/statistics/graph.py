@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from .tape import Call, Recorder, notes_of, notes_on, paused
+from .tape import Call, Recorder, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
 
@@ -54,6 +56,8 @@ class Found:
 
     def keep(self, calls: Sequence[Call]) -> Found:
         """Only ``calls``."""
+        if len(calls) == len(self.calls):
+            return self
         wanted = set(calls)
         slots = {
             node: kept
@@ -75,25 +79,29 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     queue = [root]
     whole, hidden = True, False
     for node in queue:  # grows while we walk it
-        if entries := notes_of(node, recorder):
-            slots[node] = entries
-            calls.update(call for call, _, _ in entries)
-            last = next((call for call, _, _ in entries if call.time == until), None)
-            if last is not None and not _shared(last, recorder.alive):
-                whole = False
-                break
-        hidden |= type(node) is _REENTRANT
+        if notes := notes_on(node):
+            entries = [(call, slot, nr) for owner, call, slot, nr in notes if owner is recorder]
+            if entries:
+                slots[node] = entries
+                calls.update(call for call, _, _ in entries)
+                last = next((call for call, _, _ in entries if call.time == until), None)
+                if last is not None and not _shared(last, recorder.alive):
+                    whole = False
+                    break
+        hidden = hidden or type(node) is _REENTRANT
         next_functions = node.next_functions
-        if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
+        if not next_functions:
+            if (leaf := getattr(node, "variable", None)) is not None:
+                leaves.append(leaf)
+            continue
         for below, _ in next_functions:
             if below is None:
                 continue
-            if below not in parents:
+            if (above := parents.get(below)) is None:
                 parents[below] = [node]
                 queue.append(below)
             else:
-                parents[below].append(node)
+                above.append(node)
     ordered = sorted(calls, key=lambda call: call.time)
     found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
@@ -117,6 +125,8 @@ def _without_parametrizations(found: Found) -> Found:
         if (made := call.module._modules.get("parametrizations")) is not None
         for inner in made.modules()
     }
+    if not hidden:
+        return found
     return found.keep([call for call in found.calls if call.module not in hidden])
 
 
@@ -151,31 +161,36 @@ def sweep(
     Returns:
         The gradients of ``extra`` (None where unused).
     """
-    waiting: dict[int, dict[int, Tensor | None]] = {}
-    expected = {
-        id(call): sum(c is call for entries in found.slots.values() for c, _, _ in entries)
-        for call in found.calls
-    }
+    forget = not (retain_graph or create_graph)
+    waiting: dict[Call, dict[int, Tensor | None]] = {}
+    expected = Counter(call for entries in found.slots.values() for call, _, _ in entries)
 
     def arrive(node: Node, grads: Sequence[Tensor | None]) -> None:
         for call, slot, output_nr in found.slots[node]:
-            got = waiting.setdefault(id(call), {})
-            got[slot] = grads[output_nr]
-            if len(got) == expected[id(call)]:
-                deltas = waiting.pop(id(call))
-                if all(d is None for d in deltas.values()):
+            delta = grads[output_nr]
+            if expected[call] == 1:
+                if delta is None:
                     continue
-                call.unchanged()
-                visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
-                if not (retain_graph or create_graph):
-                    call.forget()
+                got = {slot: delta}
+            else:
+                got = waiting.setdefault(call, {})
+                got[slot] = delta
+                if len(got) < expected[call]:
+                    continue
+                del waiting[call]
+                if all(d is None for d in got.values()):
+                    continue
+            call.unchanged()
+            visit(call, [_filled(call, i, got.get(i)) for i in range(len(call.outputs))])
+            if forget:
+                call.forget()
 
     targets = list(found.slots) if create_graph else found.deepest()
     handles: list[Any] = []
     if not create_graph:
         last = set(targets)
         handles = [
-            node.register_prehook(lambda grads, node=node: arrive(node, grads))
+            node.register_prehook(partial(arrive, node))
             for node in found.slots
             if node not in last
         ]

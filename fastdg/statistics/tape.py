@@ -164,11 +164,11 @@ class Recorder:
 
     def _own(self, module: nn.Module) -> dict[str, str]:
         """Local and full names of the module's own parameters, each parameter once."""
-        own = {
-            id(p): (local, self.names[id(p)][1])
-            for local, p in own_parameters(module)
-            if id(p) in self.names and p.requires_grad
-        }
+        own: dict[int, tuple[str, str]] = {}
+        for local, p in own_parameters(module):
+            known = self.names.get(id(p))
+            if known is not None and p.requires_grad:
+                own[id(p)] = local, known[1]
         return dict(own.values())
 
     def _ran(self, module: nn.Module) -> bool:
@@ -191,20 +191,15 @@ class Recorder:
             return None
         replaced = _apart(module, output)
         tensors = _tensors(replaced)
-        self.seen.setdefault(id(module), weakref.ref(module))
+        if id(module) not in self.seen:
+            self.seen[id(module)] = weakref.ref(module)
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
         aliases = {id(t): alias(t) for t in inputs}  # one for query, key and value that are one
-
-        def aliased(tree: Any) -> Any:
-            if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
-                return (aliases[id(tree[0])],)
-            return pytree.tree_map_only(Tensor, lambda tensor: aliases[id(tensor)], tree)
-
         call = Call(
             module=module,
-            args=aliased(args),
-            kwargs=aliased(kwargs) if kwargs else {},
+            args=_aliased(args, aliases),
+            kwargs=_aliased(kwargs, aliases) if kwargs else {},
             parameters=own,
             outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
             versions=[(t, t._version) for t in aliases.values() if not t.is_inference()],
@@ -216,9 +211,11 @@ class Recorder:
         for slot, tensor in enumerate(tensors):
             # A tensor passed through as it is is not this module's; noting the call on its node
             # would also tie the graph into a cycle that nothing frees.
-            if tensor.requires_grad and not any(tensor is x for x in inputs):
-                edge = get_gradient_edge(tensor)
-                _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+            if tensor.requires_grad and id(tensor) not in aliases:
+                node, output_nr = tensor.grad_fn, tensor.output_nr
+                if node is None:
+                    node, output_nr = get_gradient_edge(tensor)
+                _notes(node).setdefault(_KEY, []).append((self, call, slot, output_nr))
         return replaced
 
 
@@ -240,16 +237,7 @@ def _notes(node: Node) -> dict[str, list[Note]]:
 
 def notes_on(node: Node) -> Sequence[Note]:
     """What any recorder left there: (recorder, call, which of its outputs, which of the node's)."""
-    return _notes(node).get(_KEY, ())
-
-
-def notes_of(node: Node, recorder: Recorder) -> list[tuple[Call, int, int]]:
-    """What ``recorder`` left there."""
-    return [
-        (call, slot, output_nr)
-        for owner, call, slot, output_nr in notes_on(node)
-        if owner is recorder
-    ]
+    return node.metadata.get(_KEY, ())  # type: ignore[attr-defined]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -259,6 +247,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
         return list(tree)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _aliased(tree: Any, aliases: Mapping[int, Tensor]) -> Any:
+    """``tree`` with its alias in place of each tensor."""
+    if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
+        return (aliases[id(tree[0])],)
+    return pytree.tree_map_only(Tensor, lambda tensor: aliases[id(tensor)], tree)
 
 
 class _Alias(torch.autograd.Function):
