@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..domains import Partition, partition
+from ..domains import Partition, partition, readable
 from ..statistics.api import Resolved, spent
 from ..statistics.collect import MixedSamples
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
@@ -97,7 +97,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
             return DomainBatch(losses, parts, resolved, terms, total, ids, extent)
 
-        if not _readable(domains, self.num_domains):
+        if self.num_domains is not None and not readable(domains):
             try:
                 return made(parts, self._tape.resolve(total), list(range(extent)))
             except MixedSamples:
@@ -172,8 +172,3 @@ class DomainGradientOptimizer(DomainOptimizer):
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self._given if name != "steps"}
         return {**own, "num_domains": self.num_domains}
-
-
-def _readable(domains: Tensor, num_domains: int | None) -> bool:
-    """Whether the ids can be looked at without a wait, or have been already."""
-    return domains.device.type == "cpu" or num_domains is None

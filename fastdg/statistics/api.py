@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..domains import Partition, partition
+from ..domains import Partition, partition, tracing
 from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
@@ -49,7 +49,7 @@ class Tape:
         head = isinstance(self.params, str) and self.params == "head"
         found = find(root, self.recorder, until=self.recorder.last if head else None)
         if not any(call.parameters for call in found.calls):
-            raise _unseen()
+            raise _unseen(found)
         owned = adopt(found, {id(p): name for name, p in named.items()})
         if head:
             last = choose_head(found).calls
@@ -61,9 +61,12 @@ class Tape:
             leaves = {id(leaf) for leaf in found.leaves}
             wanted = {name: p for name, p in named.items() if selected(name, p)}
             chosen = {name: p for name, p in wanted.items() if name in used}
+            unused = [(name, p) for name, p in wanted.items() if name not in used]
+            unseen = [name for name, p in unused if id(p) in leaves]
+            if unseen and found.compiled:
+                raise RuntimeError(f"params: {unseen[0]!r} was not seen. {COMPILED}")
             if self.check:
-                unused = [(name, p) for name, p in wanted.items() if name not in used]
-                self.checks.refuse_unseen([name for name, p in unused if id(p) in leaves])
+                self.checks.refuse_unseen(unseen)
                 if found.hidden:
                     self.checks.refuse_hidden([name for name, _ in unused])
             if not chosen:
@@ -74,7 +77,7 @@ class Tape:
         calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
         refuse_mixing(found, calls)
         found = found.keep(calls)
-        if self.check and not any(call.forgotten for call in calls):
+        if self.check and not tracing() and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, chosen)
         return Resolved(found, owned, chosen)
 
@@ -85,15 +88,24 @@ class Tape:
         leaves = {id(leaf) for leaf in found.leaves}
         chosen = {name: p for p, name in self.recorder.names.values() if id(p) in leaves}
         if not chosen:
-            raise _unseen()
+            raise _unseen(found)
         return Resolved(found, {}, chosen)
 
 
-def _unseen() -> RuntimeError:
+COMPILED = (
+    "Hooks do not see into a module that torch.compile has compiled. Ways out: leave the model as "
+    "it is, and compile its forward and opt.backward together: fastdg.compiled(opt, forward); or "
+    "compile only modules below those that are tracked (with params='head' all but the head)"
+)
+
+
+def _unseen(found: Found) -> RuntimeError:
+    if found.compiled:
+        return RuntimeError(f"losses: no tracked layer was seen below them. {COMPILED}")
     return RuntimeError(
         "losses: no tracked layer was seen in the forward that made them. The model has to run "
         "after this object was made, outside torch.no_grad and torch.func, and losses must depend "
-        "on it; for a compiled or stateless model use fastdg.func"
+        "on it; for a stateless model use fastdg.func"
     )
 
 

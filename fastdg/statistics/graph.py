@@ -38,6 +38,11 @@ class Found:
     hidden: bool
     whole: bool
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `torch.compile` has made a part of the graph."""
+        return any(type(node).__name__ == "CompiledFunctionBackward" for node in self.parents)
+
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """All nodes whose gradient ``nodes`` depend on."""
         covered: set[Node] = set()

@@ -324,8 +324,18 @@ class _Hook:
         self.recorder = weakref.ref(recorder) if recorder is not None else lambda: None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None  # what a compiled module computes has no layers; `Tape.resolve` says so
         recorder = self.recorder()
         return None if recorder is None else recorder(module, args, kwargs, output)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # asked for by who would compile it
+            raise AttributeError(
+                "torch.jit.script cannot compile a module that fastdg watches: script it before "
+                "the wrapper is made or the forward is recorded"
+            )
+        raise AttributeError(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook()
