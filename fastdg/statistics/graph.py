@@ -176,7 +176,7 @@ def sweep(
             if expected[call] == 1:
                 if delta is None:
                     continue
-                got = {slot: delta}
+                got: dict[int, Tensor | None] = {slot: delta}
             else:
                 got = waiting.setdefault(call, {})
                 got[slot] = delta
@@ -195,9 +195,7 @@ def sweep(
     if not create_graph:
         last = set(targets)
         handles = [
-            node.register_prehook(partial(arrive, node))
-            for node in found.slots
-            if node not in last
+            node.register_prehook(partial(arrive, node)) for node in found.slots if node not in last
         ]
     edges: list[GradientEdge] = [
         GradientEdge(node, nr)

@@ -212,10 +212,8 @@ class Recorder:
             # A tensor passed through as it is is not this module's; noting the call on its node
             # would also tie the graph into a cycle that nothing frees.
             if tensor.requires_grad and id(tensor) not in aliases:
-                node, output_nr = tensor.grad_fn, tensor.output_nr
-                if node is None:
-                    node, output_nr = get_gradient_edge(tensor)
-                _notes(node).setdefault(_KEY, []).append((self, call, slot, output_nr))
+                node = tensor.grad_fn or get_gradient_edge(tensor).node
+                _notes(node).setdefault(_KEY, []).append((self, call, slot, tensor.output_nr))
         return replaced
 
 

@@ -50,7 +50,7 @@ def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule that serves ``module``, or None if that is the generic one."""
-    rule, torchs = _rule_of_class(type(module))
+    rule, torchs = _rule_of_class(type(module))  # type: ignore[arg-type]  # classes are hashable
     if rule is None or "parametrizations" in module._modules:
         return None
     # A torch layer that was given further parameters (old-style weight norm) is no longer that
