@@ -6,7 +6,9 @@ A wrapper whose algorithm is empty takes a training step on M linear layers that
 arithmetic takes no time: every layer is watched, staged, met by the backward and handed over in
 factors, of which nothing is computed. From that are taken away the same forward, a backward that
 computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's step.
-A line through several M gives the price of a step and of a tracked module.
+A line through several M gives the price of a step and of a tracked module. The same for a step in
+one graph (`fastdg.compiled`), from which that graph and the optimizer's step are taken away. Times
+are of the processor, in one thread.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fastdg.optim.wrapper import DomainOptimizer
 from fastdg.statistics.collect import collect
 from fastdg.statistics.factors import Factor
 
+Run = Callable[[], None]
 MODULES = (1, 10, 50, 100)
 SAMPLES, WIDTH = 6, 4
 
@@ -52,49 +55,78 @@ class Nothing(DomainOptimizer):
         return batch.losses.detach()
 
 
-def step(modules: int, wrapped: bool) -> Callable[[], None]:
-    """A training step, with the empty wrapper or with what it does of necessity."""
+def problem(modules: int) -> tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]:
+    """M layers, their optimizer, and a batch: images, labels, domains."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(modules)))
-    x, y = torch.randn(SAMPLES, WIDTH), torch.arange(SAMPLES) % WIDTH
-    domains = torch.arange(SAMPLES) % 3
-    base = torch.optim.SGD(model.parameters(), lr=0.0, foreach=True)
-    if wrapped:
-        opt = Nothing(base, params="all", num_domains=3, check=False)
+    rows = torch.arange(SAMPLES)
+    batch = [torch.randn(SAMPLES, WIDTH), rows % WIDTH, rows % 3]
+    return model, torch.optim.SGD(model.parameters(), lr=0.0, foreach=True), batch
 
-        def run() -> None:
-            losses = F.cross_entropy(model(x), y, reduction="none")
-            opt.backward(losses, domains)
-            opt.step()
 
-        return run
+def eager(modules: int) -> tuple[Run, Run]:
+    """A step with the empty wrapper, and what it does of necessity."""
+    model, base, (x, y, domains) = problem(modules)
+    opt = Nothing(base, params="all", num_domains=3)
+
+    def wrapped() -> None:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        opt.backward(losses, domains)
+        opt.step()
+
+    model2, base2, _ = problem(modules)
 
     def plain() -> None:
-        out = model[0](x)
-        losses = F.cross_entropy(model[1:](out), y, reduction="none")
+        out = model2[0](x)
+        losses = F.cross_entropy(model2[1:](out), y, reduction="none")
         torch.autograd.grad(losses, out, torch.ones_like(losses))
+        base2.step()
+
+    return wrapped, plain
+
+
+def compiled(modules: int) -> tuple[Run, Run]:
+    """A step of Agr-Sum in one graph, and that graph with the optimizer's step."""
+    model, base, (x, y, domains) = problem(modules)
+    opt = fastdg.AgrSum(base, num_domains=3)
+    backward = fastdg.compiled(
+        opt, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), backend="aot_eager"
+    )
+
+    def wrapped() -> None:
+        opt.zero_grad()
+        backward(x, y, domains=domains)
+        opt.step()
+
+    for _ in range(3):
+        wrapped()
+    (graph,) = backward.graphs.values()
+
+    def plain() -> None:
+        with torch.no_grad():
+            graph.run(domains, x, y)
         base.step()
 
-    return plain
+    return wrapped, plain
 
 
-def microseconds(run: Callable[[], None], calls: int) -> float:
+def microseconds(run: Run, calls: int) -> float:
     start = time.process_time()
     for _ in range(calls):
         run()
     return (time.process_time() - start) / calls * 1e6
 
 
-def measure(rounds: int = 15) -> dict[str, Any]:
-    """Median over ``rounds`` of turns of the difference, for every M, and the line through them."""
+def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 9) -> dict[str, Any]:
+    """Medians of turns, for every M, and the line through the differences."""
     rows = {}
     gc.collect()
     gc.disable()
     try:
         for modules in MODULES:
-            ours, plain = step(modules, wrapped=True), step(modules, wrapped=False)
-            for run in (ours, plain):
-                microseconds(run, 5)
+            ours, plain = make(modules)
+            for run in (ours, plain):  # checks of the first steps are over then
+                microseconds(run, 12)
             calls = max(3, 300 // modules)
             pairs = []
             for _ in range(rounds):
@@ -108,26 +140,27 @@ def measure(rounds: int = 15) -> dict[str, Any]:
             rows[modules] = {name: round(value, 1) for name, value in each.items()}
     finally:
         gc.enable()
-    per_step, per_module = line([(m, row["overhead"]) for m, row in rows.items()])
+    slope, intercept = statistics.linear_regression(
+        *zip(*((m, row["overhead"]) for m, row in rows.items()), strict=True)
+    )
     return {
         "microseconds": rows,
-        "per_step": round(per_step, 1),
-        "per_module": round(per_module, 2),
+        "per_step": round(intercept, 1),
+        "per_module": round(slope, 2),
     }
-
-
-def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Intercept and slope of the least squares line."""
-    slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-    return intercept, slope
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("eager", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {**environment("python " + " ".join(sys.argv)), **measure()}
+    ways = {"eager": eager, "compiled": compiled}
+    found = environment("python " + " ".join(sys.argv))
+    for name, make in ways.items():
+        if arguments.only in (None, name):
+            found[name] = measure(make)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if arguments.out:
         arguments.out.write_text(text)
@@ -135,5 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert fastdg.backends()["reference"][0]
     main()

@@ -20,7 +20,7 @@ from .settings import Setting
 from .wrapped import accumulate
 from .wrapper import DomainOptimizer
 
-MOST_GRAPHS = 8  # as of torch.compile: if there are more, something changes in every step
+MOST = 8  # graphs, as of torch.compile: if there are more, something changes in every step
 
 
 def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) -> CompiledBackward:
@@ -89,7 +89,9 @@ class CompiledBackward:
         if any(getattr(link, "generator", None) is not None for link in self.links):
             raise ValueError(f"generator: a graph draws from torch's own; make {name} without one")
         self.modules: dict[nn.Module, None] = {}  # that ran
-        self.graphs: dict[Any, _Graph | None] = {}  # kind of batch -> its graph, once there is one
+        self.seen: dict[Any, None] = {}  # kinds of batches that ran once, the latest
+        self.graphs: dict[Any, _Graph] = {}  # kind of batch -> its graph
+        self.warned = False
 
     def __call__(self, *batch: Any, domains: Tensor) -> Tensor:
         """Add the gradient of a batch to ``.grad``; returns the mean loss, 0-dim, detached."""
@@ -102,21 +104,24 @@ class CompiledBackward:
         graph = self.graphs.get(key)
         if graph is not None:
             return graph.replay([ids, *(x for x in leaves if isinstance(x, Tensor))])
-        if key in self.graphs:
+        if key in self.seen and len(self.graphs) < MOST:
+            del self.seen[key]
             graph = _Graph(self, leaves, spec, ids)
-            loss = graph.loss
-        elif len(self.graphs) == MOST_GRAPHS:
-            warnings.warn(
-                f"compiled: after {MOST_GRAPHS} kinds of batches, new ones run eagerly. Give all "
-                "batches one size (drop_last=True), and do not schedule a setting step by step",
-                stacklevel=2,
-            )
-            return self._eager(batch, ids)
-        else:
-            with self._noting():
-                loss = self._eager(batch, ids)
+            self.graphs[self._kind(leaves, spec, ids)] = graph
+            return graph.loss
+        with self._noting():
+            loss = self._eager(batch, ids)
         # The modules that ran belong to the kind, and are known only now
-        self.graphs[self._kind(leaves, spec, ids)] = graph
+        self.seen[self._kind(leaves, spec, ids)] = None
+        if len(self.seen) > MOST:
+            del self.seen[next(iter(self.seen))]
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"compiled: more than {MOST} kinds of batches, so that some run eagerly. Give "
+                    "all one size (drop_last=True), and do not schedule a setting step by step",
+                    stacklevel=2,
+                )
         return loss
 
     def _eager(self, batch: tuple[Any, ...], ids: Tensor) -> Tensor:
@@ -136,14 +141,21 @@ class CompiledBackward:
 
     def _kind(self, leaves: list[Any], spec: pytree.TreeSpec, ids: Tensor) -> Any:
         """What a graph holds good for."""
-        device = ids.device.type
+        device, parameters = ids.device.type, self._parameters()
+        for p in parameters:
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                raise RuntimeError(
+                    f"compiled: a parameter of shape {tuple(p.shape)} has hooks, which a graph "
+                    "does not call; remove them, or call opt.backward"
+                )
         return (
             spec,
             *(_shown(leaf) for leaf in (ids, *leaves)),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             *(setting for link in self.links for setting in _settings(link)),
-            *((id(p), p.requires_grad) for p in self._parameters()),
-            *(module.training for module in self.modules),
+            *map(id, parameters),
+            *[p.requires_grad for p in parameters],
+            *[module.training for module in self.modules],
         )
 
     @contextmanager
@@ -169,12 +181,6 @@ class _Graph:
         self.links = owner.links
         modules = (p for module in owner.modules for p in module.parameters(recurse=False))
         self.targets = list(dict.fromkeys([*owner._parameters(), *modules]))
-        hooked = [p for p in self.targets if p._backward_hooks or _post_hooks(p)]
-        if hooked:
-            raise RuntimeError(
-                f"compiled: a parameter of shape {tuple(hooked[0].shape)} has hooks, which a graph "
-                "does not call; remove them, or call opt.backward"
-            )
         constant = {id(p) for p in self.targets}
         where = [isinstance(leaf, Tensor) for leaf in leaves]
 
@@ -224,7 +230,9 @@ class _Graph:
         ]
         loss, grads, left = pytree.tree_unflatten(flat, self.spec)
         for p, grad in zip(self.targets, grads, strict=True):
-            if grad is not None:
+            if p.grad is None:
+                p.grad = grad
+            elif grad is not None:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
             link._statistics, link._pending, link._ready = statistics, pending, ready
@@ -261,7 +269,3 @@ def _settings(link: DomainOptimizer) -> Iterator[Any]:
         yield link.steps >= link.anneal_steps
     for tensors in link._kept.values():
         yield from map(id, tensors.values())
-
-
-def _post_hooks(p: Tensor) -> Any:
-    return getattr(p, "_post_accumulate_grad_hooks", None)

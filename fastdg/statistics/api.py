@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -50,36 +50,43 @@ class Tape:
         found = find(root, self.recorder, until=self.recorder.last if head else None)
         if not any(call.parameters for call in found.calls):
             raise _unseen(found)
-        owned = adopt(found, {id(p): name for name, p in named.items()})
+        names, leaves = self.recorder.names, {id(leaf) for leaf in found.leaves}
+        owned = adopt(found, names, leaves)
         if head:
             last = choose_head(found).calls
             chosen = {name: named[name] for call in last for name in owned[call].values()}
         else:
-            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
-            selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
             used = {name for own in owned.values() for name in own.values()}
-            leaves = {id(leaf) for leaf in found.leaves}
-            wanted = {name: p for name, p in named.items() if selected(name, p)}
+            wanted = named
+            if self.params != "all":
+                # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+                selected = select(self.params, {name: p for p, name in names.values()})
+                wanted = {name: p for name, p in named.items() if selected(name, p)}
             chosen = {name: p for name, p in wanted.items() if name in used}
-            unused = [(name, p) for name, p in wanted.items() if name not in used]
-            unseen = [name for name, p in unused if id(p) in leaves]
-            if unseen and found.compiled:
-                raise RuntimeError(f"params: {unseen[0]!r} was not seen. {COMPILED}")
-            if self.check:
-                self.checks.refuse_unseen(unseen)
-                if found.hidden:
-                    self.checks.refuse_hidden([name for name, _ in unused])
+            if len(chosen) < len(wanted):
+                self._refuse_unused(found, wanted.keys() - chosen.keys(), leaves)
             if not chosen:
                 raise RuntimeError(
                     "params: none of the selected parameters was used in this forward; "
                     f"used: {sorted(used)}"
                 )
-        calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
+        calls = [c for c in found.calls if any(name in chosen for name in owned[c].values())]
         refuse_mixing(found, calls)
         found = found.keep(calls)
         if self.check and not tracing() and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, chosen)
         return Resolved(found, owned, chosen)
+
+    def _refuse_unused(self, found: Found, names: Set[str], leaves: Set[int]) -> None:
+        """Raise if one of ``names`` was used behind the back of every recorded call."""
+        unused = [(name, p) for p, name in self.recorder.names.values() if name in names]
+        unseen = [name for name, p in unused if id(p) in leaves]
+        if unseen and found.compiled:
+            raise RuntimeError(f"params: {unseen[0]!r} was not seen. {COMPILED}")
+        if self.check:
+            self.checks.refuse_unseen(unseen)
+            if found.hidden:
+                self.checks.refuse_hidden([name for name, _ in unused])
 
     def reached(self, losses: Tensor) -> Resolved:
         """The tracked parameters below ``losses``, of which the sum over the samples is wanted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,13 +28,23 @@ def choose_head(found: Found) -> Found:
     return found
 
 
-def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
+def adopt(
+    found: Found, names: Mapping[int, tuple[Tensor, str]], leaves: Set[int]
+) -> dict[Call, dict[str, str]]:
     """Tracked parameters of each call: its own, and those of modules inside that never ran.
 
     `nn.MultiheadAttention` reads the weight of its output projection without calling it.
+
+    Args:
+        found: the calls.
+        names: id of a parameter -> itself and its name.
+        leaves: ids of those that the graph leads to.
     """
+    owned = {call: call.parameters for call in found.calls}
+    hosts = [c for c in found.calls if c.parameters and c.module._modules and not rule_of(c.module)]
+    if not hosts:
+        return owned
     ran = {call.module for call in found.calls if call.parameters}
-    used = {id(leaf) for leaf in found.leaves} if found.whole else names.keys()
 
     def silent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         for name, child in module._modules.items():
@@ -43,14 +53,12 @@ def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
                     yield f"{prefix}{name}.{local}", p
                 yield from silent(child, f"{prefix}{name}.")
 
-    owned: dict[Call, dict[str, str]] = {}
-    for call in found.calls:
+    for call in hosts:
         own = dict(call.parameters)
-        if own and call.module._modules and rule_of(call.module) is None:
-            for local, p in silent(call.module, ""):
-                name = names.get(id(p))
-                if name is not None and id(p) in used and name not in own.values():
-                    own[local] = name
+        for local, p in silent(call.module, ""):
+            used = id(p) in names and p.requires_grad and (id(p) in leaves or not found.whole)
+            if used and (name := names[id(p)][1]) not in own.values():
+                own[local] = name
         owned[call] = own
     return owned
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from .tape import Call, Recorder, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
+_NOTED = "fastdg_noted"  # what any recorder left on a root's whole graph
 
 
 @dataclass
@@ -80,11 +81,13 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
     calls: set[Call] = set()
+    noted: list[Call] = []
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
     whole, hidden = True, False
     for node in queue:  # grows while we walk it
         if notes := notes_on(node):
+            noted += [call for _, call, _, _ in notes]
             entries = [(call, slot, nr) for owner, call, slot, nr in notes if owner is recorder]
             if entries:
                 slots[node] = entries
@@ -107,6 +110,8 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
                 queue.append(below)
             else:
                 above.append(node)
+    if whole:  # for `forget`, which need not walk it again
+        root.metadata[_NOTED] = noted  # type: ignore[index]
     ordered = sorted(calls, key=lambda call: call.time)
     found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
@@ -170,8 +175,8 @@ def sweep(
     waiting: dict[Call, dict[int, Tensor | None]] = {}
     expected = Counter(call for entries in found.slots.values() for call, _, _ in entries)
 
-    def arrive(node: Node, grads: Sequence[Tensor | None]) -> None:
-        for call, slot, output_nr in found.slots[node]:
+    def arrive(entries: Sequence[tuple[Call, int, int]], grads: Sequence[Tensor | None]) -> None:
+        for call, slot, output_nr in entries:
             delta = grads[output_nr]
             if expected[call] == 1:
                 if delta is None:
@@ -195,7 +200,9 @@ def sweep(
     if not create_graph:
         last = set(targets)
         handles = [
-            node.register_prehook(partial(arrive, node)) for node in found.slots if node not in last
+            node.register_prehook(partial(arrive, entries))
+            for node, entries in found.slots.items()
+            if node not in last
         ]
     edges: list[GradientEdge] = [
         GradientEdge(node, nr)
@@ -222,8 +229,8 @@ def sweep(
             del grads
             with torch.set_grad_enabled(create_graph):
                 for node in targets:
-                    by_output = arrived.pop(node)
-                    arrive(node, [by_output.get(nr) for nr in range(max(by_output) + 1)])
+                    got = arrived.pop(node)
+                    arrive(found.slots[node], [got.get(nr) for nr in range(max(got) + 1)])
     finally:
         for handle in handles:
             handle.remove()
@@ -235,6 +242,10 @@ def forget(roots: Iterable[Node]) -> None:
     pending = list(roots)
     seen = set(pending)
     for node in pending:  # grows while we walk it
+        if (noted := node.metadata.get(_NOTED)) is not None:  # type: ignore[attr-defined]
+            for call in noted:
+                call.forget()
+            continue
         for _, call, _, _ in notes_on(node):
             call.forget()
         for below, _ in node.next_functions:

@@ -164,12 +164,11 @@ class Recorder:
 
     def _own(self, module: nn.Module) -> dict[str, str]:
         """Local and full names of the module's own parameters, each parameter once."""
-        own: dict[int, tuple[str, str]] = {}
+        own: dict[str, str] = {}
         for local, p in own_parameters(module):
-            known = self.names.get(id(p))
-            if known is not None and p.requires_grad:
-                own[id(p)] = local, known[1]
-        return dict(own.values())
+            if p.requires_grad and (known := self.names.get(id(p))) is not None:
+                own[known[1]] = local
+        return {local: name for name, local in own.items()}
 
     def _ran(self, module: nn.Module) -> bool:
         seen = self.seen.get(id(module))
@@ -189,7 +188,7 @@ class Recorder:
         own = self._own(module)
         if not own and not spans_samples(module):
             return None
-        replaced = _apart(module, output)
+        replaced = output if isinstance(output, Tensor) else _apart(module, output)
         tensors = _tensors(replaced)
         if id(module) not in self.seen:
             self.seen[id(module)] = weakref.ref(module)
@@ -206,7 +205,7 @@ class Recorder:
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.alive.add(call)
-        if own and not any(self._ran(inner) for inner in contents(module)):
+        if own and not (module._modules and any(map(self._ran, contents(module)))):
             self.last = call.time
         for slot, tensor in enumerate(tensors):
             # A tensor passed through as it is is not this module's; noting the call on its node
@@ -283,13 +282,12 @@ def alias(tensor: Tensor) -> Tensor:
     return _behind_node(tensor) if tensor.requires_grad else tensor.detach()
 
 
-def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """``(local name, parameter)`` of what is the module's own, under a parametrization or not."""
-    for local, p in module._parameters.items():
-        if p is not None:
-            yield local, p
+    own = [(local, p) for local, p in module._parameters.items() if p is not None]
     if (hidden := module._modules.get("parametrizations")) is not None:
-        yield from hidden.named_parameters("parametrizations")
+        own += hidden.named_parameters("parametrizations")
+    return own
 
 
 def contents(module: nn.Module) -> Iterator[nn.Module]:
@@ -305,7 +303,7 @@ def _apart(module: nn.Module, output: Any) -> Any:
 
     An LSTM cell makes h from c: the gradient at c would count what came through h a second time.
     """
-    if isinstance(output, Tensor) or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         return output
     leaves, tree = pytree.tree_flatten(output)
     if sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) < 2:

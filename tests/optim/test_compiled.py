@@ -179,8 +179,29 @@ def test_a_setting_that_never_rests() -> None:
         opt.penalty_weight = 1.0 + step
         backward(x, y, domains=domains)
     opt.penalty_weight = 100.0
-    with pytest.warns(UserWarning, match="after 8 kinds of batches, new ones run eagerly"):
+    with pytest.warns(UserWarning, match="more than 8 kinds of batches, so that some run eagerly"):
         backward(x, y, domains=domains)
+    backward(x, y, domains=domains)  # is known, and traced
+    backward(x, y, domains=domains)
+    assert len(backward.graphs) == 1
+
+
+def test_the_whole_step(counters: Counters) -> None:
+    """``step`` compiled too: as the eager one, up to the rounding of a compiled Adam."""
+    model, opt, twin, other = twins(WAYS["AgrSum"])
+    backward = fastdg.compiled(other, losses_with(twin), backend="aot_eager")
+    step = torch.compile(other.step, backend="aot_eager")
+    graphs = []
+    for seed in range(7):
+        eager_steps(model, opt, [data(seed)])
+        x, y, domains = data(seed)
+        other.zero_grad()
+        backward(x, y, domains=domains)
+        step()
+        graphs.append(counters()[0])
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=4e-6)
+    assert graphs[4] == graphs[-1]
+    assert opt.steps == other.steps
 
 
 @pytest.mark.slow
@@ -237,7 +258,6 @@ def test_refusals() -> None:
         assert torch.equal(p.grad, grad)
     model[0].weight.register_hook(lambda grad: grad)
     backward = fastdg.compiled(opt, losses)
-    backward(x, y, domains=domains)
     with pytest.raises(RuntimeError, match=r"shape \(5, 4\) has hooks"):
         backward(x, y, domains=domains)
 
