@@ -10,6 +10,7 @@ import peers
 import surgery_cases as surgery
 import torch
 from column_cases import COLUMNS
+from compiled_cases import COMPILED
 from contenders import OURS, PLAIN, TOLERANCE, Case, Contender, Run, ours
 from fish_cases import FISH
 from floors import work
@@ -306,6 +307,7 @@ CASES = {
         _surgery_case("PCGrad", "vit", 3, 1.10),
         *COLUMNS,
         *FISH,
+        *COMPILED,
     )
 }
 

@@ -5,6 +5,7 @@ from . import func, ops
 from .models.unet import UNetMasker
 from .ops import backends, use_backend
 from .optim.adios import ADIOS
+from .optim.compiled import compiled
 from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
 from .optim.fish import Fish
 from .optim.fishr import Fishr
@@ -65,6 +66,7 @@ __all__ = [
     "VREx",
     "backends",
     "check",
+    "compiled",
     "domain_gradients",
     "domain_gram",
     "domain_moments",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,45 @@ def single(samples: int, device: torch.device) -> Partition:
     )
 
 
+def tracing() -> bool:
+    """Whether torch writes down what runs, for a graph that is to hold good for other values."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without a wait."""
+    return tensor.device.type == "cpu" and not tracing()
+
+
 MOST_DOMAINS = 1000  # that are not taken for a mistake
+
+
+def check_ids(ids: Tensor, num_domains: int | None) -> int:
+    """Look at the ids; returns the number of domains.
+
+    Raises:
+        ValueError: an id is negative, or not below ``num_domains``, or a year or a key rather than
+            a row number.
+    """
+    low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
+    if low < 0:
+        raise ValueError(f"domains: expected ids >= 0, got {low}")
+    if num_domains is None:
+        if high >= max(MOST_DOMAINS, ids.numel()):
+            raise ValueError(
+                f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
+                "and results have a row for each; torch.unique(ids, return_inverse=True)[1] "
+                "makes such ids, num_domains= says that there are so many"
+            )
+        return high + 1
+    if high >= num_domains:
+        raise ValueError(
+            f"domains: expected ids below num_domains={num_domains}, got {high}; "
+            "pass num_domains= the number of training domains"
+        )
+    return num_domains
 
 
 def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -> Partition:
@@ -103,25 +142,8 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
             f"got {domains.device}"
         )
     ids = domains.detach().to(torch.int64)
-    # Values can be looked at without a wait on the CPU, unless they are only being traced.
-    readable = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable or num_domains is None:
-        low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
-        if low < 0:
-            raise ValueError(f"domains: expected ids >= 0, got {low}")
-        if num_domains is None:
-            if high >= max(MOST_DOMAINS, ids.numel()):
-                raise ValueError(
-                    f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
-                    "and results have a row for each; torch.unique(ids, return_inverse=True)[1] "
-                    "makes such ids, num_domains= says that there are so many"
-                )
-            num_domains = high + 1
-        elif high >= num_domains:
-            raise ValueError(
-                f"domains: expected ids below num_domains={num_domains}, got {high}; "
-                "pass num_domains= the number of training domains"
-            )
+    if num_domains is None or readable(ids):
+        num_domains = check_ids(ids, num_domains)
     else:
         torch._assert_async(((ids >= 0) & (ids < num_domains)).all())
     result = _sorted(ids, num_domains)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..domains import readable
 from .wrapped import check_result
 
 
@@ -35,7 +36,7 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
     On the device where they are: what is not on the CPU is asserted there, without a wait.
     """
     same = (domains == domain).all()
-    if same.device.type != "cpu":
+    if not readable(same):
         torch._assert_async(same, message)
     elif not same:
         got = sorted(set(domains.tolist()))

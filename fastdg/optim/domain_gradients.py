@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..domains import Partition, partition
+from ..domains import Partition, partition, readable
 from ..statistics.api import Resolved, spent
 from ..statistics.collect import MixedSamples
 from .batch import scaled
@@ -62,6 +62,8 @@ class DomainGradientOptimizer(DomainOptimizer):
     """
 
     penalises = False
+    _measured: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # see `_sizes`
+    _transient = (*DomainOptimizer._transient, "_measured")
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
             return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
 
-        if not _readable(domains, self.num_domains):
+        if self.num_domains is not None and not readable(domains):
             try:
                 return made(parts, self._tape.resolve(total, self._scale), list(range(extent)))
             except MixedSamples:
@@ -159,8 +161,7 @@ class DomainGradientOptimizer(DomainOptimizer):
             torch.stack([getattr(found[p], name) for p in order]).to(gradients.losses.dtype)
             for name in ("agreeing", "magnitude")
         )
-        sizes = torch.tensor([p.numel() for p in order], dtype=agreeing.dtype, device="cpu")
-        numel = moved(sizes, agreeing.device)
+        numel = self._sizes(order, agreeing)
         mean = agreeing / numel
         places = [i for i, p in enumerate(self._names) if p in found]
         statistics = {
@@ -170,11 +171,16 @@ class DomainGradientOptimizer(DomainOptimizer):
         size = magnitude.sum() / agreeing.sum().clamp(min=1)
         return Masked({p: found[p].combined for p in order}, mean, size, statistics)
 
+    def _sizes(self, order: list[Tensor], like: Tensor) -> Tensor:
+        """``numel`` of each parameter; the same tensor as long as they are the same."""
+        before, sizes = self._measured
+        same = len(before) == len(order) and all(p is q for p, q in zip(before, order, strict=True))
+        if not same or (sizes.dtype, sizes.device) != (like.dtype, like.device):
+            made = torch.tensor([p.numel() for p in order], dtype=like.dtype, device="cpu")
+            sizes = moved(made, like.device)
+            self._measured = order, sizes
+        return sizes
+
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self._given if name != "steps"}
         return {**own, "num_domains": self.num_domains}
-
-
-def _readable(domains: Tensor, num_domains: int | None) -> bool:
-    """Whether the ids can be looked at without a wait, or have been already."""
-    return domains.device.type == "cpu" or num_domains is None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from ..domains import partition
+from ..domains import partition, tracing
 from ..statistics.check import ATTEMPTS, TOLERANCE
 from ..statistics.factors import accumulated
 from ..statistics.graph import root, sweep
@@ -199,7 +199,7 @@ class IRM(Annealed):
     def _check(self, batch: Scored, delta: Tensor, logits: Tensor, before: Tensor) -> None:
         head = batch.call.module if batch.call is not None else self
         tried = self._shown.get(head, 0)
-        if not self.check_rows or tried >= ATTEMPTS:
+        if not self.check_rows or tried >= ATTEMPTS or tracing():
             return
         generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
         weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)

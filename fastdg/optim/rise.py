@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from ..domains import readable
 from ..ops import text_distance
 from ..statistics.factors import accumulated
 from ..statistics.tape import recording
@@ -229,7 +230,7 @@ class RISE(Term):
                 f"labels: expected them on {embeddings.device}, as the embeddings, or on the CPU, "
                 f"got {labels.device}"
             )
-        if labels.device.type != "cpu":  # there, without a wait
+        if not readable(labels):  # there, without a wait
             inside = ((labels >= 0) & (labels < C)).all()
             torch._assert_async(inside, f"labels: expected classes 0 to {C - 1}: those with texts")
         else:

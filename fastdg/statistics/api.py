@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..domains import Partition, partition
+from ..domains import Partition, partition, tracing
 from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
@@ -49,34 +49,44 @@ class Tape:
         head = isinstance(self.params, str) and self.params == "head"
         found = find(root, self.recorder, until=self.recorder.last if head else None)
         if not any(call.parameters for call in found.calls):
-            raise _unseen()
-        owned = adopt(found, {id(p): name for name, p in named.items()})
+            raise _unseen(found)
+        names, leaves = self.recorder.names, {id(leaf) for leaf in found.leaves}
+        owned = adopt(found, names, leaves)
         if head:
             last = choose_head(found).calls
             chosen = {name: named[name] for call in last for name in owned[call].values()}
         else:
-            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
-            selected = select(self.params, {name: p for p, name in self.recorder.names.values()})
             used = {name for own in owned.values() for name in own.values()}
-            leaves = {id(leaf) for leaf in found.leaves}
-            wanted = {name: p for name, p in named.items() if selected(name, p)}
+            wanted = named
+            if self.params != "all":
+                # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+                selected = select(self.params, {name: p for p, name in names.values()})
+                wanted = {name: p for name, p in named.items() if selected(name, p)}
             chosen = {name: p for name, p in wanted.items() if name in used}
-            if self.check:
-                unused = [(name, p) for name, p in wanted.items() if name not in used]
-                self.checks.refuse_unseen([name for name, p in unused if id(p) in leaves])
-                if found.hidden:
-                    self.checks.refuse_hidden([name for name, _ in unused])
+            if len(chosen) < len(wanted):
+                self._refuse_unused(found, wanted.keys() - chosen.keys(), leaves)
             if not chosen:
                 raise RuntimeError(
                     "params: none of the selected parameters was used in this forward; "
                     f"used: {sorted(used)}"
                 )
-        calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
+        calls = [c for c in found.calls if any(name in chosen for name in owned[c].values())]
         refuse_mixing(found, calls)
         found = found.keep(calls)
-        if self.check and not any(call.forgotten for call in calls):
+        if self.check and not tracing() and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, chosen, scale)
         return Resolved(found, owned, chosen)
+
+    def _refuse_unused(self, found: Found, names: Set[str], leaves: Set[int]) -> None:
+        """Raise if one of ``names`` was used behind the back of every recorded call."""
+        unused = [(name, p) for p, name in self.recorder.names.values() if name in names]
+        unseen = [name for name, p in unused if id(p) in leaves]
+        if unseen and found.compiled:
+            raise RuntimeError(f"params: {unseen[0]!r} was not seen. {COMPILED}")
+        if self.check:
+            self.checks.refuse_unseen(unseen)
+            if found.hidden:
+                self.checks.refuse_hidden([name for name, _ in unused])
 
     def reached(self, losses: Tensor) -> Resolved:
         """The tracked parameters below ``losses``, of which the sum over the samples is wanted."""
@@ -85,15 +95,24 @@ class Tape:
         leaves = {id(leaf) for leaf in found.leaves}
         chosen = {name: p for p, name in self.recorder.names.values() if id(p) in leaves}
         if not chosen:
-            raise _unseen()
+            raise _unseen(found)
         return Resolved(found, {}, chosen)
 
 
-def _unseen() -> RuntimeError:
+COMPILED = (
+    "Hooks do not see into a module that torch.compile has compiled. Ways out: leave the model as "
+    "it is, and compile its forward and opt.backward together: fastdg.compiled(opt, forward); or "
+    "compile only modules below those that are tracked (with params='head' all but the head)"
+)
+
+
+def _unseen(found: Found) -> RuntimeError:
+    if found.compiled:
+        return RuntimeError(f"losses: no tracked layer was seen below them. {COMPILED}")
     return RuntimeError(
         "losses: no tracked layer was seen in the forward that made them. The model has to run "
         "after this object was made, outside torch.no_grad and torch.func, and losses must depend "
-        "on it; for a compiled or stateless model use fastdg.func"
+        "on it; for a stateless model use fastdg.func"
     )
 
 

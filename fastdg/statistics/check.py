@@ -34,8 +34,9 @@ class Checks:
         if names:
             raise RuntimeError(
                 f"{names[0]!r} was used in this forward, but not by a call of the module that owns "
-                "it: the weight was taken from there (F.linear(x, layer.weight)), or the module "
-                f"returned the very tensor it was given, changed in place. {_WAYS_OUT}"
+                "it: the weight was taken from there (F.linear(x, layer.weight)), the module runs "
+                "under torch.compile (see fastdg.compiled), or it returned the very tensor it was "
+                f"given, changed in place. {_WAYS_OUT}"
             )
 
     def refuse_hidden(self, names: Sequence[str]) -> None:

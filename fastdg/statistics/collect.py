@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +28,23 @@ def choose_head(found: Found) -> Found:
     return found
 
 
-def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
+def adopt(
+    found: Found, names: Mapping[int, tuple[Tensor, str]], leaves: Set[int]
+) -> dict[Call, dict[str, str]]:
     """Tracked parameters of each call: its own, and those of modules inside that never ran.
 
     `nn.MultiheadAttention` reads the weight of its output projection without calling it.
+
+    Args:
+        found: the calls.
+        names: id of a parameter -> itself and its name.
+        leaves: ids of those that the graph leads to.
     """
+    owned = {call: call.parameters for call in found.calls}
+    hosts = [c for c in found.calls if c.parameters and c.module._modules and not rule_of(c.module)]
+    if not hosts:
+        return owned
     ran = {call.module for call in found.calls if call.parameters}
-    used = {id(leaf) for leaf in found.leaves} if found.whole else names.keys()
 
     def silent(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         for name, child in module._modules.items():
@@ -42,14 +53,12 @@ def adopt(found: Found, names: dict[int, str]) -> dict[Call, dict[str, str]]:
                     yield f"{prefix}{name}.{local}", p
                 yield from silent(child, f"{prefix}{name}.")
 
-    owned: dict[Call, dict[str, str]] = {}
-    for call in found.calls:
+    for call in hosts:
         own = dict(call.parameters)
-        if own and rule_of(call.module) is None:
-            for local, p in silent(call.module, ""):
-                name = names.get(id(p))
-                if name is not None and id(p) in used and name not in own.values():
-                    own[local] = name
+        for local, p in silent(call.module, ""):
+            used = id(p) in names and p.requires_grad and (id(p) in leaves or not found.whole)
+            if used and (name := names[id(p)][1]) not in own.values():
+                own[local] = name
         owned[call] = own
     return owned
 
@@ -104,22 +113,23 @@ def collect(
     samples = losses.shape[0]
     start = root(losses, scale)
     inverse = None if start is None else start.reciprocal().expand(samples)
-    uses: dict[str, int] = {}
-    for call in found.calls:
-        for name in owned[call].values():
-            uses[name] = uses.get(name, 0) + 1
+    uses = Counter(name for call in found.calls for name in owned[call].values())
     parts: dict[str, list[Factor]] = {}
 
     def visit(call: Call, deltas: Sequence[Tensor]) -> None:
         own = {local: name for local, name in owned[call].items() if selected(name)}
         if not own:
             return
-        for local, factor in _factors(call, deltas, list(own)).items():
-            if local not in own:
+        for local, factor in _factors(call, deltas, own).items():
+            name = own.get(local)
+            if name is None:
                 continue
-            name = own[local]
             factor = _per_sample(call, factor, samples)
-            parts.setdefault(name, []).append(factor if inverse is None else factor.scaled(inverse))
+            factor = factor if inverse is None else factor.scaled(inverse)
+            if uses[name] == 1:
+                consume(name, factor)
+                continue
+            parts.setdefault(name, []).append(factor)
             if len(parts[name]) == uses[name]:
                 consume(name, total(parts.pop(name)))
 
@@ -139,10 +149,10 @@ def collect(
     return [None if grad is None else unscaled(grad, start) for grad in rest]
 
 
-def _factors(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[str, Factor]:
+def _factors(call: Call, deltas: Sequence[Tensor], names: Iterable[str]) -> dict[str, Factor]:
     rule = rule_of(call.module)
     if rule is None:
-        return generic(call, deltas, names)
+        return generic(call, deltas, list(names))
     return rule(call.module, call.args or tuple(call.kwargs.values()), deltas[0])
 
 

@@ -17,6 +17,8 @@ from .. import ops
 from ..domains import Partition, single
 from ..ops.window import unfold
 
+_EXACT = (torch.float32, torch.float64)
+
 
 def accumulated(x: Tensor) -> Tensor:
     """``x`` in the dtype statistics are computed in: float64 stays, all else is float32.
@@ -24,7 +26,7 @@ def accumulated(x: Tensor) -> Tensor:
     Raises:
         TypeError: ``x`` is complex.
     """
-    if x.dtype in (torch.float32, torch.float64):
+    if x.dtype in _EXACT:
         return x
     if x.is_complex():
         raise TypeError(

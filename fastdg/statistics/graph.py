@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from .tape import Call, Recorder, notes_of, notes_on, paused
+from .tape import Call, Recorder, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
+_NOTED = "fastdg_noted"  # what any recorder left on a root's whole graph
 
 
 @dataclass
@@ -36,6 +39,11 @@ class Found:
     hidden: bool
     whole: bool
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `torch.compile` has made a part of the graph."""
+        return any(type(node).__name__ == "CompiledFunctionBackward" for node in self.parents)
+
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """All nodes whose gradient ``nodes`` depend on."""
         covered: set[Node] = set()
@@ -54,6 +62,8 @@ class Found:
 
     def keep(self, calls: Sequence[Call]) -> Found:
         """Only ``calls``."""
+        if len(calls) == len(self.calls):
+            return self
         wanted = set(calls)
         slots = {
             node: kept
@@ -71,29 +81,37 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
     calls: set[Call] = set()
+    noted: list[Call] = []
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
     whole, hidden = True, False
     for node in queue:  # grows while we walk it
-        if entries := notes_of(node, recorder):
-            slots[node] = entries
-            calls.update(call for call, _, _ in entries)
-            last = next((call for call, _, _ in entries if call.time == until), None)
-            if last is not None and not _shared(last, recorder.alive):
-                whole = False
-                break
-        hidden |= type(node) is _REENTRANT
+        if notes := notes_on(node):
+            noted += [call for _, call, _, _ in notes]
+            entries = [(call, slot, nr) for owner, call, slot, nr in notes if owner is recorder]
+            if entries:
+                slots[node] = entries
+                calls.update(call for call, _, _ in entries)
+                last = next((call for call, _, _ in entries if call.time == until), None)
+                if last is not None and not _shared(last, recorder.alive):
+                    whole = False
+                    break
+        hidden = hidden or type(node) is _REENTRANT
         next_functions = node.next_functions
-        if not next_functions and (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
+        if not next_functions:
+            if (leaf := getattr(node, "variable", None)) is not None:
+                leaves.append(leaf)
+            continue
         for below, _ in next_functions:
             if below is None:
                 continue
-            if below not in parents:
+            if (above := parents.get(below)) is None:
                 parents[below] = [node]
                 queue.append(below)
             else:
-                parents[below].append(node)
+                above.append(node)
+    if whole:  # for `forget`, which need not walk it again
+        root.metadata[_NOTED] = noted  # type: ignore[index]
     ordered = sorted(calls, key=lambda call: call.time)
     found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
@@ -117,6 +135,8 @@ def _without_parametrizations(found: Found) -> Found:
         if (made := call.module._modules.get("parametrizations")) is not None
         for inner in made.modules()
     }
+    if not hidden:
+        return found
     return found.keep([call for call in found.calls if call.module not in hidden])
 
 
@@ -151,32 +171,37 @@ def sweep(
     Returns:
         The gradients of ``extra`` (None where unused).
     """
-    waiting: dict[int, dict[int, Tensor | None]] = {}
-    expected = {
-        id(call): sum(c is call for entries in found.slots.values() for c, _, _ in entries)
-        for call in found.calls
-    }
+    forget = not (retain_graph or create_graph)
+    waiting: dict[Call, dict[int, Tensor | None]] = {}
+    expected = Counter(call for entries in found.slots.values() for call, _, _ in entries)
 
-    def arrive(node: Node, grads: Sequence[Tensor | None]) -> None:
-        for call, slot, output_nr in found.slots[node]:
-            got = waiting.setdefault(id(call), {})
-            got[slot] = grads[output_nr]
-            if len(got) == expected[id(call)]:
-                deltas = waiting.pop(id(call))
-                if all(d is None for d in deltas.values()):
+    def arrive(entries: Sequence[tuple[Call, int, int]], grads: Sequence[Tensor | None]) -> None:
+        for call, slot, output_nr in entries:
+            delta = grads[output_nr]
+            if expected[call] == 1:
+                if delta is None:
                     continue
-                call.unchanged()
-                visit(call, [_filled(call, i, deltas.get(i)) for i in range(len(call.outputs))])
-                if not (retain_graph or create_graph):
-                    call.forget()
+                got: dict[int, Tensor | None] = {slot: delta}
+            else:
+                got = waiting.setdefault(call, {})
+                got[slot] = delta
+                if len(got) < expected[call]:
+                    continue
+                del waiting[call]
+                if all(d is None for d in got.values()):
+                    continue
+            call.unchanged()
+            visit(call, [_filled(call, i, got.get(i)) for i in range(len(call.outputs))])
+            if forget:
+                call.forget()
 
     targets = list(found.slots) if create_graph else found.deepest()
     handles: list[Any] = []
     if not create_graph:
         last = set(targets)
         handles = [
-            node.register_prehook(lambda grads, node=node: arrive(node, grads))
-            for node in found.slots
+            node.register_prehook(partial(arrive, entries))
+            for node, entries in found.slots.items()
             if node not in last
         ]
     edges: list[GradientEdge] = [
@@ -204,8 +229,8 @@ def sweep(
             del grads
             with torch.set_grad_enabled(create_graph):
                 for node in targets:
-                    by_output = arrived.pop(node)
-                    arrive(node, [by_output.get(nr) for nr in range(max(by_output) + 1)])
+                    got = arrived.pop(node)
+                    arrive(found.slots[node], [got.get(nr) for nr in range(max(got) + 1)])
     finally:
         for handle in handles:
             handle.remove()
@@ -239,6 +264,10 @@ def forget(roots: Iterable[Node]) -> None:
     pending = list(roots)
     seen = set(pending)
     for node in pending:  # grows while we walk it
+        if (noted := node.metadata.get(_NOTED)) is not None:  # type: ignore[attr-defined]
+            for call in noted:
+                call.forget()
+            continue
         for _, call, _, _ in notes_on(node):
             call.forget()
         for below, _ in node.next_functions:

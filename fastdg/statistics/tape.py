@@ -164,12 +164,11 @@ class Recorder:
 
     def _own(self, module: nn.Module) -> dict[str, str]:
         """Local and full names of the module's own parameters, each parameter once."""
-        own = {
-            id(p): (local, self.names[id(p)][1])
-            for local, p in own_parameters(module)
-            if id(p) in self.names and p.requires_grad
-        }
-        return dict(own.values())
+        own: dict[str, str] = {}
+        for local, p in own_parameters(module):
+            if p.requires_grad and (known := self.names.get(id(p))) is not None:
+                own[known[1]] = local
+        return {local: name for name, local in own.items()}
 
     def _ran(self, module: nn.Module) -> bool:
         seen = self.seen.get(id(module))
@@ -189,36 +188,31 @@ class Recorder:
         own = self._own(module)
         if not own and not spans_samples(module):
             return None
-        replaced = _apart(module, output)
+        replaced = output if isinstance(output, Tensor) else _apart(module, output)
         tensors = _tensors(replaced)
-        self.seen.setdefault(id(module), weakref.ref(module))
+        if id(module) not in self.seen:
+            self.seen[id(module)] = weakref.ref(module)
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
         device = inputs[0].device.type if inputs else "cpu"
         aliases = {id(t): alias(t) for t in inputs}  # one for query, key and value that are one
-
-        def aliased(tree: Any) -> Any:
-            if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
-                return (aliases[id(tree[0])],)
-            return pytree.tree_map_only(Tensor, lambda tensor: aliases[id(tensor)], tree)
-
         call = Call(
             module=module,
-            args=aliased(args),
-            kwargs=aliased(kwargs) if kwargs else {},
+            args=_aliased(args, aliases),
+            kwargs=_aliased(kwargs, aliases) if kwargs else {},
             parameters=own,
             outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
             versions=[(t, t._version) for t in aliases.values() if not t.is_inference()],
             autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
         )
         self.alive.add(call)
-        if own and not any(self._ran(inner) for inner in contents(module)):
+        if own and not (module._modules and any(map(self._ran, contents(module)))):
             self.last = call.time
         for slot, tensor in enumerate(tensors):
             # A tensor passed through as it is is not this module's; noting the call on its node
             # would also tie the graph into a cycle that nothing frees.
-            if tensor.requires_grad and not any(tensor is x for x in inputs):
-                edge = get_gradient_edge(tensor)
-                _notes(edge.node).setdefault(_KEY, []).append((self, call, slot, edge.output_nr))
+            if tensor.requires_grad and id(tensor) not in aliases:
+                node = tensor.grad_fn or get_gradient_edge(tensor).node
+                _notes(node).setdefault(_KEY, []).append((self, call, slot, tensor.output_nr))
         return replaced
 
 
@@ -240,16 +234,7 @@ def _notes(node: Node) -> dict[str, list[Note]]:
 
 def notes_on(node: Node) -> Sequence[Note]:
     """What any recorder left there: (recorder, call, which of its outputs, which of the node's)."""
-    return _notes(node).get(_KEY, ())
-
-
-def notes_of(node: Node, recorder: Recorder) -> list[tuple[Call, int, int]]:
-    """What ``recorder`` left there."""
-    return [
-        (call, slot, output_nr)
-        for owner, call, slot, output_nr in notes_on(node)
-        if owner is recorder
-    ]
+    return node.metadata.get(_KEY, ())  # type: ignore[attr-defined]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -259,6 +244,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     if type(tree) is tuple and all(isinstance(leaf, Tensor) for leaf in tree):
         return list(tree)
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _aliased(tree: Any, aliases: Mapping[int, Tensor]) -> Any:
+    """``tree`` with its alias in place of each tensor."""
+    if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):
+        return (aliases[id(tree[0])],)
+    return pytree.tree_map_only(Tensor, lambda tensor: aliases[id(tensor)], tree)
 
 
 class _Alias(torch.autograd.Function):
@@ -290,13 +282,12 @@ def alias(tensor: Tensor) -> Tensor:
     return _behind_node(tensor) if tensor.requires_grad else tensor.detach()
 
 
-def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """``(local name, parameter)`` of what is the module's own, under a parametrization or not."""
-    for local, p in module._parameters.items():
-        if p is not None:
-            yield local, p
+    own = [(local, p) for local, p in module._parameters.items() if p is not None]
     if (hidden := module._modules.get("parametrizations")) is not None:
-        yield from hidden.named_parameters("parametrizations")
+        own += hidden.named_parameters("parametrizations")
+    return own
 
 
 def contents(module: nn.Module) -> Iterator[nn.Module]:
@@ -312,7 +303,7 @@ def _apart(module: nn.Module, output: Any) -> Any:
 
     An LSTM cell makes h from c: the gradient at c would count what came through h a second time.
     """
-    if isinstance(output, Tensor) or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         return output
     leaves, tree = pytree.tree_flatten(output)
     if sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) < 2:
@@ -329,8 +320,18 @@ class _Hook:
         self.recorder = weakref.ref(recorder) if recorder is not None else lambda: None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None  # what a compiled module computes has no layers; `Tape.resolve` says so
         recorder = self.recorder()
         return None if recorder is None else recorder(module, args, kwargs, output)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # asked for by who would compile it
+            raise AttributeError(
+                "torch.jit.script cannot compile a module that fastdg watches: script it before "
+                "the wrapper is made or the forward is recorded"
+            )
+        raise AttributeError(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook()

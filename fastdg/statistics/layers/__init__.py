@@ -9,6 +9,7 @@ the result has a `Factor` for each of the module's own parameters. Register one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
     def register(rule: R) -> R:
         for module in modules:
             RULES[module] = rule
+        _rule_of_class.cache_clear()
         return rule
 
     return register
@@ -48,19 +50,22 @@ def register_rule(*modules: type[nn.Module]) -> Callable[[R], R]:
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule that serves ``module``, or None if that is the generic one."""
-    if "parametrizations" in module._modules:
+    rule, torchs = _rule_of_class(type(module))  # type: ignore[arg-type]  # classes are hashable
+    if rule is None or "parametrizations" in module._modules:
         return None
-    forward = type(module).forward
-    for cls in type(module).__mro__:
-        rule = RULES.get(cls)
-        if rule is not None:
-            if getattr(cls, "forward", None) is not forward:
-                return None
-            # A torch layer that was given further parameters (old-style weight norm) is no longer
-            # that layer; what a rule of the user's own serves is up to the user.
-            more = cls.__module__.startswith("torch.nn") and set(module._parameters) - LAYER
-            return None if more else rule
-    return None
+    # A torch layer that was given further parameters (old-style weight norm) is no longer that
+    # layer; what a rule of the user's own serves is up to the user.
+    return None if torchs and not module._parameters.keys() <= LAYER else rule
+
+
+@cache
+def _rule_of_class(module: type[nn.Module]) -> tuple[Rule | None, bool]:
+    """The rule for that class, and whether it is one for a layer of torch."""
+    for cls in module.__mro__:
+        if (rule := RULES.get(cls)) is not None:
+            served = getattr(cls, "forward", None) is module.forward
+            return rule if served else None, cls.__module__.startswith("torch.nn")
+    return None, False
 
 
 def spans_samples(module: nn.Module) -> bool:

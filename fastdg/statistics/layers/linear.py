@@ -20,8 +20,9 @@ def linear(module: nn.Linear, inputs: tuple[Any, ...], delta: Tensor) -> dict[st
     if delta.dim() < 2:
         raise ValueError(f"Linear: expected a batch (N, ..., {module.in_features}), got one sample")
     factors: dict[str, Factor] = {}
-    if module.weight.requires_grad:
-        factors["weight"] = Outer(positions(inputs[0]), positions(delta), module.weight.shape)
-    if module.bias is not None and module.bias.requires_grad:
+    weight, bias = module.weight, module.bias
+    if weight.requires_grad:
+        factors["weight"] = Outer(positions(inputs[0]), positions(delta), weight.shape)
+    if bias is not None and bias.requires_grad:
         factors["bias"] = Dense(delta if delta.dim() == 2 else positions(delta).sum(1))
     return factors

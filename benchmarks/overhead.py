@@ -1,0 +1,171 @@
+"""What the wrapper itself costs: hooks, staging, bookkeeping, and no statistic.
+
+    python benchmarks/overhead.py --out benchmarks/results/overhead.json
+
+A wrapper whose algorithm is empty takes a training step on M linear layers that are so small that
+arithmetic takes no time: every layer is watched, staged, met by the backward and handed over in
+factors, of which nothing is computed. From that are taken away the same forward, a backward that
+computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's step.
+A line through several M gives the price of a step and of a tracked module. The same for a step in
+one graph (`fastdg.compiled`), from which that graph and the optimizer's step are taken away. Times
+are of the processor, in one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import environment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastdg
+from fastdg.optim.batch import Batch
+from fastdg.optim.wrapper import DomainOptimizer
+from fastdg.statistics.collect import collect
+from fastdg.statistics.factors import Factor
+
+Run = Callable[[], None]
+MODULES = (1, 10, 50, 100)
+SAMPLES, WIDTH = 6, 4
+
+
+class Nothing(DomainOptimizer):
+    """Asks for every parameter's per-sample gradients, and looks at none."""
+
+    prefix = "nothing"
+
+    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+        (batch,) = staged
+        found, owned, chosen = batch.resolved
+
+        def use(name: str, factor: Factor) -> None:
+            pass
+
+        collect(batch.losses, found, owned, chosen.__contains__, use)
+        return batch.losses.detach()
+
+
+def problem(modules: int) -> tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]:
+    """M layers, their optimizer, and a batch: images, labels, domains."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(modules)))
+    rows = torch.arange(SAMPLES)
+    batch = [torch.randn(SAMPLES, WIDTH), rows % WIDTH, rows % 3]
+    return model, torch.optim.SGD(model.parameters(), lr=0.0, foreach=True), batch
+
+
+def eager(modules: int) -> tuple[Run, Run]:
+    """A step with the empty wrapper, and what it does of necessity."""
+    model, base, (x, y, domains) = problem(modules)
+    opt = Nothing(base, params="all", num_domains=3)
+
+    def wrapped() -> None:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        opt.backward(losses, domains)
+        opt.step()
+
+    model2, base2, _ = problem(modules)
+
+    def plain() -> None:
+        out = model2[0](x)
+        losses = F.cross_entropy(model2[1:](out), y, reduction="none")
+        torch.autograd.grad(losses, out, torch.ones_like(losses))
+        base2.step()
+
+    return wrapped, plain
+
+
+def compiled(modules: int) -> tuple[Run, Run]:
+    """A step of Agr-Sum in one graph, and that graph with the optimizer's step."""
+    model, base, (x, y, domains) = problem(modules)
+    opt = fastdg.AgrSum(base, num_domains=3)
+    backward = fastdg.compiled(
+        opt, lambda x, y: F.cross_entropy(model(x), y, reduction="none"), backend="aot_eager"
+    )
+
+    def wrapped() -> None:
+        opt.zero_grad()
+        backward(x, y, domains=domains)
+        opt.step()
+
+    for _ in range(3):
+        wrapped()
+    (graph,) = backward.graphs.values()
+
+    def plain() -> None:
+        with torch.no_grad():
+            graph.run(domains, x, y)
+        base.step()
+
+    return wrapped, plain
+
+
+def microseconds(run: Run, calls: int) -> float:
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return (time.process_time() - start) / calls * 1e6
+
+
+def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 9) -> dict[str, Any]:
+    """Medians of turns, for every M, and the line through the differences."""
+    rows = {}
+    gc.collect()
+    gc.disable()
+    try:
+        for modules in MODULES:
+            ours, plain = make(modules)
+            for run in (ours, plain):  # checks of the first steps are over then
+                microseconds(run, 12)
+            calls = max(3, 300 // modules)
+            pairs = []
+            for _ in range(rounds):
+                pairs.append((microseconds(ours, calls), microseconds(plain, calls)))
+                gc.collect()
+            each = {
+                "plain": statistics.median(p for _, p in pairs),
+                "wrapped": statistics.median(o for o, _ in pairs),
+                "overhead": statistics.median(o - p for o, p in pairs),
+            }
+            rows[modules] = {name: round(value, 1) for name, value in each.items()}
+    finally:
+        gc.enable()
+    slope, intercept = statistics.linear_regression(
+        *zip(*((m, row["overhead"]) for m, row in rows.items()), strict=True)
+    )
+    return {
+        "microseconds": rows,
+        "per_step": round(intercept, 1),
+        "per_module": round(slope, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("eager", "compiled"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ways = {"eager": eager, "compiled": compiled}
+    found = environment("python " + " ".join(sys.argv))
+    for name, make in ways.items():
+        if arguments.only in (None, name):
+            found[name] = measure(make)
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if arguments.out:
+        arguments.out.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
