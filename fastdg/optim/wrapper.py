@@ -19,7 +19,7 @@ from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, support
 from .batch import Batch
-from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
+from .chain import Told, added_by, chain, check_order, merged, terms_of, told
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -27,7 +27,6 @@ from .wrapped import (
     check_extent,
     check_params,
     check_result,
-    fresh_state,
     names_of,
 )
 
@@ -209,10 +208,11 @@ class DomainOptimizer(Wrapping):
 
         Args:
             closure: optional; returns ``(losses, domains)`` or ``(losses, domains, inputs)``, which
-                are passed to `backward` first. It is called once, with gradients enabled.
+                are passed to `backward` first, or calls `backward` itself and returns the loss, as
+                closures do in PyTorch. It is called once, with gradients enabled.
 
         Returns:
-            The mean loss if a closure was given, else None.
+            The mean loss if a closure was given, or what that returned, else None.
 
         Raises:
             RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
@@ -221,9 +221,11 @@ class DomainOptimizer(Wrapping):
         support.refuse_scaler(self)
         loss = None
         if closure is not None:
+            ready, self._ready = self._ready, False
             with torch.enable_grad():
                 loss = self._evaluate(closure)
-        elif self._staged or not self._ready:
+            self._ready |= ready
+        if self._staged or not self._ready:
             if self._staged or not support.is_probe(self.base):
                 raise support.no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
@@ -232,8 +234,11 @@ class DomainOptimizer(Wrapping):
         return loss
 
     def _evaluate(self, closure: Closure) -> Tensor:
-        """Run the closure of a `step`, and backward on what it returns."""
-        losses, domains, inputs = check_result(closure())
+        """Run the closure of a `step`, and backward on what it returns if it has not done so."""
+        result = closure()
+        if self._ready or result is None:
+            return result
+        losses, domains, inputs = check_result(result)
         return self.backward(losses, domains, **inputs)
 
     def _advance(self) -> None:
@@ -344,12 +349,6 @@ class DomainOptimizer(Wrapping):
                 yield p, f"{self.prefix}_{name}", tensor
         if isinstance(self.base, DomainOptimizer):  # a term
             yield from self.base._own_tensors()
-
-    def _reset_base(self) -> None:
-        """Make the wrapped optimizer's state that of a new one, in place."""
-        state = fresh_state(innermost(self.base))
-        self.state.clear()
-        self.state.update(state)
 
     def _rewatch(self) -> None:
         model = self._model() if self._model is not None else None
