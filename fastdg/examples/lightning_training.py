@@ -35,6 +35,13 @@ class Automatic(lightning.LightningModule):
         del self.staged
         self.optimizers().backward(losses, domain, final)
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        # In mixed precision Lightning's own takes every wrapper for a fused optimizer and refuses
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self) -> Any:
         base = torch.optim.Adam(self.parameters(), lr=1e-3)
         opt = fastdg.Fishr(base, penalty_weight=100.0, anneal_steps=4)
@@ -58,7 +65,7 @@ class Manual(Automatic):
         losses = F.cross_entropy(self.model(x), y, reduction="none")
         opt.zero_grad()
         loss = opt.backward(losses, domain)
-        self.clip_gradients(opt, gradient_clip_val=1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         opt.step()
         self.lr_schedulers().step()
         return loss

@@ -27,8 +27,10 @@ class DomainTrainer(Trainer):
         labels, domains = inputs.pop("labels"), inputs.pop("domains")
         with self.compute_loss_context_manager():
             losses = F.cross_entropy(model(**inputs).logits, labels, reduction="none")
-        final = self.accelerator.sync_gradients  # of the micro-batches of one step, the last
-        loss = self.optimizer.optimizer.backward(losses, domains, final)
+        opt, final = self.optimizer.optimizer, self.accelerator.sync_gradients
+        if final:  # of the micro-batches of one step, the last
+            opt.base.zero_grad()  # the Trainer clears the model's, but MIRO has weights of its own
+        loss = opt.backward(losses, domains, final)
         # The Trainer adds up what it gets for a step; the last has the mean of all
         return loss if final else torch.zeros_like(loss)
 
@@ -48,7 +50,8 @@ class Classifier(nn.Module):
 
 def rows(count: int) -> list[dict[str, Tensor]]:
     names = ("pixel_values", "labels", "domains")
-    return [dict(zip(names, row, strict=True)) for row in data.training_set(count)]
+    tensors = data.training_set(count).tensors
+    return [dict(zip(names, row, strict=True)) for row in zip(*tensors, strict=True)]
 
 
 def main() -> None:

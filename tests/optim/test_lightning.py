@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from bases import BASES, WRAPS, network, same
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ExponentialLR
+from bases import WRAPS, same
+from frameworks import CLIP, EPOCHS, SIZE, losses_of, made, optimizers, plain, rows
+from torch import nn
+from torch.utils.data import DataLoader
 
 lightning = pytest.importorskip("lightning", reason="lightning is not installed")
 from fastdg.examples import lightning_training  # noqa: E402
@@ -21,30 +22,13 @@ pytestmark = [
 ]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-EPOCHS, BATCHES, CLIP = 2, 5, 0.05
-
-
-def batches() -> list[tuple[Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    domain = torch.arange(9) % 3
-    return [
-        (torch.randn(9, 4, generator=generator), torch.randint(3, (9,), generator=generator), domain)
-        for _ in range(BATCHES)
-    ]
-
-
-def optimizers(model: nn.Module, name: str) -> tuple[Any, ExponentialLR]:
-    opt = WRAPS[name](BASES["adam"](model.parameters()))
-    return opt, ExponentialLR(opt, gamma=0.9)
-
 
 class Mixin:
     """The example's module with the network and the optimizer of the tests."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.name, self.model = name, network()
+        self.name, self.model = name, made()
 
     def configure_optimizers(self) -> Any:
         self.wrapper, scheduler = optimizers(self.model, self.name)
@@ -67,26 +51,8 @@ def fit(module: Any, epochs: int = EPOCHS, resume: Path | None = None, **more: A
     trainer = lightning.Trainer(
         max_epochs=epochs, **settings, enable_model_summary=False, accelerator="cpu", **more
     )
-    trainer.fit(module, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=resume)
+    trainer.fit(module, DataLoader(rows(), SIZE), ckpt_path=resume)
     return trainer
-
-
-def plain(name: str, accumulate: int, clip: float) -> tuple[nn.Module, Any]:
-    torch.manual_seed(0)
-    model = network()
-    opt, scheduler = optimizers(model, name)
-    for _ in range(EPOCHS):
-        for i, (x, y, domain) in enumerate(batches()):
-            if i % accumulate == 0:
-                opt.zero_grad()
-            losses = nn.functional.cross_entropy(model(x), y, reduction="none")
-            final = (i + 1) % accumulate == 0 or i + 1 == BATCHES
-            opt.backward(losses, domain, final)
-            if final:
-                nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], clip)
-                opt.step()
-                scheduler.step()
-    return model, opt
 
 
 def compare(module: Any, trainer: Any, model: nn.Module, opt: Any) -> None:
@@ -98,10 +64,10 @@ def compare(module: Any, trainer: Any, model: nn.Module, opt: Any) -> None:
 @pytest.mark.parametrize("name", WRAPS)
 def test_automatic_optimization(name: str, tmp_path: Path) -> None:
     """Accumulation with a rest, clipping, schedules; and a run that goes on from a checkpoint."""
-    more = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+    more = {"gradient_clip_val": CLIP, "accumulate_grad_batches": 2}
     whole, first, second = Automatic(name), Automatic(name), Automatic(name)
     trainer = fit(whole, **more)
-    compare(whole, trainer, *plain(name, 2, 0.05))
+    compare(whole, trainer, *plain(name, 2))
     fit(first, epochs=1, **more).save_checkpoint(tmp_path / "checkpoint")
     trainer = fit(second, resume=tmp_path / "checkpoint", **more)
     compare(second, trainer, whole.model, whole.wrapper)
@@ -131,9 +97,8 @@ def test_what_lightning_hands_out_is_the_wrapper() -> None:
     assert opt.penalty_weight == held.penalty_weight == 3.0
     assert held.steps == opt.steps and held.tape is opt.tape
     assert held.statistics is opt.statistics
-    x, y, domain = batches()[0]
-    losses = nn.functional.cross_entropy(module.model(x), y, reduction="none")
-    held.backward(losses, domain, final=False)
+    x, y, domain = rows()[:SIZE]
+    held.backward(losses_of(module.model(x), y), domain, final=False)
     held.zero_grad()
     with pytest.raises(RuntimeError, match="needs a backward before it"):
         opt.step()
@@ -142,16 +107,6 @@ def test_what_lightning_hands_out_is_the_wrapper() -> None:
 
 
 def test_bfloat16() -> None:
-    module, opt = Automatic("Fishr"), None
-    fit(module, precision="bf16-mixed")
-    torch.manual_seed(0)
-    model = network()
-    opt, scheduler = optimizers(model, "Fishr")
-    for x, y, domain in batches() * EPOCHS:
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = nn.functional.cross_entropy(model(x), y, reduction="none")
-        opt.zero_grad()
-        opt.backward(losses, domain)
-        opt.step()
-        scheduler.step()
-    same(module.model, model)
+    module = Automatic("Fishr")
+    trainer = fit(module, precision="bf16-mixed", gradient_clip_val=CLIP)
+    compare(module, trainer, *plain("Fishr", 1, dtype=torch.bfloat16))
