@@ -24,7 +24,7 @@ def main() -> None:
             opt.step()
             if step % 10 == 0:  # reading statistics waits for the device
                 fastdg.log(opt, writer, step, domains=data.CAMERAS)
-        print(f"tensorboard --logdir {folder} would show {', '.join(opt.statistics)}")
+    print(f"in TensorBoard are now {', '.join(opt.statistics)}")
 
 
 if __name__ == "__main__":

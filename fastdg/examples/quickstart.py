@@ -13,12 +13,13 @@ def train(penalty_weight: float) -> torch.nn.Module:
     model = data.network()
     base = torch.optim.Adam(model.parameters(), lr=1e-3)
     opt = fastdg.Fishr(base, penalty_weight=penalty_weight, anneal_steps=60)
-    for _ in range(3):
-        for x, y, domain in data.mixed(count=2048, batch_size=96):
-            losses = F.cross_entropy(model(x), y, reduction="none")  # one loss a sample
-            opt.zero_grad()
-            opt.backward(losses, domain)  # in place of losses.mean().backward()
-            opt.step()
+    dataset = data.training_set(count=2048)
+    for _ in range(200):
+        x, y, domain = dataset[torch.randint(len(dataset), (96,))]
+        losses = F.cross_entropy(model(x), y, reduction="none")  # one loss a sample
+        opt.zero_grad()
+        opt.backward(losses, domain)  # in place of losses.mean().backward()
+        opt.step()
     return model
 
 
