@@ -1,4 +1,8 @@
-"""Hugging Face's Trainer: `optimizers=`, and one method that calls our backward."""
+"""Hugging Face's Trainer: `optimizers=`, and one method that calls our backward.
+
+In the root folder of a clone run it with ``python -P -m``: the folder ``kernels`` there hides a
+package of that name for which transformers looks.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,9 @@ class DomainTrainer(Trainer):
             losses = F.cross_entropy(model(**inputs).logits, labels, reduction="none")
         opt, final = self.optimizer.optimizer, self.accelerator.sync_gradients
         if final:  # of the micro-batches of one step, the last
-            opt.base.zero_grad()  # the Trainer clears the model's, but MIRO has weights of its own
+            for group in opt.param_groups:  # the Trainer clears the model's, MIRO has its own
+                for p in group["params"]:
+                    p.grad = None
         loss = opt.backward(losses, domains, final)
         # The Trainer adds up what it gets for a step; the last has the mean of all
         return loss if final else torch.zeros_like(loss)
