@@ -16,8 +16,7 @@ from . import data
 
 
 class Automatic(lightning.LightningModule):
-    """Lightning calls backward, clips, steps and accumulates (``Trainer(gradient_clip_val=...,
-    accumulate_grad_batches=...)``)."""
+    """Lightning calls backward, clips, steps and accumulates, as its Trainer is told to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,9 +34,7 @@ class Automatic(lightning.LightningModule):
         del self.staged
         self.optimizers().backward(losses, domain, final)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, **_: Any) -> None:
         # In mixed precision Lightning's own takes every wrapper for a fused optimizer and refuses
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
@@ -46,10 +43,7 @@ class Automatic(lightning.LightningModule):
         base = torch.optim.Adam(self.parameters(), lr=1e-3)
         opt = fastdg.Fishr(base, penalty_weight=100.0, anneal_steps=4)
         scheduler = CosineAnnealingLR(opt, T_max=16)
-        return {
-            "optimizer": opt,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return {"optimizer": opt, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class Manual(Automatic):

@@ -1,7 +1,6 @@
 """Hugging Face's Trainer: `optimizers=`, and one method that calls our backward.
 
-In the root folder of a clone run it with ``python -P -m``: the folder ``kernels`` there hides a
-package of that name for which transformers looks.
+In a clone's root folder run it with ``python -P``: ``kernels`` there hides a package of that name.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import fastdg
 
@@ -23,9 +23,7 @@ from . import data
 class DomainTrainer(Trainer):
     """Each batch has ``labels`` and ``domains`` beside the model's inputs."""
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
         labels, domains = inputs.pop("labels"), inputs.pop("domains")
@@ -33,9 +31,8 @@ class DomainTrainer(Trainer):
             losses = F.cross_entropy(model(**inputs).logits, labels, reduction="none")
         opt, final = self.optimizer.optimizer, self.accelerator.sync_gradients
         if final:  # of the micro-batches of one step, the last
-            for group in opt.param_groups:  # the Trainer clears the model's, MIRO has its own
-                for p in group["params"]:
-                    p.grad = None
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                p.grad = None  # the Trainer clears those of the model, but MIRO has its own
         loss = opt.backward(losses, domains, final)
         # The Trainer adds up what it gets for a step; the last has the mean of all
         return loss if final else torch.zeros_like(loss)
@@ -49,8 +46,6 @@ class Classifier(nn.Module):
         self.network = data.network()
 
     def forward(self, pixel_values: Tensor) -> Any:
-        from transformers.modeling_outputs import ImageClassifierOutput
-
         return ImageClassifierOutput(logits=self.network(pixel_values))
 
 
@@ -70,13 +65,12 @@ def main() -> None:
             num_train_epochs=2,
             per_device_train_batch_size=24,
             gradient_accumulation_steps=2,
-            max_grad_norm=1.0,
             remove_unused_columns=False,  # or `domains` would be one of them
             save_strategy="no",
             report_to="none",
         )
-        optimizers = opt, CosineAnnealingLR(opt, T_max=16)
-        trainer = DomainTrainer(model, arguments, train_dataset=rows(128), optimizers=optimizers)
+        pair = opt, CosineAnnealingLR(opt, T_max=16)
+        trainer = DomainTrainer(model, arguments, train_dataset=rows(128), optimizers=pair)
         result = trainer.train()
     accuracy = data.accuracy(model.network, *data.unseen())
     print(f"{result.global_step} steps, {accuracy:.0f} % on a new camera")
