@@ -32,6 +32,7 @@ from .statistics.factors import Dense, Lookup, Outer
 from .statistics.layers import register_rule
 from .statistics.moments import DomainMoments
 from .text import TextTables, text_tables
+from .tracking import log
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ __all__ = [
     "domain_gram",
     "domain_moments",
     "func",
+    "log",
     "mix_students",
     "mix_teachers",
     "ops",

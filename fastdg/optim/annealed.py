@@ -28,7 +28,7 @@ class Annealed(DomainOptimizer):
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
             state = fresh_state(innermost(self.base))
-            self.state.clear()
+            self.state.clear()  # in place: schedulers and checkpoints hold it
             self.state.update(state)
 
     def settings(self) -> dict[str, Any]:

@@ -42,6 +42,16 @@ class Wrapping(Optimizer):
     )
     _patched = ("step", "_opt_called")
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Lightning hands out objects that hold one of ours and imitate its class by inheriting from
+        # it: whatever they have not of their own has to be that of the one they hold.
+        imitation = cls.__bases__[0]
+        if isinstance(getattr(imitation, "optimizer", None), property):
+            for name in dir(cls):
+                if not name.startswith("__") and not hasattr(imitation, name):
+                    setattr(cls, name, _held(name))
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.base.param_groups
@@ -78,6 +88,14 @@ class Wrapping(Optimizer):
         return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
 
 
+def _held(name: str) -> property:
+    """The attribute of that name of the optimizer that an imitation holds."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+    )
+
+
 def check_base(base: Any, name: str) -> None:
     """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
     if not isinstance(base, Optimizer):
@@ -109,8 +127,8 @@ def check_result(result: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         return result
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
-            "closure: expected it to return (losses, domains) and to leave backward to step, got "
-            f"{type(result).__name__}"
+            "closure: expected it to return (losses, domains) and to leave backward to step, or to "
+            f"call opt.backward(losses, domains) itself, got {type(result).__name__}"
         )
     return *result, {}
 

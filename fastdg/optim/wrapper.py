@@ -207,10 +207,11 @@ class DomainOptimizer(Wrapping):
 
         Args:
             closure: optional; returns ``(losses, domains)`` or ``(losses, domains, inputs)``, which
-                are passed to `backward` first. It is called once, with gradients enabled.
+                are passed to `backward` first, or calls `backward` itself and returns the loss, as
+                closures do in PyTorch. It is called once, with gradients enabled.
 
         Returns:
-            The mean loss if a closure was given, else None.
+            The mean loss if a closure was given, or what that returned, else None.
 
         Raises:
             RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
@@ -224,9 +225,11 @@ class DomainOptimizer(Wrapping):
     def _step(self, closure: Closure | None) -> Tensor | None:
         loss = None
         if closure is not None:
+            ready, self._ready = self._ready, False
             with torch.enable_grad():
                 loss = self._evaluate(closure)
-        elif self._staged or not self._ready:
+            self._ready |= ready
+        if self._staged or not self._ready:
             if self._staged or not support.is_probe(self.base):
                 raise support.no_backward(type(self).__name__, bool(self._staged))
             self.base.step()
@@ -236,8 +239,11 @@ class DomainOptimizer(Wrapping):
         return loss
 
     def _evaluate(self, closure: Closure) -> Tensor:
-        """Run the closure of a `step`, and backward on what it returns."""
-        losses, domains, inputs = check_result(closure())
+        """Run the closure of a `step`, and backward on what it returns if it has not done so."""
+        result = closure()
+        if self._ready or result is None:
+            return result
+        losses, domains, inputs = check_result(result)
         return self.backward(losses, domains, **inputs)
 
     def _advance(self) -> None:

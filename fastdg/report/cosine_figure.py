@@ -9,16 +9,12 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..data.digits import TASKS
 from ..experiments.settings import ALGORITHMS
 from .demo_figure import curves_of
-from .style import STYLE, save
-
-RANGE = Normalize(-1, 1)
-MAP = "RdBu"  # red: the domains pull against each other
+from .style import COSINE, STYLE, save
 
 
 def cosine_figure(results: dict[str, Any], path: Path) -> None:
@@ -44,7 +40,7 @@ def cosine_figure(results: dict[str, Any], path: Path) -> None:
                     ]
                     for k in range(len(pairs[task]))
                 ]
-                axes.imshow(values, norm=RANGE, cmap=MAP, aspect="auto", interpolation="nearest")
+                axes.imshow(values, **COSINE, aspect="auto", interpolation="nearest")
                 axes.set_xticks([0, len(steps) - 1], [str(steps[0]), str(steps[-1])])
                 axes.set_yticks([])
                 axes.tick_params(length=0)
@@ -52,7 +48,7 @@ def cosine_figure(results: dict[str, Any], path: Path) -> None:
                     axes.set_title(ALGORITHMS[algorithm].title)
             line[0].set_yticks(range(len(pairs[task])), pairs[task])
             line[-1].set_xlabel("step")
-        figure.colorbar(ScalarMappable(RANGE, MAP), ax=grid, label="cosine", shrink=0.8)
+        figure.colorbar(ScalarMappable(**COSINE), ax=grid, label="cosine", shrink=0.8)
         figure.suptitle(
             "cosine between the gradients of each pair of training domains", x=0.01, ha="left"
         )

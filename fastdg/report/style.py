@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -42,6 +43,8 @@ STYLE: Any = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
+# Of a cosine between two domains' gradients; red: they pull against each other.
+COSINE: Any = {"norm": Normalize(-1, 1), "cmap": "RdBu"}
 
 
 def save(figure: Figure, path: Path) -> None:

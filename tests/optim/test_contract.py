@@ -122,6 +122,30 @@ def test_closure(case: Case) -> None:
         opt.step(lambda: batch(model)[0].mean())
 
 
+def test_closure_that_calls_backward_itself(case: Case) -> None:
+    model, opt = case.trained()
+    model2, opt2 = copy.deepcopy((model, opt))
+
+    def closure() -> str:
+        opt.zero_grad()
+        opt.backward(*batch(model, 7))
+        return "what it says"
+
+    assert opt.step(closure) == "what it says"
+    steps(model2, opt2, [7])
+    same(model, model2)
+    opt.zero_grad()
+    opt.backward(*batch(model, 8))
+    assert opt.step(lambda: None) is None  # backward was called before
+    steps(model2, opt2, [8])
+    same(model, model2)
+    with pytest.raises(RuntimeError, match="needs a backward"):
+        opt.step(lambda: None)
+    opt.backward(*batch(model, 9))
+    with pytest.raises(TypeError, match=r"call opt.backward\(losses, domains\) itself"):
+        opt.step(lambda: batch(model)[0].mean())
+
+
 def test_hooks_fire_once(case: Case) -> None:
     model, opt = case.trained()
     fired: list[str] = []

@@ -1,0 +1,1 @@
+"""Short training scripts, each to be run as ``python -m fastdg.examples.NAME``."""

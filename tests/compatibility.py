@@ -1,0 +1,109 @@
+"""What works with what, and the test that says so; README's table is made of it.
+
+python tests/compatibility.py    # writes README's table; a test looks whether it is up to date
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A column of the table -> the wrappers in it, by their names in tests/optim/bases.py
+COLUMNS = {
+    "Fishr": ["Fishr"],
+    "surgery, masks": [
+        "AgrSum",
+        "AgrRand",
+        "PCGrad",
+        "GramSurgery",
+        "ANDMask",
+        "SANDMask",
+    ],
+    "Fish": ["Fish"],
+    "IGA": ["IGA"],
+    "IRM": ["IRM"],
+    "VREx, GroupDRO": ["VREx", "GroupDRO"],
+    "MIRO, RISE": ["MIRO", "RISE"],
+    "SWAD": ["SWAD(Fishr)"],
+}
+
+# A test under tests/; with [*] it has a case for each wrapper of the column, by that name.
+NOT_YET = ""
+LIGHTNING = "optim/test_lightning.py::test_"
+STATE = "optim/test_state.py::test_"
+MICRO_BATCHES = "optim/test_loops.py::test_micro_batches_are_the_full_batch[*]"
+
+# A row of the table -> the test of each column, or one for all
+ROWS: dict[str, str | dict[str, str]] = {
+    "learning-rate schedulers": "optim/test_contract.py::test_schedulers[*]",
+    "gradient clipping": (
+        "optim/test_loops.py::test_the_step_is_that_of_the_optimizer_inside_on_clipped_gradients[*]"
+    ),
+    "gradient accumulation": MICRO_BATCHES,
+    "a forward for each domain": MICRO_BATCHES,
+    "`opt.step(closure)`": "optim/test_contract.py::test_closure[*]",
+    "hooks of the optimizer": "optim/test_contract.py::test_hooks_fire_once[*]",
+    "frozen and unused parameters": (
+        "optim/test_contract.py::test_what_is_frozen_or_not_used_keeps_no_gradient_and_no_state[*]"
+    ),
+    "gradient checkpointing": "optim/test_loops.py::test_activations_that_are_computed_again[*]",
+    "`copy.deepcopy`, pickle": f"{STATE}copies_continue_alike_and_leave_the_original[*]",
+    "`state_dict`, resumed bit for bit": f"{STATE}a_run_goes_on_bit_for_bit[*]",
+    "a state of the bare optimizer": f"{STATE}state_of_the_bare_optimizer_loads[*]",
+    "`torch.distributed.checkpoint`": NOT_YET,
+    "kill -9, resumed bit for bit": NOT_YET,
+    "safetensors": NOT_YET,
+    "autocast to bfloat16": NOT_YET,
+    "float16 with `GradScaler`": NOT_YET,
+    "`DistributedDataParallel`": NOT_YET,
+    "FSDP2 (`fully_shard`)": NOT_YET,
+    "`torch.compile`": NOT_YET,
+    "DomainBed": NOT_YET,
+    "Lightning, automatic optimization": f"{LIGHTNING}automatic_optimization[*]",
+    "Lightning, manual optimization": f"{LIGHTNING}manual_optimization[*]",
+    "Accelerate": "optim/test_accelerate.py::test_training[*]",
+    "Hugging Face `Trainer`": "optim/test_trainer.py::test_training[*]",
+}
+
+
+def cells() -> list[tuple[str, str, str]]:
+    """Row, column and test of each cell that says yes."""
+    return [
+        (row, column, test)
+        for row, tests in ROWS.items()
+        for column in COLUMNS
+        if (test := tests if isinstance(tests, str) else tests.get(column, NOT_YET))
+    ]
+
+
+def table() -> str:
+    """In Markdown; each yes leads to its test, whose name shows under the pointer."""
+    told = {(row, column): test for row, column, test in cells()}
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + ":---:|" * len(COLUMNS)]
+    for row in ROWS:
+        line = []
+        for column in COLUMNS:
+            path, _, name = told.get((row, column), NOT_YET).partition("::")
+            link = f'[yes](tests/{path} "{name.removesuffix("[*]")}")'
+            line.append(link if path else "not yet")
+        lines.append(f"| {row} | {' | '.join(line)} |")
+    caption = "Surgery and masks: " + ", ".join(COLUMNS["surgery, masks"])
+    return "\n".join([f"{caption}. Every yes leads to the test that says so.", "", *lines])
+
+
+def filled(text: str) -> str:
+    """README's text with the table between its markers."""
+    pattern = re.compile(
+        r"(<!-- compatibility: begin[^>]*-->\n).*?(<!-- compatibility: end -->)", re.DOTALL
+    )
+    changed, count = pattern.subn(lambda m: f"{m[1]}{table()}\n{m[2]}", text)
+    if count != 1:
+        raise ValueError(f"README.md: expected one section compatibility, found {count}")
+    return changed
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,49 @@
+"""README's table of what works with what is made of tests that there are."""
+
+import importlib.util
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def compatibility() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compatibility", HERE / "compatibility.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_has_the_table(compatibility: ModuleType) -> None:
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert compatibility.filled(text) == text, "run python tests/compatibility.py"
+
+
+def test_every_yes_is_a_test_that_is_collected(compatibility: ModuleType) -> None:
+    """And where a test is named for each wrapper, it has a case for each."""
+    files = sorted({test.partition("::")[0] for _, _, test in compatibility.cells()})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    # Not in the root folder, where kernels/ would hide a package that transformers looks for
+    listing = subprocess.run([*command, *files], cwd=HERE, capture_output=True, text=True)
+    assert listing.returncode == 0, listing.stdout + listing.stderr
+    cases: dict[str, list[set[str]]] = defaultdict(list)
+    for line in listing.stdout.splitlines():
+        test, _, case = line.partition("[")
+        cases[test.removeprefix("tests/")].append(set(case.removesuffix("]").split("-")))
+    for row, column, named in compatibility.cells():
+        test = named.removesuffix("[*]")
+        path, _, name = test.partition("::")
+        if not any(known.startswith(path) for known in cases):  # skipped as a whole
+            source = (HERE / path).read_text(encoding="utf-8")
+            assert "importorskip" in source and f"def {name}(" in source, (row, test)
+            continue
+        assert test in cases, (row, test)
+        for wrapper in compatibility.COLUMNS[column] if test != named else []:
+            assert any(wrapper in case for case in cases[test]), (row, test, wrapper)
