@@ -78,7 +78,7 @@ class Adapter:
         if (count := getattr(self, "update_count", None)) is not None:
             count += 1  # DomainBed's own, for those who read its checkpoints
         statistics = {**opt.statistics, "last": opt.statistics["domain_loss"][-1]}
-        values = torch.stack([statistics[name].float() for name in self.entry.logs.values()])
+        values = torch.stack([statistics[name].double() for name in self.entry.logs.values()])
         return dict(zip(self.entry.logs, values.tolist(), strict=True))
 
     def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]]:
