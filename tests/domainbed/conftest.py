@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parent))  # tests are no package (import-mode=importlib)
-from beds import STANDIN, Bed
+from beds import STANDIN, Bed, first_images
 
-from fastdg.data import mnist
 from fastdg.domainbed import plug
 
 CLONE = os.environ.get("DOMAINBED")
@@ -52,11 +50,5 @@ def double() -> Iterator[None]:
 def small_mnist(fastdg_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MNIST's first images, as torchvision keeps them."""
     root = tmp_path_factory.mktemp("mnist")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    images, labels = (t.numpy() for t in mnist.read_train(fastdg_data))
-    for name, part in (("train", slice(540)), ("t10k", slice(540, 600))):
-        for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
-            head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-            (raw / f"{name}-{kind}-ubyte").write_bytes(head + array.astype("u1").tobytes())
+    first_images(fastdg_data, root)
     return root

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from beds import Bed, curve_of, only
+from beds import Bed, curve_of, only, repaired
 
 from fastdg.domainbed.plug import find, plugged_in
 
@@ -25,29 +25,6 @@ HPARAMS: dict[str, dict[str, Any]] = {
     "Fish": {},
     "IGA": {"penalty": 10.0},
 }
-
-
-def repaired(own: Any, algorithms: Any) -> Any:
-    """DomainBed's Fishr, whose call of BackPACK fills nothing in current versions."""
-
-    class Fishr(own):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.features: list[Any] = []
-            self.featurizer.register_forward_hook(lambda m, x, z: setattr(self, "features", [z]))
-
-        def _get_grads(self, logits: Any, y: Any) -> dict[str, Any]:
-            self.optimizer.zero_grad()
-            with algorithms.backpack(algorithms.BatchGrad()):
-                self.bce_extended(logits, y).sum().backward(
-                    inputs=[*self.classifier.parameters(), *self.features],
-                    retain_graph=True,
-                    create_graph=True,
-                )
-            named = self.classifier.named_parameters()
-            return {name: p.grad_batch.clone().flatten(1) for name, p in named}
-
-    return Fishr
 
 
 def both(bed: Bed, monkeypatch: Any, dataset: str, algorithm: str, root: Path, tmp: Path) -> Any:
