@@ -47,14 +47,13 @@ class Slides(WILDSDataset):
         self._y_array = torch.from_numpy(label)
         self._metadata_fields = ["hospital", "y"]
         self._metadata_array = torch.from_numpy(np.stack([hospital, label], 1))
-        self._eval_grouper = CombinatorialGrouper(self, ["hospital"])
         super().__init__(root_dir=None, download=False, split_scheme="official")
 
     def get_input(self, idx: int) -> Image.Image:
         return Image.fromarray(self._images[idx])
 
     def eval(self, y_pred: Tensor, y_true: Tensor, metadata: Tensor) -> Any:
-        return self.standard_group_eval(Accuracy(), self._eval_grouper, y_pred, y_true, metadata)
+        return self.standard_eval(Accuracy(), y_pred, y_true)
 
 
 def pixels(image: Image.Image) -> Tensor:
