@@ -1,7 +1,10 @@
 """What every test relies on: a fixed seed, poisoned scratch memory, data where there is some."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,44 @@ def fastdg_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"FASTDG_DATA={folder} is not a folder: no data sets to test with")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def small_clip() -> Callable[[Path, int], tuple[Any, Any]]:
+    """Makes a small CLIP of transformers for images of a size, and its tokenizer, and saves them in
+    a folder."""
+
+    def make(folder: Path, image_size: int) -> tuple[Any, Any]:
+        transformers = pytest.importorskip(
+            "transformers", reason="transformers is not installed: pip install 'fastdg[text]'"
+        )
+        folder.mkdir(exist_ok=True)
+        ends = ["<|startoftext|>", "<|endoftext|>"]
+        pieces = [chr(k) for k in range(33, 127)]
+        words = [*pieces, *(piece + "</w>" for piece in pieces), *ends]
+        (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        small |= {"num_attention_heads": 2, "projection_dim": 12}
+        torch.manual_seed(0)
+        config = transformers.CLIPConfig(
+            text_config={
+                **small,
+                "vocab_size": len(words),
+                "bos_token_id": len(words) - 2,
+                "eos_token_id": len(words) - 1,
+                "max_position_embeddings": 77,
+            },
+            vision_config={**small, "image_size": image_size, "patch_size": 4},
+            projection_dim=12,
+        )
+        model = transformers.CLIPModel(config)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+        return model, tokenizer
+
+    return make
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -101,36 +101,11 @@ def test_open_clip() -> None:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
-    """A small CLIP of transformers, its tokenizer, and the folder it is saved in."""
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install 'fastdg[text]'"
-    )
+def clip(
+    tmp_path_factory: pytest.TempPathFactory, small_clip: Callable[[Path, int], tuple[Any, Any]]
+) -> tuple[Any, Any, Path]:
     folder = tmp_path_factory.mktemp("clip")
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    pieces = [chr(k) for k in range(33, 127)]
-    words = [*pieces, *(piece + "</w>" for piece in pieces), *ends]
-    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    small |= {"num_attention_heads": 2, "projection_dim": 12}
-    torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        text_config={
-            **small,
-            "vocab_size": len(words),
-            "bos_token_id": len(words) - 2,
-            "eos_token_id": len(words) - 1,
-            "max_position_embeddings": 77,
-        },
-        vision_config={**small, "image_size": 8, "patch_size": 4},
-        projection_dim=12,
-    )
-    model = transformers.CLIPModel(config)
-    for part in (model, tokenizer):
-        part.save_pretrained(folder)
-    return model, tokenizer, folder
+    return *small_clip(folder, 8), folder
 
 
 def test_transformers(clip: tuple[Any, Any, Path]) -> None:

@@ -1,0 +1,66 @@
+"""``python -m fastdg.domainbed`` in place of ``python -m domainbed.scripts.train``, and
+``python -m fastdg.domainbed sweep`` in place of ``python -m domainbed.scripts.sweep``.
+
+Both run DomainBed's own script, unmodified, with all of its arguments. Where DomainBed is, the
+environment variable ``DOMAINBED`` says, or ``PYTHONPATH``. A run that was killed goes on when the
+same command is given again; ``python -m fastdg.domainbed resume SWEEP --command_launcher local``
+gives them again for a whole sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .plug import COMMAND, find, launching_fastdg, plugged_in
+from .resume import Journal, runs_to_resume
+
+
+def train(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--output_dir", default="train_output")  # DomainBed's default
+    folder = Path(parser.parse_known_args(arguments)[0].output_dir)
+    journal = Journal(folder, arguments, find("lib.misc").accuracy)
+    with plugged_in(journal):
+        script("train", arguments)
+    journal.done()
+
+
+def sweep(arguments: Sequence[str]) -> None:
+    with plugged_in(), launching_fastdg():
+        script("sweep", arguments)
+
+
+def resume(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastdg.domainbed resume")
+    parser.add_argument("folder", type=Path, help="the --output_dir of a sweep, or of a run")
+    parser.add_argument("--command_launcher", default="local", help="as of the sweep")
+    given = parser.parse_args(arguments)
+    launcher = find("command_launchers").REGISTRY[given.command_launcher]
+    launcher([f"{COMMAND} {shlex.join(run)}" for run in runs_to_resume(given.folder)])
+
+
+def script(name: str, arguments: Sequence[str]) -> None:
+    """Run one of DomainBed's, as if it had been called with these arguments."""
+    before = sys.argv, sys.stdout, sys.stderr
+    sys.argv = [f"domainbed.scripts.{name}", *arguments]
+    try:
+        runpy.run_module(f"domainbed.scripts.{name}", run_name="__main__", alter_sys=True)
+    finally:
+        sys.argv, sys.stdout, sys.stderr = before  # the script's own write to files of the run
+
+
+def main(arguments: Sequence[str]) -> None:
+    commands = {"sweep": sweep, "resume": resume}
+    if arguments and arguments[0] in commands:
+        commands[arguments[0]](arguments[1:])
+    else:
+        train(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

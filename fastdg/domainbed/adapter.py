@@ -1,0 +1,120 @@
+"""DomainBed's interface to fastdg's wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+
+from ..optim.wrapper import DomainOptimizer
+from .resume import Journal
+
+Minibatches = Sequence[tuple[Tensor, Tensor]]
+
+
+class Adapter:
+    """An algorithm as DomainBed's scripts expect it, mixed into one of DomainBed's classes.
+
+    That class makes the network and its optimizer, so that both begin as they do there and are
+    saved under the same names; `update` is fastdg's.
+    """
+
+    entry: Entry
+    journal: Journal | None = None  # of the run, if it shall be resumable
+    opt: DomainOptimizer | None = None
+
+    network: nn.Module  # what DomainBed's class makes
+    optimizer: Optimizer
+    hparams: Mapping[str, Any]
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        num_domains: int,
+        hparams: Mapping[str, Any],
+    ) -> None:
+        super().__init__(input_shape, num_classes, num_domains, hparams)  # type: ignore[call-arg]
+        self.num_domains = num_domains
+
+    def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, float]:
+        """One step on a batch of each domain; returns what DomainBed logs of it."""
+        if self.journal is not None:
+            return self.journal.update(self, minibatches)
+        return self.train_step(minibatches)
+
+    def wrapper(self) -> DomainOptimizer:
+        """Around `optimizer`; made when it is first needed, for the network is moved to its device
+        after it was made."""
+        if self.opt is None:
+            self.opt = self.entry.wrap(self)
+        return self.opt
+
+    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
+        opt = self.wrapper()
+        if self.entry.together or not (self.entry.alone or couples(self.network.modules())):
+            x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
+            sizes = torch.tensor([len(labels) for _, labels in minibatches])
+            losses, inputs = self.losses(x, y)
+            opt.zero_grad()
+            opt.backward(losses, torch.arange(len(sizes)).repeat_interleave(sizes), **inputs)
+            opt.step()
+        elif self.entry.asks:
+            opt.step(lambda d: self.losses(*minibatches[d])[0])
+        else:
+            opt.zero_grad()
+            for d, (x, y) in enumerate(minibatches):
+                losses, inputs = self.losses(x, y)
+                final = d == len(minibatches) - 1
+                opt.backward(losses, torch.full((len(y),), d), final=final, **inputs)
+            opt.step()
+        if (count := getattr(self, "update_count", None)) is not None:
+            count += 1  # DomainBed's own, for those who read its checkpoints
+        statistics = {**opt.statistics, "last": opt.statistics["domain_loss"][-1]}
+        values = torch.stack([statistics[name].double() for name in self.entry.logs.values()])
+        return dict(zip(self.entry.logs, values.tolist(), strict=True))
+
+    def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Of each sample ``[N]``, and the further inputs of `DomainOptimizer.backward`."""
+        return F.cross_entropy(self.network(x), y, reduction="none"), {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is particular about an algorithm.
+
+    Attributes:
+        parent: the class of DomainBed that makes network and optimizer.
+        wrap: makes the wrapper, from an `Adapter`.
+        logs: DomainBed's name of a value -> its name in ``opt.statistics``, or ``"last"``: the loss
+            of the last domain.
+        together: one forward of all domains, as in DomainBed. Else DomainBed makes one for each;
+            where that gives the same, fastdg makes one of all.
+        alone: one forward for each domain, whatever the network.
+        asks: for one domain after the other, by ``opt.step(closure)``.
+        adapter: the class that is mixed in.
+    """
+
+    parent: str
+    wrap: Callable[[Any], DomainOptimizer]
+    logs: Mapping[str, str]
+    together: bool = False
+    alone: bool = False
+    asks: bool = False
+    adapter: type[Adapter] = Adapter
+
+
+def couples(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward of all domains differs from one of each: by batch statistics, or by the
+    order in which random numbers are drawn."""
+    return any(
+        m.training and (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0))
+        for m in modules
+    )

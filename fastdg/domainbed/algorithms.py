@@ -1,0 +1,195 @@
+"""Which algorithms of DomainBed fastdg is behind, which it adds, and their hyper-parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..optim.fish import Fish
+from ..optim.fishr import Fishr
+from ..optim.iga import IGA
+from ..optim.invariance import GroupDRO, VREx
+from ..optim.irm import IRM
+from ..optim.masking import ANDMask, SANDMask
+from ..optim.miro import MIRO
+from ..optim.surgery import AgrRand, AgrSum, PCGrad
+from ..optim.wrapper import DomainOptimizer
+from ..text import PHOTOS
+from .adapter import Adapter, Entry, Minibatches
+from .rise import RISEAdapter, rise
+
+# The featurizers that MIRO has no preset for -> their layers
+MIRO_LAYERS = {
+    "MNIST_CNN": ("bn0", "bn1", "bn2", "bn3"),
+    "Wide_ResNet": ("block1", "block2", "block3"),
+}
+
+
+def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callable[[Any], Any]:
+    """Makes that wrapper, each setting from the hyper-parameter of that name."""
+
+    def wrap(algorithm: Any) -> DomainOptimizer:
+        given = {name: algorithm.hparams[hparam] for name, hparam in settings.items()}
+        if "model" in inspect.signature(wrapper).parameters:
+            given["model"] = algorithm.network
+        return wrapper(algorithm.optimizer, num_domains=algorithm.num_domains, **given)
+
+    return wrap
+
+
+def drawing(wrapper: type[AgrRand] | type[PCGrad], device: str | None) -> Callable[[Any], Any]:
+    """Makes that wrapper with the papers' scale and random numbers of its own: the data come in the
+    order in which they come for algorithms that draw none."""
+
+    def wrap(algorithm: Any) -> DomainOptimizer:
+        where = device or next(algorithm.network.parameters()).device
+        return wrapper(
+            algorithm.optimizer,
+            reduction="sum",
+            generator=torch.Generator(where).manual_seed(torch.initial_seed()),
+            num_domains=algorithm.num_domains,
+            model=algorithm.network,
+        )
+
+    return wrap
+
+
+class FishrAdapter(Adapter):
+    """On the network of ERM, which is that of DomainBed's Fishr without BackPACK."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("update_count", torch.tensor([0]))  # type: ignore[attr-defined]
+
+
+def fishr(algorithm: Any) -> Fishr:
+    hparams = algorithm.hparams
+    return Fishr(
+        algorithm.optimizer,
+        params=list(algorithm.classifier.parameters()),
+        penalty_weight=hparams["lambda"],
+        anneal_steps=hparams["penalty_anneal_iters"],
+        ema=hparams["ema"],
+        num_domains=algorithm.num_domains,
+        model=algorithm.network,
+    )
+
+
+class FishAdapter(Adapter):
+    """DomainBed's Fish makes a network anew for every step. What that draws at random decides on
+    the order of the data after the first pass over them, so it is made here too where it costs
+    little, and not where it would read pre-trained weights."""
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+
+    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
+        if self.input_shape[1:] == (28, 28):
+            type(self.network)(self.input_shape, self.num_classes, self.hparams)
+        return super().train_step(minibatches)
+
+
+def agr_sum(algorithm: Any) -> AgrSum:
+    return AgrSum(
+        algorithm.optimizer,
+        reduction="sum",
+        num_domains=algorithm.num_domains,
+        model=algorithm.network,
+    )
+
+
+def miro(algorithm: Any) -> MIRO:
+    names = MIRO_LAYERS.get(type(algorithm.featurizer).__name__)
+    return MIRO(
+        algorithm.optimizer,
+        algorithm.network,
+        layers=[f"0.{name}" for name in names] if names is not None else None,
+        weight=algorithm.hparams["miro_lambda"],
+        lr_multiplier=algorithm.hparams["miro_lr_mult"],
+        num_domains=algorithm.num_domains,
+    )
+
+
+PENALTY = {"loss": "objective", "nll": "loss", "penalty": "penalty"}
+AGREEMENT = {"loss": "loss", "agreeing": "agreeing"}
+CONFLICTS = {"loss": "loss", "conflicts": "conflicts"}
+TEXTS = ("rise_absolute", "rise_relative", "rise_distillation")
+
+ENTRIES = {
+    "Fishr": Entry("ERM", fishr, PENALTY, together=True, adapter=FishrAdapter),
+    "Fish": Entry(
+        "Fish",
+        wrapped(Fish, meta_lr="meta_lr"),
+        {"loss": "last"},
+        alone=True,
+        asks=True,
+        adapter=FishAdapter,
+    ),
+    "IRM": Entry(
+        "IRM",
+        wrapped(IRM, penalty_weight="irm_lambda", anneal_steps="irm_penalty_anneal_iters"),
+        PENALTY,
+        together=True,
+    ),
+    "VREx": Entry(
+        "VREx",
+        wrapped(VREx, penalty_weight="vrex_lambda", anneal_steps="vrex_penalty_anneal_iters"),
+        {**PENALTY, "nll": "last"},
+        together=True,
+    ),
+    "GroupDRO": Entry("GroupDRO", wrapped(GroupDRO, eta="groupdro_eta"), {"loss": "objective"}),
+    "ANDMask": Entry("ANDMask", wrapped(ANDMask, threshold="tau"), {"loss": "loss"}),
+    "SANDMask": Entry(
+        "SANDMask", wrapped(SANDMask, threshold="tau", steepness="k"), {"loss": "loss"}
+    ),
+    "IGA": Entry(
+        "IGA",
+        wrapped(IGA, penalty_weight="penalty"),
+        {"loss": "loss", "penalty": "penalty"},
+        asks=True,
+    ),
+    # Not in DomainBed
+    "AgrSum": Entry("ERM", agr_sum, AGREEMENT),
+    "AgrRand": Entry("ERM", drawing(AgrRand, None), AGREEMENT),
+    "PCGrad": Entry("ERM", drawing(PCGrad, "cpu"), CONFLICTS),
+    "MIRO": Entry("ERM", miro, {"loss": "objective", "nll": "loss", "miro": "miro"}, together=True),
+    "RISE": Entry(
+        "ERM",
+        rise,
+        {"loss": "objective", **{name: name for name in TEXTS}},
+        together=True,
+        adapter=RISEAdapter,
+    ),
+}
+
+Draw = Callable[[np.random.RandomState], Any]
+
+
+def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
+    """Default and random search of the hyper-parameters that DomainBed does not know of.
+
+    Those of MIRO and RISE are of their papers' searches. Gradient surgery has none of its own.
+    """
+    if algorithm == "MIRO":
+        return {
+            "miro_lambda": (0.1, lambda r: float(r.choice([1.0, 0.1, 0.01, 0.001]))),
+            "miro_lr_mult": (10.0, lambda r: 10.0),
+        }
+    if algorithm == "RISE":
+        kd = {"OfficeHome": (0.2, 0.1), "TerraIncognita": (0.2, 0.3)}.get(dataset, (0.9, 0.8))
+        return {
+            "rise_distillation": (kd[0], lambda r: float(r.choice(kd))),
+            "rise_distance": (1.0, lambda r: float(r.choice([0.5, 1.0, 2.0]))),
+            "rise_temperature": (3.0, lambda r: 3.0),
+            "rise_clip": (CLIP, lambda r: CLIP),
+            "rise_classes": ([], lambda r: []),
+            "rise_anchors": (list(PHOTOS), lambda r: list(PHOTOS)),
+        }
+    return {}
+
+
+CLIP = "openai/clip-vit-base-patch16"

@@ -1,0 +1,161 @@
+"""Runs of DomainBed that go on where they were killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..files import replace
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, Minibatches
+
+FILE = "fastdg_checkpoint.pt"
+
+Accuracy = Callable[[Any, Iterable[Any], Any, Any], float]
+
+
+class Journal:
+    """What a run has returned to DomainBed's training script so far, and its last checkpoint.
+
+    The script always begins at step 0. A run that goes on answers it from the journal, up to the
+    step of the checkpoint: nothing is computed, but every batch is drawn, so that the data (with
+    their augmentations, in their workers) come in the order in which they came. From there on all
+    numbers are those of a run that was never killed.
+
+    A checkpoint is written at the first step after an evaluation, whole or not at all, and deleted
+    when the run is done.
+
+    Args:
+        folder: the run's ``--output_dir``.
+        arguments: all of its arguments.
+        accuracy: what DomainBed evaluates with.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], accuracy: Accuracy) -> None:
+        self.arguments = list(arguments)
+        self.path, self.results = folder / FILE, folder / "results.jsonl"
+        self._accuracy = accuracy
+        self.values: list[dict[str, float]] = []  # that `update` returned
+        self.accuracies: list[float] = []
+        self.random: dict[int, Tensor] = {}  # step that drew random numbers -> generator's state
+        self.evaluated = False  # since the last checkpoint
+        self.saved: dict[str, Any] | None = None  # until it is restored
+        if self.path in unfinished(folder):
+            self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
+
+    def update(self, algorithm: Adapter, minibatches: Minibatches) -> dict[str, float]:
+        """A step of the algorithm, or what it returned when it was made."""
+        step = len(self.values)
+        if step == 0:
+            self.run = identity(algorithm, minibatches)
+            if self.saved is not None:
+                self._check(self.saved["run"], self.run)
+                print(f"fastdg: goes on at step {len(self.saved['values'])}, from {self.path}")
+                self.results.unlink(missing_ok=True)  # its rows are written again on the way there
+        if self.saved is not None and step < len(self.saved["values"]):
+            if step in self.saved["random"]:
+                torch.set_rng_state(self.saved["random"][step])
+            self.values.append(self.saved["values"][step])
+            return self.values[-1]
+        if self.saved is not None:
+            self._restore(algorithm, minibatches)
+        elif self.evaluated:
+            self._save(algorithm, minibatches)
+        before = torch.get_rng_state()
+        self.values.append(algorithm.train_step(minibatches))
+        after = torch.get_rng_state()
+        if not torch.equal(before, after):
+            self.random[step] = after
+        return self.values[-1]
+
+    def accuracy(self, network: Any, loader: Iterable[Any], weights: Any, device: Any) -> float:
+        """In place of ``domainbed.lib.misc.accuracy``."""
+        k = len(self.accuracies)
+        if self.saved is not None and k < len(self.saved["accuracies"]):
+            for _ in loader:  # which draws its next order
+                pass
+            self.accuracies.append(self.saved["accuracies"][k])
+        else:
+            self.accuracies.append(self._accuracy(network, loader, weights, device))
+        self.evaluated = True
+        return self.accuracies[-1]
+
+    def done(self) -> None:
+        """The run has come to its end."""
+        self.path.unlink(missing_ok=True)
+
+    def _save(self, algorithm: Adapter, minibatches: Minibatches) -> None:
+        state = {
+            "arguments": self.arguments,
+            "run": self.run,
+            "batch": fingerprint(minibatches),
+            "values": self.values,
+            "accuracies": self.accuracies,
+            "random": self.random,
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "model": algorithm.state_dict(),  # type: ignore[attr-defined]
+            "optimizer": algorithm.wrapper().state_dict(),
+            "results": self.results.read_bytes(),
+        }
+        replace(self.path, lambda file: torch.save(state, file))
+        self.evaluated = False
+
+    def _restore(self, algorithm: Adapter, minibatches: Minibatches) -> None:
+        saved, self.saved = self.saved, None
+        assert saved is not None
+        replace(self.results, lambda file: file.write(saved["results"]))
+        self._check({"batch": saved["batch"]}, {"batch": fingerprint(minibatches)})
+        opt = algorithm.wrapper()  # before the weights: those of now may be an oracle
+        algorithm.load_state_dict(saved["model"])  # type: ignore[attr-defined]
+        opt.load_state_dict(saved["optimizer"])
+        if saved["cuda"]:
+            torch.cuda.set_rng_state_all(saved["cuda"])
+        self.random = saved["random"]
+        self.evaluated = False
+
+    def _check(self, saved: dict[str, str], here: dict[str, str]) -> None:
+        for what, value in saved.items():
+            if value != here[what]:
+                raise RuntimeError(
+                    f"{self.path}: it is of another run, whose {what} at step {len(self.values)} "
+                    f"was {value}, but here it is {here[what]}. Pass the arguments of that run, or "
+                    "another --output_dir; or delete the file to start anew"
+                )
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The checkpoints of runs in ``folder`` and below it that have not come to their end."""
+    return [path for path in sorted(folder.rglob(FILE)) if not (path.parent / "done").exists()]
+
+
+def runs_to_resume(folder: Path) -> list[list[str]]:
+    """The arguments of those runs."""
+    return [
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["arguments"]
+        for path in unfinished(folder)
+    ]
+
+
+def identity(algorithm: Adapter, minibatches: Minibatches) -> dict[str, str]:
+    """Of a run, at its first step."""
+    return {
+        "algorithm": type(algorithm).__name__,
+        "hparams": json.dumps(algorithm.hparams, sort_keys=True),
+        "batch": fingerprint(minibatches),
+    }
+
+
+def fingerprint(minibatches: Minibatches) -> str:
+    """The same for the same data."""
+    digest = hashlib.sha256()
+    for x, y in minibatches:
+        for tensor in (x, y):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from domainbed.lib import misc
+
+RANGES: dict[str, dict[str, Any]] = {
+    "Fish": {"meta_lr": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5])))},
+    "IRM": {
+        "irm_lambda": (100.0, lambda r: 10 ** r.uniform(-1, 5)),
+        "irm_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
+    },
+    "VREx": {
+        "vrex_lambda": (10.0, lambda r: 10 ** r.uniform(-1, 5)),
+        "vrex_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
+    },
+    "GroupDRO": {"groupdro_eta": (0.01, lambda r: 10 ** r.uniform(-3, -1))},
+    "ANDMask": {"tau": (1, lambda r: r.uniform(0.5, 1.0))},
+    "SANDMask": {
+        "tau": (1.0, lambda r: r.uniform(0.0, 1.0)),
+        "k": (10.0, lambda r: 10 ** r.uniform(-3, 5)),
+    },
+    "IGA": {"penalty": (1000, lambda r: 10 ** r.uniform(1, 5))},
+    "Fishr": {
+        "lambda": (1000.0, lambda r: 10 ** r.uniform(1.0, 4.0)),
+        "penalty_anneal_iters": (1500, lambda r: int(r.uniform(0.0, 5000.0))),
+        "ema": (0.95, lambda r: r.uniform(0.90, 0.99)),
+    },
+}
+GENERIC: dict[str, Any] = {
+    "lr": (1e-3, lambda r: 10 ** r.uniform(-4.5, -2.5)),
+    "weight_decay": (0.0, lambda r: 0.0),
+    "batch_size": (8, lambda r: int(2 ** r.uniform(2, 4))),
+}
+
+
+def _hparams(algorithm: str, dataset: str, random_seed: int) -> dict[str, tuple[Any, Any]]:
+    ranges = {**GENERIC, **RANGES.get(algorithm, {})}
+    return {
+        name: (default, draw(np.random.RandomState(misc.seed_hash(random_seed, name))))
+        for name, (default, draw) in ranges.items()
+    }
+
+
+def default_hparams(algorithm: str, dataset: str) -> dict[str, Any]:
+    return {name: pair[0] for name, pair in _hparams(algorithm, dataset, 0).items()}
+
+
+def random_hparams(algorithm: str, dataset: str, seed: int) -> dict[str, Any]:
+    return {name: pair[1] for name, pair in _hparams(algorithm, dataset, seed).items()}
