@@ -61,8 +61,16 @@ def one(whose: str, algorithm: str, steps: int, data: str) -> None:
     print(json.dumps({"step_time": rows[-1]["step_time"], "peak_gb": peak}))
 
 
-def measure(algorithms: list[str], steps: int) -> dict[str, Any]:
+def measure(algorithms: list[str], steps: int) -> None:
+    """Writes the results anew after every run."""
     rows: dict[str, Any] = {}
+    found = {
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python benchmarks/run_domainbed.py --steps {steps}",
+        "setting": "RotatedMNIST, test env 0, 5 domains of 64 images, MNIST_CNN, float32",
+        "rows": rows,
+    }
     with tempfile.TemporaryDirectory() as data:
         first_images(Path(os.environ["FASTDG_DATA"]), Path(data))
         for algorithm in algorithms:
@@ -74,7 +82,7 @@ def measure(algorithms: list[str], steps: int) -> dict[str, Any]:
                 row = json.loads(run.stdout.splitlines()[-1])
                 rows.setdefault(algorithm, {})[whose] = row
                 print(algorithm, whose, row, flush=True)
-    return rows
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def command_line() -> None:
@@ -87,14 +95,7 @@ def command_line() -> None:
     if given.one:
         one(*given.one, given.steps, given.data)
         return
-    found = {
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python benchmarks/run_domainbed.py --steps {given.steps}",
-        "setting": "RotatedMNIST, test env 0, 5 domains of 64 images, MNIST_CNN, float32",
-        "rows": measure(given.algorithms, given.steps),
-    }
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    measure(given.algorithms, given.steps)
 
 
 if __name__ == "__main__":

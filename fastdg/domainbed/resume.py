@@ -47,7 +47,7 @@ class Journal:
         self.random: dict[int, Tensor] = {}  # step that drew random numbers -> generator's state
         self.evaluated = False  # since the last checkpoint
         self.saved: dict[str, Any] | None = None  # until it is restored
-        if self.path in unfinished(folder):
+        if unfinished(self.path):
             self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
 
     def update(self, algorithm: Adapter, minibatches: Minibatches) -> dict[str, float]:
@@ -130,16 +130,17 @@ class Journal:
                 )
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """The checkpoints of runs in ``folder`` and below it that have not come to their end."""
-    return [path for path in sorted(folder.rglob(FILE)) if not (path.parent / "done").exists()]
+def unfinished(path: Path) -> bool:
+    """Whether this is the checkpoint of a run that has not come to its end."""
+    return path.exists() and not (path.parent / "done").exists()
 
 
 def runs_to_resume(folder: Path) -> list[list[str]]:
-    """The arguments of those runs."""
+    """The arguments of the unfinished runs in ``folder`` and below it."""
     return [
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)["arguments"]
-        for path in unfinished(folder)
+        for path in sorted(folder.rglob(FILE))
+        if unfinished(path)
     ]
 
 

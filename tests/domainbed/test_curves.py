@@ -67,7 +67,7 @@ def test_same_curve(
 
 
 @only("stand-in")
-@pytest.mark.parametrize("algorithm", ["GroupDRO", "ANDMask", "IGA", "Fish"])
+@pytest.mark.parametrize("algorithm", HPARAMS)
 def test_same_curve_with_batch_statistics_and_dropout(
     bed: Bed, algorithm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -65,15 +65,12 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Adapter, "train_step", killing)
 
 
-JOINT = {"Fishr", "IRM", "VREx", "MIRO"}  # whose network here must not have batch statistics
-
-
 @only("stand-in")
 @pytest.mark.parametrize("algorithm", [name for name in ENTRIES if name != "RISE"])
 def test_every_algorithm_goes_on_bit_for_bit(
     bed: Bed, algorithm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    dataset = "Debug28" if algorithm in JOINT else "Debug32"
+    dataset = "Debug28" if algorithm == "MIRO" else "Debug32"  # MIRO knows no layers there
     more = ["--steps", "13", "--checkpoint_freq", "4"]
     main(arguments(algorithm, tmp_path / "whole", *more, dataset=dataset))
     again = arguments(algorithm, tmp_path / "killed", *more, dataset=dataset)
