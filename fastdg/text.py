@@ -29,7 +29,7 @@ TEMPLATES = (
 PHOTOS = ("bright photo", "corrupted photo", "dark photo", "good photo")
 ANCHOR = "a {} of a {}"
 
-Encoder = Callable[[list[str]], Tensor]
+Encoder = Callable[[list[str]], Tensor | np.ndarray]
 BATCH = 256  # texts that are encoded at once
 INSTEAD = (
     "pass a function list[str] -> Tensor [n, E], a pair (model, tokenizer) of transformers or "

@@ -1,47 +1,114 @@
-"""A checkpoint in the middle of a run, and a run that goes on from it bit for bit."""
+"""A run that may be killed at any moment, and ends with the same weights, bit for bit.
 
+    python -m fastdg.examples.resume run.pt    # kill -9 it, start it again, as often as you like
+
+The checkpoint holds all that decides how a run goes on: weights, the optimizer with everything that
+its wrappers keep, the scheduler, how far the data are, and the random numbers' states. It is
+written under another name and then renamed, so there is always a whole one. Wrappers that draw
+random numbers (PCGrad, AgrRand) keep the state of their own ``generator`` in their state dict.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import fastdg
 
-from . import data
+EPOCHS, BATCH = 6, 20
 
 
-def train(steps: range, file: Path | None = None) -> list[Tensor]:
-    """The weights after these steps, which begin from ``file`` if they do not begin at 0."""
+def data(seed: int) -> TensorDataset:
+    """Two domains: the first input tells the label in both, the second is for it or against it."""
+    generator = torch.Generator().manual_seed(seed)
+    y, domain = torch.arange(200) % 2, torch.arange(200) // 100
+    x = torch.randn(200, 4, generator=generator)
+    x[:, 0] += 2 * y - 1
+    x[:, 1] += (2 * y - 1) * (1 - 2 * domain)
+    return TensorDataset(x, y, domain)
+
+
+def batches(dataset: Dataset[Any], epoch: int, done: int) -> DataLoader[Any]:
+    """The rest of an epoch: its order is decided by its number, so a place in it is a number."""
+    generator = torch.Generator().manual_seed(epoch)
+    rest = torch.randperm(200, generator=generator)[done * BATCH :].tolist()
+    # Without a generator each pass over a loader draws a seed from the global random numbers, and
+    # a run that starts again within an epoch makes one pass more
+    return DataLoader(Subset(dataset, rest), batch_size=BATCH, generator=generator)
+
+
+@torch.no_grad()
+def validation(model: nn.Module, dataset: TensorDataset) -> float:
+    model.eval()
+    x, y, _ = dataset.tensors
+    loss = F.cross_entropy(model(x), y).item()
+    model.train()
+    return loss
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # for the case that the machine goes down, too
+    os.replace(new, path)
+
+
+def train(path: Path) -> nn.Module:
     torch.manual_seed(0)
-    model = data.network()
-    base = torch.optim.Adam(model.parameters(), lr=1e-3)
-    opt = fastdg.Fishr(base, anneal_steps=4)
-    if steps.start and file is not None:
-        state = torch.load(file, weights_only=True)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
+    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    miro = fastdg.MIRO(adam, model, layers=["0"])  # the oracle: the model as it is now
+    opt = fastdg.SWAD(fastdg.Fishr(miro, num_domains=2, anneal_steps=20), model)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=EPOCHS)
+    epoch = done = 0
+    if path.exists():  # after everything was made as in a new run
+        state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])  # Adam's moments, Fishr's history, settings and steps
-    for step, (x, y, domain) in enumerate(data.mixed()):
-        if step in steps:
+        opt.load_state_dict(state["opt"])
+        scheduler.load_state_dict(state["scheduler"])
+        epoch, done = state["epoch"], state["done"]
+        torch.set_rng_state(state["random"])  # on a GPU torch.cuda.set_rng_state_all as well
+
+    dataset, held_out = data(seed=1), data(seed=2)
+    while epoch < EPOCHS:
+        for x, y, domain in batches(dataset, epoch, done):
             losses = F.cross_entropy(model(x), y, reduction="none")
             opt.zero_grad()
             opt.backward(losses, domain)
             opt.step()
-    if file is not None:
-        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    return list(model.parameters())
+            done += 1
+            if done % 5 == 0:
+                state = {
+                    "model": model.state_dict(),
+                    "opt": opt.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "epoch": epoch,
+                    "done": done,
+                    "random": torch.get_rng_state(),
+                }
+                save(path, state)
+        opt.evaluate(validation(model, held_out))
+        scheduler.step()
+        epoch, done = epoch + 1, 0
+    opt.apply()
+    return model
 
 
-def main() -> None:
+def main(path: Path | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "checkpoint.pt")
-        train(range(0, 5), file)
-        resumed = train(range(5, 8), file)
-    whole = train(range(0, 8))
-    assert all(torch.equal(p, q) for p, q in zip(whole, resumed, strict=True))
-    print("resumed after 5 of 8 steps: the same weights, bit for bit")
+        model = train(path or Path(folder, "run.pt"))
+    print(f"validation loss of the averaged weights: {validation(model, data(seed=3)):.9f}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))

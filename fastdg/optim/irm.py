@@ -220,10 +220,7 @@ class IRM(Annealed):
                     "random numbers, as dropout does), so its logits are not known; pass them: "
                     "opt.backward(losses, domains, logits=logits)"
                 )
-        unscaled = accumulated(delta) / before.reshape(-1, *[1] * (delta.dim() - 1)).to(
-            delta.device
-        )
-        if batch.call is not None and not crossed(batch.losses, logits, unscaled):
+        if batch.call is not None and not crossed(batch.losses * before, logits, delta):
             warnings.warn(
                 f"{batch.call.where}: IRM takes what the head returns, {list(logits.shape)}, for "
                 "the logits, but the losses are not the cross-entropy of it (are they scaled after "

@@ -20,6 +20,7 @@ class Wrapping(Optimizer):
     """An optimizer whose groups, state and defaults are those of ``base``, by reference."""
 
     base: Optimizer
+    prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
     _scaler: GradScaler | None  # by whose factor it is too large
     _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it

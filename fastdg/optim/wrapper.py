@@ -55,7 +55,6 @@ class DomainOptimizer(Wrapping):
     that ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
-    prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
     penalises = True  # adds a term that an optimizer which ascends would turn around
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`

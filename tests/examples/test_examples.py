@@ -21,7 +21,7 @@ SAYS = {
     "log_statistics": "cosine",
     "miro_swad": "averaged",
     "quickstart": "on a new one",
-    "resume": "bit for bit",
+    "resume": "validation loss",
     "rise": "rise_distillation after 8 steps",
     "trainer_training": "16 steps",
 }

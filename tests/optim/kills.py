@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 
-import resume as documented
 import torch
 from runs import RUNS, resume, save
+
+from fastdg.examples import resume as documented
 
 CHECKPOINT, RESULT = "checkpoint.pt", "result.pt"
 
