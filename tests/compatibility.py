@@ -30,7 +30,7 @@ COLUMNS = {
 }
 
 # A test under tests/; with [*] it has a case for each wrapper of the column, by that name.
-NOT_YET = ""
+NO = ""
 LIGHTNING = "optim/test_lightning.py::test_"
 STATE = "optim/test_state.py::test_"
 MICRO_BATCHES = "optim/test_loops.py::test_micro_batches_are_the_full_batch[*]"
@@ -52,15 +52,15 @@ ROWS: dict[str, str | dict[str, str]] = {
     "`copy.deepcopy`, pickle": f"{STATE}copies_continue_alike_and_leave_the_original[*]",
     "`state_dict`, resumed bit for bit": f"{STATE}a_run_goes_on_bit_for_bit[*]",
     "a state of the bare optimizer": f"{STATE}state_of_the_bare_optimizer_loads[*]",
-    "`torch.distributed.checkpoint`": NOT_YET,
-    "kill -9, resumed bit for bit": NOT_YET,
-    "safetensors": NOT_YET,
-    "autocast to bfloat16": NOT_YET,
-    "float16 with `GradScaler`": NOT_YET,
-    "`DistributedDataParallel`": NOT_YET,
-    "FSDP2 (`fully_shard`)": NOT_YET,
-    "`torch.compile`": NOT_YET,
-    "DomainBed": NOT_YET,
+    "`torch.distributed.checkpoint`": "optim/test_checkpoints.py::test_from_disk_into_a_fresh_process[*]",
+    "kill -9, resumed bit for bit": "optim/test_kills.py::test_the_weights_are_those_of_a_run_that_was_not_killed",
+    "safetensors": "optim/test_checkpoints.py::test_safetensors[*]",
+    "autocast to bfloat16": "optim/test_amp.py::test_autocast[*]",
+    "float16 with `GradScaler`": "optim/test_amp.py::test_no_scale_leaves_a_trace[*]",
+    "`DistributedDataParallel`": NO,
+    "FSDP2 (`fully_shard`)": NO,
+    "`torch.compile`": NO,
+    "DomainBed": NO,
     "Lightning, automatic optimization": f"{LIGHTNING}automatic_optimization[*]",
     "Lightning, manual optimization": f"{LIGHTNING}manual_optimization[*]",
     "Accelerate": "optim/test_accelerate.py::test_training[*]",
@@ -74,23 +74,24 @@ def cells() -> list[tuple[str, str, str]]:
         (row, column, test)
         for row, tests in ROWS.items()
         for column in COLUMNS
-        if (test := tests if isinstance(tests, str) else tests.get(column, NOT_YET))
+        if (test := tests if isinstance(tests, str) else tests.get(column, NO))
     ]
 
 
 def table() -> str:
-    """In Markdown; each yes leads to its test, whose name shows under the pointer."""
+    """In Markdown; the tests of a row are linked in its last column."""
     told = {(row, column): test for row, column, test in cells()}
-    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + ":---:|" * len(COLUMNS)]
+    lines = [f"| | {' | '.join(COLUMNS)} | tested by |", "|---|" + ":---:|" * len(COLUMNS) + "---|"]
     for row in ROWS:
-        line = []
-        for column in COLUMNS:
-            path, _, name = told.get((row, column), NOT_YET).partition("::")
-            link = f'[yes](tests/{path} "{name.removesuffix("[*]")}")'
-            line.append(link if path else "not yet")
-        lines.append(f"| {row} | {' | '.join(line)} |")
+        tests = [told.get((row, column), NO) for column in COLUMNS]
+        line = ["yes" if test else "no" for test in tests]
+        links = []
+        for test in dict.fromkeys(filter(None, tests)):
+            path, _, name = test.partition("::")
+            links.append(f"[{name.removesuffix('[*]')}](tests/{path})")
+        lines.append(f"| {row} | {' | '.join(line)} | {', '.join(links)} |")
     caption = "Surgery and masks: " + ", ".join(COLUMNS["surgery, masks"])
-    return "\n".join([f"{caption}. Every yes leads to the test that says so.", "", *lines])
+    return "\n".join([f"{caption}.", "", *lines])
 
 
 def filled(text: str) -> str:
