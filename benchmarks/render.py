@@ -23,6 +23,9 @@ QUESTIONS = {
     "AND-mask, D=3": "Whole AND-mask training step, 3 domains",
     "PCGrad, D=3": "Whole PCGrad training step, 3 domains",
     "PCGrad, D=6": "The same, 6 domains",
+    "compiled Fishr, all layers": "Whole Fishr (all layers) training step in one compiled graph",
+    "compiled Fishr (head)": "Whole Fishr (head) training step in one compiled graph",
+    "compiled Agr-Sum, D=3": "Whole Agr-Sum training step in one compiled graph",
 }
 # The same for what starts from gradients that are there.
 GIVEN = {

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import pytest
 from cases import CASES
 from contenders import Case
 from timing import answer, parameters
 
 
-@pytest.mark.slow
 @parameters([case for case in CASES.values() if case.question.startswith("compiled")])
 def test_compiled(
     benchmark: Any, case: Case, name: str, smoke: bool, truths: dict[Any, Any]

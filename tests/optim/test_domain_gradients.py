@@ -121,7 +121,7 @@ def inverse_norms_of_some(gram: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ORDERED])
 def test_ids_that_cannot_be_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: who is absent is then known to the device alone."""
-    monkeypatch.setattr(domain_gradients, "_readable", lambda domains, num_domains: False)
+    monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
     model = net()
     other = copy.deepcopy(model)
     more = {"weighting": inverse_norms_of_some} if name == "GramSurgery" else {}
@@ -147,7 +147,7 @@ def test_one_domain_is_the_plain_gradient(
 ) -> None:
     """In training mode too; zeros among its entries are no disagreement."""
     if not readable:
-        monkeypatch.setattr(domain_gradients, "_readable", lambda domains, num_domains: False)
+        monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
     x, y, _ = batches(1)[0]
     for batch_norm in (True, False):
         if not batch_norm and not readable and name == "GramSurgery":
@@ -167,7 +167,7 @@ def test_batch_norm_in_training_mode_in_a_mixed_batch(
     readable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not readable:
-        monkeypatch.setattr(domain_gradients, "_readable", lambda domains, num_domains: False)
+        monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
     model = net(batch_norm=True)
     opt = fastdg.PCGrad(SGD(model.named_parameters(), lr=0.1), num_domains=3)
     x, y, d = batches(1)[0]
