@@ -15,11 +15,13 @@ from torch.optim import Optimizer
 from ..domains import partition
 from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
+from ..statistics.moments import rows
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, support
 from .batch import Batch
 from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
+from .ranks import Ranks, Whole
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -67,6 +69,8 @@ class DomainOptimizer(Wrapping):
     _told: list[Told]  # what terms have to say of everything staged
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _statistics: dict[str, Tensor]
+    _ranks: Ranks
+    _whole: Whole  # what the last final `backward` was of
     _loading = False
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
@@ -80,6 +84,8 @@ class DomainOptimizer(Wrapping):
         "_statistics",
         "_model",
         "_loaded",
+        "_ranks",
+        "_whole",
     )
     _patched = ("step", "_opt_called")
 
@@ -155,21 +161,23 @@ class DomainOptimizer(Wrapping):
                 self._defer()
                 return accumulated(losses.detach()).mean()
             (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
+            self._whole = self._meet(staged)
             with paused(), all_or_nothing(self.param_groups):
                 loss = self._gradient(staged)
             if self._tape.recorder.handles:
                 spent(part for batch in staged for part in batch.roots)
-        except BaseException:
+            self._statistics = merged(heard, self._statistics, self._whole)
+        except BaseException as error:
             self._staged, self._told = [], []
+            self._ranks.part(error if final else None)
             raise
-        self._statistics = merged(heard, self._statistics)
+        self._ranks.part()
         for link in chain(self):
             link._ready = True
         return loss
 
     def _stage(self, losses: Tensor, domains: Tensor, inputs: dict[str, Any]) -> None:
         check_losses(losses)
-        support.refuse_ranks(type(self).__name__)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
             self._rewatch()
@@ -190,6 +198,15 @@ class DomainOptimizer(Wrapping):
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         parts = partition(domains, losses, self.num_domains)
         return Batch(losses, parts, self._tape.resolve(losses), terms)
+
+    def _meet(self, staged: Sequence[Any]) -> Whole:
+        """What this rank's batch is a part of."""
+        counts = [batch.partition.count for batch in staged]
+        domains = max(map(len, counts))
+        count = torch.stack([rows(count, domains) for count in counts]).sum(0)
+        used = [list(batch.resolved.chosen) for batch in staged]
+        samples = sum(len(batch.losses) for batch in staged)
+        return self._ranks.meet(type(self).__name__, count, samples, used)
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
@@ -364,6 +381,9 @@ class DomainOptimizer(Wrapping):
             model = nn.ModuleList([model, *(m for term in terms_of(self) for m in term.modules())])
         self._tape = Tape(Recorder(self._names, model), self.params, self.check)
         self._watched = self._size()
+        if "_ranks" not in self.__dict__:
+            inner = isinstance(self.base, DomainOptimizer)
+            self._ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
 
     def _known(self) -> dict[Tensor, str]:
         """Names of parameters that wrappers inside have."""
