@@ -39,6 +39,7 @@ import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,9 +116,8 @@ class Whole:
 
     def _shared(self, values: Tensor, count: Tensor) -> Tensor:
         """This rank's part of a mean by domain ``[D, *]``."""
-        share = rows(count, self.counts.shape[1]) / self.count.clamp(min=1)
-        wide = share.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
-        return rows(values, len(share)) * wide
+        share = rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
+        return rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
 
     def rest(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Summed gradients of tensors that the optimizer does not have: of the parameters among
@@ -228,6 +228,19 @@ class Ranks:
             self.wait(work)
         return out
 
+    def mean(self, value: float) -> float:
+        """The mean of each rank's number."""
+        if self.size == 1:
+            return value
+        number = torch.tensor([value], dtype=torch.float64, device=self._meeting_place(None))
+        return float(self.all_reduce([number])[0]) / self.size
+
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """What rank 0 has of a tensor that lies on the CPU."""
+        sent = tensor.to(self._meeting_place(None), copy=True)
+        self.wait(self.start(partial(distributed.broadcast, group_src=0), sent))
+        return sent.cpu()
+
     def start(self, collective: Any, *args: Any) -> Any:
         """Begin a collective operation; `wait` for what this returns."""
         try:
@@ -325,7 +338,8 @@ class Ranks:
         if not self.compared:
             for p in trained:
                 if not sharded(p):
-                    weights = zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy(), weights)
+                    flat = p.detach().cpu().flatten().view(torch.uint8)
+                    weights = zlib.crc32(flat.numpy().tobytes(), weights)
         return place, weights
 
     def _compare(self, told: Tensor) -> None:
@@ -345,9 +359,7 @@ class Ranks:
         done = {id(p) for m, reduces in self.engines.items() if reduces for p in m.parameters()}
         self.engines.update(dict.fromkeys(list(self.engines), False))
         left = [
-            p
-            for p in self.parameters
-            if p.requires_grad and not sharded(p) and id(p) not in done
+            p for p in self.parameters if p.requires_grad and not sharded(p) and id(p) not in done
         ]
         if not left:
             return

@@ -189,6 +189,9 @@ class SWAD(Unwatched):
     def evaluate(self, validation_loss: float | Tensor) -> None:
         """End a segment with the validation loss of the model as it is.
 
+        On several ranks all of them call this, each with the loss on the samples it has looked at,
+        and the mean of these counts.
+
         Raises:
             ValueError: the loss is not a finite number.
             RuntimeError: no step was made since the last evaluation.
@@ -196,6 +199,7 @@ class SWAD(Unwatched):
         loss = float(validation_loss)
         if not math.isfinite(loss):
             raise ValueError(f"validation_loss: expected a finite number, got {loss}")
+        loss = self._ranks.mean(loss)
         if self.finished:
             return
         group = self.param_groups[0]
