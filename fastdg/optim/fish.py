@@ -20,6 +20,12 @@ from .settings import Setting, check_steps, check_switch, check_weight, checked
 from .weighted import Losses, Weighted
 from .wrapper import Closure
 
+ONE_DOMAIN = (
+    "domains: Fish takes its steps on one domain after the other, so a batch holds the samples of "
+    "one: draw each batch from one domain, or split a mixed one and call backward and step for "
+    "each part (domains == d)"
+)
+
 
 @dataclass
 class Single(Batch):
@@ -135,18 +141,16 @@ class Fish(Weighted):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         batch = super()._batch(losses, domains, terms)
         ids = domains if domains.device.type == "cpu" else batch.partition.domains
-        message = (
-            "domains: Fish takes its steps on one domain after the other, so a batch holds the "
-            "samples of one: draw each batch from one domain, or split a mixed one and call "
-            "backward and step for each part (domains == d)"
-        )
-        check_same(ids, ids[0], message)
+        check_same(ids, ids[0], ONE_DOMAIN)
         if self._staged:
             first = self._staged[0].domain.to(ids.device)
-            check_same(ids, first, f"{message}, micro-batches with final=False among them")
+            check_same(ids, first, f"{ONE_DOMAIN}, micro-batches with final=False among them")
         return Single(losses, batch.partition, batch.resolved, terms, ids[0])
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._ranks.size > 1:
+            (ids,) = losses.present.cpu().nonzero(as_tuple=True)
+            check_same(ids, ids[0], f"{ONE_DOMAIN}, on all ranks")
         return losses.shares, self._meta
 
     def _evaluate(self, closure: Closure) -> Tensor:

@@ -159,10 +159,16 @@ def deliver(p: Tensor, grad: Tensor) -> None:
 
 
 @contextmanager
-def all_or_nothing(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """What is written to ``.grad`` inside is added to what was there, unless it fails."""
+def all_or_nothing(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
+    """What is written to ``.grad`` inside is added to what was there, unless it fails.
+
+    ``copied``: whether that lies in memory which is written to inside, too, as it may if
+    DistributedDataParallel has made it.
+    """
     parameters = [p for group in groups for p in group["params"]]
     before = [(p, p.grad) for p in parameters if p.grad is not None]
+    if copied:
+        before = [(p, grad.clone()) for p, grad in before]
     for p, _ in before:
         p.grad = None
     try:

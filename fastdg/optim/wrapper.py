@@ -162,7 +162,7 @@ class DomainOptimizer(Wrapping):
                 return accumulated(losses.detach()).mean()
             (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
             self._whole = self._meet(staged)
-            with paused(), all_or_nothing(self.param_groups):
+            with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
                 loss = self._gradient(staged)
             if self._tape.recorder.handles:
                 spent(part for batch in staged for part in batch.roots)

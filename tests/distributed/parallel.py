@@ -220,3 +220,54 @@ def counting(sent: dict[str, int]) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(distributed, name, original)
+
+
+def errors(function: Callable[[], Any]) -> str:
+    """What it raises, in short."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def setup(wrap: str = "VREx", **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Net()
+    network = DistributedDataParallel(model, **options)
+    return network, WRAPS[wrap](SGD(model.parameters(), lr=0.1), model)
+
+
+def losses_of(network: nn.Module, samples: int = 6) -> Tensor:
+    x = torch.randn(samples, 2, 6, 6)
+    return F.cross_entropy(network(x), torch.arange(samples) % 3, reduction="none")
+
+
+def one_fails(rank: int, world: int) -> str:
+    network, opt = setup()
+    losses, domains = losses_of(network), torch.arange(6) % 3
+    last = rank == world - 1
+    text = errors(lambda: opt.backward(losses.mean() if last else losses, domains))
+    opt.zero_grad()
+    opt.backward(losses_of(network), domains)
+    opt.step()
+    return text
+
+
+def differ(case: str, rank: int, world: int) -> str:
+    """The error of a training in which the ranks do not do the same."""
+    wrap = {"used": "IGA", "domains": "Fish"}.get(case, "VREx")
+    network, opt = setup(wrap, **({"static_graph": True} if case == "static" else {}))
+    model: Any = network.module
+    domains = torch.arange(6) % 3
+    if case == "domains":
+        domains = torch.full((6,), rank)
+    if case == "weights" and rank:
+        with torch.no_grad():
+            model.head.bias.add_(1)
+    if case == "steps" and rank:
+        opt.param_groups[0]["vrex_steps"] = 7
+    network = model if case == "used" else network
+    if case == "used" and rank:
+        model.body.bias.requires_grad_(False)
+    return errors(lambda: opt.backward(losses_of(network), domains))
