@@ -130,7 +130,7 @@ class DomainGradientOptimizer(DomainOptimizer):
             before = gathered.spread(gathered.count, 0)
             domains = max(len(count), len(before))
             count = rows(count, domains) + rows(before, domains)
-        others = [p.shape for p in batch.resolved.found.leaves if p not in self._names]
+        others = [p.shape for p in batch.resolved.rest]
         return self._ranks.meet(type(self).__name__, count, samples, others)
 
     def _defer(self) -> None:

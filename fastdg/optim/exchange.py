@@ -25,6 +25,7 @@ from ..statistics.factors import Agreement
 from ..statistics.moments import rows
 from .gathering import Gathered, Gradients, Swept, moved
 from .ranks import BUCKET, Ranks, Whole
+from .sharding import local, part_sizes, sharded
 
 FLYING = 2  # buckets on their way at a time; more would only take memory
 
@@ -51,7 +52,7 @@ class Bucket:
     def __init__(self, parameters: list[Tensor], size: int) -> None:
         self.parameters, self.missing = parameters, set(parameters)
         self.places = {p: place for place, p in enumerate(parameters)}
-        self.pieces = [[_piece(p.numel(), size, rank) for p in parameters] for rank in range(size)]
+        self.pieces = list(zip(*(part_sizes(p, size) for p in parameters), strict=True))
         self.lengths = [sum(pieces) for pieces in self.pieces]
 
     def put(self, p: Tensor, rows: Sequence[Tensor], weights: Tensor) -> None:
@@ -90,12 +91,6 @@ class Bucket:
         for d, row in zip(ids, self.received.view(len(ids), -1), strict=True):
             found[d] = found[d].add_(row) if d in found else row
         return found
-
-
-def _piece(numel: int, size: int, rank: int) -> int:
-    """How many of a parameter's entries a rank answers for."""
-    most = -(-numel // size)
-    return max(0, min(most, numel - rank * most))
 
 
 class Shared(Gradients):
@@ -166,9 +161,9 @@ class Shared(Gradients):
 
     def _buckets(self) -> list[Bucket]:
         """In the order of a backward, as far as it is that of the parameters, backwards."""
-        alike: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
+        alike: dict[tuple[torch.dtype, torch.device, bool], list[list[Tensor]]] = {}
         for p in reversed(self.parameters):
-            runs = alike.setdefault((_dtype(p), p.device), [[]])
+            runs = alike.setdefault((_dtype(p), p.device, sharded(p)), [[]])
             if sum(q.numel() for q in runs[-1]) + p.numel() > BUCKET // 2 and runs[-1]:
                 runs.append([])
             runs[-1].append(p)
@@ -215,14 +210,19 @@ class Shared(Gradients):
 
 
 class _Returned:
-    """Combined pieces on their way to all ranks."""
+    """Combined pieces on their way to all ranks; those of sharded parameters stay."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+        self.ranks, self.made = ranks, dict[Tensor, Tensor]()
         self.flying: list[tuple[Bucket, Tensor, Any]] = []
 
     def send(self, bucket: Bucket, piece: Tensor) -> None:
         """Give all ranks this one's piece of a bucket."""
+        if sharded(bucket.parameters[0]):
+            pieces = piece.split(bucket.pieces[self.ranks.rank])
+            for p, part in zip(bucket.parameters, pieces, strict=True):
+                self.made[p] = part.view(local(p).shape)
+            return
         received, size = piece.new_empty(sum(bucket.lengths)), self.ranks.size
         work = self.ranks.start(
             distributed.all_to_all_single,
@@ -234,8 +234,7 @@ class _Returned:
         self.flying.append((bucket, received, work))
 
     def all(self) -> dict[Tensor, Tensor]:
-        """Wait for them: parameter -> the combined gradient."""
-        made: dict[Tensor, Tensor] = {}
+        """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
         for bucket, received, work in self.flying:
             self.ranks.wait(work)
             parts = [
@@ -243,8 +242,8 @@ class _Returned:
                 for block, pieces in zip(received.split(bucket.lengths), bucket.pieces, strict=True)
             ]
             for p, of_ranks in zip(bucket.parameters, zip(*parts, strict=True), strict=True):
-                made[p] = torch.cat(of_ranks).view(p.shape)
-        return made
+                self.made[p] = torch.cat(of_ranks).view(p.shape)
+        return self.made
 
 
 def _dtype(p: Tensor) -> torch.dtype:

@@ -17,6 +17,7 @@ from .buffers import KINDS, Before, Buffers
 from .closures import asks_for_domain, check_same, losses_of
 from .loading import Kept
 from .settings import Setting, check_steps, check_switch, check_weight, checked
+from .sharding import local
 from .weighted import Losses, Weighted
 from .wrapper import Closure
 
@@ -213,7 +214,11 @@ class Fish(Weighted):
         for p in kept:
             alike.setdefault((p.device, p.dtype), []).append(p)
         squares = [
-            ops.meta_step(tensors, [kept[p] for p in tensors], self.meta_lr)
+            ops.meta_step(
+                [local(p.detach()) for p in tensors],
+                [local(kept[p]) for p in tensors],
+                self.meta_lr,
+            )
             for tensors in alike.values()
         ]
         self._buffers.interpolate(self._noted, self.meta_lr)

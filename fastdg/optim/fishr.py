@@ -158,8 +158,7 @@ class Fishr(Annealed):
         parts: list[DomainMoments] = []
         rest: dict[Tensor, Tensor] = {}
         for batch in staged:
-            tracked = set(batch.resolved.chosen.values())
-            others = [p for p in batch.resolved.found.leaves if p not in tracked]
+            others = batch.resolved.rest
             moments, grads = moments_of(
                 batch.losses,
                 batch.resolved,

@@ -174,9 +174,8 @@ class Swept(Own):
 
     def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
-        found, owned, chosen = self.batch.resolved
-        tracked = set(chosen.values())
-        rest = [leaf for leaf in found.leaves if leaf not in tracked]
+        found, owned, chosen, _ = self.batch.resolved
+        rest = self.batch.resolved.rest
         made: dict[Tensor, T] = {}
 
         def use(name: str, factor: Factor) -> None:
@@ -231,9 +230,9 @@ class Gathered(Own):
 
     def _add_alone(self, batch: DomainBatch) -> None:
         """One domain's gradient is autograd's own, whatever its samples do with each other."""
-        found, _, chosen = batch.resolved
-        tracked = set(chosen.values())
-        leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
+        resolved = batch.resolved
+        tracked = {leaf: resolved.chosen[name] for name, leaf in resolved.leaves.items()}
+        leaves = [*tracked, *resolved.rest]
         samples = batch.losses.shape[0]
         scale = 0.5 ** (samples - 1).bit_length()  # about the mean, exactly: fp16 may not overflow
         weight = torch.full_like(batch.total, scale)
@@ -245,9 +244,9 @@ class Gathered(Own):
                 self._add_rest(p, grad / scale)
                 continue
             if grad.layout != torch.strided:
-                self.sparse.add(p)
+                self.sparse.add(tracked[p])
                 grad = grad.to_dense()
-            self._add(p, batch.ids[0], accumulated(grad) / scale)
+            self._add(tracked[p], batch.ids[0], accumulated(grad) / scale)
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})

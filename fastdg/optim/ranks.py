@@ -35,6 +35,7 @@ one number an evaluation.
 
 from __future__ import annotations
 
+import sys
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ from torch.optim import Optimizer
 
 from ..statistics.moments import DomainMoments, rows
 from .notes import Hook
+from .sharding import sharded
 
 BUCKET = 1 << 22  # entries that are sent at a time
 INLINE = 64  # domains whose counts go along with the first message
@@ -136,6 +138,7 @@ class Whole:
         """
         if self.ranks.size > 1:
             weights = [weight * self.ranks.size for weight in weights]
+        self.ranks.release()
         torch.autograd.backward(list(roots), list(weights))
         self.ranks.average()
 
@@ -167,6 +170,7 @@ class Ranks:
         self.engines: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.handles: list[Any] = []
         self.compared = self.met = False
+        self._mesh: Any = None  # of FSDP2; False: there is none
         weakref.finalize(self, _remove, self.handles).atexit = False
         if self.size > 1:
             self._look()
@@ -185,13 +189,15 @@ class Ranks:
 
     def _see(self, module: nn.Module, args: Any) -> None:
         module = getattr(module, "_orig_mod", module)  # of a compiled one
-        if isinstance(module, DistributedDataParallel) and torch.is_grad_enabled():
-            if module not in self.engines:
-                trained = {id(p) for p in self.parameters}
-                if all(id(p) not in trained for p in module.parameters()):
-                    return
-            reduces = self.engines.get(module, False) or module.require_backward_grad_sync
-            self.engines[module] = reduces
+        engine = isinstance(module, (DistributedDataParallel, *_fsdp()))
+        if not engine or not torch.is_grad_enabled():
+            return
+        if module not in self.engines and not isinstance(module, _fsdp()):
+            trained = {id(p) for p in self.parameters}
+            if all(id(p) not in trained for p in module.parameters()):
+                return
+        syncs = getattr(module, "require_backward_grad_sync", False)
+        self.engines[module] = self.engines.get(module, False) or syncs
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
@@ -199,7 +205,10 @@ class Ranks:
         for module in self.engines:
             if isinstance(module, DistributedDataParallel):
                 return module.process_group
-        return None
+        if self._mesh is None:
+            parts: list[Any] = [p for p in self.parameters if sharded(p)]
+            self._mesh = parts[0].device_mesh if parts else False
+        return self._mesh.get_group() if self._mesh else None
 
     @property
     def size(self) -> int:
@@ -381,11 +390,52 @@ class Ranks:
     def _check_engines(self) -> None:
         """Raise if the gradients are reduced in a way that this does not go along with."""
         for module in self.engines:
-            if isinstance(module, DistributedDataParallel) and module.static_graph:
+            if getattr(module, "static_graph", False):
                 raise RuntimeError(
                     f"{self.name}: DistributedDataParallel(static_graph=True) takes the first "
                     "backward pass of any kind for that of the training step; leave it out"
                 )
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise RuntimeError(
+                    f"{self.name}: FullyShardedDataParallel makes one flat parameter of many, "
+                    "whose statistics are not known; use torch.distributed.fsdp.fully_shard"
+                )
+        parts: list[Any] = [p for p in self.parameters if sharded(p)]
+        if parts and not any(isinstance(module, _fsdp()) for module in self.engines):
+            raise RuntimeError(
+                f"{self.name}: its parameters are DTensors, but no module under fully_shard has "
+                "run; tensor parallelism is not supported"
+            )
+        for p in parts:
+            if p.device_mesh.ndim > 1 or not p.placements[0].is_shard(0):
+                raise RuntimeError(
+                    f"{self.name}: a parameter lies as {p.placements} on a mesh of "
+                    f"{p.device_mesh.ndim} dimensions; only fully_shard on a mesh of one "
+                    "dimension, along the first dimension of the parameters, is supported"
+                )
+
+    # -- FSDP2 --
+
+    def hold(self) -> None:
+        """Backward passes from now on are for statistics: FSDP2 is to reduce nothing, and to keep
+        its parameters, which a second derivative needs again."""
+        self._set(False)
+
+    def release(self) -> None:
+        """The next backward is that of the training step."""
+        self._set(True)
+
+    def free(self) -> None:
+        """Parameters that were kept are needed no more."""
+        for module in self._set(True):
+            module.reshard()
+
+    def _set(self, training: bool) -> list[Any]:
+        modules: list[Any] = [m for m in self.engines if hasattr(m, "set_reshard_after_backward")]
+        for module in modules:
+            module.set_requires_gradient_sync(training, recurse=False)
+            module.set_reshard_after_backward(training, recurse=False)
+        return modules
 
 
 _ELSEWHERE = (
@@ -404,14 +454,17 @@ _USED = (
 )
 
 
+def _fsdp() -> tuple[type, ...]:
+    """What FSDP makes of modules, if it was imported."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    if loaded is None:
+        return ()
+    return loaded.FSDPModule, loaded.FullyShardedDataParallel
+
+
 def _remove(handles: list[Any]) -> None:
     while handles:
         handles.pop().remove()
-
-
-def sharded(p: Tensor) -> bool:
-    """Whether each rank has a part of it."""
-    return hasattr(p, "device_mesh")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

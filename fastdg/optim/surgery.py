@@ -13,6 +13,7 @@ from .domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from .drawing import DrawingOptimizer
 from .gathering import Gradients, moved
 from .settings import Setting, check_reduction, check_switch, checked
+from .sharding import own_part
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -131,8 +132,8 @@ class AgrRand(DrawingOptimizer):
         device = next(iter(combined)).device if self.generator is None else self.generator.device
         source = self._source(device)
         for p, grad in combined.items():
-            noise = torch.randn(grad.shape, generator=source, dtype=grad.dtype, device=device)
-            noise = moved(noise, grad.device).mul_(sigma)
+            noise = torch.randn(p.shape, generator=source, dtype=grad.dtype, device=device)
+            noise = moved(own_part(p, noise), grad.device).mul_(sigma)
             # A sum of what has one sign is 0 only where the mask is
             combined[p] = torch.where(grad == 0, noise, grad)
         self._remember()

@@ -19,7 +19,7 @@ from .batch import Batch, domain_means, loss_sums, shared_terms, total_loss
 from .ranks import Whole
 from .wrapper import DomainOptimizer
 
-UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {})
+UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {}, {})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..statistics.selection import select
 from ..statistics.tape import Selection
+from .sharding import like_parameter
 
 
 class Wrapping(Optimizer):
@@ -136,7 +137,7 @@ def fresh_state(base: Optimizer) -> Mapping[Any, Any]:
 
 def accumulate(p: Tensor, grad: Tensor) -> None:
     """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
-    grad = grad.to(p.dtype)
+    grad = like_parameter(p, grad.to(p.dtype))
     if p.grad is None:
         if grad.layout == torch.strided and grad.stride() != p.stride():
             grad = torch.empty_like(p).copy_(grad)

@@ -156,6 +156,7 @@ class DomainOptimizer(Wrapping):
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
+            self._ranks.hold()
             self._stage(losses, domains, inputs)
             if not final:
                 self._defer()
@@ -171,6 +172,8 @@ class DomainOptimizer(Wrapping):
             self._staged, self._told = [], []
             self._ranks.part(error if final else None)
             raise
+        finally:
+            self._ranks.free()
         self._ranks.part()
         for link in chain(self):
             link._ready = True
@@ -204,7 +207,7 @@ class DomainOptimizer(Wrapping):
         counts = [batch.partition.count for batch in staged]
         domains = max(map(len, counts))
         count = torch.stack([rows(count, domains) for count in counts]).sum(0)
-        used = [list(batch.resolved.chosen) for batch in staged]
+        used = sorted({name for batch in staged for name in batch.resolved.chosen})
         samples = sum(len(batch.losses) for batch in staged)
         return self._ranks.meet(type(self).__name__, count, samples, used)
 

@@ -26,11 +26,19 @@ class Resolved(NamedTuple):
         found: the calls that use one of the parameters asked for.
         owned: local -> full names of the parameters that each call answers for.
         chosen: the parameters asked for that were used.
+        leaves: the tensors that the forward used as these, which FSDP2 makes others.
     """
 
     found: Found
     owned: dict[Call, dict[str, str]]
     chosen: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+
+    @property
+    def rest(self) -> list[Tensor]:
+        """Other tensors that a backward gives a ``.grad``."""
+        tracked = set(self.leaves.values())
+        return [leaf for leaf in self.found.leaves if leaf not in tracked]
 
 
 class Tape:
@@ -50,7 +58,8 @@ class Tape:
         found = find(root, self.recorder, until=self.recorder.last if head else None)
         if not any(call.parameters for call in found.calls):
             raise _unseen()
-        owned = adopt(found, {id(p): name for name, p in named.items()})
+        leaf = self.recorder.leaf
+        owned = adopt(found, {id(leaf(p)): name for name, p in named.items()})
         if head:
             last = choose_head(found).calls
             chosen = {name: named[name] for call in last for name in owned[call].values()}
@@ -62,7 +71,7 @@ class Tape:
             wanted = {name: p for name, p in named.items() if selected(name, p)}
             chosen = {name: p for name, p in wanted.items() if name in used}
             if self.check:
-                unused = [(name, p) for name, p in wanted.items() if name not in used]
+                unused = [(name, leaf(p)) for name, p in wanted.items() if name not in used]
                 self.checks.refuse_unseen([name for name, p in unused if id(p) in leaves])
                 if found.hidden:
                     self.checks.refuse_hidden([name for name, _ in unused])
@@ -74,19 +83,21 @@ class Tape:
         calls = [call for call in found.calls if chosen.keys() & owned[call].values()]
         refuse_mixing(found, calls)
         found = found.keep(calls)
+        used_as = {name: leaf(p) for name, p in chosen.items()}
         if self.check and not any(call.forgotten for call in calls):
-            self.checks.verify(losses, found, owned, chosen)
-        return Resolved(found, owned, chosen)
+            self.checks.verify(losses, found, owned, used_as)
+        return Resolved(found, owned, chosen, used_as)
 
     def reached(self, losses: Tensor) -> Resolved:
         """The tracked parameters below ``losses``, of which the sum over the samples is wanted."""
         assert losses.grad_fn is not None
         found = find(losses.grad_fn, self.recorder)
         leaves = {id(leaf) for leaf in found.leaves}
-        chosen = {name: p for p, name in self.recorder.names.values() if id(p) in leaves}
+        used = {name: self.recorder.leaf(p) for p, name in self.recorder.names.values()}
+        chosen = {name: p for p, name in self.recorder.names.values() if id(used[name]) in leaves}
         if not chosen:
             raise _unseen()
-        return Resolved(found, {}, chosen)
+        return Resolved(found, {}, chosen, {name: used[name] for name in chosen})
 
 
 def _unseen() -> RuntimeError:
@@ -189,7 +200,7 @@ def _by_name(
         with torch.no_grad():
             out[name] = compute(factor)
 
-    found, owned, chosen = tape.resolve(losses)
+    found, owned, chosen, _ = tape.resolve(losses)
     collect(losses, found, owned, chosen.__contains__, use, retain_graph=retain_graph)
     if not retain_graph:
         spent([losses])

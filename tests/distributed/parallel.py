@@ -186,7 +186,7 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
         seen.append({k: v.clone() for k, v in opt.statistics.items()})
         messages.append(dict(sent))
     averaged = dict(opt.averaged().module.state_dict()) if run.wrap.startswith("SWAD") else None
-    return Result(dict(model.state_dict()), seen, averaged, messages)
+    return Result({k: p.detach() for k, p in model.named_parameters()}, seen, averaged, messages)
 
 
 def counted(
@@ -195,7 +195,7 @@ def counted(
     """The hook of a DistributedDataParallel that counts what goes through it."""
     sent["reducer"] = sent.get("reducer", 0) + 2 * bucket.buffer().numel()
     world = distributed.get_world_size()
-    work = distributed.all_reduce(bucket.buffer().div_(world), async_op=True)
+    work = distributed.group.WORLD.allreduce([bucket.buffer().div_(world)])
     return work.get_future().then(lambda future: future.value()[0])
 
 

@@ -91,8 +91,8 @@ NUMBERS = {
 
 @pytest.mark.parametrize(("wrap", "split"), NUMBERS)
 def test_what_is_sent(pool: Pool, wrap: str, split: str) -> None:
-    sent = pool.run(W, train, Run(wrap, split, counted=True, steps=2))[0].sent
-    assert sent[-1] == {"counts": 2 * 70 * W, **NUMBERS[wrap, split]}
+    sent = pool.run(W, train, Run(wrap, split, counted=True, steps=3))[0].sent
+    assert sent[1] == {"counts": 2 * 70 * W, **NUMBERS[wrap, split]}
 
 
 def test_a_rank_fails(pool: Pool) -> None:
