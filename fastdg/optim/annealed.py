@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .chain import innermost
 from .settings import Setting, check_count, check_switch, check_weight
+from .wrapped import fresh_state
 from .wrapper import DomainOptimizer
 
 
@@ -25,7 +27,9 @@ class Annealed(DomainOptimizer):
 
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
-            self._reset_base()
+            state = fresh_state(innermost(self.base))
+            self.state.clear()
+            self.state.update(state)
 
     def settings(self) -> dict[str, Any]:
         own = ("penalty_weight", "anneal_steps", "pre_anneal_weight", "reset_base")

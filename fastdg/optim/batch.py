@@ -12,7 +12,8 @@ from torch import Tensor
 from ..domains import Partition
 from ..statistics.api import Resolved
 from ..statistics.factors import accumulated
-from .ranks import Whole
+from ..statistics.moments import rows
+from .whole import Whole
 
 
 class Added(NamedTuple):
@@ -41,6 +42,15 @@ class Batch:
     def roots(self) -> list[Tensor]:
         """Where its graph begins."""
         return [self.losses] if self.terms is None else [self.losses, self.terms]
+
+
+def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
+    """Samples of each domain ``[D]``, of all, and the names of the parameters looked at."""
+    counts = [batch.partition.count for batch in staged]
+    domains = max(map(len, counts))
+    count = torch.stack([rows(count, domains) for count in counts]).sum(0)
+    used = sorted({name for batch in staged for name in batch.resolved.chosen})
+    return count, sum(len(batch.losses) for batch in staged), used
 
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .batch import Added
-from .ranks import Whole
+from .whole import Whole
 from .wrapped import Wrapping
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ..statistics.collect import MixedSamples
 from ..statistics.moments import rows
 from .exchange import Shared
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
-from .ranks import Whole
+from .whole import Whole
 from .wrapped import deliver
 from .wrapper import DomainOptimizer
 

@@ -24,8 +24,9 @@ from .. import ops
 from ..statistics.factors import Agreement
 from ..statistics.moments import rows
 from .gathering import Gathered, Gradients, Swept, moved
-from .ranks import BUCKET, Ranks, Whole
+from .ranks import BUCKET, Ranks
 from .sharding import local, part_sizes, sharded
+from .whole import Whole
 
 FLYING = 2  # buckets on their way at a time; more would only take memory
 

@@ -21,9 +21,9 @@ from ..statistics.tape import Call, paused
 from .annealed import Annealed
 from .batch import Batch, descend
 from .chain import terms_of
-from .ranks import Whole
 from .settings import checked
 from .weighted import UNSEEN, Losses, check_reached, refuse_again
+from .whole import Whole
 from .wrapper import Closure
 
 

@@ -35,122 +35,23 @@ one number an evaluation.
 
 from __future__ import annotations
 
-import sys
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from ..statistics.moments import DomainMoments, rows
-from .notes import Hook
+from .engines import Engines
 from .sharding import sharded
+from .whole import Whole
 
 BUCKET = 1 << 22  # entries that are sent at a time
 INLINE = 64  # domains whose counts go along with the first message
 HEADER = 6
-
-
-@dataclass(frozen=True)
-class Whole:
-    """The batch of all ranks together.
-
-    Attributes:
-        ranks: they.
-        counts: samples of each rank and domain, ``[W, D]``, on the device of the losses.
-        samples: number of all samples, N.
-    """
-
-    ranks: Ranks
-    counts: Tensor
-    samples: int
-
-    @property
-    def count(self) -> Tensor:
-        """Samples of each domain, ``[D]``."""
-        return self.counts.sum(0)
-
-    @property
-    def before(self) -> Tensor:
-        """Samples of each domain that the ranks before this one have, ``[D]``."""
-        return self.counts[: self.ranks.rank].sum(0)
-
-    def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each summed over the ranks; differentiable.
-
-        Every rank makes the same objective of the sums, so the gradient that arrives at one is that
-        of the objective by it, on all ranks, and this rank's part of it takes it as it is.
-        """
-        if self.ranks.size == 1:
-            return list(tensors)
-        return list(_Total.apply(self.ranks, *tensors))
-
-    def moments(self, own: DomainMoments) -> DomainMoments:
-        r"""Those of all ranks, from each one's; differentiable.
-
-        .. math:: m = \sum_r \tfrac{n_r}{n} m_r, \qquad v = \sum_r \tfrac{n_r}{n}\left(v_r + (m_r -
-                  m)^2\right)
-        """
-        if self.ranks.size == 1:
-            return own
-        means = self.means(own)
-        # Of v the derivatives by m add up to 0
-        apart = [
-            v + (rows(own.mean[name], len(v)) - means[name].detach()[: len(v)]).square()
-            for name, v in own.variance.items()
-        ]
-        variance = self.total([self._shared(v, own.count) for v in apart])
-        return DomainMoments(means, dict(zip(means, variance, strict=True)), self.count)
-
-    def means(self, own: DomainMoments) -> dict[str, Tensor]:
-        """The means of `moments` alone."""
-        if self.ranks.size == 1:
-            return own.mean
-        shared = self.total([self._shared(mean, own.count) for mean in own.mean.values()])
-        return dict(zip(own.mean, shared, strict=True))
-
-    def _shared(self, values: Tensor, count: Tensor) -> Tensor:
-        """This rank's part of a mean by domain ``[D, *]``."""
-        share = rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
-        return rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
-
-    def rest(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Summed gradients of tensors that the optimizer does not have: of the parameters among
-        them, those of all ranks."""
-        shared = [p for p in sums if isinstance(p, nn.Parameter)]
-        if self.ranks.size == 1 or not shared:
-            return sums
-        totals = self.ranks.all_reduce([sums[p] for p in shared])
-        return {**sums, **dict(zip(shared, totals, strict=True))}
-
-    def backward(self, roots: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Run backward from this rank's roots, and add up what all ranks' backwards give.
-
-        Gradients are averaged over ranks by DistributedDataParallel and FSDP2, so that the weights
-        are multiplied by their number.
-        """
-        if self.ranks.size > 1:
-            weights = [weight * self.ranks.size for weight in weights]
-        self.ranks.release()
-        torch.autograd.backward(list(roots), list(weights))
-        self.ranks.average()
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ranks.all_reduce(tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *grads
 
 
 class Ranks:
@@ -165,15 +66,10 @@ class Ranks:
 
     def __init__(self, opt: Optimizer) -> None:
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
-        # Modules that reduce gradients -> whether they will those of the forwards since the last
-        # backward
-        self.engines: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-        self.handles: list[Any] = []
+        self.engines = Engines(lambda: self.parameters)
         self.compared = self.met = False
-        self._mesh: Any = None  # of FSDP2; False: there is none
-        weakref.finalize(self, _remove, self.handles).atexit = False
         if self.size > 1:
-            self._look()
+            self.engines.look()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -182,33 +78,10 @@ class Ranks:
         assert opt is not None
         return [p for group in opt.param_groups for p in group["params"]]
 
-    def _look(self) -> None:
-        """Until the ranks have met, look at every module that runs for one that reduces."""
-        if not self.handles:
-            self.handles.append(register_module_forward_pre_hook(Hook(self, "_see")))
-
-    def _see(self, module: nn.Module, args: Any) -> None:
-        module = getattr(module, "_orig_mod", module)  # of a compiled one
-        engine = isinstance(module, (DistributedDataParallel, *_fsdp()))
-        if not engine or not torch.is_grad_enabled():
-            return
-        if module not in self.engines and not isinstance(module, _fsdp()):
-            trained = {id(p) for p in self.parameters}
-            if all(id(p) not in trained for p in module.parameters()):
-                return
-        syncs = getattr(module, "require_backward_grad_sync", False)
-        self.engines[module] = self.engines.get(module, False) or syncs
-
     @property
     def group(self) -> distributed.ProcessGroup | None:
         """None: the default one."""
-        for module in self.engines:
-            if isinstance(module, DistributedDataParallel):
-                return module.process_group
-        if self._mesh is None:
-            parts: list[Any] = [p for p in self.parameters if sharded(p)]
-            self._mesh = parts[0].device_mesh if parts else False
-        return self._mesh.get_group() if self._mesh else None
+        return self.engines.group
 
     @property
     def size(self) -> int:
@@ -236,6 +109,17 @@ class Ranks:
         for work in works:
             self.wait(work)
         return out
+
+    def sum(self, values: Mapping[Tensor, Tensor]) -> Tensor:
+        """The sum of one number a parameter, of a sharded one that of this rank's part."""
+        first = next(iter(values.values()))
+        numbers = {p: value.to(first) for p, value in values.items()}
+        total = torch.stack([*numbers.values()]).sum()
+        parts = [value for p, value in numbers.items() if sharded(p)]
+        if not parts or self.size == 1:
+            return total
+        own = torch.stack(parts).sum()
+        return total - own + self.all_reduce([own])[0]
 
     def mean(self, value: float) -> float:
         """The mean of each rank's number."""
@@ -288,7 +172,7 @@ class Ranks:
         if self.size == 1:
             return Whole(self, count.unsqueeze(0), samples)
         self.name, self.met = name, True
-        self._check_engines()
+        self.engines.check(name)
         first = count[:INLINE].to(self._meeting_place(count.device))
         seen = zlib.crc32(repr(used).encode())
         told = self._tell([0, *self._place(), seen, len(count), samples], first)
@@ -307,9 +191,7 @@ class Ranks:
             counts = self.all_reduce([counts])[0]
         if not self.compared:
             self.compared = True
-            _remove(self.handles)
-            watched = [m.register_forward_pre_hook(Hook(self, "_see")) for m in self.engines]
-            self.handles.extend(watched)
+            self.engines.settle()
         return Whole(self, counts.to(count.device), int(told[:, 5].sum()))
 
     def part(self, error: BaseException | None = None) -> None:
@@ -365,11 +247,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        done = {id(p) for m, reduces in self.engines.items() if reduces for p in m.parameters()}
-        self.engines.update(dict.fromkeys(list(self.engines), False))
-        left = [
-            p for p in self.parameters if p.requires_grad and not sharded(p) and id(p) not in done
-        ]
+        left = self.engines.left()
         if not left:
             return
         used = torch.tensor([p.grad is not None for p in left], dtype=left[0].dtype)
@@ -387,56 +265,6 @@ class Ranks:
             else:
                 p.grad.copy_(mean)
 
-    def _check_engines(self) -> None:
-        """Raise if the gradients are reduced in a way that this does not go along with."""
-        for module in self.engines:
-            if getattr(module, "static_graph", False):
-                raise RuntimeError(
-                    f"{self.name}: DistributedDataParallel(static_graph=True) takes the first "
-                    "backward pass of any kind for that of the training step; leave it out"
-                )
-            if type(module).__name__ == "FullyShardedDataParallel":
-                raise RuntimeError(
-                    f"{self.name}: FullyShardedDataParallel makes one flat parameter of many, "
-                    "whose statistics are not known; use torch.distributed.fsdp.fully_shard"
-                )
-        parts: list[Any] = [p for p in self.parameters if sharded(p)]
-        if parts and not any(isinstance(module, _fsdp()) for module in self.engines):
-            raise RuntimeError(
-                f"{self.name}: its parameters are DTensors, but no module under fully_shard has "
-                "run; tensor parallelism is not supported"
-            )
-        for p in parts:
-            if p.device_mesh.ndim > 1 or not p.placements[0].is_shard(0):
-                raise RuntimeError(
-                    f"{self.name}: a parameter lies as {p.placements} on a mesh of "
-                    f"{p.device_mesh.ndim} dimensions; only fully_shard on a mesh of one "
-                    "dimension, along the first dimension of the parameters, is supported"
-                )
-
-    # -- FSDP2 --
-
-    def hold(self) -> None:
-        """Backward passes from now on are for statistics: FSDP2 is to reduce nothing, and to keep
-        its parameters, which a second derivative needs again."""
-        self._set(False)
-
-    def release(self) -> None:
-        """The next backward is that of the training step."""
-        self._set(True)
-
-    def free(self) -> None:
-        """Parameters that were kept are needed no more."""
-        for module in self._set(True):
-            module.reshard()
-
-    def _set(self, training: bool) -> list[Any]:
-        modules: list[Any] = [m for m in self.engines if hasattr(m, "set_reshard_after_backward")]
-        for module in modules:
-            module.set_requires_gradient_sync(training, recurse=False)
-            module.set_reshard_after_backward(training, recurse=False)
-        return modules
-
 
 _ELSEWHERE = (
     "the ranks are at different steps of their runs, or run different algorithms; give each rank "
@@ -452,19 +280,6 @@ _USED = (
     "the forwards of the ranks used different parameters, so what there is to add up differs; "
     "choose with params= those that every forward uses"
 )
-
-
-def _fsdp() -> tuple[type, ...]:
-    """What FSDP makes of modules, if it was imported."""
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    if loaded is None:
-        return ()
-    return loaded.FSDPModule, loaded.FullyShardedDataParallel
-
-
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

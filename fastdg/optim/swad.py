@@ -187,10 +187,8 @@ class SWAD(Unwatched):
 
     @torch.no_grad()
     def evaluate(self, validation_loss: float | Tensor) -> None:
-        """End a segment with the validation loss of the model as it is.
-
-        On several ranks all of them call this, each with the loss on the samples it has looked at,
-        and the mean of these counts.
+        """End a segment with the validation loss of the model as it is; of several ranks, all of
+        which call this, with the mean of theirs.
 
         Raises:
             ValueError: the loss is not a finite number.

@@ -16,7 +16,7 @@ from ..statistics.factors import accumulated
 from ..statistics.graph import Found
 from ..statistics.moments import rows
 from .batch import Batch, domain_means, loss_sums, shared_terms, total_loss
-from .ranks import Whole
+from .whole import Whole
 from .wrapper import DomainOptimizer
 
 UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {}, {})

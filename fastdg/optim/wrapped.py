@@ -21,6 +21,8 @@ class Wrapping(Optimizer):
 
     base: Optimizer
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _transient: tuple[str, ...]  # attributes that are neither copied nor pickled
+    _patched = ("step", "_opt_called")  # what schedulers put onto the instance
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
 
     @property
@@ -46,6 +48,22 @@ class Wrapping(Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
+
+    def _size(self) -> int:
+        return sum(len(group["params"]) for group in self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = (*self._transient, *self._patched)
+        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+
+    def settings(self) -> dict[str, Any]:
+        """The wrapper's own settings, for ``repr`` and logs."""
+        return {}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
+        inner = repr(self.base).replace("\n", "\n  ")
+        return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
 
 def check_base(base: Any, name: str) -> None:

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from ..domains import partition
 from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
-from ..statistics.moments import rows
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, support
-from .batch import Batch
-from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
-from .ranks import Ranks, Whole
+from .batch import Batch, described
+from .chain import Told, added_by, chain, check_order, merged, terms_of, told
+from .ranks import Ranks
+from .whole import Whole
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -29,7 +29,6 @@ from .wrapped import (
     check_extent,
     check_params,
     check_result,
-    fresh_state,
     names_of,
 )
 
@@ -87,7 +86,6 @@ class DomainOptimizer(Wrapping):
         "_ranks",
         "_whole",
     )
-    _patched = ("step", "_opt_called")
 
     def __init__(
         self,
@@ -150,13 +148,13 @@ class DomainOptimizer(Wrapping):
             TypeError, ValueError: ``losses``, ``domains`` or ``inputs`` are not as described; batch
                 norm in training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's; training runs on several ranks.
+                the captured gradients are not autograd's; another rank failed.
 
         After an error ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
-            self._ranks.hold()
+            self._ranks.engines.hold()
             self._stage(losses, domains, inputs)
             if not final:
                 self._defer()
@@ -173,7 +171,7 @@ class DomainOptimizer(Wrapping):
             self._ranks.part(error if final else None)
             raise
         finally:
-            self._ranks.free()
+            self._ranks.engines.free()
         self._ranks.part()
         for link in chain(self):
             link._ready = True
@@ -204,12 +202,7 @@ class DomainOptimizer(Wrapping):
 
     def _meet(self, staged: Sequence[Any]) -> Whole:
         """What this rank's batch is a part of."""
-        counts = [batch.partition.count for batch in staged]
-        domains = max(map(len, counts))
-        count = torch.stack([rows(count, domains) for count in counts]).sum(0)
-        used = sorted({name for batch in staged for name in batch.resolved.chosen})
-        samples = sum(len(batch.losses) for batch in staged)
-        return self._ranks.meet(type(self).__name__, count, samples, used)
+        return self._ranks.meet(type(self).__name__, *described(staged))
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
@@ -365,12 +358,6 @@ class DomainOptimizer(Wrapping):
         if isinstance(self.base, DomainOptimizer):  # a term
             yield from self.base._own_tensors()
 
-    def _reset_base(self) -> None:
-        """Make the wrapped optimizer's state that of a new one, in place."""
-        state = fresh_state(innermost(self.base))
-        self.state.clear()
-        self.state.update(state)
-
     def _rewatch(self) -> None:
         model = self._model() if self._model is not None else None
         self._names = names_of(self.param_groups, model, {**self._names, **self._known()})
@@ -392,16 +379,9 @@ class DomainOptimizer(Wrapping):
         """Names of parameters that wrappers inside have."""
         return self.base._names if isinstance(self.base, DomainOptimizer) else {}
 
-    def _size(self) -> int:
-        return sum(len(group["params"]) for group in self.param_groups)
-
     def _clear(self) -> None:
         self._staged, self._told, self._ready, self._pending = [], [], False, None
         self._statistics = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = (*self._transient, *self._patched)
-        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
@@ -409,11 +389,6 @@ class DomainOptimizer(Wrapping):
         self._watch(None)
         self._clear()
         loading.attach(self)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        inner = repr(self.base).replace("\n", "\n  ")
-        return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""

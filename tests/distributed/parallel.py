@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
@@ -92,7 +93,8 @@ class Run:
     Attributes:
         wrap: one of `WRAPS`.
         split: ``"mixed"``: every rank has samples of all domains; ``"own"``: each a domain.
-        engine: ``"ddp"``, with ``options``, or ``"bare"``: the model as it is on every rank.
+        engine: ``"ddp"``, with ``options``; ``"fsdp"``: FSDP2, each layer by itself; or
+            ``"bare"``: the model as it is on every rank.
         micro: each rank's batch comes in several parts, not in as many on all.
     """
 
@@ -159,6 +161,9 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
     model = Net(run.batch_norm).to(run.dtype)
     network: nn.Module = model
     sent: dict[str, int] = {}
+    if rank is not None and run.engine == "fsdp":
+        for part in (model.conv, model.body, model):
+            fully_shard(part)
     if rank is not None and run.engine == "ddp":
         network = DistributedDataParallel(model, **run.options)
         if run.counted:
@@ -185,8 +190,18 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
             opt.evaluate(1 / (step + 1) + (0 if rank is None else (rank - (world - 1) / 2) / 9))
         seen.append({k: v.clone() for k, v in opt.statistics.items()})
         messages.append(dict(sent))
-    averaged = dict(opt.averaged().module.state_dict()) if run.wrap.startswith("SWAD") else None
-    return Result({k: p.detach() for k, p in model.named_parameters()}, seen, averaged, messages)
+    weights, averaged = weights_of(model), None
+    if run.wrap.startswith("SWAD"):
+        with opt.applied():
+            averaged = weights_of(model)
+    return Result(weights, seen, averaged, messages)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of each, however the ranks share them."""
+    tensors = dict(model.named_parameters())
+    whole = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in tensors.items()}
+    return {k: p.detach().clone() for k, p in whole.items()}
 
 
 def counted(

@@ -40,6 +40,11 @@ def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> No
     check(pool, Run(wrap, "mixed" if wrap == "Fish" else split), world)
 
 
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
+    check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
+
+
 VARIANTS = {
     "no_wrapper_of_the_model": Run("Fishr", engine="bare", dtype=torch.float64),
     "no_wrapper_and_a_term": Run("VREx", engine="bare", base="adam"),
@@ -49,6 +54,9 @@ VARIANTS = {
     "micro_batches_of_surgery": Run("ANDMask", micro=True, dtype=torch.float64),
     "batch_norm": Run("AgrSum", "own", batch_norm=True, dtype=torch.float64),
     "batch_norm_and_gram": Run("PCGrad", "own", batch_norm=True, dtype=torch.float64),
+    "micro_batches_and_fsdp": Run("AgrRand", engine="fsdp", micro=True, dtype=torch.float64),
+    "batch_norm_and_fsdp": Run("PCGrad", "own", "fsdp", batch_norm=True, dtype=torch.float64),
+    "a_domain_a_rank_and_fsdp": Run("Fishr(all)", "own", "fsdp", dtype=torch.float64),
     "unused_are_looked_for": Run("Fishr", options={"find_unused_parameters": True}),
     "gradients_are_views": Run("GroupDRO", base="adam", options={"gradient_as_bucket_view": True}),
     "views_and_surgery": Run("SANDMask", options={"gradient_as_bucket_view": True}),
