@@ -103,16 +103,20 @@ class Engines:
     # -- FSDP2 --
 
     def hold(self) -> None:
-        """Backward passes from now on are for statistics: FSDP2 is to reduce nothing, and to keep
-        its parameters, which a second derivative needs again."""
-        self._set(False)
+        """Backward passes from now on are for statistics, until `release`.
+
+        FSDP2 is to reduce nothing, and to gather all parameters now and keep them: a second
+        derivative needs them again, and the passes need not be as many on every rank.
+        """
+        for module in self._set(False):
+            module.unshard()
 
     def release(self) -> None:
         """The next backward is that of the training step."""
         self._set(True)
 
     def free(self) -> None:
-        """Parameters that were kept are needed no more."""
+        """What was kept is needed no more."""
         for module in self._set(True):
             module.reshard()
 

@@ -147,7 +147,7 @@ class IGA(DomainOptimizer):
         if not asks_for_domain(closure):
             return super()._evaluate(closure)
         name = type(self).__name__
-        refuse_ranks(name)
+        refuse_ranks(f"{name}.step(closure)", "call opt.backward(losses, domains) and opt.step()")
         refuse_groups(self.param_groups, name)
         if terms := terms_of(self):
             raise ValueError(

@@ -68,7 +68,7 @@ class Ranks:
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
         self.engines = Engines(lambda: self.parameters)
         self.compared = self.met = False
-        if self.size > 1:
+        if self.size > 1 or any(map(sharded, self.parameters)):
             self.engines.look()
 
     @property

@@ -1,5 +1,4 @@
-"""SWAD: average the weights of every step, from where the validation loss settles to where it
-leaves the valley."""
+"""SWAD: average the weights of every step in a valley of the validation loss."""
 
 from __future__ import annotations
 

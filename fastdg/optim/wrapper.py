@@ -154,7 +154,8 @@ class DomainOptimizer(Wrapping):
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
-            self._ranks.engines.hold()
+            if self._tape.recorder.handles:
+                self._ranks.engines.hold()
             self._stage(losses, domains, inputs)
             if not final:
                 self._defer()

@@ -1,5 +1,8 @@
 """A training that runs on several ranks, or in one process on their batches put together."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,7 +144,8 @@ def parts(run: Run, batches: list[Batch], rank: int | None) -> list[Batch]:
     batch = batches[rank]
     if not run.micro:
         return [batch]
-    cuts = [x.tensor_split(rank + 2) for x in batch]
+    many = 2 if run.engine == "fsdp" else rank + 2  # each of its forwards is everyone's
+    cuts = [x.tensor_split(many) for x in batch]
     return [part for part in zip(*cuts, strict=True) if len(part[0])]  # type: ignore[misc]
 
 
@@ -286,3 +290,22 @@ def differ(case: str, rank: int, world: int) -> str:
     if case == "used" and rank:
         model.body.bias.requires_grad_(False)
     return errors(lambda: opt.backward(losses_of(network), domains))
+
+
+def comes_late(rank: int, world: int) -> str:
+    """The error where the others do not come to a step in time."""
+    network, opt = setup()
+    losses = losses_of(network)
+    if rank:
+        time.sleep(6)
+        return ""
+    return errors(lambda: opt.backward(losses, torch.arange(6) % 3))
+
+
+def dies(rank: int, world: int) -> str:
+    """The error where another one is killed."""
+    network, opt = setup()
+    losses = losses_of(network)
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return errors(lambda: opt.backward(losses, torch.arange(6) % 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -31,22 +32,33 @@ class Pool:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(*args, rank, world)`` on each rank; what it returns, or the error's text."""
+    def run(
+        self,
+        world: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: timedelta = TIMEOUT,
+        answers: int | None = None,
+    ) -> list[Any]:
+        """``function(*args, rank, world)`` on each rank; what it returns, or the error's text.
+
+        ``timeout``: of the process group. ``answers``: wait for those of so many ranks alone.
+        """
         self.groups += 1
         store = Path(self.folder.name) / f"store{self.groups}"
         for pipe in self.pipes[:world]:
-            pipe.send((world, store, function, args))
-        answers = []
-        for pipe in self.pipes[:world]:
+            pipe.send((world, store, timeout, function, args))
+        found = []
+        for pipe in self.pipes[: answers or world]:
             if not pipe.poll(TIMEOUT.total_seconds()):
                 raise TimeoutError("a rank does not answer")
-            answers.append(pipe.recv())
-        return answers
+            found.append(pipe.recv())
+        return found
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.send(None)
+            with contextlib.suppress(BrokenPipeError):  # one that has died
+                pipe.send(None)
         for process in self.processes:
             process.join(10)
         self.folder.cleanup()
@@ -56,13 +68,13 @@ def _serve(rank: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     while (task := pipe.recv()) is not None:
-        world, store, function, args = task
+        world, store, timeout, function, args = task
         distributed.init_process_group(
             "gloo",
             store=distributed.FileStore(str(store), world),
             rank=rank,
             world_size=world,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
         try:
             answer = function(*args, rank, world)
