@@ -28,7 +28,7 @@ import fastdg
 RESULTS = Path(__file__).parent / "results" / "ranks.json"
 RANKS, DOMAINS = 2, 3
 # name -> samples a rank, rounds
-MODELS = {"resnet18": (48, 12), "mnist_cnn": (48, 30)}
+MODELS = {"resnet18": (48, 9), "mnist_cnn": (48, 15)}
 WAYS: dict[str, Callable[[Any], Any] | None] = {
     "ddp": None,
     "fishr": lambda base: fastdg.Fishr(base, anneal_steps=0, reset_base=False),

@@ -131,7 +131,7 @@ class DomainGradientOptimizer(DomainOptimizer):
             domains = max(len(count), len(before))
             count = rows(count, domains) + rows(before, domains)
         others = [p.shape for p in batch.resolved.rest]
-        return self._ranks.meet(type(self).__name__, count, samples, others)
+        return self._ranks.meet(count, samples, others)
 
     def _defer(self) -> None:
         *earlier, batch = self._staged

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from .notes import Hook
 from .sharding import sharded
@@ -20,16 +20,23 @@ class Engines:
     """Those which reduce the gradients of a wrapper's parameters, found as they run.
 
     Args:
-        parameters: gives the wrapper's parameters.
+        opt: the wrapper.
     """
 
-    def __init__(self, parameters: Callable[[], list[Tensor]]) -> None:
-        self.parameters = parameters
+    def __init__(self, opt: Optimizer) -> None:
+        self.opt = weakref.ref(opt)
         # -> whether it will reduce those of the forwards since the last backward
         self.modules: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.handles: list[Any] = []
         self._mesh: Any = None  # of FSDP2; False: there is none
         weakref.finalize(self, _remove, self.handles).atexit = False
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The wrapper's, in its order."""
+        opt = self.opt()
+        assert opt is not None
+        return [p for group in opt.param_groups for p in group["params"]]
 
     def look(self) -> None:
         """Look at every module that runs, until `settle`."""
@@ -49,7 +56,7 @@ class Engines:
         if not engine or not torch.is_grad_enabled():
             return
         if module not in self.modules and not isinstance(module, _fsdp()):
-            trained = {id(p) for p in self.parameters()}
+            trained = {id(p) for p in self.parameters}
             if all(id(p) not in trained for p in module.parameters()):
                 return
         syncs = getattr(module, "require_backward_grad_sync", False)
@@ -62,7 +69,7 @@ class Engines:
             if isinstance(module, DistributedDataParallel):
                 return module.process_group
         if self._mesh is None:
-            parts: list[Any] = [p for p in self.parameters() if sharded(p)]
+            parts: list[Any] = [p for p in self.parameters if sharded(p)]
             self._mesh = parts[0].device_mesh if parts else False
         return self._mesh.get_group() if self._mesh else None
 
@@ -70,7 +77,7 @@ class Engines:
         """Parameters whose gradients no module has reduced in the backward that was."""
         done = {id(p) for m, reduces in self.modules.items() if reduces for p in m.parameters()}
         self.modules.update(dict.fromkeys(list(self.modules), False))
-        trained = [p for p in self.parameters() if p.requires_grad and not sharded(p)]
+        trained = [p for p in self.parameters if p.requires_grad and not sharded(p)]
         return [p for p in trained if id(p) not in done]
 
     def check(self, name: str) -> None:
@@ -86,7 +93,7 @@ class Engines:
                     f"{name}: FullyShardedDataParallel makes one flat parameter of many, "
                     "whose statistics are not known; use torch.distributed.fsdp.fully_shard"
                 )
-        parts: list[Any] = [p for p in self.parameters() if sharded(p)]
+        parts: list[Any] = [p for p in self.parameters if sharded(p)]
         if parts and not any(isinstance(module, _fsdp()) for module in self.modules):
             raise RuntimeError(
                 f"{name}: its parameters are DTensors, but no module under fully_shard has "

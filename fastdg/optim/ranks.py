@@ -3,34 +3,36 @@ r"""Several processes that train one model: what they have to tell each other, a
 A step on W ranks is the step of one process on their batches put together. Samples stay where they
 are; what travels is
 
-- the counts: 70 integers of each rank, once a step (`Ranks.meet`), with which a rank that has
-  failed says so before the others wait for it;
+- the counts: 70 integers of each rank, once a step (`Ranks.meet`), by which a rank that has failed
+  tells the others before they wait for it;
 - sums over samples, in one flat bucket each (`Ranks.all_reduce`);
-- the gradient, by DistributedDataParallel's or FSDP2's own hooks, overlapped with the backward,
-  where the algorithm has an objective; by `fastdg.optim.exchange` where it combines the domains'
-  gradients.
+- the gradient: by DistributedDataParallel's or FSDP2's own hooks, in buckets and overlapped with
+  the backward, where the algorithm has an objective (averaged by `Ranks.average` for a model that
+  neither wraps); by `fastdg.optim.exchange`, likewise, where it combines the domains' gradients.
 
-What a rank sends in a step, in numbers (4 bytes each) and up to the factor (W - 1)/W, with P the
-parameters of the network, K those whose gradients' variances are compared (the head's), D domains
-of which the rank's batch has E, and T statistics that are a mean:
+What a rank sends in a step beside the counts, in numbers of 4 bytes and up to the factor
+(W - 1)/W, with P the parameters of the network in L tensors, K those whose gradients' variances
+are compared (the head's), D domains, of which the rank's batch has E, and T statistics that terms
+are told of:
 
 =============================== ============================== =============================
 algorithm                       beside the gradient            gradient
 =============================== ============================== =============================
 plain DDP, for comparison       0                              2P
 VREx, GroupDRO, Fish            2 (D + 1)                      2P
-IRM                             2 (3D + 1)                     2P
 MIRO, RISE (alone or inside)    2 (D + 1) + 2 (T + 1)          2P
-IGA                             2DP                            2P
-Fishr                           4DK                            2P
-Fishr(params="all"), w = 0      4DP                            0: it is the mean of the moments
-AgrSum, ANDMask, SANDMask       6 a parameter tensor           EP + P
-AgrRand                         the same, a generator's state  EP + P
-PCGrad, GramSurgery             4DD                            EP + P
+IRM                             2 (5D + 1)                     2P
+IGA                             2 (D + 1) + 2DP                2P
+Fishr                           2 (D + 1) + 4DK                2P
+Fishr(params="all"), w = 0      2 (D + 1) + 4DP                0: it is the mean of the moments
+AgrSum, ANDMask, SANDMask       2D + 6L                        (E + 1) P
+AgrRand                         the same, a generator's state  (E + 1) P
+PCGrad, GramSurgery             2 (D + DD + L) of 8 bytes      (E + 1) P
 =============================== ============================== =============================
 
 With one domain on each rank E = 1, and gradient surgery sends what plain training does. SWAD adds
-one number an evaluation.
+one number an evaluation, and nothing a step. Under FSDP2 the gradient is scattered only: P, or
+E P, of these; the weights are gathered as in plain training, once more for statistics.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Ranks:
 
     def __init__(self, opt: Optimizer) -> None:
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
-        self.engines = Engines(lambda: self.parameters)
+        self.engines = Engines(opt)
         self.compared = self.met = False
         if self.size > 1 or any(map(sharded, self.parameters)):
             self.engines.look()
@@ -74,9 +76,7 @@ class Ranks:
     @property
     def parameters(self) -> list[Tensor]:
         """Those of the optimizer, in its order."""
-        opt = self.opt()
-        assert opt is not None
-        return [p for group in opt.param_groups for p in group["params"]]
+        return self.engines.parameters
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
@@ -156,11 +156,18 @@ class Ranks:
 
     # -- meeting --
 
-    def meet(self, name: str, count: Tensor, samples: int, used: object) -> Whole:
+    def begin(self, name: str, statistics: bool) -> None:
+        """The wrapper of this name is asked for a backward; with passes for statistics."""
+        self.name = name
+        if self.size > 1 and not self.compared:
+            self.engines.check(name)
+        if statistics:
+            self.engines.hold()
+
+    def meet(self, count: Tensor, samples: int, used: object) -> Whole:
         """Tell the others the samples of each domain ``[D]``, and learn theirs.
 
         Args:
-            name: of the wrapper that asks.
             count: ``[D]``.
             samples: their sum.
             used: what the forward used; its ``repr`` has to be the same on all ranks.
@@ -171,8 +178,7 @@ class Ranks:
         """
         if self.size == 1:
             return Whole(self, count.unsqueeze(0), samples)
-        self.name, self.met = name, True
-        self.engines.check(name)
+        self.met = True
         first = count[:INLINE].to(self._meeting_place(count.device))
         seen = zlib.crc32(repr(used).encode())
         told = self._tell([0, *self._place(), seen, len(count), samples], first)
@@ -195,8 +201,9 @@ class Ranks:
         return Whole(self, counts.to(count.device), int(told[:, 5].sum()))
 
     def part(self, error: BaseException | None = None) -> None:
-        """What began with `meet` has come to its end; or to an error before that, of which the
-        others are told."""
+        """The backward has come to its end; or, before `meet`, to an error, of which the others
+        are told."""
+        self.engines.free()
         if isinstance(error, Exception) and not self.met and self.size > 1:
             self._tell([1, 0, 0, 0, 0, 0], torch.zeros(0, device=self._meeting_place(None)).long())
         self.met = False

@@ -154,11 +154,11 @@ class DomainOptimizer(Wrapping):
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
-            if self._tape.recorder.handles:
-                self._ranks.engines.hold()
+            self._ranks.begin(type(self).__name__, bool(self._tape.recorder.handles))
             self._stage(losses, domains, inputs)
             if not final:
                 self._defer()
+                self._ranks.part()
                 return accumulated(losses.detach()).mean()
             (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
             self._whole = self._meet(staged)
@@ -171,8 +171,6 @@ class DomainOptimizer(Wrapping):
             self._staged, self._told = [], []
             self._ranks.part(error if final else None)
             raise
-        finally:
-            self._ranks.engines.free()
         self._ranks.part()
         for link in chain(self):
             link._ready = True
@@ -203,7 +201,7 @@ class DomainOptimizer(Wrapping):
 
     def _meet(self, staged: Sequence[Any]) -> Whole:
         """What this rank's batch is a part of."""
-        return self._ranks.meet(type(self).__name__, *described(staged))
+        return self._ranks.meet(*described(staged))
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
