@@ -32,6 +32,9 @@ COLUMNS = {
 # A test under tests/; with [*] it has a case for each wrapper of the column, by that name.
 NO = ""
 LIGHTNING = "optim/test_lightning.py::test_"
+CHECKPOINTS = "optim/test_checkpoints.py::test_"
+KILLS = "optim/test_kills.py::test_"
+RANKS = "distributed/test_ranks.py::test_"
 STATE = "optim/test_state.py::test_"
 MICRO_BATCHES = "optim/test_loops.py::test_micro_batches_are_the_full_batch[*]"
 
@@ -52,15 +55,15 @@ ROWS: dict[str, str | dict[str, str]] = {
     "`copy.deepcopy`, pickle": f"{STATE}copies_continue_alike_and_leave_the_original[*]",
     "`state_dict`, resumed bit for bit": f"{STATE}a_run_goes_on_bit_for_bit[*]",
     "a state of the bare optimizer": f"{STATE}state_of_the_bare_optimizer_loads[*]",
-    "`torch.distributed.checkpoint`": "optim/test_checkpoints.py::test_from_disk_into_a_fresh_process[*]",
-    "kill -9, resumed bit for bit": "optim/test_kills.py::test_the_weights_are_those_of_a_run_that_was_not_killed",
-    "safetensors": "optim/test_checkpoints.py::test_safetensors[*]",
+    "`torch.distributed.checkpoint`": f"{CHECKPOINTS}from_disk_into_a_fresh_process[*]",
+    "kill -9, resumed bit for bit": f"{KILLS}the_weights_are_those_of_a_run_that_was_not_killed",
+    "safetensors": f"{CHECKPOINTS}safetensors[*]",
     "autocast to bfloat16": "optim/test_amp.py::test_autocast[*]",
     "float16 with `GradScaler`": "optim/test_amp.py::test_no_scale_leaves_a_trace[*]",
-    "`DistributedDataParallel`": NO,
-    "FSDP2 (`fully_shard`)": NO,
-    "`torch.compile`": NO,
-    "DomainBed": NO,
+    "`DistributedDataParallel`": f"{RANKS}equals_one_process[*]",
+    "FSDP2 (`fully_shard`)": f"{RANKS}fsdp_equals_one_process[*]",
+    "`torch.compile`": "optim/test_compiled.py::test_one_graph[*]",
+    "DomainBed": "domainbed/test_plug.py::test_settings_are_the_hparams",
     "Lightning, automatic optimization": f"{LIGHTNING}automatic_optimization[*]",
     "Lightning, manual optimization": f"{LIGHTNING}manual_optimization[*]",
     "Accelerate": "optim/test_accelerate.py::test_training[*]",

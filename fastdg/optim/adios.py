@@ -128,7 +128,7 @@ class ADIOS:
             ValueError: the views are of different images; what the masker returns are no masks.
             RuntimeError: training runs on several ranks; the masker has no gradient.
         """
-        refuse_ranks(type(self).__name__)
+        refuse_ranks(type(self).__name__, "train in one process")
         view = whole if view is None else view
         if not isinstance(whole, Tensor) or not isinstance(view, Tensor) or len(whole) != len(view):
             raise ValueError("view: expected as many images as there are whole ones")

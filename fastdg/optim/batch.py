@@ -12,6 +12,8 @@ from torch import Tensor
 from ..domains import Partition
 from ..statistics.api import Resolved
 from ..statistics.factors import accumulated
+from ..statistics.moments import rows
+from .whole import Whole
 
 
 class Added(NamedTuple):
@@ -43,33 +45,44 @@ class Batch:
         return [self.losses] if self.terms is None else [self.losses, self.terms]
 
 
+def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
+    """Samples of each domain ``[D]``, of all, and the names of the parameters looked at."""
+    counts = [batch.partition.count for batch in staged]
+    domains = max(map(len, counts))
+    count = torch.stack([rows(count, domains) for count in counts]).sum(0)
+    used = sorted({name for batch in staged for name in batch.resolved.chosen})
+    return count, sum(len(batch.losses) for batch in staged), used
+
+
 def total_loss(staged: Sequence[Batch]) -> Tensor:
-    """Sum of all losses, 0-dim, with its graph."""
+    """Sum of this rank's losses, 0-dim, with its graph."""
     parts = [accumulated(batch.losses).sum() for batch in staged]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-def domain_loss(staged: Sequence[Batch], count: Tensor) -> Tensor:
-    """Mean loss of each domain ``[D]``, detached; NaN for an empty one."""
-    total = accumulated(staged[0].losses.detach()).new_zeros(count.shape)
+def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
+    """Sum of this rank's losses in each domain ``[D]``, detached."""
+    total = accumulated(staged[0].losses.detach()).new_zeros(domains)
     for batch in staged:
         total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
-    return total / count.to(total.dtype)
+    return total
 
 
-def descend(objective: Tensor, staged: Sequence[Batch]) -> None:
+def domain_means(sums: Tensor, count: Tensor) -> Tensor:
+    """Mean of each domain ``[D]``; NaN for an empty one."""
+    return sums / count.to(sums.dtype)
+
+
+def descend(objective: Tensor, staged: Sequence[Batch], whole: Whole) -> None:
     """One backward of the objective (0-dim) and of the mean of what terms add to it."""
-    terms, shares = shared_terms(staged)
-    torch.autograd.backward(
-        [objective, *terms], [scaled(torch.ones_like(objective), staged), *shares]
-    )
+    terms, shares = shared_terms(staged, whole)
+    whole.backward([objective, *terms], [scaled(torch.ones_like(objective), staged), *shares])
 
 
-def shared_terms(staged: Sequence[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+def shared_terms(staged: Sequence[Batch], whole: Whole) -> tuple[list[Tensor], list[Tensor]]:
     """What terms add, and the weights of the samples with which its sum is its mean, `scaled`."""
-    samples = sum(batch.losses.shape[0] for batch in staged)
     terms = [batch.terms for batch in staged if batch.terms is not None]
-    return terms, [scaled(torch.full_like(values, 1 / samples), staged) for values in terms]
+    return terms, [scaled(torch.full_like(values, 1 / whole.samples), staged) for values in terms]
 
 
 def scaled(grad: Tensor, staged: Sequence[Batch]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .batch import Added
+from .whole import Whole
 from .wrapped import Wrapping
 
 if TYPE_CHECKING:
@@ -90,22 +91,25 @@ def told(added: Added) -> Told:
     return len(values), values.mean(), added.statistics
 
 
-def merged(parts: Sequence[Told], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged(
+    parts: Sequence[Told], statistics: Mapping[str, Tensor], whole: Whole
+) -> dict[str, Tensor]:
     """An algorithm's statistics and the terms', of all micro-batches; their means are in the
     objective."""
     if not parts:
         return dict(statistics)
-    samples = sum(count for count, _, _ in parts)
+    shares = [count / whole.samples for count, _, _ in parts]
 
     def mean(values: Sequence[Tensor]) -> Tensor:
-        if len(parts) == 1:
+        if shares == [1]:
             return values[0]
-        shares = [count / samples for count, _, _ in parts]
         return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0)
 
-    added = mean([value for _, value, _ in parts])
+    keys = list(parts[0][2])
+    means = [mean([told[key] for _, _, told in parts]) for key in keys]
+    added, *means = whole.total([mean([value for _, value, _ in parts]), *means])
     return {
         **statistics,
         "objective": statistics.get("objective", statistics["loss"]) + added,
-        **{key: mean([told[key] for _, _, told in parts]) for key in parts[0][2]},
+        **dict(zip(keys, means, strict=True)),
     }

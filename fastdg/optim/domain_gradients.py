@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 from ..domains import Partition, partition, readable
 from ..statistics.api import Resolved, spent
 from ..statistics.collect import MixedSamples
+from ..statistics.moments import rows
 from .batch import scaled
+from .exchange import Shared
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
+from .whole import Whole
 from .wrapped import deliver
 from .wrapper import DomainOptimizer
 
@@ -122,6 +125,17 @@ class DomainGradientOptimizer(DomainOptimizer):
                 "final=False) for all but the last."
             ) from None
 
+    def _meet(self, staged: Sequence[Any]) -> Whole:
+        *earlier, batch = staged
+        count = spread(batch.partition.count, batch.ids, batch.extent, 0)
+        samples = len(batch.losses) + sum(gathered.samples for gathered in earlier)
+        for gathered in earlier:
+            before = gathered.spread(gathered.count, 0)
+            domains = max(len(count), len(before))
+            count = rows(count, domains) + rows(before, domains)
+        others = [p.shape for p in batch.resolved.rest]
+        return self._ranks.meet(count, samples, others)
+
     def _defer(self) -> None:
         *earlier, batch = self._staged
         with torch.no_grad():
@@ -132,7 +146,9 @@ class DomainGradientOptimizer(DomainOptimizer):
         *earlier, batch = staged
         with torch.no_grad():
             one = not earlier and not batch.alone
-            gradients: Gradients = Swept(batch) if one else Gathered.of(earlier, batch)
+            own = Swept(batch) if one else Gathered.of(earlier, batch)
+            several = self._ranks.size > 1
+            gradients = Shared(own, self._whole, self._names) if several else own
             combined, statistics = self._surgery(gradients)
             for p in self._names:
                 if p in combined:

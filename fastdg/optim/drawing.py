@@ -48,6 +48,20 @@ class DrawingOptimizer(DomainGradientOptimizer):
     def _generator_state(self) -> Tensor | None:
         return None if self.generator is None else self.generator.get_state()
 
+    def _source(self, device: torch.device) -> torch.Generator | None:
+        """What to draw from on ``device``; on several ranks all draw what rank 0 would alone."""
+        own, ranks = self.generator, self._ranks
+        if ranks.size == 1:
+            return own
+        on_cpu = device.type == "cpu"
+        default = torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
+        state = ranks.of_first((own or default).get_state())
+        if own is None and ranks.rank == 0:
+            return None
+        source = own or torch.Generator(device)
+        source.set_state(state)
+        return source
+
     def _remember(self) -> None:
         """Write down how far the generator has come; to be called whenever it was drawn from."""
         self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()

@@ -17,8 +17,15 @@ from .buffers import KINDS, Before, Buffers
 from .closures import asks_for_domain, check_same, losses_of
 from .loading import Kept
 from .settings import Setting, check_steps, check_switch, check_weight, checked
+from .sharding import local, sharded
 from .weighted import Losses, Weighted
 from .wrapper import Closure
+
+ONE_DOMAIN = (
+    "domains: Fish takes its steps on one domain after the other, so a batch holds the samples of "
+    "one: draw each batch from one domain, or split a mixed one and call backward and step for "
+    "each part (domains == d)"
+)
 
 
 @dataclass
@@ -144,18 +151,16 @@ class Fish(Weighted):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         batch = super()._batch(losses, domains, terms)
         ids = domains if domains.device.type == "cpu" else batch.partition.domains
-        message = (
-            "domains: Fish takes its steps on one domain after the other, so a batch holds the "
-            "samples of one: draw each batch from one domain, or split a mixed one and call "
-            "backward and step for each part (domains == d)"
-        )
-        check_same(ids, ids[0], message)
+        check_same(ids, ids[0], ONE_DOMAIN)
         if self._staged:
             first = self._staged[0].domain.to(ids.device)
-            check_same(ids, first, f"{message}, micro-batches with final=False among them")
+            check_same(ids, first, f"{ONE_DOMAIN}, micro-batches with final=False among them")
         return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
+        if self._ranks.size > 1:
+            (ids,) = losses.present.cpu().nonzero(as_tuple=True)
+            check_same(ids, ids[0], f"{ONE_DOMAIN}, on all ranks")
         return losses.shares, self._meta
 
     def _evaluate(self, closure: Closure) -> Tensor:
@@ -185,11 +190,13 @@ class Fish(Weighted):
         if self.position and self.inner_product:
             if self._product is None:  # resumed: of the steps before nothing is known
                 self._product = self._statistics["loss"].new_full((), torch.nan)
+            products: dict[Tensor, Tensor] = {}
             for p, start in kept.items():
                 if p.grad is not None:
                     grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                    gram = ops.gram([[grad], [p.detach() - start]])
-                    self._product = self._product - gram[0, 1]
+                    gram = ops.gram([[local(grad)], [local(p.detach() - start)]])
+                    products[p] = gram[0, 1]
+            self._product = self._product - self._ranks.sum(products)
 
     def _keep(self, kept: dict[Tensor, Tensor]) -> None:
         """The weights, and the buffers, that the meta-iteration begins with."""
@@ -222,17 +229,21 @@ class Fish(Weighted):
 
     def _meta_step(self) -> None:
         kept = self._kept["kept"]
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
         for p in kept:
-            alike.setdefault((p.device, p.dtype), []).append(p)
-        squares = [
-            ops.meta_step(tensors, [kept[p] for p in tensors], self.meta_lr)
+            alike.setdefault((p.device, p.dtype, sharded(p)), []).append(p)
+        squares = {
+            tensors[0]: ops.meta_step(
+                [local(p.detach()) for p in tensors],
+                [local(kept[p]) for p in tensors],
+                self.meta_lr,
+            )
             for tensors in alike.values()
-        ]
+        }
         self._buffers.interpolate(self._noted, self.meta_lr)
         self._stamps = {p: _stamp(p) for p in kept}
         self._begun = False
-        self._meta = {"trajectory": torch.stack([x.to(squares[0]) for x in squares]).sum()}
+        self._meta = {"trajectory": self._ranks.sum(squares)}
         if self._product is not None:
             self._meta["inner_product"] = self._product
         self._statistics = {**self._statistics, **self._meta}

@@ -19,9 +19,10 @@ from ..statistics.selection import select
 from ..statistics.tape import Selection
 from . import loading
 from .annealed import Annealed
-from .batch import Batch, descend, domain_loss, scaled, total_loss
+from .batch import Batch, descend, scaled, total_loss
 from .chain import terms_of
 from .settings import Setting, check_decay, check_reduction, checked
+from .weighted import Losses
 from .wrapped import accumulate
 
 
@@ -119,35 +120,33 @@ class Fishr(Annealed):
         )
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        weight = self._weight()
-        samples = sum(batch.losses.shape[0] for batch in staged)
-        loss = total_loss(staged) / samples
+        weight, whole = self._weight(), self._whole
+        domains = max(whole.counts.shape[1], *map(len, self._kept["ema"].values()), 0)
+        losses = Losses.of(staged, whole, domains)
         if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
             for batch in staged:
                 refuse_fused_attention(batch.resolved.found)
         terms = any(batch.terms is not None for batch in staged)
         plain = not (terms or _hooked(staged) or _sparse(staged))
         if weight == 0 and self.params != "head" and plain:
-            moments = merge([self._moments_and_gradient(batch, staged) for batch in staged])
-            penalty, objective = self._penalty(moments, staged), loss
-        else:
-            moments = merge([self._moments(batch, create_graph=weight > 0) for batch in staged])
+            moments = self._moments_and_gradient(staged)
             penalty = self._penalty(moments, staged)
+        else:
+            create_graph = weight > 0
+            moments = whole.moments(merge([self._moments(b, create_graph) for b in staged]))
+            penalty = self._penalty(moments, staged)
+            own = total_loss(staged) / whole.samples
             # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
-            objective = loss + weight * penalty if weight > 0 else loss
-            descend(objective, staged)
+            descend(own + weight * penalty if weight > 0 else own, staged, whole)
         variance = {name: v.detach() for name, v in moments.variance.items()}
         self._pending = variance, moments.present, _parameters(staged)
-        domains = max(len(moments.count), *map(len, self._kept["ema"].values()), 0)
-        count = rows(moments.count, domains)
+        penalty = penalty.detach()
         self._statistics = {
-            "loss": loss.detach(),
-            "penalty": penalty.detach(),
-            "objective": objective.detach(),
-            "domain_loss": domain_loss(staged, count),
-            "domain_count": count,
+            **losses.statistics(),
+            "penalty": penalty,
+            "objective": losses.mean + weight * penalty if weight > 0 else losses.mean,
         }
-        return self._statistics["loss"]
+        return losses.mean
 
     def _moments(self, batch: Batch, create_graph: bool) -> DomainMoments:
         return moments_of(
@@ -159,28 +158,32 @@ class Fishr(Annealed):
             scale=batch.scale,
         )[0]
 
-    def _moments_and_gradient(self, batch: Batch, staged: Sequence[Batch]) -> DomainMoments:
+    def _moments_and_gradient(self, staged: Sequence[Batch]) -> DomainMoments:
         """Both from one backward: the gradient is the mean of the domains', weighted by count."""
-        samples = sum(len(part.losses) for part in staged)
-        chosen = batch.resolved.chosen
-        tracked = set(chosen.values())
-        rest = [p for p in batch.resolved.found.leaves if p not in tracked]
-        moments, grads = moments_of(
-            batch.losses,
-            batch.resolved,
-            batch.partition,
-            create_graph=False,
-            retain_graph=False,
-            extra=rest,
-            scale=batch.scale,
-        )
+        parts: list[DomainMoments] = []
+        rest: dict[Tensor, Tensor] = {}
+        for batch in staged:
+            others = batch.resolved.rest
+            moments, grads = moments_of(
+                batch.losses,
+                batch.resolved,
+                batch.partition,
+                create_graph=False,
+                retain_graph=False,
+                extra=others,
+                scale=batch.scale,
+            )
+            parts.append(moments)
+            for p, grad in zip(others, grads, strict=True):
+                if grad is not None:
+                    rest[p] = rest[p] + grad if p in rest else grad
+        moments, named = self._whole.moments(merge(parts)), _parameters(staged)
         for name, mean in moments.mean.items():
-            share = moments.count.to(mean.dtype) / samples
-            weighted = share @ mean.reshape(len(share), chosen[name].numel())
-            accumulate(chosen[name], scaled(weighted.view(chosen[name].shape), staged))
-        for p, grad in zip(rest, grads, strict=True):
-            if grad is not None:
-                accumulate(p, scaled(grad / samples, staged))
+            share = moments.count.to(mean.dtype) / self._whole.samples
+            weighted = share @ mean.reshape(len(share), named[name].numel())
+            accumulate(named[name], scaled(weighted.view(named[name].shape), staged))
+        for p, grad in self._whole.rest(rest).items():
+            accumulate(p, scaled(grad / self._whole.samples, staged))
         return moments
 
     def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:

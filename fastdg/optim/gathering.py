@@ -64,23 +64,27 @@ class Gradients(ABC):
     sparse: set[Tensor]
 
     @abstractmethod
-    def rows(self) -> dict[Tensor, list[Tensor]]:
-        """Parameter -> its E gradients. They can be had once, these or `agreement`."""
-
-    @abstractmethod
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
-        """Parameter -> its gradients combined where their signs agree."""
+        """Parameter -> its gradients combined where their signs agree. Once, this or `gram`."""
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """Their inner products, over all parameters, ``[E, E]``."""
+
+    @abstractmethod
+    def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        """Parameter -> the sum of its gradients, times ``weights`` ``[E]``; once, after `gram`."""
 
     @property
-    def present(self) -> Tensor:
-        """Which have samples, ``[E]`` bool."""
-        return self.count > 0
+    def several(self) -> Tensor:
+        """Whether more than one has samples, 0-dim bool."""
+        return (self.count > 0).sum() > 1
 
     def weights(self, reduction: str) -> Tensor:
         """Of a mean, or a sum, over the domains that have samples, ``[E]``."""
-        ones = self.present.to(self.losses.dtype)
+        ones = (self.count > 0).to(self.losses.dtype)
         return ones / ones.sum().clamp(min=1) if reduction == "mean" else ones
 
     def spread(self, values: Tensor, fill: float) -> Tensor:
@@ -106,7 +110,31 @@ def spread(values: Tensor, places: Sequence[int], extent: int, fill: float) -> T
     return every.index_copy_(0, moved(index, values.device), values)
 
 
-class Swept(Gradients):
+class Own(Gradients):
+    """Of the samples of this process alone."""
+
+    @abstractmethod
+    def rows(self) -> dict[Tensor, list[Tensor]]:
+        """Parameter -> its E gradients."""
+
+    @abstractmethod
+    def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
+        """Hand on each parameter and its E gradients, the moment they are there."""
+
+    def gram(self) -> Tensor:
+        self._groups = list(by_dtype(self.rows()))
+        grams = [ops.gram(of_domains) for _, of_domains in self._groups]
+        return grams[0] if len(grams) == 1 else torch.stack([g.double() for g in grams]).sum(0)
+
+    def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        made: dict[Tensor, Tensor] = {}
+        for parameters, of_domains in self._groups:
+            made.update(zip(parameters, ops.combine(of_domains, weights), strict=True))
+        self._groups = []
+        return made
+
+
+class Swept(Own):
     """Of one mixed batch, from one backward that runs when they are asked for."""
 
     def __init__(self, batch: DomainBatch) -> None:
@@ -125,14 +153,17 @@ class Swept(Gradients):
         }
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
-        return self._each(lambda factor: list(factor.domain(self.batch.partition).unbind()))
+        return self._each(lambda p, factor: list(factor.domain(self.batch.partition).unbind()))
+
+    def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
+        self._each(lambda p, factor: take(p, factor.domain(self.batch.partition).unbind()))
 
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
         parts = self.batch.partition
 
-        def combined(factor: Factor) -> Agreement | Sequence[Tensor]:
+        def combined(p: Tensor, factor: Factor) -> Agreement | Sequence[Tensor]:
             if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
                 return factor.domain(parts).unbind()
             return factor.agreement(parts, weights, threshold, steepness)
@@ -142,16 +173,15 @@ class Swept(Gradients):
         small = {p: rows for p, rows in found.items() if p not in made}
         return made | _agreements(small, weights, threshold, steepness)
 
-    def _each(self, compute: Callable[[Factor], T]) -> dict[Tensor, T]:
+    def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
-        found, owned, chosen = self.batch.resolved
-        tracked = set(chosen.values())
-        rest = [leaf for leaf in found.leaves if leaf not in tracked]
+        found, owned, chosen, _ = self.batch.resolved
+        rest = self.batch.resolved.rest
         made: dict[Tensor, T] = {}
 
         def use(name: str, factor: Factor) -> None:
             with torch.no_grad():
-                made[chosen[name]] = compute(factor)
+                made[chosen[name]] = compute(chosen[name], factor)
 
         with unhooked(rest):
             grads = collect(
@@ -167,7 +197,7 @@ class Swept(Gradients):
         return made
 
 
-class Gathered(Gradients):
+class Gathered(Own):
     """Of several micro-batches, each of whose gradients were taken as it came."""
 
     roots: Sequence[Tensor] = ()  # their graphs are gone
@@ -209,9 +239,9 @@ class Gathered(Gradients):
 
     def _add_alone(self, batch: DomainBatch) -> None:
         """One domain's gradient is autograd's own, whatever its samples do with each other."""
-        found, _, chosen = batch.resolved
-        tracked = set(chosen.values())
-        leaves = [*tracked, *(leaf for leaf in found.leaves if leaf not in tracked)]
+        resolved = batch.resolved
+        tracked = {leaf: resolved.chosen[name] for name, leaf in resolved.leaves.items()}
+        leaves = [*tracked, *resolved.rest]
         under = root(batch.total, batch.scale)
         start = about_mean(batch.total) if under is None else under  # fp16 may not overflow
         weight = torch.ones_like(batch.total) * start
@@ -223,9 +253,9 @@ class Gathered(Gradients):
                 self._add_rest(p, unscaled(grad, start))
                 continue
             if grad.layout != torch.strided:
-                self.sparse.add(p)
+                self.sparse.add(tracked[p])
                 grad = grad.to_dense()
-            self._add(p, batch.ids[0], unscaled(accumulated(grad), start))
+            self._add(tracked[p], batch.ids[0], unscaled(accumulated(grad), start))
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})
@@ -244,6 +274,11 @@ class Gathered(Gradients):
                 else:  # not used by it
                     by_domain[d] = torch.zeros_like(like)
         return {p: [by_domain[d] for d in self.ids] for p, by_domain in sums.items()}
+
+    def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
+        found = self.rows()
+        for p in list(found):
+            take(p, found.pop(p))
 
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float

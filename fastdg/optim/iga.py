@@ -113,7 +113,7 @@ class IGA(DomainOptimizer):
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self.penalty_weight
-        losses = Losses.of(staged)
+        losses = Losses.of(staged, self._whole)
         if self.steps == 0:  # whatever the weight, which may be scheduled
             for batch in staged:
                 refuse_fused_attention(batch.resolved.found)
@@ -130,15 +130,17 @@ class IGA(DomainOptimizer):
                 for batch in staged
             ]
         )
-        penalty = ops.variance_gap(list(moments.mean.values()), [], moments.present, 0.0)
-        objective = losses.objective(losses.shares, staged)
+        means = self._whole.means(moments)
+        penalty = ops.variance_gap(list(means.values()), [], losses.present, 0.0)
+        own = losses.objective(losses.shares, staged)
+        objective = (losses.shares * losses.filled).sum()
         if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
-            objective = objective + weight * penalty
-        descend(objective, staged)
+            own, objective = own + weight * penalty, objective + weight * penalty.detach()
+        descend(own, staged, self._whole)
         self._statistics = {
             **losses.statistics(),
             "penalty": penalty.detach(),
-            "objective": objective.detach(),
+            "objective": objective,
         }
         return losses.mean
 
@@ -146,7 +148,7 @@ class IGA(DomainOptimizer):
         if not asks_for_domain(closure):
             return super()._evaluate(closure)
         name = type(self).__name__
-        refuse_ranks(name)
+        refuse_ranks(f"{name}.step(closure)", "call opt.backward(losses, domains) and opt.step()")
         refuse_groups(self.param_groups, name)
         if terms := terms_of(self):
             raise ValueError(

@@ -24,6 +24,7 @@ from .batch import Batch, descend
 from .chain import terms_of
 from .settings import checked
 from .weighted import UNSEEN, Losses, check_reached, refuse_again
+from .whole import Whole
 from .wrapper import Closure
 
 
@@ -163,20 +164,21 @@ class IRM(Annealed):
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
-        losses = Losses.of(staged)
+        losses = Losses.of(staged, self._whole)
         with torch.autocast(losses.mean.device.type, enabled=False):
             products = [self._products(batch, create_graph=weight > 0) for batch in staged]
-            halves = _halves(products, staged, len(losses.count))
+            halves = _halves(products, staged, self._whole)
             penalty = (losses.shares * halves[:, 0] * halves[:, 1]).sum()
-            objective = losses.objective(losses.shares, staged)
+            mean = (losses.shares * losses.filled).sum()
+            own = losses.objective(losses.shares, staged)
             if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
-                objective = objective + weight * penalty
-            descend(objective, staged)
+                own, mean = own + weight * penalty, mean + weight * penalty.detach()
+            descend(own, staged, self._whole)
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {
             **losses.statistics(),
             "penalty": penalty.detach(),
-            "objective": objective.detach(),
+            "objective": mean,
         }
         return losses.mean
 
@@ -315,10 +317,14 @@ def replayed(call: Call) -> Tensor:
         return functional_call(call.module, buffers, call.args, call.kwargs)
 
 
-def _halves(products: Sequence[Tensor], staged: Sequence[Batch], domains: int) -> Tensor:
-    """Mean product of each domain's samples in even and in odd places, ``[D, 2]``."""
+def _halves(products: Sequence[Tensor], staged: Sequence[Batch], whole: Whole) -> Tensor:
+    """Mean product of each domain's samples in even and in odd places, ``[D, 2]``.
+
+    The samples of one rank come after those of the ranks before it.
+    """
     places: list[Tensor] = []
-    before = staged[0].partition.offsets.new_zeros(domains)
+    before = whole.before
+    domains = len(before)
     for batch in staged:
         parts = batch.partition
         first = parts.offsets[parts.domains] - before[parts.domains]
@@ -329,4 +335,5 @@ def _halves(products: Sequence[Tensor], staged: Sequence[Batch], domains: int) -
     place, product = torch.cat(places), torch.cat(list(products))
     total = product.new_zeros(2 * domains).index_add(0, place, product)
     count = torch.zeros_like(total).index_add(0, place, torch.ones_like(product))
+    total, count = whole.total([total, count])
     return (total / count.clamp(min=1)).view(domains, 2)

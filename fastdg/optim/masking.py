@@ -21,8 +21,8 @@ class _MaskOptimizer(DomainGradientOptimizer):
     threshold: Setting[float] = Setting(check_share)
 
     def _rescaled(self, masked: Masked, gradients: Gradients) -> tuple[Combined, Statistics]:
-        several = gradients.present.sum() > 1  # one domain's gradient stays as it is
-        scale = torch.where(several, 1 / (TINY + masked.mean), 1)
+        # One domain's gradient stays as it is
+        scale = torch.where(gradients.several, 1 / (TINY + masked.mean), 1)
         for grad, factor in zip(masked.combined.values(), scale, strict=True):
             grad *= factor
         return masked.combined, masked.statistics

@@ -9,16 +9,15 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 
-def refuse_ranks(name: str) -> None:
-    """Raise if several processes train together: each would see the domains of its own batch."""
+def refuse_ranks(name: str, advice: str) -> None:
+    """Raise if several processes train together."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     ranks = distributed.get_world_size()
     if ranks > 1:
         raise RuntimeError(
-            f"{name}: distributed training is not supported yet, and torch.distributed is "
-            f"initialised with {ranks} ranks: the statistics would be those of each rank's own "
-            "samples, and the gradients would differ between ranks. Train in one process."
+            f"{name} does not train on several ranks, and torch.distributed is initialised with "
+            f"{ranks}; {advice}"
         )
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import ops
 from .domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from .drawing import DrawingOptimizer
-from .gathering import Gradients, by_dtype, moved
+from .gathering import Gradients, moved
 from .settings import Setting, check_reduction, check_switch, checked
+from .sharding import own_part
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -127,15 +127,13 @@ class AgrRand(DrawingOptimizer):
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         masked = self._masked(gradients, self.reduction, threshold=1.0)
-        several = gradients.present.sum() > 1  # in one domain a zero is no disagreement
-        sigma = masked.size * several
+        sigma = masked.size * gradients.several  # in one domain a zero is no disagreement
         combined = masked.combined
+        device = next(iter(combined)).device if self.generator is None else self.generator.device
+        source = self._source(device)
         for p, grad in combined.items():
-            device = grad.device if self.generator is None else self.generator.device
-            noise = torch.randn(
-                grad.shape, generator=self.generator, dtype=grad.dtype, device=device
-            )
-            noise = moved(noise, grad.device).mul_(sigma)
+            noise = torch.randn(p.shape, generator=source, dtype=grad.dtype, device=device)
+            noise = moved(own_part(p, noise), grad.device).mul_(sigma)
             # A sum of what has one sign is 0 only where the mask is
             combined[p] = torch.where(grad == 0, noise, grad)
         self._remember()
@@ -282,8 +280,9 @@ class PCGrad(DrawingOptimizer):
 
     def _order(self, gram: Tensor) -> Tensor:
         """In which order each domain goes through all of them, ``[D, D]``."""
-        domains, generator = len(gram), self.generator
-        device = "cpu" if generator is None else generator.device
+        domains = len(gram)
+        device = torch.device("cpu") if self.generator is None else self.generator.device
+        generator = self._source(device)
         if self.shared_order:
             order = torch.randperm(domains, generator=generator, device=device).repeat(domains, 1)
         else:
@@ -323,13 +322,9 @@ def projected(gram: Tensor, order: Tensor) -> Tensor:
 
 def weighed(gradients: Gradients, weighting: Weighting) -> tuple[Combined, Statistics]:
     """The gradients' weighted sum, the weights being a function of their Gram matrix."""
-    groups = list(by_dtype(gradients.rows()))
-    grams = [ops.gram(of_domains) for _, of_domains in groups]
-    gram = grams[0] if len(grams) == 1 else torch.stack([g.double() for g in grams]).sum(0)
+    gram = gradients.gram()
     weights = weighting(gram)
-    combined: Combined = {}
-    for parameters, of_domains in groups:
-        combined.update(zip(parameters, ops.combine(of_domains, weights), strict=True))
+    combined = gradients.combined(weights)
     norm = gram.diagonal().sqrt()
 
     def matrix(values: Tensor, fill: float) -> Tensor:

@@ -1,5 +1,4 @@
-"""SWAD: average the weights of every step, from where the validation loss settles to where it
-leaves the valley."""
+"""SWAD: average the weights of every step in a valley of the validation loss."""
 
 from __future__ import annotations
 
@@ -188,13 +187,14 @@ class SWAD(Unwatched):
 
     @torch.no_grad()
     def evaluate(self, validation_loss: float | Tensor) -> None:
-        """End a segment with the validation loss of the model as it is.
+        """End a segment with the validation loss of the model as it is; of several ranks, all of
+        which call this, with the mean of theirs.
 
         Raises:
             TypeError, ValueError: the loss is not a finite number.
             RuntimeError: no step was made since the last evaluation.
         """
-        loss = finite("validation_loss", validation_loss)
+        loss = self._ranks.mean(finite("validation_loss", validation_loss))
         if self.finished:
             return
         group = self.param_groups[0]

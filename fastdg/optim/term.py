@@ -63,8 +63,8 @@ class Term(Unwatched):
         return Added(values, statistics)
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        descend(total_loss(staged) / sum(len(batch.losses) for batch in staged), staged)
+        descend(total_loss(staged) / self._whole.samples, staged, self._whole)
         check_reached(self.param_groups, type(self).__name__)
-        losses = Losses.of(staged)
+        losses = Losses.of(staged, self._whole)
         self._statistics = losses.statistics()
         return losses.mean

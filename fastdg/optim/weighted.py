@@ -15,15 +15,16 @@ from ..statistics.api import Resolved, Tape
 from ..statistics.factors import accumulated
 from ..statistics.graph import Found
 from ..statistics.moments import rows
-from .batch import Batch, domain_loss, scaled, shared_terms, total_loss
+from .batch import Batch, domain_means, loss_sums, scaled, shared_terms, total_loss
+from .whole import Whole
 from .wrapper import DomainOptimizer
 
-UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {})
+UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {}, {})
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of everything staged, detached.
+    """The losses of everything staged on all ranks, detached.
 
     Attributes:
         mean: over all samples, 0-dim.
@@ -36,13 +37,11 @@ class Losses:
     count: Tensor
 
     @classmethod
-    def of(cls, staged: Sequence[Batch], domains: int = 0) -> Losses:
+    def of(cls, staged: Sequence[Batch], whole: Whole, domains: int = 0) -> Losses:
         """For no fewer than so many ``domains``."""
-        counts = [batch.partition.count for batch in staged]
-        domains = max(domains, *(len(count) for count in counts))
-        count = torch.stack([rows(count, domains) for count in counts]).sum(0)
-        samples = sum(batch.losses.shape[0] for batch in staged)
-        return cls(total_loss(staged).detach() / samples, domain_loss(staged, count), count)
+        count = rows(whole.count, max(domains, whole.counts.shape[1]))
+        total, sums = whole.total([total_loss(staged).detach(), loss_sums(staged, len(count))])
+        return cls(total / whole.samples, domain_means(sums, count), count)
 
     @property
     def present(self) -> Tensor:
@@ -68,7 +67,7 @@ class Losses:
         return [each[batch.partition.domains] for batch in staged]
 
     def objective(self, coefficients: Tensor, staged: Sequence[Batch]) -> Tensor:
-        r""":math:`\sum_d c_d \ell_d`, with its graph."""
+        r""":math:`\sum_d c_d \ell_d`, this rank's part of it, with its graph."""
         parts = zip(self.weights(coefficients, staged), staged, strict=True)
         return torch.stack([(accumulated(b.losses) * w).sum() for w, b in parts]).sum()
 
@@ -130,13 +129,13 @@ class Weighted(Unwatched):
     """
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        losses = Losses.of(staged, self._domains())
+        losses = Losses.of(staged, self._whole, self._domains())
         coefficients, more = self._coefficients(losses)
         weights = losses.weights(coefficients, staged)
         parts = [batch.losses for batch in staged]
-        terms, shares = shared_terms(staged)
+        terms, shares = shared_terms(staged, self._whole)
         grads = [scaled(w, staged).to(x.dtype) for w, x in zip(weights, parts, strict=True)]
-        torch.autograd.backward([*parts, *terms], [*grads, *shares])
+        self._whole.backward([*parts, *terms], [*grads, *shares])
         check_reached(self.param_groups, type(self).__name__)
         self._statistics = {**losses.statistics(), **more}
         return losses.mean

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..statistics.selection import select
 from ..statistics.tape import Selection
+from .sharding import like_parameter
 
 
 class Wrapping(Optimizer):
@@ -40,6 +41,8 @@ class Wrapping(Optimizer):
         "_scaler",
         "_model",
         "_loaded",
+        "_ranks",
+        "_whole",
     )
     _patched = ("step", "_opt_called")
 
@@ -77,6 +80,9 @@ class Wrapping(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
+    def _size(self) -> int:
+        return sum(len(group["params"]) for group in self.param_groups)
+
     def _done(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""
         self._ready, self._scaler, self._pending = False, None, None
@@ -87,6 +93,15 @@ class Wrapping(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         dropped = (*self._transient, *self._patched)
         return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+
+    def settings(self) -> dict[str, Any]:
+        """The wrapper's own settings, for ``repr`` and logs."""
+        return {}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
+        inner = repr(self.base).replace("\n", "\n  ")
+        return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
 
 def _held(name: str) -> property:
@@ -186,7 +201,7 @@ def fresh_state(base: Optimizer) -> Mapping[Any, Any]:
 
 def accumulate(p: Tensor, grad: Tensor) -> None:
     """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
-    grad = grad.to(p.dtype)
+    grad = like_parameter(p, grad.to(p.dtype))
     if p.grad is None:
         if grad.layout == torch.strided and grad.stride() != p.stride():
             grad = torch.empty_like(p).copy_(grad)
@@ -209,10 +224,16 @@ def deliver(p: Tensor, grad: Tensor) -> None:
 
 
 @contextmanager
-def all_or_nothing(groups: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """What is written to ``.grad`` inside is added to what was there, unless it fails."""
+def all_or_nothing(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
+    """What is written to ``.grad`` inside is added to what was there, unless it fails.
+
+    ``copied``: whether that lies in memory which is written to inside, too, as it may if
+    DistributedDataParallel has made it.
+    """
     parameters = [p for group in groups for p in group["params"]]
     before = [(p, p.grad) for p in parameters if p.grad is not None]
+    if copied:
+        before = [(p, grad.clone()) for p, grad in before]
     for p, _ in before:
         p.grad = None
     try:

@@ -18,8 +18,10 @@ from ..statistics.factors import accumulated
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, scaling, support
-from .batch import Batch
+from .batch import Batch, described
 from .chain import Told, added_by, chain, check_order, merged, terms_of, told
+from .ranks import Ranks
+from .whole import Whole
 from .wrapped import (
     Wrapping,
     all_or_nothing,
@@ -63,6 +65,8 @@ class DomainOptimizer(Wrapping):
     _tape: Tape
     _told: list[Told]  # what terms have to say of everything staged
     _statistics: dict[str, Tensor]
+    _ranks: Ranks
+    _whole: Whole  # what the last final `backward` was of
     _loading = False
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
 
@@ -131,26 +135,31 @@ class DomainOptimizer(Wrapping):
             TypeError, ValueError: ``losses``, ``domains``, ``scaler`` or ``inputs`` are not as
                 described; batch norm in training mode among the tracked layers.
             RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's; training runs on several ranks; what is
-                staged or in ``.grad`` was not made with this ``scaler``.
+                the captured gradients are not autograd's; another rank failed; what is staged or
+                in ``.grad`` was not made with this ``scaler``.
 
         After an error ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
+            self._ranks.begin(type(self).__name__, bool(self._tape.recorder.handles))
             self._stage(losses, domains, scaler, inputs)
             if not final:
                 self._defer()
+                self._ranks.part()
                 return accumulated(losses.detach()).mean()
             (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
-            with paused(), all_or_nothing(self.param_groups):
+            self._whole = self._meet(staged)
+            with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
                 loss = self._gradient(staged)
             if self._tape.recorder.handles:
                 spent(part for batch in staged for part in batch.roots)
-        except BaseException:
+            self._statistics = merged(heard, self._statistics, self._whole)
+        except BaseException as error:
             self._staged, self._told = [], []
+            self._ranks.part(error if final else None)
             raise
-        self._statistics = merged(heard, self._statistics)
+        self._ranks.part()
         for link in chain(self):
             link._ready, link._scaler = True, self._scaler
         scaling.give_away(self)
@@ -161,7 +170,6 @@ class DomainOptimizer(Wrapping):
     ) -> None:
         check_losses(losses)
         self._scale = scaling.factor(self, scaler, losses)
-        support.refuse_ranks(type(self).__name__)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
             self._rewatch()
@@ -183,6 +191,10 @@ class DomainOptimizer(Wrapping):
         parts = partition(domains, losses, self.num_domains)
         resolved = self._tape.resolve(losses, self._scale)
         return Batch(losses, parts, resolved, terms, self._scale)
+
+    def _meet(self, staged: Sequence[Any]) -> Whole:
+        """What this rank's batch is a part of."""
+        return self._ranks.meet(*described(staged))
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
@@ -366,13 +378,13 @@ class DomainOptimizer(Wrapping):
             model = nn.ModuleList([model, *(m for term in terms_of(self) for m in term.modules())])
         self._tape = Tape(Recorder(self._names, model), self.params, self.check)
         self._watched = self._size()
+        if "_ranks" not in self.__dict__:
+            inner = isinstance(self.base, DomainOptimizer)
+            self._ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
 
     def _known(self) -> dict[Tensor, str]:
         """Names of parameters that wrappers inside have."""
         return self.base._names if isinstance(self.base, DomainOptimizer) else {}
-
-    def _size(self) -> int:
-        return sum(len(group["params"]) for group in self.param_groups)
 
     def _clear(self) -> None:
         self._staged, self._told, self._statistics = [], [], {}
@@ -384,11 +396,6 @@ class DomainOptimizer(Wrapping):
         self._watch(None)
         self._clear()
         loading.attach(self)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        inner = repr(self.base).replace("\n", "\n  ")
-        return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""

@@ -26,11 +26,19 @@ class Resolved(NamedTuple):
         found: the calls that use one of the parameters asked for.
         owned: local -> full names of the parameters that each call answers for.
         chosen: the parameters asked for that were used.
+        leaves: the tensors that the forward used as these, which FSDP2 makes others.
     """
 
     found: Found
     owned: dict[Call, dict[str, str]]
     chosen: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+
+    @property
+    def rest(self) -> list[Tensor]:
+        """Other tensors that a backward gives a ``.grad``."""
+        tracked = set(self.leaves.values())
+        return [leaf for leaf in self.found.leaves if leaf not in tracked]
 
 
 class Tape:
@@ -51,7 +59,7 @@ class Tape:
         if not any(call.parameters for call in found.calls):
             raise _unseen(found)
         names, leaves = self.recorder.names, {id(leaf) for leaf in found.leaves}
-        owned = adopt(found, names, leaves)
+        owned = adopt(found, self.recorder.used(), leaves)
         if head:
             last = choose_head(found).calls
             chosen = {name: named[name] for call in last for name in owned[call].values()}
@@ -73,13 +81,15 @@ class Tape:
         calls = [c for c in found.calls if any(name in chosen for name in owned[c].values())]
         refuse_mixing(found, calls)
         found = found.keep(calls)
+        used_as = {name: self.recorder.leaf(p) for name, p in chosen.items()}
         if self.check and not tracing() and not any(call.forgotten for call in calls):
-            self.checks.verify(losses, found, owned, chosen, scale)
-        return Resolved(found, owned, chosen)
+            self.checks.verify(losses, found, owned, used_as, scale)
+        return Resolved(found, owned, chosen, used_as)
 
     def _refuse_unused(self, found: Found, names: Set[str], leaves: Set[int]) -> None:
         """Raise if one of ``names`` was used behind the back of every recorded call."""
-        unused = [(name, p) for p, name in self.recorder.names.values() if name in names]
+        leaf = self.recorder.leaf
+        unused = [(name, leaf(p)) for p, name in self.recorder.names.values() if name in names]
         unseen = [name for name, p in unused if id(p) in leaves]
         if unseen and found.compiled:
             raise RuntimeError(f"params: {unseen[0]!r} was not seen. {COMPILED}")
@@ -93,10 +103,11 @@ class Tape:
         assert losses.grad_fn is not None
         found = find(losses.grad_fn, self.recorder)
         leaves = {id(leaf) for leaf in found.leaves}
-        chosen = {name: p for p, name in self.recorder.names.values() if id(p) in leaves}
+        used = {name: self.recorder.leaf(p) for p, name in self.recorder.names.values()}
+        chosen = {name: p for p, name in self.recorder.names.values() if id(used[name]) in leaves}
         if not chosen:
             raise _unseen(found)
-        return Resolved(found, {}, chosen)
+        return Resolved(found, {}, chosen, {name: used[name] for name in chosen})
 
 
 COMPILED = (
@@ -208,7 +219,7 @@ def _by_name(
         with torch.no_grad():
             out[name] = compute(factor)
 
-    found, owned, chosen = tape.resolve(losses)
+    found, owned, chosen, _ = tape.resolve(losses)
     collect(losses, found, owned, chosen.__contains__, use, retain_graph=retain_graph)
     if not retain_graph:
         spent([losses])

@@ -118,10 +118,17 @@ class Recorder:
         self.seen: dict[int, weakref.ref[nn.Module]] = {}
         self.alive: weakref.WeakSet[Call] = weakref.WeakSet()
         self.handles: list[Any] = []
+        # FSDP2 lets its modules have other tensors in their forwards than the optimizer has, each
+        # of them a part on every rank: whose they are is told by module and name
+        self.sharded = any(hasattr(p, "device_mesh") for p in names)
+        self.places: weakref.WeakKeyDictionary[nn.Module, dict[str, int]]
+        self.places = weakref.WeakKeyDictionary()
+        self.leaves: dict[int, Tensor] = {}
         weakref.finalize(self, _remove, self.handles).atexit = False
         if modules is None:
             self.discover()
         else:
+            self.learn(modules)
             for module in modules.modules():
                 if self._concerns(module):
                     self._watch(module)
@@ -133,6 +140,9 @@ class Recorder:
         self.handles.append(
             torch_module.register_module_forward_hook(_Hook(self), with_kwargs=True)
         )
+        if self.sharded:
+            hook = torch_module.register_module_forward_pre_hook(_Learning(self))
+            self.handles.append(hook)
         self.discovering, self.looked_at = True, 0
 
     discovering = False
@@ -148,7 +158,11 @@ class Recorder:
         self.looked_at = len(self.seen)
         seen = [module for reference in self.seen.values() if (module := reference()) is not None]
         inside = dict.fromkeys(m for module in seen for m in module.modules())
-        owned = {id(p) for module in inside for p in module._parameters.values()}
+        owned = {
+            self._key(module, local, p)
+            for module in inside
+            for local, p in module._parameters.items()
+        }
         if self.names.keys() <= owned:
             self.close()
             for module in inside:
@@ -159,15 +173,45 @@ class Recorder:
         _remove(self.handles)
         self.discovering = False
 
+    def learn(self, modules: nn.Module) -> None:
+        """See whose the parameters are, before FSDP2 puts others in their place."""
+        if not self.sharded or modules in self.places:
+            return
+        for module in modules.modules():
+            here = {local: id(p) for local, p in own_parameters(module) if id(p) in self.names}
+            self.places.setdefault(module, here)
+
+    def leaf(self, p: Tensor) -> Tensor:
+        """The tensor that a forward uses as the optimizer's parameter ``p``."""
+        return self.leaves.get(id(p), p)
+
+    def used(self) -> Mapping[int, tuple[Tensor, str]]:
+        """`names`, of what a forward uses as these parameters."""
+        if not self.sharded:
+            return self.names
+        used = [(self.leaf(p), name) for p, name in self.names.values()]
+        return {id(p): (p, name) for p, name in used}
+
+    def _key(self, module: nn.Module, local: str, p: Tensor | None) -> int:
+        """The id of the optimizer's parameter that is ``p`` in a forward, if there is one."""
+        if self.sharded and id(p) not in self.names and module in self.places:
+            return self.places[module].get(local, 0)
+        return id(p)
+
     def _watch(self, module: nn.Module) -> None:
-        self.handles.append(module.register_forward_hook(_Hook(self), with_kwargs=True))
+        # FSDP2's hook after the forward takes away the tensors that were used in it
+        hook = module.register_forward_hook(_Hook(self), with_kwargs=True, prepend=self.sharded)
+        self.handles.append(hook)
 
     def _own(self, module: nn.Module) -> dict[str, str]:
         """Local and full names of the module's own parameters, each parameter once."""
         own: dict[str, str] = {}
         for local, p in own_parameters(module):
-            if p.requires_grad and (known := self.names.get(id(p))) is not None:
+            key = self._key(module, local, p)
+            if p.requires_grad and (known := self.names.get(key)) is not None:
                 own[known[1]] = local
+                if self.sharded:
+                    self.leaves[key] = p
         return {local: name for name, local in own.items()}
 
     def _ran(self, module: nn.Module) -> bool:
@@ -176,7 +220,7 @@ class Recorder:
 
     def _concerns(self, module: nn.Module) -> bool:
         return isinstance(module, nn.modules.batchnorm._BatchNorm) or any(
-            id(p) in self.names for _, p in own_parameters(module)
+            self._key(module, local, p) in self.names for local, p in own_parameters(module)
         )
 
     def __call__(
@@ -310,6 +354,17 @@ def _apart(module: nn.Module, output: Any) -> Any:
         return output
     copies = [t.clone() if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
     return pytree.tree_unflatten(copies, tree)
+
+
+class _Learning:
+    """A forward pre-hook of all modules that does not keep its recorder alive."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = weakref.ref(recorder)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if (recorder := self.recorder()) is not None:
+            recorder.learn(module)
 
 
 class _Hook:

@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 from bases import WRAPS, batch, network, steps, wrap
-from torch import distributed, nn
+from torch import nn
 from torch.optim import SGD, Adam
-
-WORLDS = {"one": 1, "two": 2}
-
-
-@pytest.fixture(params=WORLDS)
-def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
-    ranks = WORLDS[request.param]
-    distributed.init_process_group("fake", rank=0, world_size=ranks, store=fake.FakeStore())
-    yield ranks
-    distributed.destroy_process_group()
-
-
-def test_several_ranks(ranks: int) -> None:
-    model = network()
-    opt = wrap(Adam(model.parameters()))
-    if ranks == 1:
-        steps(model, opt, range(2))
-        return
-    for final in (False, True):
-        with pytest.raises(RuntimeError, match=r"Fishr: distributed .* not supported yet, .* 2 ra"):
-            opt.backward(*batch(model), final=final)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_maximize() -> None:

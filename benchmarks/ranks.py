@@ -1,0 +1,118 @@
+"""What does a step cost on several ranks, beside one of DistributedDataParallel alone?
+
+``python benchmarks/ranks.py`` starts two ranks with one thread each (gloo), trains each model in
+every way in turns, and writes ``results/ranks.json``. To reach: 1.10 times as much for Fishr on the
+head and for Agr-Sum. Before it is timed, each way is compared with the others' gradient: a rank's
+weights after the run are those of the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import environment, summary
+from models import problem
+from torch import Tensor, distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import fastdg
+
+RESULTS = Path(__file__).parent / "results" / "ranks.json"
+RANKS, DOMAINS = 2, 3
+# name -> samples a rank, rounds
+MODELS = {"resnet18": (48, 9), "mnist_cnn": (48, 15)}
+WAYS: dict[str, Callable[[Any], Any] | None] = {
+    "ddp": None,
+    "fishr": lambda base: fastdg.Fishr(base, anneal_steps=0, reset_base=False),
+    "agrsum": fastdg.AgrSum,
+    "agrsum, a domain a rank": fastdg.AgrSum,
+    "pcgrad": lambda base: fastdg.PCGrad(base, generator=torch.Generator().manual_seed(0)),
+}
+Step = Callable[[], None]
+
+
+def made(way: str, name: str, samples: int, rank: int) -> tuple[torch.nn.Module, Step]:
+    """A model and a training step of it."""
+    on = problem(name, samples)
+    model = DistributedDataParallel(on.model)
+    base: Any = torch.optim.Adam(on.model.parameters(), lr=1e-5)
+    wrap = WAYS[way]
+    opt = base if wrap is None else wrap(base)
+    x = on.x + 0.1 * rank
+    domains = torch.full_like(on.domains, rank) if "a rank" in way else on.domains
+
+    def step() -> None:
+        losses: Tensor = F.cross_entropy(model(x), on.y, reduction="none")
+        opt.zero_grad()
+        if wrap is None:
+            losses.mean().backward()
+        else:
+            opt.backward(losses, domains)
+        opt.step()
+
+    return on.model, step
+
+
+def measured(rank: int, store: str, name: str, samples: int, rounds: int, out: Any) -> None:
+    """Time every way in turns; a step ends when both ranks have made it."""
+    torch.set_num_threads(1)
+    files = distributed.FileStore(store, RANKS)
+    distributed.init_process_group("gloo", store=files, rank=rank, world_size=RANKS)
+    runs = {way: made(way, name, samples, rank) for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(rounds + 2):
+        for way, (_, step) in runs.items():
+            distributed.barrier()
+            start = time.perf_counter()
+            step()
+            distributed.barrier()
+            if turn > 1:  # the first is checked, the second finds its buckets
+                times[way].append(time.perf_counter() - start)
+    for way, (model, _) in runs.items():
+        for p in model.parameters():
+            first = p.detach().clone()
+            distributed.broadcast(first, 0)
+            assert torch.equal(first, p), f"{way}: the ranks have different weights"
+    if rank == 0:
+        out.put({way: summary(seen) for way, seen in times.items()})
+    distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--rounds", type=int, help="default: enough for a median")
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    rows = {}
+    for name in arguments.models:
+        samples, rounds = MODELS[name]
+        out = context.Queue()
+        with tempfile.TemporaryDirectory() as folder:
+            common = (f"{folder}/store", name, samples, arguments.rounds or rounds, out)
+            ranks = [
+                context.Process(target=measured, args=(rank, *common)) for rank in range(RANKS)
+            ]
+            for process in ranks:
+                process.start()
+            rows[name] = out.get()
+            for process in ranks:
+                process.join()
+        plain = rows[name]["ddp"]["median"]
+        print(f"{name}, {samples} samples a rank, {RANKS} ranks of one thread")
+        for way, row in rows[name].items():
+            print(f"  {way:26} {row['median'] * 1e3:8.1f} ms {row['median'] / plain:6.2f}x")
+    found = {"environment": environment("python benchmarks/ranks.py"), "rows": rows}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

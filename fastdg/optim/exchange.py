@@ -1,0 +1,252 @@
+r"""The domains' gradients of all ranks, of which each rank combines a part.
+
+.. math:: g_d = \sum_r \tfrac{n_{rd}}{n_d}\, g_{rd}
+
+Signs and inner products are those of the sums over the ranks, so the sums come first. They are
+never all on one rank: each parameter is cut into W pieces, every rank sends its domains' gradients
+of a piece to the rank that answers for it, that rank adds them up and combines them, and the
+combined pieces go back to all. So a rank sends (E + 1) P (W - 1)/W numbers for its E domains, where
+an all-reduce of the domains' gradients would take 2 D P (W - 1)/W, and the combining is shared.
+
+Buckets of parameters go their way as soon as the backward has passed them, and while it goes on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from .. import ops
+from ..statistics.factors import Agreement
+from ..statistics.moments import rows
+from .gathering import Gathered, Gradients, Swept, moved
+from .ranks import BUCKET, Ranks
+from .sharding import local, part_sizes, sharded
+from .whole import Whole
+
+FLYING = 2  # buckets on their way at a time; more would only take memory
+
+
+class Bucket:
+    """Some parameters, and their domains' gradients on the way to whom they belong.
+
+    Args:
+        parameters: they.
+        size: number of ranks.
+
+    Attributes:
+        places: the parameters -> their places among them.
+        pieces: of each rank, how many entries of each parameter it answers for.
+        lengths: of each rank, the sum of these.
+        missing: the parameters whose gradients are not there yet.
+        sent, received, work: the message.
+    """
+
+    sent: Tensor | None = None
+    received: Tensor
+    work: Any
+
+    def __init__(self, parameters: list[Tensor], size: int) -> None:
+        self.parameters, self.missing = parameters, set(parameters)
+        self.places = {p: place for place, p in enumerate(parameters)}
+        self.pieces = list(zip(*(part_sizes(p, size) for p in parameters), strict=True))
+        self.lengths = [sum(pieces) for pieces in self.pieces]
+
+    def put(self, p: Tensor, rows: Sequence[Tensor], weights: Tensor) -> None:
+        """Take a parameter's gradient in each of this rank's domains, times a weight each."""
+        if self.sent is None:
+            self.sent = rows[0].new_empty(len(rows) * sum(self.lengths))
+        place, flat = self.places[p], [row.reshape(-1) for row in rows]
+        before, start = 0, 0
+        for pieces, length in zip(self.pieces, self.lengths, strict=True):
+            block = self.sent[before : before + len(rows) * length].view(len(rows), length)
+            first, size = sum(pieces[:place]), pieces[place]
+            for to, row, weight in zip(block, flat, weights, strict=True):
+                torch.mul(row[start : start + size], weight, out=to[first : first + size])
+            before, start = before + len(rows) * length, start + size
+        self.missing.discard(p)
+
+    def send(self, ranks: Ranks, domains: Sequence[int]) -> None:
+        """Let it go; each rank sends of so many ``domains``."""
+        assert self.sent is not None
+        mine = self.lengths[ranks.rank]
+        self.received = self.sent.new_empty(sum(domains) * mine)
+        self.work = ranks.start(
+            distributed.all_to_all_single,
+            self.received,
+            self.sent,
+            [count * mine for count in domains],
+            [domains[ranks.rank] * length for length in self.lengths],
+        )
+
+    def sums(self, ranks: Ranks, present: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """Wait for what the ranks have sent of their ``present`` domains: domain -> the sum."""
+        ranks.wait(self.work)
+        self.work = self.sent = None
+        found: dict[int, Tensor] = {}
+        ids = [d for domains in present for d in domains]
+        for d, row in zip(ids, self.received.view(len(ids), -1), strict=True):
+            found[d] = found[d].add_(row) if d in found else row
+        return found
+
+
+class Shared(Gradients):
+    """The domains' gradients of all ranks.
+
+    Args:
+        own: those of this rank.
+        whole: the batch of all ranks.
+        parameters: all that the optimizer has, in its order.
+    """
+
+    def __init__(self, own: Swept | Gathered, whole: Whole, parameters: Iterable[Tensor]) -> None:
+        self.own, self.whole, self.ranks = own, whole, whole.ranks
+        counts = whole.counts.cpu()
+        self.domains = [row.nonzero().flatten().tolist() for row in counts]
+        self.ids, self.extent = sorted({d for row in self.domains for d in row}), counts.shape[1]
+        index = moved(torch.tensor(self.ids, device="cpu"), whole.counts.device)
+        self.count, self.samples = whole.count[index], whole.samples
+        self.losses = whole.total([rows(own.spread(own.losses, 0), self.extent)])[0][index]
+        self.rest, self.sparse = {}, own.sparse
+        self.parameters = [p for p in parameters if p.requires_grad]
+
+    def _exchange(self, finish: Callable[[Bucket, list[Tensor]], None]) -> set[Tensor]:
+        """Run the backward, and hand on each bucket's sums, of every domain in `ids`.
+
+        Returns:
+            The parameters that this rank's forward used.
+        """
+        ranks, own = self.ranks, self.own
+        mine = self.domains[ranks.rank]
+        waiting = deque(self._buckets())
+        home = {p: bucket for bucket in waiting for p in bucket.parameters}
+        flying: deque[Bucket] = deque()
+        shares = self.whole.counts[ranks.rank].double() / self.whole.count.clamp(min=1)
+        shares = shares[mine]
+
+        def settle() -> None:
+            bucket = flying.popleft()
+            sums = bucket.sums(ranks, self.domains)
+            finish(bucket, [sums[d] for d in self.ids])
+
+        def go() -> None:
+            """All ranks send the buckets in the same order."""
+            while waiting and not waiting[0].missing:
+                flying.append(waiting.popleft())
+                flying[-1].send(ranks, [len(domains) for domains in self.domains])
+                if len(flying) > FLYING:
+                    settle()
+
+        used: set[Tensor] = set()
+
+        def take(p: Tensor, grads: Sequence[Tensor]) -> None:
+            used.add(p)
+            there = [grads[own.ids.index(d)] for d in mine]
+            home[p].put(p, there, shares.to(there[0].dtype))
+            go()
+
+        own.feed(take)
+        while waiting:
+            for p in list(waiting[0].missing):
+                zeros = torch.zeros(p.shape, dtype=_dtype(p), device=p.device)
+                waiting[0].put(p, [zeros] * len(mine), shares.to(zeros.dtype))
+            go()
+        while flying:
+            settle()
+        self.rest = self.whole.rest(own.rest)
+        return used
+
+    def _buckets(self) -> list[Bucket]:
+        """In the order of a backward, as far as it is that of the parameters, backwards."""
+        alike: dict[tuple[torch.dtype, torch.device, bool], list[list[Tensor]]] = {}
+        for p in reversed(self.parameters):
+            runs = alike.setdefault((_dtype(p), p.device, sharded(p)), [[]])
+            if sum(q.numel() for q in runs[-1]) + p.numel() > BUCKET // 2 and runs[-1]:
+                runs.append([])
+            runs[-1].append(p)
+        return [Bucket(run, self.ranks.size) for runs in alike.values() for run in runs if run]
+
+    def agreement(
+        self, weights: Tensor, threshold: float, steepness: float
+    ) -> dict[Tensor, Agreement]:
+        ranks, made = self.ranks, _Returned(self.ranks)
+        sums: dict[Tensor, Tensor] = {}
+
+        def combine(bucket: Bucket, of_domains: list[Tensor]) -> None:
+            pieces = [list(row.split(bucket.pieces[ranks.rank])) for row in of_domains]
+            combined, *found = ops.agreement(pieces, weights, threshold, steepness)
+            sums.update(zip(bucket.parameters, torch.stack(found, 1).unbind(), strict=True))
+            made.send(bucket, torch.cat(combined))
+
+        used = self._exchange(combine)
+        flags = [sums[p].new_tensor([p in used]) for p in self.parameters]
+        parts = [torch.cat([sums[p], flag]) for p, flag in zip(self.parameters, flags, strict=True)]
+        totals = dict(zip(self.parameters, ranks.all_reduce(parts), strict=True))
+        return {
+            p: Agreement(grad, totals[p][0], totals[p][1])
+            for p, grad in made.all().items()
+            if totals[p][2] > 0
+        }
+
+    def gram(self) -> Tensor:
+        self._kept: list[tuple[Bucket, list[Tensor]]] = []
+        used = self._exchange(lambda bucket, sums: self._kept.append((bucket, sums)))
+        grams = [ops.gram([[row] for row in sums]).double() for _, sums in self._kept]
+        flags = torch.tensor([p in used for p in self.parameters], dtype=torch.float64)
+        total = torch.stack(grams).sum(0)
+        total, flags = self.ranks.all_reduce([total, flags.to(total.device)])
+        self._used = {p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag}
+        return total.to(self.losses.dtype)
+
+    def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
+        made = _Returned(self.ranks)
+        for bucket, sums in self._kept:
+            made.send(bucket, ops.combine([[row] for row in sums], weights)[0])
+        self._kept = []
+        return {p: grad for p, grad in made.all().items() if p in self._used}
+
+
+class _Returned:
+    """Combined pieces on their way to all ranks; those of sharded parameters stay."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.made = ranks, dict[Tensor, Tensor]()
+        self.flying: list[tuple[Bucket, Tensor, Any]] = []
+
+    def send(self, bucket: Bucket, piece: Tensor) -> None:
+        """Give all ranks this one's piece of a bucket."""
+        if sharded(bucket.parameters[0]):
+            pieces = piece.split(bucket.pieces[self.ranks.rank])
+            for p, part in zip(bucket.parameters, pieces, strict=True):
+                self.made[p] = part.view(local(p).shape)
+            return
+        received, size = piece.new_empty(sum(bucket.lengths)), self.ranks.size
+        work = self.ranks.start(
+            distributed.all_to_all_single,
+            received,
+            piece.repeat(size),
+            bucket.lengths,
+            [len(piece)] * size,
+        )
+        self.flying.append((bucket, received, work))
+
+    def all(self) -> dict[Tensor, Tensor]:
+        """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
+        for bucket, received, work in self.flying:
+            self.ranks.wait(work)
+            parts = [
+                block.split(pieces)
+                for block, pieces in zip(received.split(bucket.lengths), bucket.pieces, strict=True)
+            ]
+            for p, of_ranks in zip(bucket.parameters, zip(*parts, strict=True), strict=True):
+                self.made[p] = torch.cat(of_ranks).view(p.shape)
+        return self.made
+
+
+def _dtype(p: Tensor) -> torch.dtype:
+    """What its statistics are computed in."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -1,0 +1,311 @@
+"""A training that runs on several ranks, or in one process on their batches put together."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, Optimizer
+
+import fastdg
+
+Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, domains
+DOMAINS = 3
+
+
+class Net(nn.Module):
+    """Convolutions, norms and two linear layers."""
+
+    def __init__(self, batch_norm: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if batch_norm else nn.GroupNorm(2, 4)
+        self.body = nn.Linear(4 * 9, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(torch.tanh(self.norm(self.conv(x))), 2)
+        return self.head(torch.tanh(self.body(h.flatten(1))))
+
+
+def even(gram: Tensor) -> Tensor:
+    return gram.diagonal().softmax(0).to(gram.dtype)
+
+
+def miro(base: Optimizer, model: Net) -> fastdg.MIRO:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(5)
+        oracle = Net().to(model.head.weight.dtype)
+    return fastdg.MIRO(base, model, oracle, layers=["conv", "body"])
+
+
+def rise(base: Optimizer, model: Net) -> fastdg.RISE:
+    anchors = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(2))
+    return fastdg.RISE(base, model.body, anchors.mean(1), anchors)
+
+
+def fishr(base: Optimizer, **more: Any) -> fastdg.Fishr:
+    settings = {"penalty_weight": 5.0, "anneal_steps": 2, "num_domains": DOMAINS}
+    return fastdg.Fishr(base, **{**settings, **more})
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
+    "Fishr": lambda base, model: fishr(base),
+    "Fishr(all)": lambda base, model: fishr(base, params="all", num_domains=None),
+    "AgrSum": lambda base, model: fastdg.AgrSum(base),
+    "AgrRand": lambda base, model: fastdg.AgrRand(base, generator=seeded()),
+    "AgrRand(global)": lambda base, model: fastdg.AgrRand(base),
+    "ANDMask": lambda base, model: fastdg.ANDMask(base, threshold=0.5),
+    "SANDMask": lambda base, model: fastdg.SANDMask(base, threshold=0.3),
+    "PCGrad": lambda base, model: fastdg.PCGrad(base, generator=seeded()),
+    "GramSurgery": lambda base, model: fastdg.GramSurgery(base, even),
+    "Fish": lambda base, model: fastdg.Fish(base, num_domains=DOMAINS, inner_product=True),
+    "IGA": lambda base, model: fastdg.IGA(base, penalty_weight=0.5),
+    "IRM": lambda base, model: fastdg.IRM(base, anneal_steps=2, penalty_weight=2.0),
+    "VREx": lambda base, model: fastdg.VREx(base, anneal_steps=2),
+    "GroupDRO": lambda base, model: fastdg.GroupDRO(base, eta=0.5),
+    "MIRO": miro,
+    "RISE": rise,
+    "Fishr(MIRO(RISE))": lambda base, model: fishr(miro(rise(base, model), model)),
+    "AgrSum(MIRO)": lambda base, model: fastdg.AgrSum(miro(base, model)),
+    "SWAD(Fishr)": lambda base, model: fastdg.SWAD(fishr(base), model, n_converge=1),
+    "SWAD": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
+}
+BASES: dict[str, Callable[[Any], Optimizer]] = {
+    "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),
+    "adam": lambda params: Adam(params, lr=1e-2, eps=1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to train.
+
+    Attributes:
+        wrap: one of `WRAPS`.
+        split: ``"mixed"``: every rank has samples of all domains; ``"own"``: each a domain.
+        engine: ``"ddp"``, with ``options``; ``"fsdp"``: FSDP2, each layer by itself; or
+            ``"bare"``: the model as it is on every rank.
+        micro: each rank's batch comes in several parts, not in as many on all.
+    """
+
+    wrap: str
+    split: str = "mixed"
+    engine: str = "ddp"
+    base: str = "momentum"
+    dtype: torch.dtype = torch.float32
+    micro: bool = False
+    batch_norm: bool = False
+    steps: int = 5
+    counted: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shares(run: Run, world: int) -> Iterator[list[Batch]]:
+    """Every step's batches, those of each rank; the last ones are short, and not alike."""
+    generator = torch.Generator().manual_seed(3)
+    for step in range(run.steps):
+        sizes = [2, 5, 3] if step == run.steps - 1 else [8, 8, 8]
+        batch: list[Batch] = []
+        for rank in range(world):
+            n = sizes[rank]
+            d = torch.randint(DOMAINS, (n,), generator=generator)
+            if run.split == "own":
+                d = torch.full((n,), rank)
+            elif run.wrap == "Fish":
+                d = torch.full((n,), step % DOMAINS)
+            x = torch.randn(n, 2, 6, 6, generator=generator, dtype=torch.float64)
+            x = x + d.view(-1, 1, 1, 1) * torch.randn(2, 6, 6, generator=generator) / 2
+            batch.append((x.to(run.dtype), torch.randint(3, (n,), generator=generator), d))
+        yield batch
+
+
+def joined(batches: list[Batch]) -> Batch:
+    x, y, d = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return x, y, d
+
+
+def parts(run: Run, batches: list[Batch], rank: int | None) -> list[Batch]:
+    """What comes in one forward each: a rank's, or, in one process, everything."""
+    if rank is None:
+        return batches if run.batch_norm else [joined(batches)]
+    batch = batches[rank]
+    if not run.micro:
+        return [batch]
+    many = 2 if run.engine == "fsdp" else rank + 2  # each of its forwards is everyone's
+    cuts = [x.tensor_split(many) for x in batch]
+    return [part for part in zip(*cuts, strict=True) if len(part[0])]  # type: ignore[misc]
+
+
+@dataclass
+class Result:
+    """What a rank has at the end, and what it has sent."""
+
+    weights: dict[str, Tensor]
+    statistics: list[dict[str, Tensor]]
+    averaged: dict[str, Tensor] | None
+    sent: list[dict[str, int]]
+
+
+def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
+    """On one of ``world`` ranks, or in one process (None)."""
+    torch.manual_seed(0)
+    model = Net(run.batch_norm).to(run.dtype)
+    network: nn.Module = model
+    sent: dict[str, int] = {}
+    if rank is not None and run.engine == "fsdp":
+        for part in (model.conv, model.body, model):
+            fully_shard(part)
+    if rank is not None and run.engine == "ddp":
+        network = DistributedDataParallel(model, **run.options)
+        if run.counted:
+            network.register_comm_hook(sent, counted)
+    opt = WRAPS[run.wrap](BASES[run.base](model.parameters()), model)
+    torch.manual_seed(7 * (rank or 0))  # whoever draws from torch's own stream has his own
+    seen, messages = [], []
+    for step, batches in enumerate(shares(run, world)):
+        sent.clear()
+        with counting(sent):
+            opt.zero_grad(set_to_none=step % 2 == 0)
+            *earlier, last = parts(run, batches, rank)
+            for x, y, d in earlier:
+                opt.backward(F.cross_entropy(network(x), y, reduction="none"), d, final=False)
+            x, y, d = last
+            losses = F.cross_entropy(network(x), y, reduction="none")
+            if run.wrap == "SWAD":
+                whole = sum(len(y) for _, y, _ in batches)
+                (losses.sum() * (world if rank is not None else 1) / whole).backward()
+            else:
+                opt.backward(losses, d, **({"labels": y} if "RISE" in run.wrap else {}))
+            opt.step()
+        if run.wrap.startswith("SWAD") and step % 2:
+            opt.evaluate(1 / (step + 1) + (0 if rank is None else (rank - (world - 1) / 2) / 9))
+        seen.append({k: v.clone() for k, v in opt.statistics.items()})
+        messages.append(dict(sent))
+    weights, averaged = weights_of(model), None
+    if run.wrap.startswith("SWAD"):
+        with opt.applied():
+            averaged = weights_of(model)
+    return Result(weights, seen, averaged, messages)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of each, however the ranks share them."""
+    tensors = dict(model.named_parameters())
+    whole = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in tensors.items()}
+    return {k: p.detach().clone() for k, p in whole.items()}
+
+
+def counted(
+    sent: dict[str, int], bucket: distributed.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    """The hook of a DistributedDataParallel that counts what goes through it."""
+    sent["reducer"] = sent.get("reducer", 0) + 2 * bucket.buffer().numel()
+    world = distributed.get_world_size()
+    work = distributed.group.WORLD.allreduce([bucket.buffer().div_(world)])
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextmanager
+def counting(sent: dict[str, int]) -> Iterator[None]:
+    """How many numbers a rank gives to each collective; an all-reduce sends every one twice."""
+    originals = {name: getattr(distributed, name) for name in ("all_reduce", "all_to_all_single")}
+
+    def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key = "counts" if tensor.dtype == torch.int64 else "all_reduce"
+        sent[key] = sent.get(key, 0) + 2 * tensor.numel()
+        return originals["all_reduce"](tensor, *args, **kwargs)
+
+    def all_to_all_single(out: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent["all_to_all"] = sent.get("all_to_all", 0) + tensor.numel()
+        return originals["all_to_all_single"](out, tensor, *args, **kwargs)
+
+    distributed.all_reduce = all_reduce
+    distributed.all_to_all_single = all_to_all_single
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(distributed, name, original)
+
+
+def errors(function: Callable[[], Any]) -> str:
+    """What it raises, in short."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def setup(wrap: str = "VREx", **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Net()
+    network = DistributedDataParallel(model, **options)
+    return network, WRAPS[wrap](SGD(model.parameters(), lr=0.1), model)
+
+
+def losses_of(network: nn.Module, samples: int = 6) -> Tensor:
+    x = torch.randn(samples, 2, 6, 6)
+    return F.cross_entropy(network(x), torch.arange(samples) % 3, reduction="none")
+
+
+def one_fails(rank: int, world: int) -> str:
+    network, opt = setup()
+    losses, domains = losses_of(network), torch.arange(6) % 3
+    last = rank == world - 1
+    text = errors(lambda: opt.backward(losses.mean() if last else losses, domains))
+    opt.zero_grad()
+    opt.backward(losses_of(network), domains)
+    opt.step()
+    return text
+
+
+def differ(case: str, rank: int, world: int) -> str:
+    """The error of a training in which the ranks do not do the same."""
+    wrap = {"used": "IGA", "domains": "Fish"}.get(case, "VREx")
+    network, opt = setup(wrap, **({"static_graph": True} if case == "static" else {}))
+    model: Any = network.module
+    domains = torch.arange(6) % 3
+    if case == "domains":
+        domains = torch.full((6,), rank)
+    if case == "weights" and rank:
+        with torch.no_grad():
+            model.head.bias.add_(1)
+    if case == "steps" and rank:
+        opt.param_groups[0]["vrex_steps"] = 7
+    network = model if case == "used" else network
+    if case == "used" and rank:
+        model.body.bias.requires_grad_(False)
+    return errors(lambda: opt.backward(losses_of(network), domains))
+
+
+def comes_late(rank: int, world: int) -> str:
+    """The error where the others do not come to a step in time."""
+    network, opt = setup()
+    losses = losses_of(network)
+    if rank:
+        time.sleep(6)
+        return ""
+    return errors(lambda: opt.backward(losses, torch.arange(6) % 3))
+
+
+def dies(rank: int, world: int) -> str:
+    """The error where another one is killed."""
+    network, opt = setup()
+    losses = losses_of(network)
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return errors(lambda: opt.backward(losses, torch.arange(6) % 3))

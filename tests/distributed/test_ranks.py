@@ -1,0 +1,127 @@
+"""Training on several ranks is training in one process on all their batches together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train
+from pool import Pool
+from torch import Tensor
+
+
+def alike(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def check(pool: Pool, run: Run, world: int) -> list[Result]:
+    """The ranks end with the same bits, which are what one process gets."""
+    results = pool.run(world, train, run)
+    for result in results:
+        assert not isinstance(result, str), result
+    first, *others = results
+    for other in others:
+        alike(other.weights, first.weights, 0)
+    single = train(run, None, world)
+    tolerance = 1e-6 if run.dtype == torch.float32 else 1e-12
+    alike(first.weights, single.weights, tolerance)
+    if single.averaged is not None:
+        alike(first.averaged, single.averaged, tolerance)
+    for result in results:
+        for seen, expected in zip(result.statistics, single.statistics, strict=True):
+            alike(seen, expected, 1e-5 if run.dtype == torch.float32 else 1e-10)
+    return results
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(("world", "split"), [(2, "mixed"), (3, "own")])
+def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> None:
+    check(pool, Run(wrap, "mixed" if wrap == "Fish" else split), world)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
+    check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
+
+
+VARIANTS = {
+    "no_wrapper_of_the_model": Run("Fishr", engine="bare", dtype=torch.float64),
+    "no_wrapper_and_a_term": Run("VREx", engine="bare", base="adam"),
+    "surgery_without": Run("PCGrad", engine="bare", dtype=torch.float64),
+    "micro_batches": Run("Fishr(all)", micro=True, dtype=torch.float64),
+    "micro_batches_of_irm": Run("IRM", micro=True, dtype=torch.float64),
+    "micro_batches_of_surgery": Run("ANDMask", micro=True, dtype=torch.float64),
+    "batch_norm": Run("AgrSum", "own", batch_norm=True, dtype=torch.float64),
+    "batch_norm_and_gram": Run("PCGrad", "own", batch_norm=True, dtype=torch.float64),
+    "micro_batches_and_fsdp": Run("AgrRand", engine="fsdp", micro=True, dtype=torch.float64),
+    "batch_norm_and_fsdp": Run("PCGrad", "own", "fsdp", batch_norm=True, dtype=torch.float64),
+    "a_domain_a_rank_and_fsdp": Run("Fishr(all)", "own", "fsdp", dtype=torch.float64),
+    "unused_are_looked_for": Run("Fishr", options={"find_unused_parameters": True}),
+    "gradients_are_views": Run("GroupDRO", base="adam", options={"gradient_as_bucket_view": True}),
+    "views_and_surgery": Run("SANDMask", options={"gradient_as_bucket_view": True}),
+    "small_buckets": Run("IGA", dtype=torch.float64, options={"bucket_cap_mb": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("run", VARIANTS.values(), ids=VARIANTS.keys())
+def test_variants(pool: Pool, run: Run) -> None:
+    check(pool, run, 3)
+
+
+def pieces(world: int) -> int:
+    """Entries of the largest piece that a rank answers for, of all parameters."""
+    return sum(-(-p.numel() // world) for p in Net().parameters())
+
+
+P = sum(p.numel() for p in Net().parameters())
+K = sum(p.numel() for p in Net().head.parameters())
+TENSORS = len(list(Net().parameters()))
+D, W = DOMAINS, 3
+LOSSES = 2 * (D + 1)
+# What rank 0 gives to each kind of collective in a step: the table in `fastdg.optim.ranks`
+NUMBERS = {
+    ("VREx", "mixed"): {"all_reduce": LOSSES, "reducer": 2 * P},
+    ("GroupDRO", "own"): {"all_reduce": LOSSES, "reducer": 2 * P},
+    ("IRM", "mixed"): {"all_reduce": LOSSES + 8 * D, "reducer": 2 * P},
+    ("MIRO", "mixed"): {"all_reduce": LOSSES + 4 + 2 * (9 + 1 + 1), "reducer": 2 * P},
+    ("IGA", "mixed"): {"all_reduce": LOSSES + 2 * D * P, "reducer": 2 * P},
+    ("Fishr", "mixed"): {"all_reduce": LOSSES + 4 * D * K, "reducer": 2 * P},
+    ("Fishr(all)", "own"): {"all_reduce": LOSSES + 4 * D * P},
+    ("AgrSum", "mixed"): {"all_reduce": 2 * D + 6 * TENSORS, "all_to_all": D * P + W * pieces(W)},
+    ("ANDMask", "own"): {"all_reduce": 2 * D + 6 * TENSORS, "all_to_all": P + W * pieces(W)},
+    ("PCGrad", "mixed"): {
+        "all_reduce": 2 * (D + D * D + TENSORS),
+        "all_to_all": D * P + W * pieces(W),
+    },
+}
+
+
+@pytest.mark.parametrize(("wrap", "split"), NUMBERS)
+def test_what_is_sent(pool: Pool, wrap: str, split: str) -> None:
+    sent = pool.run(W, train, Run(wrap, split, counted=True, steps=3))[0].sent
+    assert sent[1] == {"counts": 2 * 70 * W, **NUMBERS[wrap, split]}
+
+
+def test_a_rank_fails(pool: Pool) -> None:
+    """The others say so at once, and the next step goes on."""
+    for world in (2, 3):
+        answers = pool.run(world, one_fails)
+        assert answers[-1].startswith("ValueError: losses: expected shape (N,), got ()")
+        for answer in answers[:-1]:
+            assert answer == (
+                f"RuntimeError: VREx.backward: it failed on rank {world - 1}, see the error there; "
+                "nothing was done on the others"
+            )
+
+
+def test_what_differs_is_said(pool: Pool) -> None:
+    for case, what in {
+        "weights": "the ranks have different weights; wrap the model in DistributedDataPar",
+        "steps": "the ranks are at different steps of their runs, or run different algorithms",
+        "used": "the forwards of the ranks used different parameters",
+        "domains": "domains: Fish takes its steps on one domain after the other",
+        "static": "DistributedDataParallel(static_graph=True) takes the first backward pass",
+    }.items():
+        for answer in pool.run(2, differ, case):
+            assert what in answer, (case, answer)
