@@ -46,7 +46,7 @@ class Nothing(DomainOptimizer):
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         (batch,) = staged
-        found, owned, chosen = batch.resolved
+        found, owned, chosen, _ = batch.resolved
 
         def use(name: str, factor: Factor) -> None:
             pass

@@ -39,8 +39,8 @@ def bed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """In float32 rounding grows, through Adam, a hundredfold in ten steps: of DomainBed against
-    itself on another number of threads, too."""
+    """In float32 the curves part by more than 1e-5 within some steps: Adam divides by gradients
+    that are nearly nothing but rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
