@@ -83,30 +83,35 @@ def colored_mnist_table(results: dict[str, Any]) -> Table:
 
 
 def pacs_table(results: dict[str, Any]) -> Table:
-    """Accuracy on each domain left out; a row an algorithm."""
-    seeds = results["plan"]["seeds"]
+    """Accuracy on each domain left out; a column an algorithm."""
+    names, seeds = results["plan"]["algorithms"], results["plan"]["seeds"]
     title = "PACS, 32x32: accuracy (%) on the domain left out"
     if seeds > 1:
         title += f"\nmean ± standard error of {seeds} seeds"
     table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
     table.caption = (
-        "checkpoint: chosen on the training domains, or the last; gain: the mean's over ERM's, "
-        "* if the 95 % interval of the difference leaves out 0"
+        "checkpoint: chosen on the training domains, or the last; gain: of the mean over ERM's "
+        "with the same seed, * if its 95 % interval leaves out 0"
     )
-    for name in ("", *DOMAINS, MEAN, "gain", "last step", "ms/step"):
-        table.add_column(name, justify="right" if name else "left")
-    for name in results["plan"]["algorithms"]:
-        chosen = accuracies(results, name, "chosen")
-        last = accuracies(results, name, "last")[MEAN]
-        more = gain(results, name, "chosen") if name != "erm" else None
-        said = "" if more is None else f"{more[0][0]:+.1f} ± {more[0][1]:.1f}" + " *"[more[1]]
-        runs = [run for key, run in results["runs"].items() if key.split("/")[2] == name]
-        seconds = statistics.median(run["step_seconds"] for run in runs)
-        table.add_row(
-            ALGORITHMS[name][0],
-            *(_value(mean_and_error(of)) for of in chosen.values()),
-            said.strip(),
-            _value(mean_and_error(last)),
-            f"{1e3 * seconds:.0f}",
+    table.add_column("")
+    for name in names:
+        table.add_column(ALGORITHMS[name][0], justify="right")
+    chosen = {name: accuracies(results, name, "chosen") for name in names}
+    for group in (*DOMAINS, MEAN):
+        if group == MEAN:
+            table.add_section()
+        table.add_row(group, *(_value(mean_and_error(chosen[name][group])) for name in names))
+    gains = [gain(results, name, "chosen") if name != "erm" else None for name in names]
+    said = ["" if g is None else f"{g[0][0]:+.1f} ± {g[0][1]:.1f}{'*' * g[1]}" for g in gains]
+    table.add_row("gain", *said)
+    last = [accuracies(results, name, "last")[MEAN] for name in names]
+    table.add_row("mean, last step", *map(_value, map(mean_and_error, last)))
+    table.add_section()
+    seconds = [
+        statistics.median(
+            run["step_seconds"] for key, run in results["runs"].items() if key.endswith(f"/{name}")
         )
+        for name in names
+    ]
+    table.add_row("time per step (ms)", *(f"{1e3 * each:.0f}" for each in seconds))
     return table
