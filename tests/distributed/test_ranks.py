@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train
@@ -67,6 +69,28 @@ VARIANTS = {
 @pytest.mark.parametrize("run", VARIANTS.values(), ids=VARIANTS.keys())
 def test_variants(pool: Pool, run: Run) -> None:
     check(pool, run, 3)
+
+
+SCALED = {
+    "moments": Run("Fishr(all)"),
+    "micro_batches": Run("IRM", micro=True),
+    "exchange": Run("AgrRand", engine="bare"),
+    "exchange_and_fsdp": Run("PCGrad", engine="fsdp"),
+    "fish_and_fsdp": Run("Fish", engine="fsdp"),
+    "terms": Run("Fishr(MIRO(RISE))"),
+    "average_and_fsdp": Run("SWAD(Fishr)", engine="fsdp", base="adam"),
+}
+
+
+@pytest.mark.parametrize("run", SCALED.values(), ids=SCALED.keys())
+def test_a_scaler(pool: Pool, run: Run) -> None:
+    """What overflows on one rank makes all skip the step."""
+    check(pool, replace(run, scale=4096.0, overflow=2, dtype=torch.float64), 2)
+
+
+def test_a_scaler_and_parameters_some_of_which_are_sharded(pool: Pool) -> None:
+    for answer in pool.run(2, train, Run("MIRO", engine="fsdp", scale=4096.0)):
+        assert "fully_shard has split some of the parameters and not others (MIRO" in answer
 
 
 def pieces(world: int) -> int:
