@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
+from ..statistics.tape import reshard
 from . import support
 from .averages import FRESH, finite, mean
 from .loading import Kept, begin
@@ -322,6 +323,7 @@ class SWAD(Unwatched):
         Raises:
             RuntimeError: no step was made yet.
         """
+        reshard(self._network)
         for p, weight in self._weights()[0].items():
             p.copy_(weight)
 
@@ -333,6 +335,7 @@ class SWAD(Unwatched):
         Raises:
             RuntimeError: no step was made yet.
         """
+        reshard(self._network)
         tensors = [*self._network.parameters(), *self._network.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         self.apply()
@@ -341,6 +344,7 @@ class SWAD(Unwatched):
             yield self._network
         finally:
             self._shown = False
+            reshard(self._network)
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)

@@ -257,6 +257,41 @@ def counting(sent: dict[str, int]) -> Iterator[None]:
             setattr(distributed, name, original)
 
 
+def validated(wrap: str, rank: int | None, world: int = 2) -> list[Tensor]:
+    """What a model gives outside of training, under FSDP2 or in one process: it runs before there
+    is a wrapper, and then after each step."""
+    torch.manual_seed(0)
+    model = Net()
+    if rank is not None:
+        for part in (model.conv, model.body, model):
+            fully_shard(part)
+    base = SGD(model.parameters(), lr=0.5)
+    x = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    found: list[Tensor] = []
+
+    @torch.no_grad()
+    def validate() -> None:
+        found.append(model(x).clone())
+
+    validate()
+    opt = WRAPS[wrap](base, model)
+    for step, batches in enumerate(shares(Run(wrap), world)):
+        inputs, labels, domains = joined(batches) if rank is None else batches[rank]
+        opt.zero_grad()
+        opt.backward(F.cross_entropy(model(inputs), labels, reduction="none"), domains)
+        opt.step()
+        validate()
+        if wrap.startswith("SWAD"):
+            opt.evaluate(1 / (step + 1))
+            with opt.applied():
+                validate()
+            validate()
+    if wrap.startswith("SWAD"):
+        opt.apply()
+        validate()
+    return found
+
+
 def errors(function: Callable[[], Any]) -> str:
     """What it raises, in short."""
     try:

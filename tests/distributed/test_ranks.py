@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train
+from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train, validated
 from pool import Pool
 from torch import Tensor
 
@@ -45,6 +45,15 @@ def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> No
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
     check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
+
+
+@pytest.mark.parametrize("wrap", ["Fishr", "PCGrad", "SWAD(Fishr)"])
+def test_fsdp_and_forwards_without_a_backward(pool: Pool, wrap: str) -> None:
+    """After which the outermost module has all of its parameters, not this rank's part."""
+    single = validated(wrap, None)
+    for answer in pool.run(2, validated, wrap):
+        assert not isinstance(answer, str), answer
+        torch.testing.assert_close(answer, single, rtol=1e-5, atol=1e-5)
 
 
 VARIANTS = {
