@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -192,10 +193,15 @@ class SWAD(Unwatched):
         which call this, with the mean of theirs.
 
         Raises:
-            TypeError, ValueError: the loss is not a finite number.
+            TypeError, ValueError: the loss is not a finite number, or that of another rank is not.
             RuntimeError: no step was made since the last evaluation.
         """
-        loss = self._ranks.mean(finite("validation_loss", validation_loss))
+        try:
+            own = finite("validation_loss", validation_loss)
+        except (TypeError, ValueError):
+            self._ranks.mean(math.nan)  # the others wait for this rank
+            raise
+        loss = finite("validation_loss: on some rank", self._ranks.mean(own))
         if self.finished:
             return
         group = self.param_groups[0]

@@ -343,6 +343,13 @@ def differ(case: str, rank: int, world: int) -> str:
     return errors(lambda: opt.backward(losses_of(network), domains))
 
 
+def no_loss(rank: int, world: int) -> str:
+    """The error of an evaluation to which one rank brings no number."""
+    model = Net()
+    opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
+    return errors(lambda: opt.evaluate(float("nan") if rank else 1.0))
+
+
 def comes_late(rank: int, world: int) -> str:
     """The error where the others do not come to a step in time."""
     network, opt = setup()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train, validated
+from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, no_loss, one_fails, train, validated
 from pool import Pool
 from torch import Tensor
 
@@ -158,3 +158,8 @@ def test_what_differs_is_said(pool: Pool) -> None:
     }.items():
         for answer in pool.run(2, differ, case):
             assert what in answer, (case, answer)
+
+
+def test_a_validation_loss_that_is_none(pool: Pool) -> None:
+    for answer in pool.run(2, no_loss):
+        assert answer.startswith("ValueError: validation_loss: ")
