@@ -52,7 +52,8 @@ def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) 
         TypeError, ValueError: an argument is not as described; ``num_domains`` was not given; the
             wrapper draws from a generator of its own.
         RuntimeError: the step looks at values of tensors, so that it is no graph; a parameter has
-            hooks; training runs on several ranks; a micro-batch is staged.
+            hooks; training runs on several ranks; a micro-batch is staged; ``.grad`` has the factor
+            of a GradScaler.
 
     Example:
         >>> opt = fastdg.Fishr(torch.optim.Adam(model.parameters()), params="all", num_domains=3)
@@ -98,6 +99,11 @@ class CompiledBackward:
         check_single_rank()
         if any(link._staged for link in self.links):
             raise RuntimeError("compiled: a batch is whole, but a micro-batch of it is staged")
+        if any(link._ready and link._scaler is not None for link in self.links):
+            raise RuntimeError(
+                "compiled: what opt.backward has left in .grad has the factor of a GradScaler, and "
+                "what a graph adds has none; step, or call opt.zero_grad(), before"
+            )
         leaves, spec = pytree.tree_flatten(batch)
         ids = self._ids(domains)
         key = self._kind(leaves, spec, ids)
@@ -236,6 +242,7 @@ class _Graph:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
             link._statistics, link._pending, link._ready = statistics, pending, ready
+            link._scaler = None  # of a backward that has failed
         return loss
 
 

@@ -22,6 +22,7 @@ from .annealed import Annealed
 from .batch import Batch, descend, scaled, total_loss
 from .chain import terms_of
 from .settings import Setting, check_decay, check_reduction, checked
+from .sharding import local
 from .weighted import Losses
 from .wrapped import accumulate
 
@@ -239,7 +240,8 @@ class Fishr(Annealed):
             alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
             found = found[-1:] if alone else found[-2:]
         D = self.num_domains
-        return {"ema": {p: accumulated(p.detach()).new_zeros((D, *p.shape)) for p in found}}
+        made = {p: accumulated(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
+        return {"ema": made}
 
     def _taken(self) -> None:
         super()._taken()

@@ -32,6 +32,7 @@ from .features import (
 from .loading import Kept
 from .notes import Hook, found, leave
 from .settings import Setting, check_steepness, check_weight, checked
+from .sharding import local, own_part, sharded
 from .term import Term
 from .wrapped import check_base
 
@@ -254,7 +255,8 @@ class MIRO(Term):
         """Warn if a run that goes on has an oracle that was copied from what it has trained."""
         oracle = dict(self.oracle.named_parameters())
         known = ((p, oracle.get(name)) for name, p in self._network.named_parameters())
-        pairs = [(p, q) for p, q in known if p in self._names and q is not None]
+        alike = ((p, q) for p, q in known if p in self._names and q is not None)
+        pairs = [(local(p), local(q) if sharded(q) else own_part(p, q)) for p, q in alike]
         if pairs and all(p.shape == q.shape and bool((p.to(q) == q).all()) for p, q in pairs):
             warnings.warn(
                 f"MIRO: the run that was loaded has made {self.steps} steps, but the model's "

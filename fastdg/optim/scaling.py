@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from . import support
 from .chain import chain, innermost
+from .sharding import sharded
 
 if TYPE_CHECKING:
     from .wrapper import DomainOptimizer
@@ -30,7 +31,8 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
 
     Raises:
         TypeError, ValueError: it is no scaler; ``losses`` have its factor already.
-        RuntimeError: what was staged, or left in ``.grad``, has another factor.
+        RuntimeError: what was staged, or left in ``.grad``, has another factor; some parameters
+            are sharded.
     """
     name = type(opt).__name__
     if scaler is not None and not isinstance(scaler, GradScaler):
@@ -48,6 +50,12 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
     opt._scaler = scaler
     if scaler is None:
         return None
+    if len({sharded(p) for group in opt.param_groups for p in group["params"]}) > 1:
+        raise RuntimeError(
+            f"{name}.backward: fully_shard has split some of the parameters and not others (MIRO "
+            "adds some of its own), and a GradScaler cannot go through the gradients of both; "
+            "train in bfloat16, which needs none"
+        )
     if opt._ready and _stage(scaler, opt) is OptState.UNSCALED:
         raise RuntimeError(
             f"{name}.backward: scaler.unscale_(opt) has already divided what is in .grad; call it "

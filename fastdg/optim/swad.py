@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
+from ..statistics.tape import reshard
 from . import support
 from .averages import FRESH, finite, mean
 from .loading import Kept, begin
@@ -191,10 +193,15 @@ class SWAD(Unwatched):
         which call this, with the mean of theirs.
 
         Raises:
-            TypeError, ValueError: the loss is not a finite number.
+            TypeError, ValueError: the loss is not a finite number, or that of another rank is not.
             RuntimeError: no step was made since the last evaluation.
         """
-        loss = self._ranks.mean(finite("validation_loss", validation_loss))
+        try:
+            own = finite("validation_loss", validation_loss)
+        except (TypeError, ValueError):
+            self._ranks.mean(math.nan)  # the others wait for this rank
+            raise
+        loss = finite("validation_loss: on some rank", self._ranks.mean(own))
         if self.finished:
             return
         group = self.param_groups[0]
@@ -322,6 +329,7 @@ class SWAD(Unwatched):
         Raises:
             RuntimeError: no step was made yet.
         """
+        reshard(self._network)
         for p, weight in self._weights()[0].items():
             p.copy_(weight)
 
@@ -333,6 +341,7 @@ class SWAD(Unwatched):
         Raises:
             RuntimeError: no step was made yet.
         """
+        reshard(self._network)
         tensors = [*self._network.parameters(), *self._network.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         self.apply()
@@ -341,6 +350,7 @@ class SWAD(Unwatched):
             yield self._network
         finally:
             self._shown = False
+            reshard(self._network)
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)

@@ -177,6 +177,7 @@ class Recorder:
         """See whose the parameters are, before FSDP2 puts others in their place."""
         if not self.sharded or modules in self.places:
             return
+        reshard(modules)
         for module in modules.modules():
             here = {local: id(p) for local, p in own_parameters(module) if id(p) in self.names}
             self.places.setdefault(module, here)
@@ -332,6 +333,14 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if (hidden := module._modules.get("parametrizations")) is not None:
         own += hidden.named_parameters("parametrizations")
     return own
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 let go of what it has gathered. After a forward without a backward it keeps that of
+    the outermost module, shows it in place of this rank's part, and would not gather it anew."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
+    for module in modules:
+        module.reshard()
 
 
 def contents(module: nn.Module) -> Iterator[nn.Module]:

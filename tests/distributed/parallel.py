@@ -98,6 +98,8 @@ class Run:
         split: ``"mixed"``: every rank has samples of all domains; ``"own"``: each a domain.
         engine: ``"ddp"``, with ``options``; ``"fsdp"``: FSDP2, each layer by itself; or
             ``"bare"``: the model as it is on every rank.
+        scale: the factor of a GradScaler.
+        overflow: the step in which the last rank's gradients are not finite.
         micro: each rank's batch comes in several parts, not in as many on all.
     """
 
@@ -110,6 +112,8 @@ class Run:
     batch_norm: bool = False
     steps: int = 5
     counted: bool = False
+    scale: float | None = None
+    overflow: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -174,22 +178,34 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
             network.register_comm_hook(sent, counted)
     opt = WRAPS[run.wrap](BASES[run.base](model.parameters()), model)
     torch.manual_seed(7 * (rank or 0))  # whoever draws from torch's own stream has his own
+    scaler = None
+    if run.scale is not None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=run.scale)
+    more: dict[str, Any] = {"scaler": scaler}
     seen, messages = [], []
     for step, batches in enumerate(shares(run, world)):
         sent.clear()
         with counting(sent):
             opt.zero_grad(set_to_none=step % 2 == 0)
+            if step == run.overflow:
+                batches[-1][0][-1] = torch.inf
             *earlier, last = parts(run, batches, rank)
             for x, y, d in earlier:
-                opt.backward(F.cross_entropy(network(x), y, reduction="none"), d, final=False)
+                losses = F.cross_entropy(network(x), y, reduction="none")
+                opt.backward(losses, d, final=False, **more)
             x, y, d = last
             losses = F.cross_entropy(network(x), y, reduction="none")
             if run.wrap == "SWAD":
                 whole = sum(len(y) for _, y, _ in batches)
-                (losses.sum() * (world if rank is not None else 1) / whole).backward()
+                loss = losses.sum() * (world if rank is not None else 1) / whole
+                (loss if scaler is None else scaler.scale(loss)).backward()
             else:
-                opt.backward(losses, d, **({"labels": y} if "RISE" in run.wrap else {}))
-            opt.step()
+                opt.backward(losses, d, **more, **({"labels": y} if "RISE" in run.wrap else {}))
+            if scaler is None:
+                opt.step()
+            else:
+                scaler.step(opt)
+                scaler.update()
         if run.wrap.startswith("SWAD") and step % 2:
             opt.evaluate(1 / (step + 1) + (0 if rank is None else (rank - (world - 1) / 2) / 9))
         seen.append({k: v.clone() for k, v in opt.statistics.items()})
@@ -241,6 +257,41 @@ def counting(sent: dict[str, int]) -> Iterator[None]:
             setattr(distributed, name, original)
 
 
+def validated(wrap: str, rank: int | None, world: int = 2) -> list[Tensor]:
+    """What a model gives outside of training, under FSDP2 or in one process: it runs before there
+    is a wrapper, and then after each step."""
+    torch.manual_seed(0)
+    model = Net()
+    if rank is not None:
+        for part in (model.conv, model.body, model):
+            fully_shard(part)
+    base = SGD(model.parameters(), lr=0.5)
+    x = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1))
+    found: list[Tensor] = []
+
+    @torch.no_grad()
+    def validate() -> None:
+        found.append(model(x).clone())
+
+    validate()
+    opt = WRAPS[wrap](base, model)
+    for step, batches in enumerate(shares(Run(wrap), world)):
+        inputs, labels, domains = joined(batches) if rank is None else batches[rank]
+        opt.zero_grad()
+        opt.backward(F.cross_entropy(model(inputs), labels, reduction="none"), domains)
+        opt.step()
+        validate()
+        if wrap.startswith("SWAD"):
+            opt.evaluate(1 / (step + 1))
+            with opt.applied():
+                validate()
+            validate()
+    if wrap.startswith("SWAD"):
+        opt.apply()
+        validate()
+    return found
+
+
 def errors(function: Callable[[], Any]) -> str:
     """What it raises, in short."""
     try:
@@ -290,6 +341,13 @@ def differ(case: str, rank: int, world: int) -> str:
     if case == "used" and rank:
         model.body.bias.requires_grad_(False)
     return errors(lambda: opt.backward(losses_of(network), domains))
+
+
+def no_loss(rank: int, world: int) -> str:
+    """The error of an evaluation to which one rank brings no number."""
+    model = Net()
+    opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
+    return errors(lambda: opt.evaluate(float("nan") if rank else 1.0))
 
 
 def comes_late(rank: int, world: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, one_fails, train
+from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, no_loss, one_fails, train, validated
 from pool import Pool
 from torch import Tensor
 
@@ -45,6 +47,15 @@ def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
     check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
 
 
+@pytest.mark.parametrize("wrap", ["Fishr", "PCGrad", "SWAD(Fishr)"])
+def test_fsdp_and_forwards_without_a_backward(pool: Pool, wrap: str) -> None:
+    """After which the outermost module has all of its parameters, not this rank's part."""
+    single = validated(wrap, None)
+    for answer in pool.run(2, validated, wrap):
+        assert not isinstance(answer, str), answer
+        torch.testing.assert_close(answer, single, rtol=1e-5, atol=1e-5)
+
+
 VARIANTS = {
     "no_wrapper_of_the_model": Run("Fishr", engine="bare", dtype=torch.float64),
     "no_wrapper_and_a_term": Run("VREx", engine="bare", base="adam"),
@@ -67,6 +78,28 @@ VARIANTS = {
 @pytest.mark.parametrize("run", VARIANTS.values(), ids=VARIANTS.keys())
 def test_variants(pool: Pool, run: Run) -> None:
     check(pool, run, 3)
+
+
+SCALED = {
+    "moments": Run("Fishr(all)"),
+    "micro_batches": Run("IRM", micro=True),
+    "exchange": Run("AgrRand", engine="bare"),
+    "exchange_and_fsdp": Run("PCGrad", engine="fsdp"),
+    "fish_and_fsdp": Run("Fish", engine="fsdp"),
+    "terms": Run("Fishr(MIRO(RISE))"),
+    "average_and_fsdp": Run("SWAD(Fishr)", engine="fsdp", base="adam"),
+}
+
+
+@pytest.mark.parametrize("run", SCALED.values(), ids=SCALED.keys())
+def test_a_scaler(pool: Pool, run: Run) -> None:
+    """What overflows on one rank makes all skip the step."""
+    check(pool, replace(run, scale=4096.0, overflow=2, dtype=torch.float64), 2)
+
+
+def test_a_scaler_and_parameters_some_of_which_are_sharded(pool: Pool) -> None:
+    for answer in pool.run(2, train, Run("MIRO", engine="fsdp", scale=4096.0)):
+        assert "fully_shard has split some of the parameters and not others (MIRO" in answer
 
 
 def pieces(world: int) -> int:
@@ -125,3 +158,8 @@ def test_what_differs_is_said(pool: Pool) -> None:
     }.items():
         for answer in pool.run(2, differ, case):
             assert what in answer, (case, answer)
+
+
+def test_a_validation_loss_that_is_none(pool: Pool) -> None:
+    for answer in pool.run(2, no_loss):
+        assert answer.startswith("ValueError: validation_loss: ")

@@ -245,6 +245,10 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match="a micro-batch of it is staged"):
         backward(x, y, domains=domains)
     opt.zero_grad()
+    opt.backward(losses(x, y), domains, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(RuntimeError, match="the factor of a GradScaler, and what a graph adds"):
+        backward(x, y, domains=domains)
+    opt.zero_grad()
 
     def looks(x: Tensor, y: Tensor) -> Tensor:
         return losses(x, y) if x.sum() > -1e9 else losses(-x, y)

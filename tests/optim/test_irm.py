@@ -151,8 +151,9 @@ def test_a_head_whose_output_is_not_the_logits_is_warned_of(factor: float, outpu
     if factor == 1:
         opt.backward(losses(logits), d)
         return
-    with pytest.warns(UserWarning, match=r"not the cross-entropy of it .* logits=logits\)"):
+    with pytest.warns(UserWarning, match=r"not the cross-entropy of it .* logits=logits\)") as told:
         opt.backward(losses(logits), d)
+    assert told[0].filename == __file__
     opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))
     logits = model(x) * scale
     opt.backward(losses(logits), d, logits=logits)
