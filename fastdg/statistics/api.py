@@ -123,7 +123,7 @@ def _unseen(found: Found) -> RuntimeError:
     return RuntimeError(
         "losses: no tracked layer was seen in the forward that made them. The model has to run "
         "after this object was made, outside torch.no_grad and torch.func, and losses must depend "
-        "on it; for a stateless model use fastdg.func"
+        "on it; for a stateless model use fastdg.func, for a compiled one fastdg.compiled"
     )
 
 
