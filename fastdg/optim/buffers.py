@@ -20,7 +20,7 @@ class Buffers:
     ``"counters"`` are integers; others have no numbers in between."""
 
     def __init__(self, model: nn.Module | None) -> None:
-        modules = model.modules() if model is not None else ()
+        modules = model.modules() if isinstance(model, nn.Module) else ()
         owned = {
             id(buffer): (module, name)
             for module in modules

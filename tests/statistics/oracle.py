@@ -153,7 +153,7 @@ def assert_agreement(
     parts = partition(domains, losses, num_domains)
     present = parts.count > 0
     weights = torch.arange(1, num_domains + 1) * present.to(losses.dtype)
-    found, owned, chosen = tape.resolve(losses)
+    found, owned, chosen, _ = tape.resolve(losses)
     made: dict[str, Agreement] = {}
 
     def use(name: str, factor: Factor) -> None:
