@@ -41,6 +41,13 @@ app = typer.Typer(
 )
 reproduce = typer.Typer(no_args_is_help=True, help="Re-run published experiments to the letter.")
 app.add_typer(reproduce, name="reproduce")
+# Options that several commands have
+Seeds = Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Runs side by side, each on one core.", show_default="every core"),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")]
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
@@ -153,18 +160,15 @@ def info() -> None:
 def demo(
     algorithms: Annotated[list[str] | None, _several(ALGORITHMS, DEFAULT)] = None,
     datasets: Annotated[list[str] | None, _several(TASKS)] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
+    seeds: Seeds = 3,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps of a run.", show_default="the task's own")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-demo"
     ),
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Runs side by side, each on one core.", show_default="every core"),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
+    workers: Workers = None,
+    fresh: Fresh = False,
 ) -> None:
     """Train on real handwritten digits of several domains; compare, time and draw.
 
@@ -206,11 +210,11 @@ def colored_mnist(
         ),
     ] = None,
     algorithms: Annotated[list[str] | None, _several(experiment.ALGORITHMS)] = None,
-    restarts: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 10,
+    restarts: Seeds = 10,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-colored-mnist"
     ),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a restart on 2 cores.
 
@@ -247,20 +251,17 @@ def pacs(
     algorithms: Annotated[
         list[str] | None, _several(pacs_experiment.ALGORITHMS, pacs_experiment.DEFAULT)
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
+    seeds: Seeds = 3,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = pacs_experiment.STEPS,
     output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
         "fastdg-pacs"
     ),
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Runs side by side, each on one core.", show_default="every core"),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")] = False,
+    workers: Workers = None,
+    fresh: Fresh = False,
 ) -> None:
     """Fine-tune CIFAR-10's ResNet-20 on PACS at 32x32, each domain left out in turn.
 
-    Some 75 core minutes by default. A run that was killed goes on where it was.
+    An hour or more on two cores. A run that was killed goes on where it was.
     """
     from ..report.pacs_figure import pacs_figure
 

@@ -15,6 +15,7 @@ from .units import Told, run_units, silent
 
 
 def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError unless ``names`` are some of ``known``."""
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(

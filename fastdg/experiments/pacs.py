@@ -31,7 +31,7 @@ EVALUATIONS = 10
 HELD = 100  # images of each training domain's 20 % that are looked at
 ANNEAL = 0.3  # share of the steps before Fishr's penalty has its weight, as DomainBed's
 # Fishr's of 1, 10 and 100 and MIRO's of 0.01, 0.1 and 1 with the best accuracy on the training
-# domains' held-out parts (sketch left out, seed 100)
+# domains' held-out parts (sketch left out, seed 100, twice the batch)
 FISHR_WEIGHT = 1.0
 MIRO_WEIGHT = 0.1
 LAYERS = ("bn1", "layer1", "layer2", "layer3")
