@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
-from ..statistics.tape import reshard
+from ..statistics.modules import reshard
 from . import support
 from .averages import FRESH, finite, mean
 from .loading import Kept, begin

@@ -14,7 +14,8 @@ from .factors import Factor, total
 from .graph import Found, root, sweep, unscaled
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
-from .tape import Call, contents, own_parameters, paused
+from .modules import contents, own_parameters
+from .tape import Call, paused
 
 Consume = Callable[[str, Factor], None]
 
