@@ -81,7 +81,9 @@ class Tape:
         calls = [c for c in found.calls if any(name in chosen for name in owned[c].values())]
         refuse_mixing(found, calls)
         found = found.keep(calls)
-        used_as = {name: self.recorder.leaf(p) for name, p in chosen.items()}
+        used_as = chosen
+        if self.recorder.leaves:
+            used_as = {name: self.recorder.leaf(p) for name, p in chosen.items()}
         if self.check and not tracing() and not any(call.forgotten for call in calls):
             self.checks.verify(losses, found, owned, used_as, scale)
         return Resolved(found, owned, chosen, used_as)

@@ -72,9 +72,9 @@ class Checks:
 
 def _use(call: Call, samples: int) -> tuple[int, tuple[int | None, ...], bool]:
     """What was inferred about a call from sizes alone: it may come out otherwise another time."""
-    rows = next(output for output in call.outputs if output is not None)[0]
+    shape = next(filter(None, call.outputs))[0]
     dims = () if rule_of(call.module) else dims_by_size(call, (call.args, call.kwargs))
-    return id(call.module), dims, rows[:1] != (samples,)
+    return id(call.module), dims, not shape or shape[0] != samples
 
 
 def verify(

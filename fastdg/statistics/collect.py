@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,15 +118,18 @@ def collect(
     parts: dict[str, list[Factor]] = {}
 
     def visit(call: Call, deltas: Sequence[Tensor]) -> None:
-        own = {local: name for local, name in owned[call].items() if selected(name)}
+        own = [(local, name) for local, name in owned[call].items() if selected(name)]
         if not own:
             return
-        for local, factor in _factors(call, deltas, own).items():
-            name = own.get(local)
-            if name is None:
+        factors = _factors(call, deltas, own)
+        for local, name in own:
+            factor = factors.get(local)
+            if factor is None:
                 continue
-            factor = _per_sample(call, factor, samples)
-            factor = factor if inverse is None else factor.scaled(inverse)
+            if factor.samples != samples:
+                factor = _per_sample(call, factor, samples)
+            if inverse is not None:
+                factor = factor.scaled(inverse)
             if uses[name] == 1:
                 consume(name, factor)
                 continue
@@ -150,16 +153,16 @@ def collect(
     return [None if grad is None else unscaled(grad, start) for grad in rest]
 
 
-def _factors(call: Call, deltas: Sequence[Tensor], names: Iterable[str]) -> dict[str, Factor]:
+def _factors(
+    call: Call, deltas: Sequence[Tensor], own: Sequence[tuple[str, str]]
+) -> dict[str, Factor]:
     rule = rule_of(call.module)
     if rule is None:
-        return generic(call, deltas, list(names))
+        return generic(call, deltas, [local for local, _ in own])
     return rule(call.module, call.args or tuple(call.kwargs.values()), deltas[0])
 
 
 def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
-    if factor.samples == samples:
-        return factor
     if factor.samples == 0 or factor.samples % samples:
         raise ValueError(
             f"{call.where}: its first dimension is {factor.samples}, but there are {samples} "

@@ -86,16 +86,14 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     queue = [root]
     whole, hidden = True, False
     for node in queue:  # grows while we walk it
-        if notes := notes_on(node):
-            noted += [call for _, call, _, _ in notes]
-            entries = [(call, slot, nr) for owner, call, slot, nr in notes if owner is recorder]
-            if entries:
-                slots[node] = entries
-                calls.update(call for call, _, _ in entries)
-                last = next((call for call, _, _ in entries if call.time == until), None)
-                if last is not None and not _shared(last, recorder.alive):
-                    whole = False
-                    break
+        for owner, call, slot, nr in notes_on(node):
+            noted.append(call)
+            if owner is recorder:
+                slots.setdefault(node, []).append((call, slot, nr))
+                calls.add(call)
+                whole = whole and (call.time != until or _shared(call, recorder.alive))
+        if not whole:
+            break
         hidden = hidden or type(node) is _REENTRANT
         next_functions = node.next_functions
         if not next_functions:
@@ -173,16 +171,13 @@ def sweep(
     """
     forget = not (retain_graph or create_graph)
     waiting: dict[Call, dict[int, Tensor | None]] = {}
-    expected = Counter(call for entries in found.slots.values() for call, _, _ in entries)
+    several = [e for es in found.slots.values() for e in es if len(e[0].outputs) > 1]
+    expected = Counter(call for call, _, _ in several)
 
     def arrive(entries: Sequence[tuple[Call, int, int]], grads: Sequence[Tensor | None]) -> None:
         for call, slot, output_nr in entries:
             delta = grads[output_nr]
-            if expected[call] == 1:
-                if delta is None:
-                    continue
-                got: dict[int, Tensor | None] = {slot: delta}
-            else:
+            if len(call.outputs) > 1:
                 got = waiting.setdefault(call, {})
                 got[slot] = delta
                 if len(got) < expected[call]:
@@ -190,8 +185,13 @@ def sweep(
                 del waiting[call]
                 if all(d is None for d in got.values()):
                     continue
+                deltas = [_filled(call, i, got.get(i)) for i in range(len(call.outputs))]
+            elif delta is None:
+                continue
+            else:
+                deltas = [delta]
             call.unchanged()
-            visit(call, [_filled(call, i, got.get(i)) for i in range(len(call.outputs))])
+            visit(call, deltas)
             if forget:
                 call.forget()
 

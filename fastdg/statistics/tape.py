@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,7 +55,6 @@ def recording() -> bool:
     )
 
 
-@dataclass(eq=False)
 class Call:
     """One call of a module that owns tracked parameters, or that mixes samples.
 
@@ -66,18 +64,32 @@ class Call:
         parameters: local name -> full name of its own tracked parameters.
         outputs: shape, dtype and device of each tensor it returned that carries a gradient, else
             None.
+        versions: each alias, and the version it had.
+        autocast: whether it ran under autocast, and then to which dtype.
+        time: rises from call to call.
+        swept: whether a wrapper's backward has begun with it.
+        forgotten: whether the inputs were let go.
     """
 
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    parameters: dict[str, str]
-    outputs: list[tuple[torch.Size, torch.dtype, torch.device] | None]
-    versions: list[tuple[Tensor, int]]
-    autocast: tuple[bool, torch.dtype]
-    time: int = field(default_factory=lambda: next(_clock))
-    swept: bool = False
-    forgotten: bool = False
+    __slots__ = (
+        *("__weakref__", "args", "autocast", "forgotten", "kwargs", "module", "outputs"),
+        *("parameters", "swept", "time", "versions"),
+    )
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        parameters: dict[str, str],
+        outputs: list[tuple[torch.Size, torch.dtype, torch.device] | None],
+        versions: list[tuple[Tensor, int]],
+        autocast: tuple[bool, torch.dtype | None],
+    ) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs
+        self.parameters, self.outputs, self.versions = parameters, outputs, versions
+        self.autocast, self.time = autocast, next(_clock)
+        self.swept = self.forgotten = False
 
     @property
     def where(self) -> str:
@@ -209,12 +221,13 @@ class Recorder:
         """Local and full names of the module's own parameters, each parameter once."""
         own: dict[str, str] = {}
         for local, p in own_parameters(module):
-            key = self._key(module, local, p)
-            if p.requires_grad and (known := self.names.get(key)) is not None:
-                own[known[1]] = local
+            key = self._key(module, local, p) if self.sharded else id(p)
+            if (known := self.names.get(key)) is not None and p.requires_grad:
                 if self.sharded:
                     self.leaves[key] = p
-        return {local: name for name, local in own.items()}
+                if known[1] not in own.values():
+                    own[local] = known[1]
+        return own
 
     def _ran(self, module: nn.Module) -> bool:
         seen = self.seen.get(id(module))
@@ -235,20 +248,21 @@ class Recorder:
         if not own and not spans_samples(module):
             return None
         replaced = output if isinstance(output, Tensor) else _apart(module, output)
-        tensors = _tensors(replaced)
         if id(module) not in self.seen:
             self.seen[id(module)] = weakref.ref(module)
+        tensors = _tensors(replaced)
         inputs = _tensors(args) + (_tensors(kwargs) if kwargs else [])
-        device = inputs[0].device.type if inputs else "cpu"
         aliases = {id(t): alias(t) for t in inputs}  # one for query, key and value that are one
+        device = inputs[0].device.type if inputs else "cpu"
+        autocast = torch.is_autocast_enabled(device)
         call = Call(
-            module=module,
-            args=_aliased(args, aliases),
-            kwargs=_aliased(kwargs, aliases) if kwargs else {},
-            parameters=own,
-            outputs=[(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
-            versions=[(t, t._version) for t in aliases.values() if not t.is_inference()],
-            autocast=(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+            module,
+            _aliased(args, aliases),
+            _aliased(kwargs, aliases) if kwargs else {},
+            own,
+            [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in tensors],
+            [(t, t._version) for t in aliases.values() if not t.is_inference()],
+            (autocast, torch.get_autocast_dtype(device) if autocast else None),
         )
         self.alive.add(call)
         if own and not (module._modules and any(map(self._ran, contents(module)))):

@@ -22,11 +22,12 @@ def conv(
             f"{type(module).__name__}: expected a batch (N, C, *S), got {tuple(inputs[0].shape)}"
         )
     delta = delta.flatten(2).transpose(1, 2)
+    weight, bias = module.weight, module.bias
     factors: dict[str, Factor] = {}
-    if module.weight.requires_grad:
+    if weight.requires_grad:
         padded = pad(inputs[0], module._reversed_padding_repeated_twice, module.padding_mode)
         window = (*module.kernel_size, *module.stride, *module.dilation)
-        factors["weight"] = Outer(padded, delta, module.weight.shape, window, module.groups)
-    if module.bias is not None and module.bias.requires_grad:
+        factors["weight"] = Outer(padded, delta, weight.shape, window, module.groups)
+    if bias is not None and bias.requires_grad:
         factors["bias"] = Dense(delta.sum(1))
     return factors

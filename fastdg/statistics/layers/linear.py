@@ -19,8 +19,8 @@ def positions(x: Tensor) -> Tensor:
 def linear(module: nn.Linear, inputs: tuple[Any, ...], delta: Tensor) -> dict[str, Factor]:
     if delta.dim() < 2:
         raise ValueError(f"Linear: expected a batch (N, ..., {module.in_features}), got one sample")
-    factors: dict[str, Factor] = {}
     weight, bias = module.weight, module.bias
+    factors: dict[str, Factor] = {}
     if weight.requires_grad:
         factors["weight"] = Outer(positions(inputs[0]), positions(delta), weight.shape)
     if bias is not None and bias.requires_grad:

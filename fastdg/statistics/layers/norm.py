@@ -23,12 +23,12 @@ def _affine(
     def summed(x: Tensor) -> Factor:
         return Dense(x.sum(over) if over else x)
 
+    weight, bias = module.weight, getattr(module, "bias", None)
     factors: dict[str, Factor] = {}
-    if module.weight is not None and module.weight.requires_grad:
+    if weight is not None and weight.requires_grad:
         # Fresh memory costs more than the product; normalised is nobody else's
         product = delta * normalised if torch.is_grad_enabled() else normalised.mul_(delta)
         factors["weight"] = summed(product)
-    bias = getattr(module, "bias", None)
     if bias is not None and bias.requires_grad:
         factors["bias"] = summed(delta)
     return factors
