@@ -63,4 +63,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        find("algorithms")
+    except ImportError as error:
+        sys.exit(str(error))
     main(sys.argv[1:])

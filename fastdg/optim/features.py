@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..statistics.tape import paused
+from .sharding import sharded
 
 
 class Preset(NamedTuple):
@@ -224,6 +226,17 @@ class Oracle:
                 "model before the wrapper is made, or the oracle along with it: "
                 f"opt.oracle.to({str(other.device)!r})"
             )
+
+    @torch.no_grad()
+    def fingerprint(self) -> int:
+        """A checksum of its weights and buffers; the same on every device and every rank."""
+        found = 1  # 0 is that of no oracle
+        for tensor in (*self.network.parameters(), *self.network.buffers()):
+            if type(tensor) in (Tensor, nn.Parameter) or sharded(tensor):  # no quantised ones
+                whole: Any = tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+                octets = whole.cpu().contiguous().flatten().view(torch.uint8)
+                found = zlib.crc32(octets.numpy(), found)
+        return found
 
     @torch.no_grad()
     def maps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

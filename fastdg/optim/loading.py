@@ -1,4 +1,7 @@
-"""Loading a state: the wrapper's own part of it goes to the wrapper, the rest to what it wraps."""
+"""Loading a state: the wrapper's own part of it goes to the wrapper, the rest to what it wraps.
+
+And what else is done to the wrapped optimizer that its wrapper has to know of.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..statistics.factors import accumulated
+from . import support
 from .chain import chain, innermost
 from .wrapped import Wrapping
 
@@ -21,7 +25,8 @@ Kept = dict[str, dict[Tensor, Tensor]]
 
 
 class Loading:
-    """Hooks of the wrapped optimizer, so that a state loaded into it reaches its wrapper too.
+    """Hooks of the wrapped optimizer, so that a state loaded into it reaches its wrapper too, and
+    it is not stepped behind the wrapper's back.
 
     They know the wrapper by a weak reference, and a copy of them knows none: a wrapper lives as
     long as its user wants, and one that is copied hooks itself onto its own optimizer.
@@ -51,6 +56,11 @@ class Loading:
             for hook in wrapper._optimizer_load_state_dict_post_hooks.values():
                 hook(wrapper)
 
+    def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
+        wrapper = self.wrapper() if self.wrapper is not None else None
+        if wrapper is not None and wrapper._ready and not wrapper._stepping:
+            raise support.stepped_inside(type(wrapper).__name__, type(base).__name__)
+
 
 def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state as the hooks that ``opt`` calls before it loads one leave it."""
@@ -62,13 +72,14 @@ def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def attach(wrapper: Any) -> None:
-    """Follow what is loaded into ``wrapper.base``, for as long as the wrapper lives."""
+    """Follow what is done to ``wrapper.base``, for as long as the wrapper lives."""
     if not hasattr(wrapper.base, "_optimizer_load_state_dict_pre_hooks"):
         return  # a wrapper itself, of the kind that never calls Optimizer.__init__
     hooks = Loading(wrapper)
     for handle in (
         wrapper.base.register_load_state_dict_pre_hook(hooks.before),
         wrapper.base.register_load_state_dict_post_hook(hooks.after),
+        wrapper.base.register_step_pre_hook(hooks.stepping),
     ):
         weakref.finalize(wrapper, handle.remove).atexit = False
 

@@ -32,7 +32,6 @@ from .features import (
 from .loading import Kept
 from .notes import Hook, found, leave
 from .settings import Setting, check_steepness, check_weight, checked
-from .sharding import local, own_part, sharded
 from .term import Term
 from .wrapped import check_base
 
@@ -128,7 +127,7 @@ class MIRO(Term):
     ``objective`` (0-dim), and alone ``domain_loss`` (``[D]``, NaN for an empty domain) and
     ``domain_count`` (``[D]``). The variances are kept in ``state_dict``; the oracle is not: a run
     that is resumed is given the same one, or starts from the same pre-trained weights before it
-    loads its own; a model that is still the oracle is warned of. ``torch.distributed.checkpoint``
+    loads its own; another oracle is warned of. ``torch.distributed.checkpoint``
     asks for a module that owns every parameter: ``nn.ModuleList([model, *opt.modules()])``.
 
     Raises:
@@ -149,7 +148,7 @@ class MIRO(Term):
 
     prefix = "miro"
     tensors = ("bias",)
-    _transient = (*Term._transient, "_forward", "_resumed")
+    _transient = (*Term._transient, "_forward", "_recognised")
 
     weight: Setting[float] = Setting(check_weight)
 
@@ -216,8 +215,9 @@ class MIRO(Term):
         if "lr" in first:
             group["lr"] = first["lr"] * self.lr_multiplier
         named = [(f"miro.{name}", bias) for name, bias in self.biases.items()]
+        own = {"miro_layers": self.layers, "miro_oracle": 0}
         params = named if "param_names" in first else [bias for _, bias in named]
-        base.add_param_group({**group, "params": params, "miro_layers": self.layers})
+        base.add_param_group({**group, "params": params, **own})
 
     def _known(self) -> dict[Tensor, str]:
         own = {bias: f"miro.{name}" for name, bias in self.biases.items()}
@@ -227,7 +227,7 @@ class MIRO(Term):
 
     def _follow(self) -> None:
         self._forward: Forward | None = None
-        self._resumed = False  # with the next forward as the first one
+        self._recognised = False  # the oracle, in the first forward, by when its weights are there
         model = self._network
         handles: list[Any] = [
             model.register_forward_pre_hook(Hook(self, "_begin"), with_kwargs=True)
@@ -244,24 +244,22 @@ class MIRO(Term):
         if not (model.training and recording()):
             return
         self._oracle.check_device(model)
-        if self._resumed:
-            self._resumed = False
-            self._compare()
+        if not self._recognised:
+            self._recognise()
+            self._recognised = True
         tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         samples = next((len(x) for x in tensors if x.dim()), 0)
         self._forward = Forward(samples, self._oracle.maps(args, kwargs))
 
-    def _compare(self) -> None:
-        """Warn if a run that goes on has an oracle that was copied from what it has trained."""
-        oracle = dict(self.oracle.named_parameters())
-        known = ((p, oracle.get(name)) for name, p in self._network.named_parameters())
-        alike = ((p, q) for p, q in known if p in self._names and q is not None)
-        pairs = [(local(p), local(q) if sharded(q) else own_part(p, q)) for p, q in alike]
-        if pairs and all(p.shape == q.shape and bool((p.to(q) == q).all()) for p, q in pairs):
+    def _recognise(self) -> None:
+        """Note which oracle this run has, and warn if the run that was loaded had another."""
+        group = next(g for g in self.param_groups if "miro_layers" in g)
+        before, group["miro_oracle"] = group.get("miro_oracle", 0), self._oracle.fingerprint()
+        if before not in (0, group["miro_oracle"]):
             warnings.warn(
-                f"MIRO: the run that was loaded has made {self.steps} steps, but the model's "
-                "weights are the oracle's. Make the wrapper before the model loads its own, or "
-                "pass oracle= the network with the pre-trained weights",
+                f"MIRO: the run that was loaded made its {self.steps} steps with another oracle. "
+                "Make the wrapper from the same pre-trained weights, before the model loads its "
+                "own, or pass oracle= the network that has them",
                 UserWarning,
                 stacklevel=2,
             )
@@ -337,7 +335,7 @@ class MIRO(Term):
 
     def _taken(self) -> None:
         super()._taken()
-        self._resumed = self.steps > 0
+        self._recognised = False
         loaded, self._kept["bias"] = self._kept["bias"], {}
         for encoder in self._encoders.values():
             if (bias := loaded.get(encoder.bias)) is not None:

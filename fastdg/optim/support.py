@@ -66,3 +66,13 @@ def no_backward(name: str, staged: bool) -> RuntimeError:
         "opt.backward(losses, domains) in place of loss.backward(), with losses from "
         "reduction='none'"
     )
+
+
+def stepped_inside(name: str, inner: str) -> RuntimeError:
+    """What to raise if the optimizer inside is stepped on the gradient of its wrapper."""
+    return RuntimeError(
+        f"the {inner} inside a {name} was asked for a step on the gradient that {name}.backward "
+        f"left, without what {name} does at its own: call opt.step(), or scaler.step(opt), with "
+        f"opt the outermost wrapper. For a step of the {inner} alone call opt.zero_grad() and "
+        "loss.backward() first"
+    )

@@ -132,7 +132,9 @@ class SWAD(Unwatched):
                 f"SWAD.backward: the {type(self.base).__name__} inside is no wrapper and has no "
                 "backward; call loss.backward()"
             )
-        return self.base.backward(losses, domains, final, **inputs)
+        loss = self.base.backward(losses, domains, final, **inputs)
+        self._ready = final
+        return loss
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         raise AssertionError("nothing is staged here")
@@ -142,7 +144,8 @@ class SWAD(Unwatched):
         if self._shown:
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and support.is_probe(self.base)
-        loss: Any = self.base.step(closure)
+        loss = self._step_base(closure)
+        self._done()
         if probe:
             begin(self, [p for p in self._names if p.grad is not None])
         else:

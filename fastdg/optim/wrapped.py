@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ class Wrapping(Optimizer):
     _scaler: GradScaler | None  # by whose factor it is too large
     _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
@@ -87,6 +89,14 @@ class Wrapping(Optimizer):
         """The gradient that `backward` has left is used, or not wanted."""
         self._ready, self._scaler, self._pending = False, None, None
 
+    def _step_base(self, *args: Any) -> Any:
+        """A step of the optimizer inside."""
+        self._stepping = True
+        try:
+            return self.base.step(*args)
+        finally:
+            self._stepping = False
+
     def _skip(self) -> None:
         """Called in place of a step that a GradScaler skips: own state stays as it is."""
 
@@ -100,7 +110,8 @@ class Wrapping(Optimizer):
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        inner = repr(self.base).replace("\n", "\n  ")
+        # torch shows all that a group has: what is kept there of this wrapper's is not a setting
+        inner = re.sub(rf"\n *{self.prefix}_\w+: .*", "", repr(self.base)).replace("\n", "\n  ")
         return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
 

@@ -243,7 +243,7 @@ class DomainOptimizer(Wrapping):
         if self._staged or not self._ready:
             if self._staged or not support.is_probe(self.base):
                 raise support.no_backward(type(self).__name__, bool(self._staged))
-            self.base.step()
+            self._step_base()
             loading.begin(self, [p for p in self._names if p.grad is not None])
             return None
         self._advance()
@@ -261,7 +261,7 @@ class DomainOptimizer(Wrapping):
         """Step on the gradient there is, and let own state follow."""
         scaling.refuse_scaled(self)
         self._prepare()
-        self.base.step()
+        self._step_base()
         self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
         self._commit()
         self._done()

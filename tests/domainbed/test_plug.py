@@ -128,6 +128,7 @@ def test_without_domainbed(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode != 0
     assert "DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed" in run.stderr
+    assert "Traceback" not in run.stderr
     assert "pip install torchvision timm wilds tqdm" in run.stderr
 
 

@@ -285,11 +285,30 @@ def test_zero_grad(case: Case) -> None:
         opt.step()
 
 
+def test_the_optimizer_inside_is_not_stepped_behind_its_wrapper(case: Case) -> None:
+    model, opt = case.trained()
+    before = copy.deepcopy(model)
+    opt.zero_grad()
+    opt.backward(*batch(model, 3))
+    name, inner = type(opt).__name__, type(opt.base).__name__
+    with pytest.raises(RuntimeError, match=f"the {inner} inside a {name} was asked for a step"):
+        opt.base.step()
+    same(model, before)
+    taken = opt.steps
+    opt.step()
+    assert opt.steps == taken + 1
+    opt.zero_grad()
+    batch(model, 4)[0].mean().backward()
+    if not hasattr(opt.base, "base"):
+        opt.base.step()  # without the wrapper, as one may want to
+
+
 def test_repr(case: Case) -> None:
     opt = case.wrap(case.make(network().parameters()), num_domains=3)
     text = repr(opt)
-    for part in (f"{type(opt).__name__}(", "num_domains=3", type(opt.base).__name__, "_steps: 0"):
+    for part in (f"{type(opt).__name__}(", "num_domains=3", type(opt.base).__name__):
         assert part in text
+    assert f"{opt.prefix}_" not in text  # what a group holds besides the optimizer's own
     for name, value in opt.settings().items():
         assert f"{name}={value!r}" in text
 

@@ -246,9 +246,24 @@ def test_an_oracle_copied_from_what_a_resumed_run_has_trained_is_warned_of() -> 
     resumed.load_state_dict(model.state_dict())
     late = fastdg.VREx(miro(resumed))
     late.load_state_dict(fastdg.VREx(opt).state_dict())
-    with pytest.warns(UserWarning, match="has made 2 steps, but the model's weights are the orac"):
+    with pytest.warns(UserWarning, match="made its 2 steps with another oracle"):
         run(late, resumed, data[2:])
     run(late, resumed, data[2:])  # once is enough
+
+
+def test_an_oracle_of_another_seed_is_warned_of() -> None:
+    model, data = net(), batches(3)
+    opt = miro(model)
+    run(opt, model, data[:2])
+    torch.manual_seed(99)
+    other = net()
+    for p in other.parameters():
+        torch.nn.init.normal_(p)
+    late = miro(other)
+    other.load_state_dict(model.state_dict())
+    late.load_state_dict(opt.state_dict())
+    with pytest.warns(UserWarning, match="with another oracle"):
+        run(late, other, data[2:])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
