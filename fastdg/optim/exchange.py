@@ -3,16 +3,18 @@ r"""The domains' gradients of all ranks, of which each rank combines a part.
 .. math:: g_d = \sum_r \tfrac{n_{rd}}{n_d}\, g_{rd}
 
 Signs and inner products are those of the sums over the ranks, so the sums come first. They are
-never all on one rank: each parameter is cut into W pieces, every rank sends its domains' gradients
-of a piece to the rank that answers for it, that rank adds them up and combines them, and the
-combined pieces go back to all. So a rank sends (E + 1) P (W - 1)/W numbers for its E domains, where
-an all-reduce of the domains' gradients would take 2 D P (W - 1)/W, and the combining is shared.
+never all on one rank: a bucket of parameters is cut into W pieces, every rank sends its domains'
+gradients of a piece to the rank that answers for it, that rank adds them up and combines them, and
+the combined pieces go back to all. So a rank sends (E + 1) P (W - 1)/W numbers for its E domains,
+where an all-reduce of the domains' gradients would take 2 D P (W - 1)/W, and the combining is
+shared.
 
 Buckets of parameters go their way as soon as the backward has passed them, and while it goes on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -40,7 +42,8 @@ class Bucket:
 
     Attributes:
         places: the parameters -> their places among them.
-        pieces: of each rank, how many entries of each parameter it answers for.
+        pieces: of each rank, how many entries of each parameter it answers for; then how many
+            zeros follow, so that pieces of what is not sharded are of one length.
         lengths: of each rank, the sum of these.
         missing: the parameters whose gradients are not there yet.
         sent, received, work: the message.
@@ -52,8 +55,13 @@ class Bucket:
 
     def __init__(self, parameters: list[Tensor], size: int) -> None:
         self.parameters, self.missing = parameters, set(parameters)
+        self.sharded = sharded(parameters[0])
         self.places = {p: place for place, p in enumerate(parameters)}
-        self.pieces = list(zip(*(part_sizes(p, size) for p in parameters), strict=True))
+        if self.sharded:
+            parts = zip(*(part_sizes(p, size) for p in parameters), strict=True)
+            self.pieces = [[*sizes, 0] for sizes in parts]
+        else:
+            self.pieces = cut([p.numel() for p in parameters], size)
         self.lengths = [sum(pieces) for pieces in self.pieces]
 
     def put(self, p: Tensor, rows: Sequence[Tensor], weights: Tensor) -> None:
@@ -65,8 +73,11 @@ class Bucket:
         for pieces, length in zip(self.pieces, self.lengths, strict=True):
             block = self.sent[before : before + len(rows) * length].view(len(rows), length)
             first, size = sum(pieces[:place]), pieces[place]
-            for to, row, weight in zip(block, flat, weights, strict=True):
-                torch.mul(row[start : start + size], weight, out=to[first : first + size])
+            if size:
+                for to, row, weight in zip(block, flat, weights, strict=True):
+                    torch.mul(row[start : start + size], weight, out=to[first : first + size])
+            if pieces[-1] and place == 0:
+                block[:, length - pieces[-1] :] = 0
             before, start = before + len(rows) * length, start + size
         self.missing.discard(p)
 
@@ -84,7 +95,8 @@ class Bucket:
         )
 
     def sums(self, ranks: Ranks, present: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        """Wait for what the ranks have sent of their ``present`` domains: domain -> the sum."""
+        """Wait for what the ranks have sent of their ``present`` domains: domain -> the sum, of
+        the piece that this rank answers for."""
         ranks.wait(self.work)
         self.work = self.sent = None
         found: dict[int, Tensor] = {}
@@ -179,7 +191,7 @@ class Shared(Gradients):
         def combine(bucket: Bucket, of_domains: list[Tensor]) -> None:
             pieces = [list(row.split(bucket.pieces[ranks.rank])) for row in of_domains]
             combined, *found = ops.agreement(pieces, weights, threshold, steepness)
-            sums.update(zip(bucket.parameters, torch.stack(found, 1).unbind(), strict=True))
+            sums.update(zip(bucket.parameters, torch.stack(found, 1)[:-1].unbind(), strict=True))
             made.send(bucket, torch.cat(combined))
 
         used = self._exchange(combine)
@@ -219,32 +231,40 @@ class _Returned:
 
     def send(self, bucket: Bucket, piece: Tensor) -> None:
         """Give all ranks this one's piece of a bucket."""
-        if sharded(bucket.parameters[0]):
-            pieces = piece.split(bucket.pieces[self.ranks.rank])
+        if bucket.sharded:
+            *pieces, _ = piece.split(bucket.pieces[self.ranks.rank])
             for p, part in zip(bucket.parameters, pieces, strict=True):
                 self.made[p] = part.view(local(p).shape)
             return
-        received, size = piece.new_empty(sum(bucket.lengths)), self.ranks.size
-        work = self.ranks.start(
-            distributed.all_to_all_single,
-            received,
-            piece.repeat(size),
-            bucket.lengths,
-            [len(piece)] * size,
-        )
+        received = piece.new_empty(sum(bucket.lengths))
+        work = self.ranks.start(distributed.all_gather_into_tensor, received, piece)
         self.flying.append((bucket, received, work))
 
     def all(self) -> dict[Tensor, Tensor]:
         """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
         for bucket, received, work in self.flying:
             self.ranks.wait(work)
-            parts = [
-                block.split(pieces)
-                for block, pieces in zip(received.split(bucket.lengths), bucket.pieces, strict=True)
-            ]
-            for p, of_ranks in zip(bucket.parameters, zip(*parts, strict=True), strict=True):
-                self.made[p] = torch.cat(of_ranks).view(p.shape)
+            sizes = [p.numel() for p in bucket.parameters]
+            parts = received[: sum(sizes)].split(sizes)
+            self.made.update(
+                (p, part.view(p.shape)) for p, part in zip(bucket.parameters, parts, strict=True)
+            )
         return self.made
+
+
+def cut(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Tensors of these sizes, one after the other, cut into pieces of one length: what each piece
+    has of each tensor, and of what comes after the last."""
+    total = sum(sizes)
+    length = -(-total // ranks)
+    ends = [*itertools.accumulate([*sizes, ranks * length - total])]
+    return [
+        [
+            max(0, min(end, (r + 1) * length) - max(begin, r * length))
+            for begin, end in itertools.pairwise([0, *ends])
+        ]
+        for r in range(ranks)
+    ]
 
 
 def _dtype(p: Tensor) -> torch.dtype:
