@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from .. import ops
 from ..statistics.factors import Agreement
@@ -38,71 +38,80 @@ class Bucket:
 
     Args:
         parameters: they.
-        size: number of ranks.
+        ranks: that exchange them.
 
     Attributes:
         places: the parameters -> their places among them.
         pieces: of each rank, how many entries of each parameter it answers for; then how many
             zeros follow, so that pieces of what is not sharded are of one length.
-        lengths: of each rank, the sum of these.
+        spans: of each rank, where its piece begins and ends in a row.
         missing: the parameters whose gradients are not there yet.
-        sent, received, work: the message.
+        rows: this rank's gradients, flat, one of each domain in its batch; rank after rank.
+        received: of each other rank, its gradients of this rank's piece.
+        works: the messages.
     """
 
-    sent: Tensor | None = None
-    received: Tensor
-    work: Any
-
-    def __init__(self, parameters: list[Tensor], size: int) -> None:
-        self.parameters, self.missing = parameters, set(parameters)
-        self.sharded = sharded(parameters[0])
+    def __init__(self, parameters: list[Tensor], ranks: Ranks) -> None:
+        self.parameters, self.missing, self.ranks = parameters, set(parameters), ranks
         self.places = {p: place for place, p in enumerate(parameters)}
+        self.sharded = sharded(parameters[0])
         if self.sharded:
-            parts = zip(*(part_sizes(p, size) for p in parameters), strict=True)
+            parts = zip(*(part_sizes(p, ranks.size) for p in parameters), strict=True)
             self.pieces = [[*sizes, 0] for sizes in parts]
         else:
-            self.pieces = cut([p.numel() for p in parameters], size)
-        self.lengths = [sum(pieces) for pieces in self.pieces]
+            self.pieces = cut([p.numel() for p in parameters], ranks.size)
+        ends = [0, *itertools.accumulate(map(sum, self.pieces))]
+        self.spans = list(itertools.pairwise(ends))
+        self.rows: list[Tensor] = []
+        self.received: dict[int, Tensor] = {}
+        self.works: list[Any] = []
 
-    def put(self, p: Tensor, rows: Sequence[Tensor], weights: Tensor) -> None:
-        """Take a parameter's gradient in each of this rank's domains, times a weight each."""
-        if self.sent is None:
-            self.sent = rows[0].new_empty(len(rows) * sum(self.lengths))
-        place, flat = self.places[p], [row.reshape(-1) for row in rows]
-        before, start = 0, 0
-        for pieces, length in zip(self.pieces, self.lengths, strict=True):
-            block = self.sent[before : before + len(rows) * length].view(len(rows), length)
-            first, size = sum(pieces[:place]), pieces[place]
-            if size:
-                for to, row, weight in zip(block, flat, weights, strict=True):
-                    torch.mul(row[start : start + size], weight, out=to[first : first + size])
-            if pieces[-1] and place == 0:
-                block[:, length - pieces[-1] :] = 0
-            before, start = before + len(rows) * length, start + size
+    def put(self, p: Tensor, rows: Sequence[Tensor]) -> None:
+        """Take a parameter's gradient in each of this rank's domains."""
+        flat = [row.reshape(-1) for row in rows]
+        length = self.spans[-1][1]
         self.missing.discard(p)
+        if len(self.parameters) == 1 and p.numel() == length:
+            self.rows = flat
+            return
+        if not self.rows:
+            self.rows = list(flat[0].new_zeros(len(flat), length))
+        place, start = self.places[p], 0
+        for pieces, (first, _) in zip(self.pieces, self.spans, strict=True):
+            at, size = first + sum(pieces[:place]), pieces[place]
+            for to, row in zip(self.rows, flat, strict=True):
+                to[at : at + size] = row[start : start + size]
+            start += size
 
-    def send(self, ranks: Ranks, domains: Sequence[int]) -> None:
-        """Let it go; each rank sends of so many ``domains``."""
-        assert self.sent is not None
-        mine = self.lengths[ranks.rank]
-        self.received = self.sent.new_empty(sum(domains) * mine)
-        self.work = ranks.start(
-            distributed.all_to_all_single,
-            self.received,
-            self.sent,
-            [count * mine for count in domains],
-            [domains[ranks.rank] * length for length in self.lengths],
-        )
+    def send(self, present: Sequence[Sequence[int]]) -> None:
+        """Let the rows go; each rank sends those of the domains ``present`` with it."""
+        mine = self.ranks.rank
+        length = sum(self.pieces[mine])
+        others = [rank for rank in range(self.ranks.size) if rank != mine]
+        self.received = {r: self.rows[0].new_empty(len(present[r]), length) for r in others}
+        outgoing = [(r, row[slice(*self.spans[r])]) for r in others for row in self.rows]
+        incoming = [(r, row) for r, block in self.received.items() for row in block]
+        self.works = self.ranks.swap(outgoing, incoming)
 
-    def sums(self, ranks: Ranks, present: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        """Wait for what the ranks have sent of their ``present`` domains: domain -> the sum, of
-        the piece that this rank answers for."""
-        ranks.wait(self.work)
-        self.work = self.sent = None
+    def sums(self, present: Sequence[Sequence[int]], shares: Tensor) -> dict[int, Tensor]:
+        """Wait for the others: domain -> the sum of this rank's piece, each rank with its share.
+
+        Args:
+            present: the domains in the batch of each rank.
+            shares: ``[W, D]``, on the CPU.
+        """
+        mine = self.ranks.rank
+        for work in self.works:
+            self.ranks.wait(work)
         found: dict[int, Tensor] = {}
-        ids = [d for domains in present for d in domains]
-        for d, row in zip(ids, self.received.view(len(ids), -1), strict=True):
-            found[d] = found[d].add_(row) if d in found else row
+        for rank, block in self.received.items():
+            for d, row in zip(present[rank], block, strict=True):
+                share = float(shares[rank, d])
+                found[d] = found[d].add_(row, alpha=share) if d in found else row.mul_(share)
+        for d, whole in zip(present[mine], self.rows, strict=True):
+            row = whole[slice(*self.spans[mine])]
+            found[d] = found[d].add_(row, alpha=float(shares[mine, d])) if d in found else row
+        self.rows, self.works = [], []
         return found
 
 
@@ -118,6 +127,7 @@ class Shared(Gradients):
     def __init__(self, own: Swept | Gathered, whole: Whole, parameters: Iterable[Tensor]) -> None:
         self.own, self.whole, self.ranks = own, whole, whole.ranks
         counts = whole.counts.cpu()
+        self.shares = counts.double() / counts.sum(0).clamp(min=1)
         self.domains = [row.nonzero().flatten().tolist() for row in counts]
         self.ids, self.extent = sorted({d for row in self.domains for d in row}), counts.shape[1]
         index = moved(torch.tensor(self.ids, device="cpu"), whole.counts.device)
@@ -132,24 +142,21 @@ class Shared(Gradients):
         Returns:
             The parameters that this rank's forward used.
         """
-        ranks, own = self.ranks, self.own
-        mine = self.domains[ranks.rank]
+        own, mine = self.own, self.domains[self.ranks.rank]
         waiting = deque(self._buckets())
         home = {p: bucket for bucket in waiting for p in bucket.parameters}
         flying: deque[Bucket] = deque()
-        shares = self.whole.counts[ranks.rank].double() / self.whole.count.clamp(min=1)
-        shares = shares[mine]
 
         def settle() -> None:
             bucket = flying.popleft()
-            sums = bucket.sums(ranks, self.domains)
+            sums = bucket.sums(self.domains, self.shares)
             finish(bucket, [sums[d] for d in self.ids])
 
         def go() -> None:
             """All ranks send the buckets in the same order."""
             while waiting and not waiting[0].missing:
                 flying.append(waiting.popleft())
-                flying[-1].send(ranks, [len(domains) for domains in self.domains])
+                flying[-1].send(self.domains)
                 if len(flying) > FLYING:
                     settle()
 
@@ -157,15 +164,14 @@ class Shared(Gradients):
 
         def take(p: Tensor, grads: Sequence[Tensor]) -> None:
             used.add(p)
-            there = [grads[own.ids.index(d)] for d in mine]
-            home[p].put(p, there, shares.to(there[0].dtype))
+            home[p].put(p, [grads[own.ids.index(d)] for d in mine])
             go()
 
         own.feed(take)
         while waiting:
             for p in list(waiting[0].missing):
                 zeros = torch.zeros(p.shape, dtype=_dtype(p), device=p.device)
-                waiting[0].put(p, [zeros] * len(mine), shares.to(zeros.dtype))
+                waiting[0].put(p, [zeros] * len(mine))
             go()
         while flying:
             settle()
@@ -180,7 +186,7 @@ class Shared(Gradients):
             if sum(q.numel() for q in runs[-1]) + p.numel() > BUCKET // 2 and runs[-1]:
                 runs.append([])
             runs[-1].append(p)
-        return [Bucket(run, self.ranks.size) for runs in alike.values() for run in runs if run]
+        return [Bucket(run, self.ranks) for runs in alike.values() for run in runs if run]
 
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
@@ -192,7 +198,7 @@ class Shared(Gradients):
             pieces = [list(row.split(bucket.pieces[ranks.rank])) for row in of_domains]
             combined, *found = ops.agreement(pieces, weights, threshold, steepness)
             sums.update(zip(bucket.parameters, torch.stack(found, 1)[:-1].unbind(), strict=True))
-            made.send(bucket, torch.cat(combined))
+            made.send(bucket, combined)
 
         used = self._exchange(combine)
         flags = [sums[p].new_tensor([p in used]) for p in self.parameters]
@@ -217,7 +223,7 @@ class Shared(Gradients):
     def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
         made = _Returned(self.ranks)
         for bucket, sums in self._kept:
-            made.send(bucket, ops.combine([[row] for row in sums], weights)[0])
+            made.send(bucket, ops.combine([[row] for row in sums], weights))
         self._kept = []
         return {p: grad for p, grad in made.all().items() if p in self._used}
 
@@ -227,23 +233,28 @@ class _Returned:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.made = ranks, dict[Tensor, Tensor]()
-        self.flying: list[tuple[Bucket, Tensor, Any]] = []
+        self.flying: list[tuple[Bucket, Tensor, list[Any]]] = []
 
-    def send(self, bucket: Bucket, piece: Tensor) -> None:
-        """Give all ranks this one's piece of a bucket."""
+    def send(self, bucket: Bucket, pieces: Sequence[Tensor]) -> None:
+        """Give all ranks this one's piece of a bucket, which comes in several."""
+        mine = self.ranks.rank
         if bucket.sharded:
-            *pieces, _ = piece.split(bucket.pieces[self.ranks.rank])
-            for p, part in zip(bucket.parameters, pieces, strict=True):
+            piece = torch.cat(tuple(pieces))
+            for p, part in zip(bucket.parameters, piece.split(bucket.pieces[mine]), strict=False):
                 self.made[p] = part.view(local(p).shape)
             return
-        received = piece.new_empty(sum(bucket.lengths))
-        work = self.ranks.start(distributed.all_gather_into_tensor, received, piece)
-        self.flying.append((bucket, received, work))
+        received = pieces[0].new_empty(bucket.spans[-1][1])
+        parts = [received[slice(*span)] for span in bucket.spans]
+        torch.cat(tuple(pieces), out=parts[mine])
+        others = [(rank, part) for rank, part in enumerate(parts) if rank != mine]
+        works = self.ranks.swap([(rank, parts[mine]) for rank, _ in others], others)
+        self.flying.append((bucket, received, works))
 
     def all(self) -> dict[Tensor, Tensor]:
         """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
-        for bucket, received, work in self.flying:
-            self.ranks.wait(work)
+        for bucket, received, works in self.flying:
+            for work in works:
+                self.ranks.wait(work)
             sizes = [p.numel() for p in bucket.parameters]
             parts = received[: sum(sizes)].split(sizes)
             self.made.update(

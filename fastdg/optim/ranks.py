@@ -141,6 +141,26 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(error) from error
 
+    def swap(
+        self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
+    ) -> list[Any]:
+        """Begin to send tensors to ranks, and to fill others with what ranks send, in the order in
+        which they send it; `wait` for each of what this returns.
+
+        Gloo takes less than half the time for this of what it does for its all-to-all and
+        all-gather, and nothing has to be brought together before.
+        """
+        messages = [
+            distributed.P2POp(way, tensor, group=self.group, group_peer=rank)
+            for way, tensors in ((distributed.isend, outgoing), (distributed.irecv, incoming))
+            for rank, tensor in tensors
+            if tensor.numel()
+        ]
+        try:
+            return distributed.batch_isend_irecv(messages) if messages else []
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
     def wait(self, work: Any) -> None:
         """Wait for what `start` began."""
         try:

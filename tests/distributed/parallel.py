@@ -236,27 +236,21 @@ def counted(
 
 @contextmanager
 def counting(sent: dict[str, int]) -> Iterator[None]:
-    """How many numbers a rank gives to each collective; an all-reduce sends every one twice, and an
-    all-gather each to every rank."""
-    names = ("all_reduce", "all_to_all_single", "all_gather_into_tensor")
-    originals = {name: getattr(distributed, name) for name in names}
+    """How many numbers a rank gives to each collective; an all-reduce sends every one twice."""
+    originals = {name: getattr(distributed, name) for name in ("all_reduce", "batch_isend_irecv")}
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         key = "counts" if tensor.dtype == torch.int64 else "all_reduce"
         sent[key] = sent.get(key, 0) + 2 * tensor.numel()
         return originals["all_reduce"](tensor, *args, **kwargs)
 
-    def all_to_all_single(out: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["all_to_all"] = sent.get("all_to_all", 0) + tensor.numel()
-        return originals["all_to_all_single"](out, tensor, *args, **kwargs)
-
-    def all_gather_into_tensor(out: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent["all_gather"] = sent.get("all_gather", 0) + out.numel()
-        return originals["all_gather_into_tensor"](out, tensor, *args, **kwargs)
+    def batch_isend_irecv(messages: list[distributed.P2POp]) -> Any:
+        numbers = sum(m.tensor.numel() for m in messages if m.op is distributed.isend)
+        sent["to_one"] = sent.get("to_one", 0) + numbers
+        return originals["batch_isend_irecv"](messages)
 
     distributed.all_reduce = all_reduce
-    distributed.all_gather_into_tensor = all_gather_into_tensor
-    distributed.all_to_all_single = all_to_all_single
+    distributed.batch_isend_irecv = batch_isend_irecv
     try:
         yield
     finally:

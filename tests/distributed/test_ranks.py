@@ -106,7 +106,7 @@ P = sum(p.numel() for p in Net().parameters())
 K = sum(p.numel() for p in Net().head.parameters())
 TENSORS = len(list(Net().parameters()))
 D, W = DOMAINS, 3
-CUT = -(-P // W) * W  # P, in pieces of one length
+OTHERS = -(-P // W) * (W - 1)  # of P in W pieces of one length, those of other ranks
 LOSSES = 2 * (D + 1)
 # What rank 0 gives to each kind of collective in a step: the table in `fastdg.optim.ranks`
 NUMBERS = {
@@ -117,20 +117,11 @@ NUMBERS = {
     ("IGA", "mixed"): {"all_reduce": LOSSES + 2 * D * P, "reducer": 2 * P},
     ("Fishr", "mixed"): {"all_reduce": LOSSES + 4 * D * K, "reducer": 2 * P},
     ("Fishr(all)", "own"): {"all_reduce": LOSSES + 4 * D * P},
-    ("AgrSum", "mixed"): {
-        "all_reduce": 2 * D + 6 * TENSORS,
-        "all_to_all": D * CUT,
-        "all_gather": CUT,
-    },
-    ("ANDMask", "own"): {
-        "all_reduce": 2 * D + 6 * TENSORS,
-        "all_to_all": CUT,
-        "all_gather": CUT,
-    },
+    ("AgrSum", "mixed"): {"all_reduce": 2 * D + 6 * TENSORS, "to_one": (D + 1) * OTHERS},
+    ("ANDMask", "own"): {"all_reduce": 2 * D + 6 * TENSORS, "to_one": 2 * OTHERS},
     ("PCGrad", "mixed"): {
         "all_reduce": 2 * (D + D * D + TENSORS),
-        "all_to_all": D * CUT,
-        "all_gather": CUT,
+        "to_one": (D + 1) * OTHERS,
     },
 }
 
