@@ -6,9 +6,10 @@ A wrapper whose algorithm is empty takes a training step on M linear layers that
 arithmetic takes no time: every layer is watched, staged, met by the backward and handed over in
 factors, of which nothing is computed. From that are taken away the same forward, a backward that
 computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's step.
-A line through several M gives the price of a step and of a tracked module. The same for a step in
-one graph (`fastdg.compiled`), from which that graph and the optimizer's step are taken away. Times
-are of the processor, in one thread.
+A line through several M gives the price of a step and of a tracked module. The same for hooks that
+do nothing, one on each layer's forward and one on its backward, without which no layer is seen; and
+for a step in one graph (`fastdg.compiled`), from which that graph and the optimizer's step are
+taken away. Times are of the processor, in one thread.
 """
 
 from __future__ import annotations
@@ -85,6 +86,32 @@ def eager(modules: int) -> tuple[Run, Run]:
     return wrapped, plain
 
 
+def hooks(modules: int) -> tuple[Run, Run]:
+    """A step with a hook on each layer's forward and backward, and the same without."""
+    model, base, (x, y, _) = problem(modules)
+    nodes: list[Any] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        nodes.append(output.grad_fn)
+
+    def nothing(grads: Any) -> None:
+        pass
+
+    for layer in model:
+        layer.register_forward_hook(note, with_kwargs=True)
+
+    def hooked() -> None:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        for node in nodes[1:]:
+            node.register_prehook(nothing)
+        edge = torch.autograd.graph.GradientEdge(nodes[0], 0)
+        nodes.clear()
+        torch.autograd.grad(losses, edge, torch.ones_like(losses))
+        base.step()
+
+    return hooked, eager(modules)[1]
+
+
 def compiled(modules: int) -> tuple[Run, Run]:
     """A step of Agr-Sum in one graph, and that graph with the optimizer's step."""
     model, base, (x, y, domains) = problem(modules)
@@ -117,7 +144,7 @@ def microseconds(run: Run, calls: int) -> float:
     return (time.process_time() - start) / calls * 1e6
 
 
-def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 9) -> dict[str, Any]:
+def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 15) -> dict[str, Any]:
     """Medians of turns, for every M, and the line through the differences."""
     rows = {}
     gc.collect()
@@ -153,10 +180,10 @@ def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 9) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("eager", "compiled"))
+    parser.add_argument("--only", choices=("eager", "hooks", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ways = {"eager": eager, "compiled": compiled}
+    ways = {"eager": eager, "hooks": hooks, "compiled": compiled}
     found = environment("python " + " ".join(sys.argv))
     for name, make in ways.items():
         if arguments.only in (None, name):

@@ -160,6 +160,45 @@ def terms(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) -> str:
+    """What several ranks cost, the wrapper itself, and a long run."""
+    names = {"fishr": "Fishr (head)", "agrsum": "Agr-Sum", "pcgrad": "PCGrad"}
+    models = {"resnet18": "ResNet-18", "mnist_cnn": "MNIST_CNN"}
+    lines = [
+        "On two ranks (gloo, a thread each, 48 samples a rank), a step as a multiple of that of "
+        "`DistributedDataParallel` alone, medians of the rounds' ratios "
+        "([`ranks.json`](benchmarks/results/ranks.json)):",
+        "",
+        f"| | {' | '.join(models[model] for model in ranks['rows'])} |",
+        "|---|" + "---:|" * len(ranks["rows"]),
+    ]
+    for way in next(iter(ranks["rows"].values())):
+        name, _, split = way.partition(", ")
+        if name in names:
+            title = names[name] + (f", {split}" if split else "")
+            cells = [times(rows[way]["ratio"]) for rows in ranks["rows"].values()]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    said = {
+        key: f"{wrapper[key]['per_step']:.0f} µs a step and {wrapper[key]['per_module']:.0f} µs a "
+        "tracked module"
+        for key in ("eager", "hooks", "compiled")
+    }
+    grown = [run["grown_bytes"] / 1024 for run in long["runs"].values()]
+    begun = [run["start_bytes"] / 2**20 for run in long["runs"].values()]
+    steps = min(run["steps"] for run in long["runs"].values())
+    lines += [
+        "",
+        f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU, of which "
+        f"hooks that do nothing take {said['hooks']}; a step in one graph (`fastdg.compiled`), "
+        f"{said['compiled']} ([`overhead.json`](benchmarks/results/overhead.json)).",
+        "",
+        f"Over {steps:,} steps the memory of each of {len(grown)} wrappers and chains, "
+        f"{min(begun):.0f} to {max(begun):.0f} MiB with all libraries, grew by {min(grown):.0f} to "
+        f"{max(grown):.0f} KiB ([`resident.json`](benchmarks/results/resident.json)).",
+    ]
+    return "\n".join(lines)
+
+
 def left_out(results: dict[str, Any]) -> str:
     """README's table of PACS."""
     from fastdg.data.pacs import DOMAINS
@@ -289,6 +328,11 @@ def filled(text: str) -> str:
     timing = json.loads((RESULTS / "cpu.json").read_text())
     training = json.loads((RESULTS / "colored_mnist.json").read_text())
     text = replaced(text, "measured", measured(timing))
+    ranks, wrapper, long = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("ranks", "overhead", "resident")
+    )
+    text = replaced(text, "loops", loops(ranks, wrapper, long))
     text = replaced(text, "pacs", left_out(json.loads((RESULTS / "pacs.json").read_text())))
     return replaced(text, "reproduced", reproduced(training))
 

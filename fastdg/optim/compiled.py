@@ -149,7 +149,7 @@ class CompiledBackward:
         """What a graph holds good for."""
         device, parameters = ids.device.type, self._parameters()
         for p in parameters:
-            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise RuntimeError(
                     f"compiled: a parameter of shape {tuple(p.shape)} has hooks, which a graph "
                     "does not call; remove them, or call opt.backward"
@@ -195,8 +195,8 @@ class _Graph:
             full = [next(following) if t else x for t, x in zip(where, leaves, strict=True)]
             self.loss = owner._eager(pytree.tree_unflatten(full, spec), ids)
             left = [(link._statistics, link._pending, link._ready) for link in self.links]
-            grads = [p.grad for p in self.targets]
-            flat, self.spec = pytree.tree_flatten((self.loss, grads, left))
+            rest, self.spec = pytree.tree_flatten((self.loss, left))
+            flat = [*(p.grad for p in self.targets), *rest]
             self.outputs = [
                 None if isinstance(x, Tensor) and id(x) not in constant else x for x in flat
             ]
@@ -234,8 +234,8 @@ class _Graph:
             next(following) if fresh else x
             for fresh, x in zip(self.fresh, self.outputs, strict=True)
         ]
-        loss, grads, left = pytree.tree_unflatten(flat, self.spec)
-        for p, grad in zip(self.targets, grads, strict=True):
+        loss, left = pytree.tree_unflatten(flat[len(self.targets) :], self.spec)
+        for p, grad in zip(self.targets, flat, strict=False):
             if p.grad is None:
                 p.grad = grad
             elif grad is not None:
