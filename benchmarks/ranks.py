@@ -96,11 +96,11 @@ def measured(rank: int, store: str, name: str, samples: int, rounds: int, out: A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="the others stay")
     parser.add_argument("--rounds", type=int, help="default: enough for a median")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    rows = {}
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     for name in arguments.models:
         samples, rounds = MODELS[name]
         out = context.Queue()

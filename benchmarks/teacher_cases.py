@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -141,7 +142,8 @@ def by_hooks(at: Training) -> Run:
             )
     with torch.no_grad():
         model(at.on.x)
-    biases = [torch.full((x.shape[1],), -2.25, requires_grad=True) for x in kept[True]]
+    start = math.log(math.expm1(0.1 - 1e-5))  # of which the variance is 0.1
+    biases = [torch.full((x.shape[1],), start, requires_grad=True) for x in kept[True]]
     opt = adam(at.on)
     opt.add_param_group({"params": biases, "lr": 10 * opt.param_groups[0]["lr"]})
 
