@@ -19,7 +19,7 @@ from .chain import chain, innermost
 from .wrapped import Wrapping
 
 if TYPE_CHECKING:
-    from .wrapper import DomainOptimizer
+    from .stateful import Stateful
 
 Kept = dict[str, dict[Tensor, Tensor]]
 
@@ -32,7 +32,7 @@ class Loading:
     long as its user wants, and one that is copied hooks itself onto its own optimizer.
     """
 
-    def __init__(self, wrapper: DomainOptimizer | None = None) -> None:
+    def __init__(self, wrapper: Stateful | None = None) -> None:
         self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,7 +41,7 @@ class Loading:
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return Loading()
 
-    def _idle(self) -> DomainOptimizer | None:
+    def _idle(self) -> Stateful | None:
         wrapper = self.wrapper() if self.wrapper is not None else None
         return None if wrapper is None or wrapper._loading else wrapper
 
@@ -117,7 +117,7 @@ def by_id(groups: Sequence[Mapping[str, Any]], parameters: Iterable[Tensor]) -> 
     return dict(zip(ids, parameters, strict=False))
 
 
-def begin(wrapper: DomainOptimizer, parameters: Iterable[Tensor]) -> None:
+def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:
     """Give the wrapper's tensors of a new run to those of ``parameters`` that lack them.
 
     torch.distributed.checkpoint, which loads into what an optimizer already has, makes a step with
@@ -133,7 +133,7 @@ def begin(wrapper: DomainOptimizer, parameters: Iterable[Tensor]) -> None:
             wrapper.state[p][key] = tensor
 
 
-def adopt(wrapper: DomainOptimizer) -> None:
+def adopt(wrapper: Stateful) -> None:
     """Take over what an optimizer that was wrapped before, or is born with state, has."""
     for p in wrapper._names:
         for name in wrapper.tensors:
@@ -142,7 +142,7 @@ def adopt(wrapper: DomainOptimizer) -> None:
     begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
 
 
-def without_others(wrapper: DomainOptimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def without_others(wrapper: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state without what wrappers that are not in this chain have left in it.
 
     Raises:
