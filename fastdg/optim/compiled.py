@@ -241,7 +241,9 @@ class _Graph:
             elif grad is not None:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
-            link._statistics, link._pending, link._ready = statistics, pending, ready
+            if ready:
+                link._leave()
+            link._statistics, link._pending = statistics, pending
             link._scaler = None  # of a backward that has failed
         return loss
 

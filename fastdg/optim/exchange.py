@@ -26,7 +26,7 @@ from .. import ops
 from ..statistics.factors import Agreement
 from ..statistics.moments import rows
 from .gathering import Gathered, Gradients, Swept, moved
-from .ranks import BUCKET, Ranks
+from .ranks import BUCKET, Ranks, failed_on
 from .sharding import local, part_sizes, sharded
 from .whole import Whole
 
@@ -41,7 +41,8 @@ class Bucket:
         ranks: that exchange them.
 
     Attributes:
-        places: the parameters -> their places among them.
+        places: the parameters -> what of them lies where in a row: (there, in the parameter, how
+            many entries).
         pieces: of each rank, how many entries of each parameter it answers for; then how many
             zeros follow, so that pieces of what is not sharded are of one length.
         spans: of each rank, where its piece begins and ends in a row.
@@ -53,7 +54,6 @@ class Bucket:
 
     def __init__(self, parameters: list[Tensor], ranks: Ranks) -> None:
         self.parameters, self.missing, self.ranks = parameters, set(parameters), ranks
-        self.places = {p: place for place, p in enumerate(parameters)}
         self.sharded = sharded(parameters[0])
         if self.sharded:
             parts = zip(*(part_sizes(p, ranks.size) for p in parameters), strict=True)
@@ -62,6 +62,13 @@ class Bucket:
             self.pieces = cut([p.numel() for p in parameters], ranks.size)
         ends = [0, *itertools.accumulate(map(sum, self.pieces))]
         self.spans = list(itertools.pairwise(ends))
+        self.places: dict[Tensor, list[tuple[int, int, int]]] = {p: [] for p in parameters}
+        done = dict.fromkeys(parameters, 0)
+        for pieces, there in zip(self.pieces, ends, strict=False):
+            for p, size in zip(parameters, pieces, strict=False):
+                if size:
+                    self.places[p].append((there, done[p], size))
+                there, done[p] = there + size, done[p] + size
         self.rows: list[Tensor] = []
         self.received: dict[int, Tensor] = {}
         self.works: list[Any] = []
@@ -76,12 +83,9 @@ class Bucket:
             return
         if not self.rows:
             self.rows = list(flat[0].new_zeros(len(flat), length))
-        place, start = self.places[p], 0
-        for pieces, (first, _) in zip(self.pieces, self.spans, strict=True):
-            at, size = first + sum(pieces[:place]), pieces[place]
+        for there, start, size in self.places[p]:
             for to, row in zip(self.rows, flat, strict=True):
-                to[at : at + size] = row[start : start + size]
-            start += size
+                to[there : there + size] = row[start : start + size]
 
     def send(self, present: Sequence[Sequence[int]]) -> None:
         """Let the rows go; each rank sends those of the domains ``present`` with it."""
@@ -89,9 +93,20 @@ class Bucket:
         length = sum(self.pieces[mine])
         others = [rank for rank in range(self.ranks.size) if rank != mine]
         self.received = {r: self.rows[0].new_empty(len(present[r]), length) for r in others}
-        outgoing = [(r, row[slice(*self.spans[r])]) for r in others for row in self.rows]
-        incoming = [(r, row) for r, block in self.received.items() for row in block]
-        self.works = self.ranks.swap(outgoing, incoming)
+        most, none = max(map(len, present)), self.rows[0].new_empty(0)
+        # Of all pairs as many, since gloo counts them where it is asked to look for mistakes
+        self.works = self.ranks.swap(
+            [
+                (r, row[slice(*self.spans[r])] if row is not None else none)
+                for r in others
+                for row in padded(self.rows, most)
+            ],
+            [
+                (r, row if row is not None else none.clone())
+                for r, block in self.received.items()
+                for row in padded(block.unbind(), most)
+            ],
+        )
 
     def sums(self, present: Sequence[Sequence[int]], shares: Tensor) -> dict[int, Tensor]:
         """Wait for the others: domain -> the sum of this rank's piece, each rank with its share.
@@ -110,8 +125,9 @@ class Bucket:
                 found[d] = found[d].add_(row, alpha=share) if d in found else row.mul_(share)
         for d, whole in zip(present[mine], self.rows, strict=True):
             row = whole[slice(*self.spans[mine])]
-            found[d] = found[d].add_(row, alpha=float(shares[mine, d])) if d in found else row
-        self.rows, self.works = [], []
+            share = float(shares[mine, d])
+            found[d] = found[d].add_(row, alpha=share) if d in found else row * share
+        self.rows, self.received, self.works = [], {}, []
         return found
 
 
@@ -134,10 +150,14 @@ class Shared(Gradients):
         self.count, self.samples = whole.count[index], whole.samples
         self.losses = whole.total([rows(own.spread(own.losses, 0), self.extent)])[0][index]
         self.rest, self.sparse = {}, own.sparse
+        self.failure: Exception | None = None
         self.parameters = [p for p in parameters if p.requires_grad]
 
     def _exchange(self, finish: Callable[[Bucket, list[Tensor]], None]) -> set[Tensor]:
         """Run the backward, and hand on each bucket's sums, of every domain in `ids`.
+
+        An error of this rank's backward is kept for `_refuse`: until then it goes on with zeros,
+        since the others wait for what it sends.
 
         Returns:
             The parameters that this rank's forward used.
@@ -167,7 +187,10 @@ class Shared(Gradients):
             home[p].put(p, [grads[own.ids.index(d)] for d in mine])
             go()
 
-        own.feed(take)
+        try:
+            own.feed(take)
+        except Exception as error:
+            self.failure = error
         while waiting:
             for p in list(waiting[0].missing):
                 zeros = torch.zeros(p.shape, dtype=_dtype(p), device=p.device)
@@ -175,8 +198,20 @@ class Shared(Gradients):
             go()
         while flying:
             settle()
-        self.rest = self.whole.rest(own.rest)
         return used
+
+    def _failed(self, like: Tensor) -> Tensor:
+        """Whether this rank's backward has failed, ``[W]``, to be added up over the ranks."""
+        ranks = torch.arange(self.ranks.size, device=like.device)
+        return (ranks == self.ranks.rank).to(like.dtype) * (self.failure is not None)
+
+    def _refuse(self, failed: Tensor) -> None:
+        """Raise if the backward of some rank has failed; else all know that none has."""
+        if self.failure is not None:
+            raise self.failure
+        if places := failed.nonzero().flatten().tolist():
+            raise failed_on(self.ranks.name, places)
+        self.rest = self.whole.rest(self.own.rest)
 
     def _buckets(self) -> list[Bucket]:
         """In the order of a backward, as far as it is that of the parameters, backwards."""
@@ -203,7 +238,9 @@ class Shared(Gradients):
         used = self._exchange(combine)
         flags = [sums[p].new_tensor([p in used]) for p in self.parameters]
         parts = [torch.cat([sums[p], flag]) for p, flag in zip(self.parameters, flags, strict=True)]
-        totals = dict(zip(self.parameters, ranks.all_reduce(parts), strict=True))
+        *found, failed = ranks.all_reduce([*parts, self._failed(parts[0])])
+        self._refuse(failed)
+        totals = dict(zip(self.parameters, found, strict=True))
         return {
             p: Agreement(grad, totals[p][0], totals[p][1])
             for p, grad in made.all().items()
@@ -216,7 +253,10 @@ class Shared(Gradients):
         grams = [ops.gram([[row] for row in sums]).double() for _, sums in self._kept]
         flags = torch.tensor([p in used for p in self.parameters], dtype=torch.float64)
         total = torch.stack(grams).sum(0)
-        total, flags = self.ranks.all_reduce([total, flags.to(total.device)])
+        total, flags, failed = self.ranks.all_reduce(
+            [total, flags.to(total.device), self._failed(total)]
+        )
+        self._refuse(failed)
         self._used = {p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag}
         return total.to(self.losses.dtype)
 
@@ -257,10 +297,15 @@ class _Returned:
                 self.ranks.wait(work)
             sizes = [p.numel() for p in bucket.parameters]
             parts = received[: sum(sizes)].split(sizes)
-            self.made.update(
-                (p, part.view(p.shape)) for p, part in zip(bucket.parameters, parts, strict=True)
-            )
+            for p, part in zip(bucket.parameters, parts, strict=True):
+                # A small gradient that is kept shall not keep those of the whole bucket
+                self.made[p] = (part if len(parts) == 1 else part.clone()).view(p.shape)
         return self.made
+
+
+def padded(rows: Sequence[Tensor], length: int) -> list[Tensor | None]:
+    """``rows``, and so many None that they are ``length``."""
+    return [*rows, *[None] * (length - len(rows))]
 
 
 def cut(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -229,11 +229,12 @@ class Oracle:
 
     @torch.no_grad()
     def fingerprint(self) -> int:
-        """A checksum of its weights and buffers; the same on every device and every rank."""
+        """A checksum of what it saves; the same on every device and every rank."""
         found = 1  # 0 is that of no oracle
-        for tensor in (*self.network.parameters(), *self.network.buffers()):
-            if type(tensor) in (Tensor, nn.Parameter) or sharded(tensor):  # no quantised ones
-                whole: Any = tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+        for tensor in self.network.state_dict().values():
+            dense = type(tensor) is Tensor and tensor.layout == torch.strided
+            if dense or sharded(tensor):  # no quantised ones
+                whole = tensor.full_tensor() if sharded(tensor) else tensor
                 octets = whole.cpu().contiguous().flatten().view(torch.uint8)
                 found = zlib.crc32(octets.numpy(), found)
         return found

@@ -169,7 +169,7 @@ class IGA(DomainOptimizer):
             self.zero_grad()
             raise
         check_reached(self.param_groups, name)
-        self._ready = True
+        self._leave()
         return loss
 
     def _trained(self) -> list[Tensor]:

@@ -219,6 +219,11 @@ class MIRO(Term):
         params = named if "param_names" in first else [bias for _, bias in named]
         base.add_param_group({**group, "params": params, **own})
 
+    def _own_group(self) -> int:
+        """Where among the groups that of the variances is."""
+        own = {id(bias) for bias in self.biases.values()}
+        return next(i for i, g in enumerate(self.param_groups) if own & set(map(id, g["params"])))
+
     def _known(self) -> dict[Tensor, str]:
         own = {bias: f"miro.{name}" for name, bias in self.biases.items()}
         return {**super()._known(), **own}
@@ -253,13 +258,13 @@ class MIRO(Term):
 
     def _recognise(self) -> None:
         """Note which oracle this run has, and warn if the run that was loaded had another."""
-        group = next(g for g in self.param_groups if "miro_layers" in g)
+        group = self.param_groups[self._own_group()]
         before, group["miro_oracle"] = group.get("miro_oracle", 0), self._oracle.fingerprint()
         if before not in (0, group["miro_oracle"]):
             warnings.warn(
-                f"MIRO: the run that was loaded made its {self.steps} steps with another oracle. "
-                "Make the wrapper from the same pre-trained weights, before the model loads its "
-                "own, or pass oracle= the network that has them",
+                f"MIRO: the run that was loaded made its {self.steps} steps with another oracle, "
+                "or another dtype= of it. Make the wrapper from the same pre-trained weights, "
+                "before the model loads its own, or pass oracle= the network that has them",
                 UserWarning,
                 stacklevel=2,
             )
@@ -326,7 +331,7 @@ class MIRO(Term):
     # -- state and copies --
 
     def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        own = next(i for i, g in enumerate(self.param_groups) if "miro_layers" in g)
+        own = self._own_group()
         groups = list(state_dict["param_groups"])
         if len(groups) == len(self.param_groups) - 1:  # of the optimizer inside, without MIRO
             ids = [f"miro.{name}" for name in self.layers]

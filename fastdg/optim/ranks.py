@@ -25,9 +25,9 @@ IRM                             2 (5D + 1)                     2P
 IGA                             2 (D + 1) + 2DP                2P
 Fishr                           2 (D + 1) + 4DK                2P
 Fishr(params="all"), w = 0      2 (D + 1) + 4DP                0: it is the mean of the moments
-AgrSum, ANDMask, SANDMask       2D + 6L                        (E + 1) P
+AgrSum, ANDMask, SANDMask       2D + 6L + 2W                   (E + 1) P
 AgrRand                         the same, a generator's state  (E + 1) P
-PCGrad, GramSurgery             2 (D + DD + L) of 8 bytes      (E + 1) P
+PCGrad, GramSurgery             2 (D + DD + L + W) of 8 bytes  (E + 1) P
 =============================== ============================== =============================
 
 With one domain on each rank E = 1, and gradient surgery sends what plain training does. SWAD adds
@@ -54,6 +54,7 @@ from .whole import Whole
 BUCKET = 1 << 22  # entries that are sent at a time
 INLINE = 64  # domains whose counts go along with the first message
 HEADER = 6
+TAG = 0xFD6  # of messages from one rank to one other, so that they do not meet the user's
 
 
 class Ranks:
@@ -151,10 +152,10 @@ class Ranks:
         all-gather, and nothing has to be brought together before.
         """
         messages = [
-            distributed.P2POp(way, tensor, group=self.group, group_peer=rank)
+            distributed.P2POp(way, tensor, group=self.group, group_peer=rank, tag=TAG)
             for way, tensors in ((distributed.isend, outgoing), (distributed.irecv, incoming))
             for rank, tensor in tensors
-            if tensor.numel()
+            if tensor.numel() or tensor.device.type == "cpu"
         ]
         try:
             return distributed.batch_isend_irecv(messages) if messages else []
@@ -162,7 +163,7 @@ class Ranks:
             raise self._lost(error) from error
 
     def wait(self, work: Any) -> None:
-        """Wait for what `start` began."""
+        """Wait for what `start` or `swap` began."""
         try:
             work.wait()
         except RuntimeError as error:
@@ -204,11 +205,7 @@ class Ranks:
         told = self._tell([0, *self._place(), seen, len(count), samples], first)
         codes, extent = told[:, 0].tolist(), int(told[:, 4].max())
         if any(codes):
-            failed = [rank for rank, code in enumerate(codes) if code]
-            raise RuntimeError(
-                f"{self.name}.backward: it failed on rank {', '.join(map(str, failed))}, see the "
-                "error there; nothing was done on the others"
-            )
+            raise failed_on(self.name, [rank for rank, code in enumerate(codes) if code])
         self._compare(told)
         counts = told[:, HEADER : HEADER + extent]
         if extent > INLINE:
@@ -291,6 +288,14 @@ class Ranks:
                 p.grad = mean.to_sparse(1)
             else:
                 p.grad.copy_(mean)
+
+
+def failed_on(name: str, ranks: Sequence[int]) -> RuntimeError:
+    """What to raise if the backward of other ranks has failed."""
+    return RuntimeError(
+        f"{name}.backward: it failed on rank {', '.join(map(str, ranks))}, see the error there; "
+        "nothing was done on the others"
+    )
 
 
 _ELSEWHERE = (

@@ -27,8 +27,8 @@ def own_part(p: Any, whole: Tensor) -> Tensor:
 
 
 def part_sizes(p: Tensor, ranks: int) -> list[int]:
-    """How many entries of a parameter each rank answers for: those it has, or as many as others."""
-    rows = p.shape[0] if sharded(p) else p.numel()
+    """How many entries of a sharded parameter each rank has."""
+    rows = p.shape[0]
     most = -(-rows // ranks)
     width = p.numel() // max(1, rows)
     return [max(0, min(most, rows - rank * most)) * width for rank in range(ranks)]

@@ -133,7 +133,8 @@ class SWAD(Unwatched):
                 "backward; call loss.backward()"
             )
         loss = self.base.backward(losses, domains, final, **inputs)
-        self._ready = final
+        if final:
+            self._leave()
         return loss
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ class Wrapping(Optimizer):
     _scaler: GradScaler | None  # by whose factor it is too large
     _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _left: tuple[Tensor, weakref.ref[Tensor]] | None = (
+        None  # a parameter, and the .grad it was given
+    )
     _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
@@ -37,6 +41,8 @@ class Wrapping(Optimizer):
         "_staged",
         "_told",
         "_ready",
+        "_left",
+        "_stepping",
         "_pending",
         "_statistics",
         "_scale",
@@ -85,9 +91,21 @@ class Wrapping(Optimizer):
     def _size(self) -> int:
         return sum(len(group["params"]) for group in self.param_groups)
 
+    def _leave(self) -> None:
+        """What is in .grad now is this wrapper's, for its next step."""
+        self._ready = True
+        parameters = (p for group in self.param_groups for p in group["params"])
+        self._left = next(
+            ((p, weakref.ref(p.grad)) for p in parameters if p.grad is not None), None
+        )
+
+    def _is_there(self) -> bool:
+        """Whether what `backward` has left is in .grad still: others may have cleared it."""
+        return self._ready and self._left is not None and self._left[0].grad is self._left[1]()
+
     def _done(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""
-        self._ready, self._scaler, self._pending = False, None, None
+        self._ready, self._left, self._scaler, self._pending = False, None, None, None
 
     def _step_base(self, *args: Any) -> Any:
         """A step of the optimizer inside."""
@@ -111,7 +129,8 @@ class Wrapping(Optimizer):
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
         # torch shows all that a group has: what is kept there of this wrapper's is not a setting
-        inner = re.sub(rf"\n *{self.prefix}_\w+: .*", "", repr(self.base)).replace("\n", "\n  ")
+        own = rf"\n *{self.prefix}_\w+: .*(?:\n(?! *\w+: | *Parameter Group|\)| *$).*)*"
+        inner = re.sub(own, "", repr(self.base), flags=re.MULTILINE).replace("\n", "\n  ")
         return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
 

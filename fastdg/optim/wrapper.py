@@ -158,7 +158,8 @@ class DomainOptimizer(Stateful):
             raise
         self._ranks.part()
         for link in chain(self):
-            link._ready, link._scaler = True, self._scaler
+            link._leave()
+            link._scaler = self._scaler
         scaling.give_away(self)
         return loss
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
+from fastdg.optim import exchange
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, domains
 DOMAINS = 3
@@ -323,6 +324,35 @@ def one_fails(rank: int, world: int) -> str:
     opt.backward(losses_of(network), domains)
     opt.step()
     return text
+
+
+def breaks_off(wrap: str, who: str, rank: int, world: int) -> tuple[str, list[Tensor]]:
+    """The error of a backward that breaks off below layers whose gradients are on their way, and
+    the weights after the step that follows."""
+
+    def raises(grad: Tensor) -> None:
+        raise ValueError("a hook does not like this gradient")
+
+    kept, exchange.BUCKET = exchange.BUCKET, 8  # nearly every parameter goes alone
+    try:
+        network, opt = setup(wrap)
+        model: Any = network.module
+        domains, text = torch.arange(6) % (2 + min(rank, 1)), ""
+        if who != "none":
+            grad_hook = raises if who == "all" or rank == world - 1 else lambda grad: None
+            handle = model.norm.register_forward_hook(
+                lambda module, args, out: out.register_hook(grad_hook) and None
+            )
+            losses = losses_of(network)
+            handle.remove()
+            text = errors(lambda: opt.backward(losses, domains))
+            assert all(p.grad is None for p in model.parameters())
+        torch.manual_seed(rank)
+        opt.backward(losses_of(network), domains)
+        opt.step()
+        return text, [p.detach().clone() for p in model.parameters()]
+    finally:
+        exchange.BUCKET = kept
 
 
 def differ(case: str, rank: int, world: int) -> str:

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parallel import DOMAINS, WRAPS, Net, Result, Run, differ, no_loss, one_fails, train, validated
+from parallel import (
+    DOMAINS,
+    WRAPS,
+    Net,
+    Result,
+    Run,
+    breaks_off,
+    differ,
+    no_loss,
+    one_fails,
+    train,
+    validated,
+)
 from pool import Pool
 from torch import Tensor
 
@@ -117,10 +129,10 @@ NUMBERS = {
     ("IGA", "mixed"): {"all_reduce": LOSSES + 2 * D * P, "reducer": 2 * P},
     ("Fishr", "mixed"): {"all_reduce": LOSSES + 4 * D * K, "reducer": 2 * P},
     ("Fishr(all)", "own"): {"all_reduce": LOSSES + 4 * D * P},
-    ("AgrSum", "mixed"): {"all_reduce": 2 * D + 6 * TENSORS, "to_one": (D + 1) * OTHERS},
-    ("ANDMask", "own"): {"all_reduce": 2 * D + 6 * TENSORS, "to_one": 2 * OTHERS},
+    ("AgrSum", "mixed"): {"all_reduce": 2 * D + 6 * TENSORS + 2 * W, "to_one": (D + 1) * OTHERS},
+    ("ANDMask", "own"): {"all_reduce": 2 * D + 6 * TENSORS + 2 * W, "to_one": 2 * OTHERS},
     ("PCGrad", "mixed"): {
-        "all_reduce": 2 * (D + D * D + TENSORS),
+        "all_reduce": 2 * (D + D * D + TENSORS + W),
         "to_one": (D + 1) * OTHERS,
     },
 }
@@ -142,6 +154,24 @@ def test_a_rank_fails(pool: Pool) -> None:
                 f"RuntimeError: VREx.backward: it failed on rank {world - 1}, see the error there; "
                 "nothing was done on the others"
             )
+
+
+@pytest.mark.parametrize("wrap", ["AgrSum", "PCGrad"])
+def test_a_backward_breaks_off(pool: Pool, wrap: str) -> None:
+    """All ranks know, none waits, and the next step is the one it would have been."""
+    for world in (2, 3):
+        expected = pool.run(world, breaks_off, wrap, "none")[0][1]
+        for who in ("last", "all"):
+            for rank, (text, weights) in enumerate(pool.run(world, breaks_off, wrap, who)):
+                if who == "all" or rank == world - 1:
+                    assert text == "ValueError: a hook does not like this gradient"
+                else:
+                    assert text == (
+                        f"RuntimeError: {wrap}.backward: it failed on rank {world - 1}, see the "
+                        "error there; nothing was done on the others"
+                    )
+                for p, q in zip(weights, expected, strict=True):
+                    assert torch.equal(p, q)
 
 
 def test_what_differs_is_said(pool: Pool) -> None:

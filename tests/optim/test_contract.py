@@ -303,6 +303,18 @@ def test_the_optimizer_inside_is_not_stepped_behind_its_wrapper(case: Case) -> N
         opt.base.step()  # without the wrapper, as one may want to
 
 
+def test_a_gradient_that_others_have_cleared_is_not_the_wrappers(case: Case) -> None:
+    model, opt = case.trained()
+    opt.zero_grad()
+    opt.backward(*batch(model, 3))
+    model.zero_grad()
+    innermost = opt
+    while hasattr(innermost, "base"):
+        innermost = innermost.base
+    batch(model, 4)[0].mean().backward()
+    innermost.step()
+
+
 def test_repr(case: Case) -> None:
     opt = case.wrap(case.make(network().parameters()), num_domains=3)
     text = repr(opt)

@@ -266,6 +266,19 @@ def test_an_oracle_of_another_seed_is_warned_of() -> None:
         run(late, other, data[2:])
 
 
+def test_an_oracle_is_known_again_whatever_its_buffers() -> None:
+    """No warning of it (all warnings are errors here): sparse, or filled when it runs."""
+    model, data = net(), batches(3)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    model.register_buffer("cache", torch.zeros(2), persistent=False)
+    opt = miro(model)
+    run(opt, model, data[:2])
+    state = copy.deepcopy(opt.state_dict())
+    opt.oracle.get_buffer("cache").add_(1)
+    opt.load_state_dict(state)
+    run(opt, model, data[2:])
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_resumes_bit_for_bit(name: str) -> None:
     model, data = net(), batches(4)
