@@ -181,16 +181,16 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
     said = {
         key: f"{wrapper[key]['per_step']:.0f} µs a step and {wrapper[key]['per_module']:.0f} µs a "
         "tracked module"
-        for key in ("eager", "hooks", "compiled")
+        for key in ("eager", "compiled")
     }
     grown = [run["grown_bytes"] / 1024 for run in long["runs"].values()]
     begun = [run["start_bytes"] / 2**20 for run in long["runs"].values()]
     steps = min(run["steps"] for run in long["runs"].values())
     lines += [
         "",
-        f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU, of which "
-        f"hooks that do nothing take {said['hooks']}; a step in one graph (`fastdg.compiled`), "
-        f"{said['compiled']} ([`overhead.json`](benchmarks/results/overhead.json)).",
+        f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU (where "
+        f"hooks that do nothing take {wrapper['hooks']['per_module']:.0f} µs a module); a step in "
+        f"one graph (`fastdg.compiled`), {said['compiled']} ([`overhead.json`](benchmarks/results/overhead.json)).",
         "",
         f"Over {steps:,} steps the memory of each of {len(grown)} wrappers and chains, "
         f"{min(begun):.0f} to {max(begun):.0f} MiB with all libraries, grew by {min(grown):.0f} to "
