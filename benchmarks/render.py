@@ -190,7 +190,8 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
         "",
         f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU (where "
         f"hooks that do nothing take {wrapper['hooks']['per_module']:.0f} µs a module); a step in "
-        f"one graph (`fastdg.compiled`), {said['compiled']} ([`overhead.json`](benchmarks/results/overhead.json)).",
+        f"one graph (`fastdg.compiled`), {said['compiled']} "
+        "([`overhead.json`](benchmarks/results/overhead.json)).",
         "",
         f"Over {steps:,} steps the memory of each of {len(grown)} wrappers and chains, "
         f"{min(begun):.0f} to {max(begun):.0f} MiB with all libraries, grew by {min(grown):.0f} to "
