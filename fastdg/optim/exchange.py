@@ -93,19 +93,11 @@ class Bucket:
         length = sum(self.pieces[mine])
         others = [rank for rank in range(self.ranks.size) if rank != mine]
         self.received = {r: self.rows[0].new_empty(len(present[r]), length) for r in others}
-        most, none = max(map(len, present)), self.rows[0].new_empty(0)
-        # Of all pairs as many, since gloo counts them where it is asked to look for mistakes
+        most = max(map(len, present))
+        pieces = {r: [row[slice(*self.spans[r])] for row in self.rows] for r in others}
         self.works = self.ranks.swap(
-            [
-                (r, row[slice(*self.spans[r])] if row is not None else none)
-                for r in others
-                for row in padded(self.rows, most)
-            ],
-            [
-                (r, row if row is not None else none.clone())
-                for r, block in self.received.items()
-                for row in padded(block.unbind(), most)
-            ],
+            [(r, piece) for r in others for piece in padded(pieces[r], most)],
+            [(r, row) for r in others for row in padded(self.received[r].unbind(), most)],
         )
 
     def sums(self, present: Sequence[Sequence[int]], shares: Tensor) -> dict[int, Tensor]:
@@ -303,9 +295,10 @@ class _Returned:
         return self.made
 
 
-def padded(rows: Sequence[Tensor], length: int) -> list[Tensor | None]:
-    """``rows``, and so many None that they are ``length``."""
-    return [*rows, *[None] * (length - len(rows))]
+def padded(rows: Sequence[Tensor], length: int) -> list[Tensor]:
+    """``rows``, and as many empty ones as make them ``length``: gloo counts messages where it is
+    asked to look for mistakes, and all ranks have to have sent the same number."""
+    return [*rows, *(rows[0].new_empty(0) for _ in range(length - len(rows)))]
 
 
 def cut(sizes: Sequence[int], ranks: int) -> list[list[int]]:
