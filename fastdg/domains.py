@@ -87,7 +87,7 @@ def check_ids(ids: Tensor, num_domains: int | None) -> int:
             raise ValueError(
                 f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
                 "and results have a row for each; torch.unique(ids, return_inverse=True)[1] "
-                "makes such ids, num_domains= says that there are so many"
+                "of the whole data set makes such ids, num_domains= says that there are so many"
             )
         return high + 1
     if high >= num_domains:

@@ -5,6 +5,7 @@ Every statistic is asked of a `Factor`; what never has to be formed is never for
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
@@ -17,6 +18,7 @@ from .. import ops
 from ..domains import Partition, single
 from ..ops.window import unfold
 
+CACHED = 1 << 15  # entries that stay in a core's cache
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -207,7 +209,10 @@ class Outer(Factor):
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
-        if self.groups > partition.num_domains:  # their weight is small: D of it are one whole
+        # Where D of it are small, making them all first is faster on the CPU, up to three times
+        # with thousands of samples; and of many groups the weight is small
+        entries = partition.num_domains * math.prod(self.shape)
+        if self.groups > partition.num_domains or (self.delta.is_cpu and entries <= CACHED):
             return super().agreement(partition, weights, threshold, steepness)
         where = partition.order, partition.offsets
         parts = [
