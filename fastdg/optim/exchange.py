@@ -108,8 +108,7 @@ class Bucket:
             shares: ``[W, D]``, on the CPU.
         """
         mine = self.ranks.rank
-        for work in self.works:
-            self.ranks.wait(work)
+        self.ranks.wait(*self.works)
         found: dict[int, Tensor] = {}
         for rank, block in self.received.items():
             for d, row in zip(present[rank], block, strict=True):
@@ -285,8 +284,7 @@ class _Returned:
     def all(self) -> dict[Tensor, Tensor]:
         """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
         for bucket, received, works in self.flying:
-            for work in works:
-                self.ranks.wait(work)
+            self.ranks.wait(*works)
             sizes = [p.numel() for p in bucket.parameters]
             parts = received[: sum(sizes)].split(sizes)
             for p, part in zip(bucket.parameters, parts, strict=True):

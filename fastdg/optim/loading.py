@@ -57,7 +57,7 @@ class Loading:
                 hook(wrapper)
 
     def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
-        wrapper = self.wrapper() if self.wrapper is not None else None
+        wrapper = self._idle()
         if wrapper is not None and not wrapper._stepping and wrapper._is_there():
             raise support.stepped_inside(type(wrapper).__name__, type(base).__name__)
 

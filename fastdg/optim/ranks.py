@@ -107,8 +107,7 @@ class Ranks:
             pieces = flat.split([tensors[i].numel() for i in places])
             for i, piece in zip(places, pieces, strict=True):
                 out[i] = piece.view(tensors[i].shape)
-        for work in works:
-            self.wait(work)
+        self.wait(*works)
         return out
 
     def sum(self, values: Mapping[Tensor, Tensor]) -> Tensor:
@@ -162,10 +161,11 @@ class Ranks:
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def wait(self, work: Any) -> None:
+    def wait(self, *works: Any) -> None:
         """Wait for what `start` or `swap` began."""
         try:
-            work.wait()
+            for work in works:
+                work.wait()
         except RuntimeError as error:
             raise self._lost(error) from error
 

@@ -28,9 +28,8 @@ class Wrapping(Optimizer):
     _scaler: GradScaler | None  # by whose factor it is too large
     _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
-    _left: tuple[Tensor, weakref.ref[Tensor]] | None = (
-        None  # a parameter, and the .grad it was given
-    )
+    # A parameter, and the .grad it was given
+    _left: tuple[Tensor, weakref.ref[Tensor]] | None = None
     _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
@@ -128,8 +127,8 @@ class Wrapping(Optimizer):
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        # torch shows all that a group has: what is kept there of this wrapper's is not a setting
-        own = rf"\n *{self.prefix}_\w+: .*(?:\n(?! *\w+: | *Parameter Group|\)| *$).*)*"
+        # torch shows all that a group has; of this wrapper's, the settings stand above already
+        own = rf"\n *{self.prefix}_(?!steps:)\w+: .*(?:\n(?! *\w+: | *Parameter Group|\)| *$).*)*"
         inner = re.sub(own, "", repr(self.base), flags=re.MULTILINE).replace("\n", "\n  ")
         return f"{type(self).__name__}({shown}\n  {inner}\n)"
 

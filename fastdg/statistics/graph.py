@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -171,8 +172,8 @@ def sweep(
     """
     forget = not (retain_graph or create_graph)
     waiting: dict[Call, dict[int, Tensor | None]] = {}
-    several = [e for es in found.slots.values() for e in es if len(e[0].outputs) > 1]
-    expected = Counter(call for call, _, _ in several)
+    entries = itertools.chain.from_iterable(found.slots.values())
+    expected = Counter(call for call, _, _ in entries if len(call.outputs) > 1)
 
     def arrive(entries: Sequence[tuple[Call, int, int]], grads: Sequence[Tensor | None]) -> None:
         for call, slot, output_nr in entries:

@@ -221,7 +221,7 @@ class Recorder:
         """Local and full names of the module's own parameters, each parameter once."""
         own: dict[str, str] = {}
         for local, p in own_parameters(module):
-            key = self._key(module, local, p) if self.sharded else id(p)
+            key = self._key(module, local, p)
             if (known := self.names.get(key)) is not None and p.requires_grad:
                 if self.sharded:
                     self.leaves[key] = p
