@@ -1,5 +1,6 @@
 """What every test relies on: a fixed seed, poisoned scratch memory, data where there is some."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,30 @@ if not torch.cuda.is_available():
     # Deterministic mode also fills torch.empty with NaN: an op that forgets to write an element of
     # its output is found.
     torch.use_deterministic_algorithms(True)
+
+
+def _fit_torchvision() -> Any:
+    """Let `import torchvision` work beside a torch that its compiled part was not built for.
+
+    Python looks up two of its ops at import; timm and transformers import it for their models,
+    which use neither.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+            torch.ops.load_library(library)
+            return None
+    except OSError:
+        pass
+    ops = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return ops
+
+
+_torchvision_ops = _fit_torchvision()  # for as long as it lives
 
 
 @pytest.fixture(autouse=True)
