@@ -181,6 +181,13 @@ def test_failed_compilation_degrades_only_under_auto(
     assert record == "not compiled: the compiler failed, `pip install -v` shows how\n"
 
 
+def test_no_two_sources_make_one_object() -> None:
+    """An object file has the name of its source without the suffix."""
+    stems = [path.stem for path in ROOT.glob("csrc/*") if path.suffix in (".cpp", ".cu")]
+    assert len(stems) > 10
+    assert sorted(set(stems)) == sorted(stems)
+
+
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_cuda_sources_compile_beside_any_torch(
     setup_script: ModuleType, source: Path, tmp_path: Path

@@ -231,7 +231,7 @@ void launch(const Op& op, const Operands& x, Sums out) {
   const int32_t device = x.like().get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
   const auto stream = static_cast<cudaStream_t>(current);
 
   int64_t blocks = 0;
