@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,10 @@ from ..statistics.api import Tape
 from ..statistics.factors import accumulated
 from ..statistics.modules import reshard
 from . import support
-from .averages import FRESH, finite, mean
+from .averages import FRESH, Segments, finite
 from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
+from .valley import RULES, check_rule
 from .weighted import Unwatched
 from .wrapper import Closure, DomainOptimizer
 
@@ -61,11 +61,27 @@ class SWAD(Unwatched):
         n_converge: evaluations among which the first has to be the best for a valley to begin.
         n_tolerance: evaluations above the threshold, in a row, that end it.
         tolerance_ratio: r.
+        rule: ``"paper"``, as above, or ``"code"``, as the authors' code has it.
+
+    With ``rule="code"`` the valley is found and ends as above (so does its threshold, for losses
+    above 0), but the average is another one:
+
+    * Segments weigh the same, however many steps they have.
+    * With ``n_tolerance > n_converge`` it begins up to ``n_tolerance - n_converge`` segments
+      earlier, after the last of them whose loss is above the threshold; the first of those left is
+      left out.
+    * In a valley found at one of the first evaluations the segments that come first join again at
+      each evaluation until ``n_tolerance`` have been made; later, the valley's first joins twice if
+      older ones joined. With ``n_tolerance <= n_converge`` it does not join at all.
+    * If training stops in a valley, segments at its end whose losses are all above the threshold do
+      not join, nor do steps since the last evaluation.
+
+    A loss that is NaN is refused; their code begins a valley there that never ends.
 
     The settings live in ``param_groups[0]`` (as ``swad_n_converge`` and so on), losses and counts
     beside them, the averages in ``state_dict``: a run that is resumed goes on bit for bit. At most
-    ``max(n_converge, n_tolerance - 1) + 2`` averages are held, in float32 for weights in half
-    precision. One fused update a step.
+    ``max(n_converge, n_tolerance - 1) + 2`` averages are held (one more with ``rule="code"``), in
+    float32 for weights in half precision. One fused update a step.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -73,7 +89,7 @@ class SWAD(Unwatched):
     Reference:
         Cha, Chun, Lee, Cho, Park, Lee, Park: SWAD: Domain Generalization by Seeking Flat Minima,
         NeurIPS 2021. The threshold is the paper's with :math:`1 + r` for its r; the defaults are
-        those of its code.
+        those of its code, khanrc/swad, whose ``LossValley`` is ``rule="code"``.
 
     Example:
         >>> opt = fastdg.SWAD(torch.optim.Adam(model.parameters()), model)
@@ -91,6 +107,7 @@ class SWAD(Unwatched):
     n_converge: Setting[int] = Setting(check_steps)
     n_tolerance: Setting[int] = Setting(check_steps)
     tolerance_ratio: Setting[float] = Setting(check_weight)
+    rule: Setting[str] = Setting(check_rule)
 
     def __init__(
         self,
@@ -100,6 +117,7 @@ class SWAD(Unwatched):
         n_converge: int = 3,
         n_tolerance: int = 6,
         tolerance_ratio: float = 0.3,
+        rule: Literal["paper", "code"] = "paper",
     ) -> None:
         given = checked(
             type(self),
@@ -107,6 +125,7 @@ class SWAD(Unwatched):
                 "n_converge": n_converge,
                 "n_tolerance": n_tolerance,
                 "tolerance_ratio": tolerance_ratio,
+                "rule": rule,
             },
         )
         if not isinstance(model, nn.Module):
@@ -211,25 +230,12 @@ class SWAD(Unwatched):
         group = self.param_groups[0]
         if not group["swad_segment_steps"]:
             raise RuntimeError("SWAD.evaluate: no step was made since the last evaluation")
-        self._push(loss)
-        losses = group["swad_losses"]
-        if group["swad_threshold"] is None:
-            if len(losses) < self.n_converge:
-                return
-            if losses[0] > min(losses):
-                self._drop(self.n_converge - 1)
-                return
-            level = sum(losses) / len(losses)
-            group["swad_threshold"] = level + self.tolerance_ratio * abs(level)
-        elif (
-            len(losses) >= self.n_tolerance
-            and min(losses[-self.n_tolerance :]) > group["swad_threshold"]
-        ):
-            self._join(len(losses) - self.n_tolerance)
-            self._drop(0)
-            group["swad_finished"] = True
-            return
-        self._join(max(0, len(losses) - (self.n_tolerance - 1)))
+        segments = self._segments()
+        segments.push(loss)
+        segments.settle(self.n_converge, self.n_tolerance, self.tolerance_ratio)
+
+    def _segments(self) -> Segments:
+        return Segments(self.param_groups[0], self._kept, RULES[self.rule])
 
     @property
     def started(self) -> bool:
@@ -241,73 +247,6 @@ class SWAD(Unwatched):
         """Whether the valley has ended, so that the average will not change any more."""
         return bool(self.param_groups[0].get("swad_finished"))
 
-    def _push(self, loss: float) -> None:
-        """The segment waits, with its loss."""
-        group, kept = self.param_groups[0], self._kept
-        for p, segment in kept["segment"].items():
-            row = segment.unsqueeze(0)
-            before = kept["pending"].get(p)
-            if before is None:  # a new one was what it is all the time
-                before = row.expand(len(group["swad_losses"]), *segment.shape)
-            kept["pending"][p] = torch.cat([before, row])
-        group["swad_losses"] = [*group["swad_losses"], loss]
-        group["swad_pending_steps"] = [*group["swad_pending_steps"], group["swad_segment_steps"]]
-        group["swad_segment_steps"] = 0
-
-    def _drop(self, keep: int) -> None:
-        """Only the last so many segments wait on."""
-        group, kept = self.param_groups[0], self._kept["pending"]
-        first = len(group["swad_losses"]) - keep
-        for p in list(kept):
-            kept[p] = kept[p][first:].clone()
-            if not keep:
-                del kept[p]
-        group["swad_losses"] = group["swad_losses"][first:]
-        group["swad_pending_steps"] = group["swad_pending_steps"][first:]
-
-    def _join(self, count: int) -> None:
-        """The first so many segments that wait become part of the average."""
-        if not count:
-            return
-        group, kept = self.param_groups[0], self._kept
-        steps = group["swad_pending_steps"][:count]
-        before = group["swad_average_steps"]
-        for p, pending in kept["pending"].items():
-            parts = pending[:count].unbind()
-            own = kept["average"].get(p)
-            kept["average"][p] = mean(parts, steps) if own is None else own
-            if own is not None:
-                own.copy_(mean([own, *parts], [before, *steps]))
-        group["swad_average_steps"] = before + sum(steps)
-        self._drop(len(group["swad_losses"]) - count)
-
-    def _weights(self) -> tuple[dict[Tensor, Tensor], int]:
-        """The averaged weights now, and of how many steps they are the mean."""
-        group, kept = self.param_groups[0], self._kept
-        waiting, segment = group["swad_pending_steps"], group["swad_segment_steps"]
-        if not (self.started or segment):
-            waiting = waiting[-1:]
-        elif not self.started:
-            waiting = []
-        steps = [group["swad_average_steps"], *waiting, segment]
-        if not sum(steps):
-            raise RuntimeError("SWAD: there is no average before the first step")
-        if not (group["swad_losses"] or self.started):
-            warnings.warn(
-                "SWAD: opt.evaluate(validation_loss) was never called, so there is no valley, and "
-                f"the average is that of all {sum(steps)} steps from the first one on",
-                UserWarning,
-                stacklevel=4,
-            )
-        found: dict[Tensor, Tensor] = {}
-        for p, last in kept["segment"].items():
-            pending = kept["pending"].get(p)
-            rows = pending[-len(waiting) :].unbind() if pending is not None and waiting else ()
-            parts = [kept["average"].get(p, last), *rows, last]
-            used = [(part, n) for part, n in zip(parts, steps, strict=True) if n]
-            found[p] = mean(*zip(*used, strict=True))
-        return found, sum(steps)
-
     # -- the averaged weights --
 
     @torch.no_grad()
@@ -317,9 +256,9 @@ class SWAD(Unwatched):
         Raises:
             RuntimeError: no step was made yet.
         """
-        weights, steps = self._weights()
+        weights, count = self._segments().mean()
         copied = AveragedModel(self._network)
-        copied.n_averaged.fill_(steps)
+        copied.n_averaged.fill_(count)
         pairs = zip(copied.module.parameters(), self._network.parameters(), strict=True)
         for own, p in pairs:
             if p in weights:
@@ -334,7 +273,7 @@ class SWAD(Unwatched):
             RuntimeError: no step was made yet.
         """
         reshard(self._network)
-        for p, weight in self._weights()[0].items():
+        for p, weight in self._segments().mean()[0].items():
             p.copy_(weight)
 
     @contextmanager
@@ -396,5 +335,5 @@ class SWAD(Unwatched):
                     )
 
     def settings(self) -> dict[str, Any]:
-        own = ("n_converge", "n_tolerance", "tolerance_ratio")
+        own = ("n_converge", "n_tolerance", "tolerance_ratio", "rule")
         return {name: getattr(self, name) for name in own}

@@ -179,7 +179,11 @@ def test_half_precision_is_averaged_in_single() -> None:
     weights = train(opt, model, [1.0] * 8)
     assert all(t.dtype == torch.float32 for t in opt._kept["segment"].values())
     expected = torch.stack(weights).double().mean(0)
-    close(torch.cat([w.flatten() for w in opt._weights()[0].values()]).double(), expected, 1e-5)
+    close(
+        torch.cat([w.flatten() for w in opt._segments().mean()[0].values()]).double(),
+        expected,
+        1e-5,
+    )
     assert next(opt.averaged().module.parameters()).dtype == torch.bfloat16
 
 
@@ -202,10 +206,10 @@ def test_everything_goes_on_as_without_it() -> None:
     alike(model, twin, 0)
     assert opt.steps == inner.steps == inner.base.steps == 4
     assert opt.tape is inner.tape
-    assert repr(opt).startswith("SWAD(n_converge=3, n_tolerance=6, tolerance_ratio=0.3\n  Fishr(")
+    assert repr(opt).startswith("SWAD(n_converge=3, n_tolerance=6, tolerance_ratio=0.3, rule=")
     state = opt.state_dict()
     assert {"swad_segment", "fishr_ema"} <= set().union(*state["state"].values())
-    assert len(opt._weights()[0]) == len(list(model.parameters()))  # not MIRO's variances
+    assert len(opt._segments().mean()[0]) == len(list(model.parameters()))  # not MIRO's variances
 
 
 def test_batch_norm_sees_the_data_again() -> None:
