@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,31 +33,47 @@ class ADIOS:
             L_k = L\bigl(z(x), z(x' \circ (1 - m_k))\bigr), \\
         \max_{\text{masker}} \; &\sum_k \Bigl( L_k - \alpha\,\tfrac1B \sum_b
             \frac1{\sin(\pi\,\bar m_{kb}) + 10^{-10}} \Bigr) - \beta H, \\
-        H = &-\sum_k p_k \log p_k, \qquad p = \operatorname{softmax}_k \sum_b \bar m_{kb}
+        H = &-\sum_b \sum_k p_{kb} \log p_{kb}, \qquad
+            p_{\cdot b} = \operatorname{softmax}_k \bar m_{kb}
 
     with :math:`\bar m_{kb}` the area of mask k in image b. The penalty keeps masks from being empty
-    or everything; :math:`\beta > 0` makes the masks differ in size.
+    or everything; :math:`\beta > 0` makes the masks of an image differ in size. H is a sum over the
+    batch's images, the rest are means: :math:`\beta` weighs more in a larger batch.
 
     The whole image is encoded once and compared with all N: 2 (N + 1) encodes a step, where one for
     each pair takes 4 N. Each comparison is taken back through the encoder before the next one is
     made, so that no more than two are in memory. The masker runs once. In its step the encoder
     stays as it is, buffers such as running statistics and ``requires_grad`` flags included.
 
+    So batch norm sees each whole image once and N masked ones: with its momentum of 0.1 and N = 4
+    whole images weigh 16 % in the running statistics. In the authors' code, which encodes them for
+    every mask and for a probe, they weigh 52 %. Training does not read the statistics. Before the
+    encoder runs in ``eval`` mode, ``torch.optim.swa_utils.update_bn(loader, objective.network)``
+    makes them from whole images alone.
+
     Args:
         encoder_optimizer: steps on the parameters of ``objective``.
-        masker_optimizer: steps on those of ``masker``. Both are ordinary optimizers, for
+        masker_optimizer: steps on the parameters of ``masker``. Both are ordinary optimizers, for
             schedulers, hooks and gradient clipping (``register_step_pre_hook``) as ever.
         masker: images ``[B, C, H, W]`` -> masks ``[B, N, H, W]`` that sum to one over N, as
             `UNetMasker` does.
-        objective: L: `SimCLR`, `BYOL`, `SimSiam` or another `Objective`; holds the encoder.
+        objective: L: `SimCLR`, `BYOL`, `SimSiam` or another `Objective`; holds the encoder. With
+            ``objective.both_views`` x is masked, too, by masks of its own: 2 (2 N + 2) encodes. The
+            penalty is then a sum over the masks of both views, and p a softmax over these 2 N areas
+            (with ``single`` over N areas of each view), as in the authors' code.
         penalty: :math:`\alpha`.
         entropy: :math:`\beta`.
-        single: ADIOS-s: each image is compared with one of its masks, drawn anew at each step: 4
-            encodes. The penalty and the entropy are those of all masks.
+        single: ADIOS-s: each image is compared with one of its masks, drawn anew in each of the two
+            steps: 4 encodes. The penalty and the entropy cover all masks.
         generator: where masks are drawn from with ``single``; None: torch's global generator, the
             state of which is the user's to keep.
 
-    The defaults are those of SimCLR on ImageNet100-S (N 4).
+    The defaults are those of SimCLR on ImageNet100-S, in
+    ``bash_files/training/imagenet100s/resnet18/simclr_adios.sh`` of YugeTen/adios, to three digits:
+    N 4, batches of 128, SGD with momentum 0.9, weight decay 1e-4, learning rates 0.111 (encoder)
+    and 0.0145 (masker), warmed up for 10 of 500 epochs and then on a cosine. The script wraps both
+    in LARS (trust coefficient 0.02, clipped), which only makes steps shorter. Its values for BYOL
+    are :math:`\alpha` 0.404, :math:`\beta` 0, N 6; for SimSiam 0.2, 0.286, 4.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or a parameter is with the wrong
@@ -68,9 +85,10 @@ class ADIOS:
     Example:
         >>> objective = fastdg.SimCLR(nn.Sequential(backbone, projection))
         >>> masker = fastdg.UNetMasker(masks=4)
+        >>> like = {"momentum": 0.9, "weight_decay": 1e-4}
         >>> adios = fastdg.ADIOS(
-        ...     torch.optim.SGD(objective.parameters(), lr=0.1),
-        ...     torch.optim.SGD(masker.parameters(), lr=0.01),
+        ...     torch.optim.SGD(objective.parameters(), lr=0.111, **like),
+        ...     torch.optim.SGD(masker.parameters(), lr=0.0145, **like),
         ...     masker,
         ...     objective=objective,
         ... )
@@ -121,8 +139,9 @@ class ADIOS:
 
         Returns:
             0-dim tensors, detached: ``loss``, the mean of the encoder's :math:`L_k`;
-            ``masker_loss``, that of the masker's, after the encoder's step; ``penalty`` (without
-            :math:`\\alpha`) and ``entropy`` (H); and ``areas`` ``[N]``, the means over images.
+            ``masker_loss``, the mean of the masker's, after the encoder's step; ``penalty``
+            (without :math:`\\alpha`) and ``entropy`` (H); and ``areas`` ``[N]``, the means over
+            images (``[2 N]`` with masks of both views, x first).
 
         Raises:
             ValueError: the views are of different images; what the masker returns are no masks.
@@ -132,53 +151,57 @@ class ADIOS:
         view = whole if view is None else view
         if not isinstance(whole, Tensor) or not isinstance(view, Tensor) or len(whole) != len(view):
             raise ValueError("view: expected as many images as there are whole ones")
-        masks = self._masks(view)
-        chosen = self._chosen(masks.detach())
-        loss = self._encode(whole, view, [self._hide(masks.detach(), k) for k in chosen])
-        found = self._mask(whole, view, masks, chosen)
+        both = self.objective.both_views
+        plain, hidden = ((whole, view), (whole, view)) if both else ((whole,), (view,))
+        masks = [self._masks(x) for x in hidden]
+        loss = self._encode(plain, hidden, [m.detach() for m in masks])
+        found = self._mask(plain, hidden, masks)
+        self.objective.follow()
         self.steps += 1
         return {"loss": loss, **found}
 
     # -- the two steps --
 
-    def _encode(self, whole: Tensor, view: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    def _encode(
+        self, plain: Sequence[Tensor], hidden: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> Tensor:
         self.encoder_optimizer.zero_grad()
-        one = self.objective.embed(whole)
-        leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in one)
+        whole = [self.objective.embed(x) for x in plain]
+        leaves = [tuple(z.detach().requires_grad_(z.requires_grad) for z in one) for one in whole]
         losses = []
-        for mask in hidden:
-            loss = self.objective.loss(leaves, self.objective.embed(view * (1 - mask)))
+        for k in self._chosen(masks[0]):
+            loss = self.objective.compare(leaves, self._embed(hidden, masks, k))
             loss.backward()
             losses.append(loss.detach())
-        reached = [(x, leaf.grad) for x, leaf in zip(one, leaves, strict=True)]
-        reached = [(x, grad) for x, grad in reached if grad is not None]
-        torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
+        pairs = zip(itertools.chain(*whole), itertools.chain(*leaves), strict=True)
+        reached = [(z, leaf.grad) for z, leaf in pairs if leaf.grad is not None]
+        if reached:  # an objective may compare masked views alone
+            torch.autograd.backward([z for z, _ in reached], [grad for _, grad in reached])
         self.encoder_optimizer.step()
-        self.objective.follow()
         return torch.stack(losses).mean()
 
     def _mask(
-        self, whole: Tensor, view: Tensor, masks: Tensor, chosen: Sequence[Tensor | int]
+        self, plain: Sequence[Tensor], hidden: Sequence[Tensor], masks: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         self.masker_optimizer.zero_grad()
-        leaf = masks.detach().requires_grad_()
+        leaves = [m.detach().requires_grad_() for m in masks]
         losses = []
         with _frozen(self.objective):
             with torch.no_grad():
-                one = self.objective.embed(whole)
-            for k in chosen:
-                two = self.objective.embed(view * (1 - self._hide(leaf, k)))
-                loss = self.objective.loss(one, two)
+                whole = [self.objective.embed(x) for x in plain]
+            for k in self._chosen(leaves[0]):
+                loss = self.objective.compare(whole, self._embed(hidden, leaves, k))
                 (-loss).backward()
                 losses.append(loss.detach())
-        areas = accumulated(masks).flatten(2).mean(2)
+        of_views = [accumulated(m).flatten(2).mean(2) for m in masks]
+        areas = torch.cat(of_views, 1)
         # The sine of a full area is that of an empty one, and not negative by its rounding
         middle = torch.minimum(areas, 1 - areas).clamp(min=0)
         penalty = (1 / ((math.pi * middle).sin() + LEAST)).mean(0).sum()
-        share = areas.sum(0).log_softmax(0)
-        entropy = -(share.exp() * share).sum()
+        shares = [x.log_softmax(1) for x in (of_views if self.single else [areas])]
+        entropy = -torch.stack([(share.exp() * share).sum() for share in shares]).sum()
         cost = self.penalty * penalty + self.entropy * entropy
-        torch.autograd.backward([cost, masks], [None, leaf.grad])
+        torch.autograd.backward([cost, *masks], [None, *(leaf.grad for leaf in leaves)])
         self.masker_optimizer.step()
         return {
             "masker_loss": torch.stack(losses).mean(),
@@ -187,7 +210,11 @@ class ADIOS:
             "areas": areas.detach().mean(0),
         }
 
-    # -- masks --
+    def _embed(
+        self, images: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor | int
+    ) -> list[tuple[Tensor, ...]]:
+        hidden = [x * (1 - self._hide(m, k)) for x, m in zip(images, masks, strict=True)]
+        return [self.objective.embed(x) for x in hidden]
 
     def _masks(self, view: Tensor) -> Tensor:
         masks = self.masker(view)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..statistics.factors import accumulated
-from .settings import check_share, check_steepness
+from .settings import check_share, check_steepness, check_steps, check_switch
 
 
 class Objective(nn.Module):
@@ -22,6 +24,8 @@ class Objective(nn.Module):
     Args:
         network: images -> embeddings ``[B, E]``: the encoder and its projection head.
     """
+
+    both_views = False  # whether `ADIOS` masks both views; else only the second
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -37,8 +41,19 @@ class Objective(nn.Module):
     def loss(self, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> Tensor:
         """The distance of two embedded views of the same images, 0-dim."""
 
+    def compare(
+        self, whole: Sequence[tuple[Tensor, ...]], masked: Sequence[tuple[Tensor, ...]]
+    ) -> Tensor:
+        """The loss of one mask in `ADIOS`, 0-dim.
+
+        Args:
+            whole: the embedded first view; with ``both_views`` both views.
+            masked: the embedded masked second view; with ``both_views`` both masked views.
+        """
+        return self.loss(whole[0], masked[0])
+
     def follow(self) -> None:
-        """Called after each step of the encoder."""
+        """Called at the end of each step of `ADIOS`, after the masker's."""
 
     def forward(self, one: Tensor, two: Tensor) -> Tensor:
         """The distance of two views of the same images, 0-dim."""
@@ -56,7 +71,7 @@ class SimCLR(Objective):
 
     Args:
         network: images -> z ``[B, E]``: the encoder and its projection head.
-        temperature: :math:`\tau`; default: ADIOS's.
+        temperature: :math:`\tau`. The default is that of ADIOS's SimCLR scripts for ImageNet100.
 
     Reference:
         Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
@@ -86,17 +101,51 @@ class SimSiam(Objective):
     r"""Each view predicts the other, whose gradient is stopped:
     :math:`-\tfrac12\cos(p_1, z_2) - \tfrac12\cos(p_2, z_1)`, the mean over images.
 
+    So one view is masked. With ``both_views``, the authors' way of ADIOS, both are: with
+    :math:`D(p, z) = -\cos(p, z)`, and :math:`\tilde p, \tilde z` of masked views, the loss is the
+    mean of :math:`D(\tilde p_1, z_2), D(\tilde p_2, z_1)` and of the pairs that are switched on.
+
     Args:
         network: images -> z ``[B, E]``: the encoder and its projection head.
         predictor: z -> p ``[B, E]``.
+        both_views: mask both views.
+        symmetry_mask: with ``both_views``, also :math:`D(p_2, \tilde z_1), D(p_1, \tilde z_2)`.
+        no_mask: with ``both_views``, also :math:`D(p_1, z_2), D(p_2, z_1)`.
+        both_mask: with ``both_views``, also :math:`D(\tilde p_1, \tilde z_2),
+            D(\tilde p_2, \tilde z_1)`.
+
+    The three switches are on by default, as in the authors' command line; their ImageNet100-S
+    script turns ``symmetry_mask`` off.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
 
     Reference:
         Chen, He: Exploring Simple Siamese Representation Learning, CVPR 2021.
     """
 
-    def __init__(self, network: nn.Module, predictor: nn.Module) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        predictor: nn.Module,
+        *,
+        both_views: bool = False,
+        symmetry_mask: bool = True,
+        no_mask: bool = True,
+        both_mask: bool = True,
+    ) -> None:
         super().__init__(network)
-        self.predictor = _module(predictor)
+        check_switch("both_views", both_views)
+        switches = {"symmetry_mask": symmetry_mask, "no_mask": no_mask, "both_mask": both_mask}
+        for name, value in switches.items():
+            check_switch(name, value)
+            if not value and not both_views:
+                raise ValueError(
+                    f"{name}: chooses among the pairs of two masked views, got False for one "
+                    "masked view. Pass both_views=True."
+                )
+        self.predictor, self.both_views = _module(predictor), both_views
+        self.symmetry_mask, self.no_mask, self.both_mask = symmetry_mask, no_mask, both_mask
 
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
         z = self.network(images)
@@ -105,27 +154,65 @@ class SimSiam(Objective):
     def loss(self, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> Tensor:
         return -(_cosine(one[0], two[1]) + _cosine(two[0], one[1])) / 2
 
+    def compare(
+        self, whole: Sequence[tuple[Tensor, ...]], masked: Sequence[tuple[Tensor, ...]]
+    ) -> Tensor:
+        if not self.both_views:
+            return super().compare(whole, masked)
+        pairs = [(masked, whole)]  # predictions, targets
+        if self.symmetry_mask:
+            pairs.append((whole, masked))
+        if self.no_mask:
+            pairs.append((whole, whole))
+        if self.both_mask:
+            pairs.append((masked, masked))
+        cosines = [_cosine(p[i][0], z[1 - i][1]) for p, z in pairs for i in (0, 1)]
+        return -torch.stack(cosines).mean()
+
 
 class BYOL(Objective):
     r"""Each view predicts what a slow copy of the network makes of the other:
     :math:`(2 - 2\cos(p_1, t_2)) + (2 - 2\cos(p_2, t_1))`, the mean over images.
 
-    After each step of the encoder the copy's parameters move: :math:`\theta' \leftarrow
-    m\theta' + (1-m)\theta`; its running statistics are of its own forwards.
+    At the end of each step of `ADIOS`, after the masker's, the copy's parameters move:
+    :math:`\theta' \leftarrow m\theta' + (1-m)\theta`; its running statistics are of its own
+    forwards. With ``total_steps`` T the k-th move (from 0) has
+
+    .. math:: m_k = 1 - (1 - m)\,\tfrac12\bigl(\cos(\pi k / T) + 1\bigr),
+
+    from m to 1, which is the authors' schedule; their trainer leaves the copy as it is in the very
+    first step.
 
     Args:
         network: images -> ``[B, E]``: the encoder and its projection head.
         predictor: ``[B, E]`` -> p ``[B, E]``.
-        momentum: m.
+        momentum: m. The default is the first value in the command line of YugeTen/adios.
+        total_steps: T, the steps of the whole run. None: m stays constant. The count of moves is
+            in ``state_dict`` as ``moves``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
 
     Reference:
         Grill et al.: Bootstrap Your Own Latent, NeurIPS 2020.
     """
 
-    def __init__(self, network: nn.Module, predictor: nn.Module, momentum: float = 0.99) -> None:
+    moves: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        predictor: nn.Module,
+        momentum: float = 0.99,
+        total_steps: int | None = None,
+    ) -> None:
         super().__init__(network)
         check_share("momentum", momentum)
+        if total_steps is not None:
+            check_steps("total_steps", total_steps)
+            self.register_buffer("moves", torch.zeros((), dtype=torch.long))
         self.predictor, self.momentum = _module(predictor), momentum
+        self.total_steps = total_steps
         self.target = copy.deepcopy(network).requires_grad_(False)
 
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -140,7 +227,15 @@ class BYOL(Objective):
     def follow(self) -> None:
         slow: list[Tensor] = list(self.target.parameters())
         fast: list[Tensor] = list(self.network.parameters())
-        torch._foreach_lerp_(slow, fast, 1 - self.momentum)
+        torch._foreach_lerp_(slow, fast, 1 - self._rate())
+
+    def _rate(self) -> float:
+        """The momentum of this move, which is counted."""
+        if self.total_steps is None:
+            return self.momentum
+        done = min(int(self.moves), self.total_steps) / self.total_steps
+        self.moves += 1
+        return 1 - (1 - self.momentum) * (math.cos(math.pi * done) + 1) / 2
 
 
 def _cosine(one: Tensor, two: Tensor) -> Tensor:

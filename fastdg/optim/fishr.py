@@ -38,7 +38,10 @@ class Fishr(Annealed):
         \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
 
     The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0,
-    reset_base=False`` are those of the paper's ColoredMNIST script.
+    reset_base=False`` are those of the paper's ColoredMNIST script, which averages its two
+    environments' mean losses equally, whatever their sizes. Here, as in DomainBed, each sample
+    counts the same in the loss, so the two agree on environments of one size. The penalty counts
+    each domain the same in all three.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
