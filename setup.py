@@ -108,6 +108,12 @@ def record(command: Command, outcome: str) -> None:
 
 def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
     class BuildPython(build_py):
+        def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, ...]]:
+            modules = super().find_package_modules(package, package_dir)
+            if package == "fastdg.kernels":  # see its docstring
+                modules += super().find_package_modules(package, "kernels")
+            return modules
+
         def run(self) -> None:
             if target is None and policy in ("cpp", "cuda"):
                 raise SystemExit(f"fastdg: FASTDG_BUILD={policy} is impossible here: {reason}")
@@ -138,8 +144,7 @@ def main() -> None:
     policy = os.environ.get("FASTDG_BUILD") or "auto"
     target, reason = plan(policy)
     setup(
-        packages=[*find_packages(include=["fastdg*"]), "fastdg.kernels"],
-        package_dir={"fastdg.kernels": "kernels"},
+        packages=find_packages(include=["fastdg*"]),
         package_data={"fastdg": ["py.typed", RECORD], "fastdg.data": ["numerals.txt"]},
         ext_modules=[native_extension(target == "cuda")] if target else [],
         cmdclass=commands(policy, target, reason),

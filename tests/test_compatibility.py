@@ -30,7 +30,6 @@ def test_every_yes_is_a_test_that_is_collected(compatibility: ModuleType) -> Non
     """And where a test is named for each wrapper, it has a case for each."""
     files = sorted({test.partition("::")[0] for _, _, test in compatibility.cells()})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    # Not in the root folder, where kernels/ would hide a package that transformers looks for
     listing = subprocess.run([*command, *files], cwd=HERE, capture_output=True, text=True)
     assert listing.returncode == 0, listing.stdout + listing.stderr
     cases: dict[str, list[set[str]]] = defaultdict(list)

@@ -93,6 +93,73 @@ def test_sdist_can_build_and_test_itself(distributions: tuple[set[str], set[str]
     assert not [name for name in sdist if name.endswith((".so", "_build.txt", ".pyc"))]
 
 
+PROBE = """
+import importlib.util, sys
+spec = importlib.util.find_spec("kernels")
+try:
+    from kernels import get_kernel
+except ImportError:
+    get_kernel = None
+print(spec and spec.origin, get_kernel)
+"""
+
+
+@pytest.mark.parametrize("way", ["-c", "-m", "script"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_kernels_in_a_clones_root_hide_no_package(
+    tmp_path: Path, way: str, installed: bool
+) -> None:
+    """transformers and others look for a package of that name, and take whatever they find."""
+    if not installed and (found := importlib.util.find_spec("kernels")) and found.origin:
+        pytest.skip(f"a package kernels is installed at {found.origin}")
+    (tmp_path / "probe.py").write_text(PROBE)
+    root = ROOT
+    if way == "script":  # Python puts its folder on the path
+        root = tmp_path / "clone"
+        shutil.copytree(ROOT / "kernels", root / "kernels", ignore=NOT_SHIPPED)
+        (root / "probe.py").write_text(PROBE)
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("get_kernel = 'theirs'")
+    arguments = {"-c": ["-c", PROBE], "-m": ["-m", "probe"], "script": ["probe.py"]}[way]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = f"{tmp_path / 'kernels' / '__init__.py'} theirs"
+    assert done.stdout.strip() == (theirs if installed else "None None")
+
+
+def test_installed_kernels_are_beside_their_package(tmp_path: Path) -> None:
+    """And not those of a package ``kernels`` in the same site-packages."""
+    pytest.importorskip("triton", reason="triton is not installed: fastdg.kernels needs it")
+    for source, target in (("fastdg", "fastdg"), ("kernels", "fastdg/kernels")):
+        folder = tmp_path / target
+        shutil.copytree(ROOT / source, folder, ignore=NOT_SHIPPED, dirs_exist_ok=True)
+    (tmp_path / "kernels").mkdir()
+    code = "import fastdg.kernels as k; print(*k.__path__, k.launch.__file__, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "fastdg" / "kernels"
+    assert done.stdout.splitlines() == [str(folder), str(folder / "launch.py")]
+
+
+def test_transformers_starts_in_a_clones_root() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = "import transformers.integrations.hub_kernels"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("value", ["CPP", "gpu"])
 def test_unknown_build_policy_is_refused(setup_script: ModuleType, value: str) -> None:
     with pytest.raises(SystemExit, match="FASTDG_BUILD must be auto, none, cpp or cuda; got"):

@@ -1,7 +1,4 @@
-"""Hugging Face's Trainer: `optimizers=`, and one method that calls our backward.
-
-In a clone's root folder run it with ``python -P``: ``kernels`` there hides a package of that name.
-"""
+"""Hugging Face's Trainer: `optimizers=`, and one method that calls our backward."""
 
 from __future__ import annotations
 

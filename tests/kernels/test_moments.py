@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from fastdg.kernels import moments
-
 import fastdg.ops  # noqa: F401  (makes the submodule below)
+from fastdg.kernels import moments
 
 reference = sys.modules["fastdg.ops.moments"]
 # The interpreter computes with NumPy, which warns of overflow and NaN.

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from fastdg.kernels import oracle_nll
-
 import fastdg.ops  # noqa: F401  (makes the submodule below)
+from fastdg.kernels import oracle_nll
 
 reference = sys.modules["fastdg.ops.oracle_nll"]
 # The interpreter computes with NumPy, which warns of overflow and NaN.

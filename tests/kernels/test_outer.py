@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+from fastdg import ops
 from fastdg.kernels import (
     launch,
     outer_agreement,
@@ -19,8 +20,6 @@ from fastdg.kernels import (
     outer_moments_backward,
     outer_norms,
 )
-
-from fastdg import ops
 
 # The submodules share their names with the functions that fastdg.ops exports.
 moments_ops = sys.modules["fastdg.ops.outer_moments"]

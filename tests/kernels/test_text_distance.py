@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from fastdg.kernels import text_distance
-
 import fastdg.ops  # noqa: F401  (makes the submodule below)
+from fastdg.kernels import text_distance
 
 reference = sys.modules["fastdg.ops.text_distance"]
 # The interpreter computes with NumPy, which warns of overflow and NaN.

@@ -1,13 +1,23 @@
 """Triton kernels, one file per op, each under the name of its op in ``fastdg.ops``.
 
+In a clone the kernels' files are in the top-level folder ``kernels/``; an install has them beside
+this one. The folder has no ``__init__.py``, so that Python started in the clone's root never
+imports it in place of the package ``kernels`` that transformers and others look for.
+
 ``variance_gap`` is a CUDA op. ``outer_gram`` has no kernel of its own: its reference is
 ``outer_domain`` and one matrix product, which run on the device without waiting for it.
 """
 
 from __future__ import annotations
 
-from ..ops.registry import attach
-from . import (
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "launch.py").exists():  # a clone
+    __path__.append(str(_HERE.parents[1] / "kernels"))
+
+from ..ops.registry import attach  # noqa: E402
+from . import (  # noqa: E402
     launch,
     moments,
     oracle_nll,
