@@ -65,7 +65,7 @@ def by_pairs(on: Setup) -> Run:
         masks = on.masker(on.view)
         areas = masks.flatten(2).mean(2)
         penalty = (1 / ((math.pi * areas).sin() + 1e-10)).mean(0).sum()
-        share = areas.sum(0).softmax(0)
+        share = areas.softmax(1)
         gain = torch.stack(losses(masks)).sum() - PENALTY * penalty
         (-(gain + ENTROPY * (share * share.log()).sum())).backward()
         on.second.step()
