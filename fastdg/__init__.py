@@ -7,6 +7,7 @@ from .ops import backends, use_backend
 from .optim.adios import ADIOS
 from .optim.compiled import compiled
 from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
+from .optim.erm import ERM
 from .optim.fish import Fish
 from .optim.fishr import Fishr
 from .optim.iga import IGA
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADIOS",
     "BYOL",
+    "ERM",
     "IGA",
     "IRM",
     "MIRO",

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A column of the table -> the wrappers in it, by their names in tests/optim/bases.py
 COLUMNS = {
+    "ERM": ["ERM"],
     "Fishr": ["Fishr"],
     "surgery, masks": [
         "AgrSum",
@@ -64,7 +65,7 @@ ROWS: dict[str, str | dict[str, str]] = {
     "FSDP2 (`fully_shard`)": f"{RANKS}fsdp_equals_one_process[*]",
     "`torch.compile`": "optim/test_compiled.py::test_one_graph[*]",
     "DomainBed": dict.fromkeys(
-        set(COLUMNS) - {"SWAD"}, "domainbed/test_plug.py::test_settings_are_the_hparams"
+        set(COLUMNS) - {"ERM", "SWAD"}, "domainbed/test_plug.py::test_settings_are_the_hparams"
     ),
     "Lightning, automatic optimization": f"{LIGHTNING}automatic_optimization[*]",
     "Lightning, manual optimization": f"{LIGHTNING}manual_optimization[*]",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,9 +33,12 @@ def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callabl
 
     def wrap(algorithm: Any) -> DomainOptimizer:
         given = {name: algorithm.hparams[hparam] for name, hparam in settings.items()}
-        if "model" in inspect.signature(wrapper).parameters:
-            given["model"] = algorithm.network
-        return wrapper(algorithm.optimizer, num_domains=algorithm.num_domains, **given)
+        return wrapper(
+            algorithm.optimizer,
+            num_domains=algorithm.num_domains,
+            model=algorithm.network,
+            **given,
+        )
 
     return wrap
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from ..domains import Partition, partition, readable
 from ..statistics.api import Resolved, spent
@@ -17,6 +18,7 @@ from ..statistics.moments import rows
 from .batch import scaled
 from .exchange import Shared
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
+from .settings import Common
 from .whole import Whole
 from .wrapped import deliver
 from .wrapper import DomainOptimizer
@@ -72,19 +74,10 @@ class DomainGradientOptimizer(DomainOptimizer):
         self,
         base: Optimizer,
         *,
-        num_domains: int | None,
-        model: nn.Module | None,
-        check: bool,
         settings: dict[str, Any],
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            base,
-            params="all",
-            num_domains=num_domains,
-            model=model,
-            check=check,
-            settings=settings,
-        )
+        super().__init__(base, params="all", settings=settings, **common)
 
     @property
     def parameter_names(self) -> list[str]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .domain_gradients import DomainGradientOptimizer
+from .settings import Common
 
 
 class DrawingOptimizer(DomainGradientOptimizer):
@@ -27,23 +29,16 @@ class DrawingOptimizer(DomainGradientOptimizer):
         base: Optimizer,
         *,
         generator: torch.Generator | None,
-        num_domains: int | None,
-        model: nn.Module | None,
-        check: bool,
         settings: dict[str, Any],
+        **common: Unpack[Common],
     ) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
             )
         self.generator = generator
-        super().__init__(
-            base,
-            num_domains=num_domains,
-            model=model,
-            check=check,
-            settings={**settings, "generator": self._generator_state()},
-        )
+        given = {**settings, "generator": self._generator_state()}
+        super().__init__(base, settings=given, **common)
 
     def _generator_state(self) -> Tensor | None:
         return None if self.generator is None else self.generator.get_state()

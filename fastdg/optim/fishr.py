@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .. import ops
 from ..statistics.api import moments_of
@@ -21,7 +22,7 @@ from . import loading
 from .annealed import Annealed
 from .batch import Batch, descend, scaled, total_loss
 from .chain import terms_of
-from .settings import Setting, check_decay, check_reduction, checked
+from .settings import Common, Setting, check_decay, check_reduction, checked
 from .sharding import local
 from .weighted import Losses
 from .wrapped import accumulate
@@ -99,9 +100,7 @@ class Fishr(Annealed):
         reduction: Literal["mean", "sum"] = "mean",
         pre_anneal_weight: float = 0.0,
         reset_base: bool = True,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(
             type(self),
@@ -114,14 +113,7 @@ class Fishr(Annealed):
                 "reset_base": reset_base,
             },
         )
-        super().__init__(
-            base,
-            params=params,
-            num_domains=num_domains,
-            model=model,
-            check=check,
-            settings=given,
-        )
+        super().__init__(base, params=params, settings=given, **common)
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight, whole = self._weight(), self._whole

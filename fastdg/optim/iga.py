@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .. import ops
 from ..domains import partition
@@ -21,7 +22,7 @@ from .batch import Batch, descend
 from .chain import terms_of
 from .closures import asks_for_domain, check_same, losses_of
 from .rerun import Start
-from .settings import Setting, check_weight, checked
+from .settings import Common, Setting, check_weight, checked
 from .support import refuse_groups, refuse_ranks
 from .weighted import Losses, check_reached
 from .wrapper import Closure, DomainOptimizer
@@ -86,18 +87,10 @@ class IGA(DomainOptimizer):
         base: Optimizer,
         *,
         penalty_weight: float = 1000.0,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
-        super().__init__(
-            base,
-            params="all",
-            num_domains=num_domains,
-            model=model,
-            check=check,
-            settings=checked(type(self), {"penalty_weight": penalty_weight}),
-        )
+        given = checked(type(self), {"penalty_weight": penalty_weight})
+        super().__init__(base, params="all", settings=given, **common)
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         try:

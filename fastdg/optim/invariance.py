@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .annealed import Annealed
 from .loading import Kept
-from .settings import Setting, check_weight, checked
+from .settings import Common, Setting, check_weight, checked
 from .weighted import Losses, Weighted
 
 
@@ -33,6 +34,7 @@ class VREx(Annealed, Weighted):
         reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it.
+        model: its parameters' names are used in messages.
 
     The settings but ``num_domains`` live in ``param_groups[0]`` (as ``vrex_penalty_weight`` and so
     on). ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss``
@@ -60,7 +62,7 @@ class VREx(Annealed, Weighted):
         anneal_steps: int = 500,
         pre_anneal_weight: float = 1.0,
         reset_base: bool = True,
-        num_domains: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(
             type(self),
@@ -71,7 +73,7 @@ class VREx(Annealed, Weighted):
                 "reset_base": reset_base,
             },
         )
-        super().__init__(base, params="all", num_domains=num_domains, settings=given)
+        super().__init__(base, params="all", settings=given, **common)
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         weight = self._weight()
@@ -102,6 +104,7 @@ class GroupDRO(Weighted):
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             keeps its q, and the others share the rest; the objective is the mean over those
             present. A domain that was not seen before starts with the mean q.
+        model: its parameters' names are used in messages.
 
     ``statistics`` holds ``loss``, ``objective`` (0-dim), ``weights`` (``[D]``, those of the
     objective, 0 for an empty domain), ``domain_loss`` (``[D]``, NaN for an empty domain) and
@@ -125,11 +128,9 @@ class GroupDRO(Weighted):
 
     eta: Setting[float] = Setting(check_weight)
 
-    def __init__(
-        self, base: Optimizer, *, eta: float = 0.01, num_domains: int | None = None
-    ) -> None:
+    def __init__(self, base: Optimizer, *, eta: float = 0.01, **common: Unpack[Common]) -> None:
         given = checked(type(self), {"eta": eta})
-        super().__init__(base, params="all", num_domains=num_domains, settings=given)
+        super().__init__(base, params="all", settings=given, **common)
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         q = self._spread(losses.count)

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from ..domains import partition, tracing
 from ..statistics.check import ATTEMPTS, TOLERANCE
@@ -23,7 +24,7 @@ from ..statistics.tape import Call, paused
 from .annealed import Annealed
 from .batch import Batch, descend
 from .chain import terms_of
-from .settings import checked
+from .settings import Common, checked
 from .weighted import UNSEEN, Losses, check_reached, refuse_again
 from .whole import Whole
 from .wrapper import Closure
@@ -99,9 +100,7 @@ class IRM(Annealed):
         anneal_steps: int = 500,
         pre_anneal_weight: float = 1.0,
         reset_base: bool = True,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(
             type(self),
@@ -112,14 +111,9 @@ class IRM(Annealed):
                 "reset_base": reset_base,
             },
         )
-        super().__init__(
-            base,
-            params="head",
-            num_domains=num_domains,
-            model=model,
-            check=False,  # of gradients by parameters, which are not used here
-            settings=given,
-        )
+        check = common.pop("check", True)
+        common["check"] = False  # of gradients by parameters, which are not used here
+        super().__init__(base, params="head", settings=given, **common)
         self.check_rows = check
 
     def backward(

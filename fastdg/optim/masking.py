@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .domain_gradients import Combined, DomainGradientOptimizer, Masked, Statistics
 from .gathering import Gradients
-from .settings import Setting, check_share, check_steepness, checked
+from .settings import Common, Setting, check_share, check_steepness, checked
 
 TINY = 1e-10  # DomainBed's, in the division by the mean of a mask
 
@@ -73,12 +73,10 @@ class ANDMask(_MaskOptimizer):
         base: Optimizer,
         *,
         threshold: float = 1.0,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(type(self), {"threshold": threshold})
-        super().__init__(base, num_domains=num_domains, model=model, check=check, settings=given)
+        super().__init__(base, settings=given, **common)
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         return self._rescaled(self._masked(gradients, "mean", self.threshold), gradients)
@@ -122,12 +120,10 @@ class SANDMask(_MaskOptimizer):
         *,
         threshold: float = 1.0,
         steepness: float = 10.0,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(type(self), {"threshold": threshold, "steepness": steepness})
-        super().__init__(base, num_domains=num_domains, model=model, check=check, settings=given)
+        super().__init__(base, settings=given, **common)
         self._warned = False
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from ..domains import readable
 from ..ops import text_distance
 from ..statistics.factors import accumulated
 from ..statistics.tape import recording
 from .notes import Hook, found, mark
-from .settings import Setting, check_steepness, check_weight, checked
+from .settings import Common, Setting, check_steepness, check_weight, checked
 from .term import Term
 
 
@@ -63,6 +64,7 @@ class RISE(Term):
         absolute, relative, distillation: the weights :math:`w`.
         temperature: :math:`\tau`.
         num_domains: D; default: as many as have been seen.
+        model: its parameters' names are used in messages.
 
     The weights and the temperature live in ``param_groups[0]`` (as ``rise_absolute`` and so on).
     ``statistics`` holds ``loss``, ``objective``, ``domain_loss``, ``domain_count``, and, without
@@ -117,7 +119,7 @@ class RISE(Term):
         relative: float = 1.0,
         distillation: float = 0.9,
         temperature: float = 3.0,
-        num_domains: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(
             type(self),
@@ -136,7 +138,7 @@ class RISE(Term):
         self.classes, self.anchors = _units(classes, anchors)
         self.teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
         self.embedding = embedding
-        super().__init__(base, params="all", num_domains=num_domains, settings=given)
+        super().__init__(base, params="all", settings=given, **common)
         self._follow()
 
     def _term(

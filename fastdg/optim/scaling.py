@@ -132,7 +132,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
 def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
     """The scaler that calls, if it is the one whose factor is in ``.grad``, just once."""
     name = type(opt).__name__
-    maker = next(link for link in chain(opt) if link.role != "average")
+    maker = next((link for link in chain(opt) if link.role != "average"), opt)
     if closure is not None:
         raise RuntimeError(
             f"{name}.step: a GradScaler does not go with closures; call opt.backward(losses, "

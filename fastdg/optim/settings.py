@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypedDict, TypeVar, overload
+
+from torch import nn
 
 T = TypeVar("T")
+
+
+class Common(TypedDict, total=False):
+    """Keywords that every wrapper takes, whatever its algorithm; see `DomainOptimizer`."""
+
+    num_domains: int | None
+    model: nn.Module | None
+    check: bool
+
+
+COMMON = inspect.signature(
+    lambda *, num_domains=None, model=None, check=True: None  # `Common`, with its defaults
+).parameters
+
+
+def full_signature(init: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a wrapper's ``__init__``, without self and with `Common` written out."""
+    own = list(inspect.signature(init).parameters.values())[1:]
+    if own and own[-1].annotation == "Unpack[Common]":
+        own[-1:] = COMMON.values()
+    return inspect.Signature(own)
+
+
+def check_keywords(kind: type, given: Iterable[str]) -> None:
+    """Raise TypeError if the wrapper ``kind`` takes no keyword of one of these names."""
+    parameters = inspect.signature(kind).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return  # of a class that somebody has derived, which knows
+    known, name = list(parameters), kind.__name__
+    for key in given:
+        if key in known:
+            continue
+        if key == "params":
+            raise TypeError(
+                f"params: {name} has no such argument. To leave parameters out, freeze them "
+                "(requires_grad_(False)) or give them to another optimizer"
+            )
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
+            raise TypeError(f"{key}: {name} has no such argument; did you mean {near[0]}=?")
+        raise TypeError(
+            f"{key}: {name} has no such argument; it takes {', '.join(known)}. It wraps an "
+            f"optimizer, to which {key} may belong: "
+            f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))"
+        )
 
 
 class Setting(Generic[T]):

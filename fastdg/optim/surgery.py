@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from .drawing import DrawingOptimizer
 from .gathering import Gradients, moved
-from .settings import Setting, check_reduction, check_switch, checked
+from .settings import Common, Setting, check_reduction, check_switch, checked
 from .sharding import own_part
 
 Weighting = Callable[[Tensor], Tensor]
@@ -65,12 +66,10 @@ class AgrSum(DomainGradientOptimizer):
         base: Optimizer,
         *,
         reduction: Literal["mean", "sum"] = "mean",
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         given = checked(type(self), {"reduction": reduction})
-        super().__init__(base, num_domains=num_domains, model=model, check=check, settings=given)
+        super().__init__(base, settings=given, **common)
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         masked = self._masked(gradients, self.reduction, threshold=1.0)
@@ -112,17 +111,13 @@ class AgrRand(DrawingOptimizer):
         *,
         reduction: Literal["mean", "sum"] = "mean",
         generator: torch.Generator | None = None,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             base,
             generator=generator,
-            num_domains=num_domains,
-            model=model,
-            check=check,
             settings=checked(type(self), {"reduction": reduction}),
+            **common,
         )
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
@@ -176,17 +171,14 @@ class GramSurgery(DomainGradientOptimizer):
         self,
         base: Optimizer,
         weighting: Weighting,
-        *,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         if not callable(weighting) or isinstance(weighting, type):
             raise TypeError(
                 "weighting: expected a function of the Gram matrix (D, D) that gives weights (D,), "
                 f"got {weighting!r}"
             )
-        super().__init__(base, num_domains=num_domains, model=model, check=check, settings={})
+        super().__init__(base, settings={}, **common)
         self.weighting = weighting
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
@@ -259,17 +251,13 @@ class PCGrad(DrawingOptimizer):
         reduction: Literal["mean", "sum"] = "mean",
         shared_order: bool = False,
         generator: torch.Generator | None = None,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             base,
             generator=generator,
-            num_domains=num_domains,
-            model=model,
-            check=check,
             settings=checked(type(self), {"reduction": reduction, "shared_order": shared_order}),
+            **common,
         )
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
 from ..statistics.modules import reshard
-from . import support
+from . import scaling, support
 from .averages import FRESH, Segments, finite
+from .chain import chain
 from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
 from .valley import RULES, check_rule
-from .weighted import Unwatched
+from .weighted import MeanLoss
+from .wrapped import check_result
 from .wrapper import Closure, DomainOptimizer
 
 _average = get_swa_multi_avg_fn()
 
 
-class SWAD(Unwatched):
+class SWAD(MeanLoss):
     r"""Stochastic weight averaging, densely: the mean of the weights of every step within a valley
     of the validation loss.
 
@@ -47,7 +51,8 @@ class SWAD(Unwatched):
 
     It goes around any wrapper, or a plain optimizer, as the outermost:
     ``fastdg.SWAD(fastdg.Fishr(optimizer), model)``. `backward`, its arguments and ``statistics``
-    are those of the wrapper inside; around a plain optimizer call ``loss.backward()`` as ever.
+    are those of the wrapper inside, or around a plain optimizer those of `ERM`. There
+    ``loss.backward()`` may be called as ever, too.
 
     The averages are not the model's weights until they are put there: inside ``with
     opt.applied():`` to look at them, by ``opt.apply()`` for good; ``opt.averaged()`` is a copy of
@@ -62,6 +67,8 @@ class SWAD(Unwatched):
         n_tolerance: evaluations above the threshold, in a row, that end it.
         tolerance_ratio: r.
         rule: ``"paper"``, as above, or ``"code"``, as the authors' code has it.
+        num_domains: D, for the wrapper inside or, around a plain optimizer, for ``statistics``;
+            default: as many as the batch has.
 
     With ``rule="code"`` the valley is found and ends as above (so does its threshold, for losses
     above 0), but the average is another one:
@@ -93,16 +100,17 @@ class SWAD(Unwatched):
 
     Example:
         >>> opt = fastdg.SWAD(torch.optim.Adam(model.parameters()), model)
-        >>> F.cross_entropy(model(x), y).backward(); opt.step()        # each step
-        >>> opt.evaluate(validation_loss)                              # each evaluation
-        >>> opt.apply()                                                # at the end
+        >>> losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()  # each step
+        >>> opt.evaluate(validation_loss)                               # each evaluation
+        >>> opt.apply()                                                 # at the end
     """
 
     prefix = "swad"
     role = "average"
     tensors = ("segment", "pending", "average")
     penalises = False
-    _transient = (*Unwatched._transient, "_shown")
+    _transient = (*MeanLoss._transient, "_shown")
 
     n_converge: Setting[int] = Setting(check_steps)
     n_tolerance: Setting[int] = Setting(check_steps)
@@ -118,6 +126,7 @@ class SWAD(Unwatched):
         n_tolerance: int = 6,
         tolerance_ratio: float = 0.3,
         rule: Literal["paper", "code"] = "paper",
+        num_domains: int | None = None,
     ) -> None:
         given = checked(
             type(self),
@@ -131,39 +140,67 @@ class SWAD(Unwatched):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self._network = model  # which goes with this wrapper wherever it is copied
-        super().__init__(base, params="all", model=model, settings=given)
+        super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
+        self._share_extent()
         self._given.update(FRESH)
         self._fill()
 
+    def _share_extent(self) -> None:
+        """Tell the wrappers inside the number of domains that was given here."""
+        for link in chain(self.base):
+            own = getattr(link, "num_domains", None)
+            if self.num_domains is None or own == self.num_domains:
+                continue
+            if own is not None:
+                raise ValueError(
+                    f"num_domains: expected {own}, as the {type(link).__name__} inside has, got "
+                    f"{self.num_domains}; give it to one of them"
+                )
+            link.num_domains = self.num_domains  # type: ignore[attr-defined]
+
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """Whether a ``torch.amp.GradScaler`` shows itself to `step`, for the wrapper inside."""
-        return isinstance(self.base, DomainOptimizer)
+        """Whether a ``torch.amp.GradScaler`` shows itself to `step`: for the wrapper inside, or
+        since `backward` was given it."""
+        return isinstance(self.base, DomainOptimizer) or self._scaler is not None
 
     # -- training --
 
     def backward(
-        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+        self,
+        losses: Tensor,
+        domains: Tensor,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        **inputs: Any,
     ) -> Tensor:
-        """That of the wrapper inside; see there."""
+        """That of the wrapper inside, or of `ERM`; see there."""
         if not isinstance(self.base, DomainOptimizer):
-            raise TypeError(
-                f"SWAD.backward: the {type(self.base).__name__} inside is no wrapper and has no "
-                "backward; call loss.backward()"
-            )
-        loss = self.base.backward(losses, domains, final, **inputs)
+            return super().backward(losses, domains, final, scaler=scaler, **inputs)
+        loss = self.base.backward(losses, domains, final, scaler=scaler, **inputs)
         if final:
             self._leave()
         return loss
 
-    def _gradient(self, staged: Sequence[Any]) -> Tensor:
-        raise AssertionError("nothing is staged here")
+    def _evaluate(self, closure: Closure) -> Tensor:
+        """Run a closure for a plain optimizer, and backward on the losses if it returned them."""
+        result = closure()
+        if not isinstance(result, tuple):
+            return result
+        losses, domains, inputs = check_result(result)
+        return self.backward(losses, domains, **inputs)
 
     def _step(self, closure: Closure | None) -> Tensor | None:
         """A step of the optimizer inside; its new weights join the average."""
         if self._shown:
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and support.is_probe(self.base)
+        if not isinstance(self.base, DomainOptimizer):
+            if self._staged:
+                raise support.no_backward(type(self).__name__, staged=True)
+            scaling.refuse_scaled(self)
+            closure = None if closure is None else partial(self._evaluate, closure)
         loss = self._step_base(closure)
         self._done()
         if probe:
@@ -302,8 +339,9 @@ class SWAD(Unwatched):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Those of the wrapper inside; none around a plain optimizer."""
-        return self.base.statistics if isinstance(self.base, DomainOptimizer) else {}
+        """Those of the wrapper inside; around a plain optimizer, of the last final `backward`."""
+        inner = isinstance(self.base, DomainOptimizer)
+        return self.base.statistics if inner else self._statistics  # type: ignore[attr-defined]
 
     @property
     def tape(self) -> Tape:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batch import Added, Batch, descend, total_loss
-from .weighted import Losses, Unwatched, check_reached
+from .batch import Added
+from .weighted import MeanLoss
 
 
-class Term(Unwatched):
+class Term(MeanLoss):
     r"""Base of wrappers that add a term :math:`r_i` to each sample's loss:
     ``objective = mean of the losses + mean of the terms``.
 
@@ -61,10 +61,3 @@ class Term(Unwatched):
                 f"{len(values)} samples for {name}; pass one loss for each sample of the forward"
             )
         return Added(values, statistics)
-
-    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        descend(total_loss(staged) / self._whole.samples, staged, self._whole)
-        check_reached(self.param_groups, type(self).__name__)
-        losses = Losses.of(staged, self._whole)
-        self._statistics = losses.statistics()
-        return losses.mean

@@ -15,7 +15,7 @@ from ..statistics.api import Resolved, Tape
 from ..statistics.factors import accumulated
 from ..statistics.graph import Found
 from ..statistics.moments import rows
-from .batch import Batch, domain_means, loss_sums, scaled, shared_terms, total_loss
+from .batch import Batch, descend, domain_means, loss_sums, scaled, shared_terms, total_loss
 from .whole import Whole
 from .wrapper import DomainOptimizer
 
@@ -120,6 +120,17 @@ class Unwatched(DomainOptimizer):
         return Batch(
             losses, partition(domains, losses, self.num_domains), UNSEEN, terms, self._scale
         )
+
+
+class MeanLoss(Unwatched):
+    """One plain backward of the mean loss, and of the mean of what terms add."""
+
+    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+        descend(total_loss(staged) / self._whole.samples, staged, self._whole)
+        check_reached(self.param_groups, type(self).__name__)
+        losses = Losses.of(staged, self._whole)
+        self._statistics = losses.statistics()
+        return losses.mean
 
 
 class Weighted(Unwatched):

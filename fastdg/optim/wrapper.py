@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from typing_extensions import Self
 
 from ..domains import partition
 from ..statistics.api import Tape, check_losses, spent
@@ -21,6 +22,7 @@ from . import loading, scaling, support
 from .batch import Batch, described
 from .chain import Told, added_by, chain, check_order, merged, terms_of, told
 from .ranks import Ranks
+from .settings import check_keywords, full_signature
 from .stateful import Stateful
 from .whole import Whole
 from .wrapped import (
@@ -48,7 +50,8 @@ class DomainOptimizer(Stateful):
             a predicate ``(name, parameter)``. Names are those of ``model``, or those the optimizer
             was given with ``model.named_parameters()``.
         num_domains: number of training domains D; default: as many as have been seen.
-        model: skip discovery and watch this model's layers.
+        model: its parameters' names are those of messages, and of ``params``; discovery is skipped
+            and this model's layers are watched, if the algorithm watches any.
         check: on the first backward compare captured with autograd's gradients (two further
             backward passes).
         settings: the algorithm's own, checked; each is a `Setting` of the class.
@@ -66,6 +69,14 @@ class DomainOptimizer(Stateful):
     _statistics: dict[str, Tensor]
     _ranks: Ranks
     _whole: Whole  # what the last final `backward` was of
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = full_signature(cls.__init__)  # type: ignore[attr-defined]
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        check_keywords(cls, keywords)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -324,3 +335,6 @@ class DomainOptimizer(Stateful):
         if isinstance(params, list):
             params = [self._names[p] if isinstance(p, Tensor) else p for p in params]
         return {"params": params, "num_domains": self.num_domains}
+
+
+DomainOptimizer.__init_subclass__.__func__(DomainOptimizer)  # type: ignore[attr-defined]

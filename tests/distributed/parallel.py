@@ -65,6 +65,7 @@ def seeded() -> torch.Generator:
 WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "Fishr": lambda base, model: fishr(base),
     "Fishr(all)": lambda base, model: fishr(base, params="all", num_domains=None),
+    "ERM": lambda base, model: fastdg.ERM(base),
     "AgrSum": lambda base, model: fastdg.AgrSum(base),
     "AgrRand": lambda base, model: fastdg.AgrRand(base, generator=seeded()),
     "AgrRand(global)": lambda base, model: fastdg.AgrRand(base),
@@ -83,6 +84,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "AgrSum(MIRO)": lambda base, model: fastdg.AgrSum(miro(base, model)),
     "SWAD(Fishr)": lambda base, model: fastdg.SWAD(fishr(base), model, n_converge=1),
     "SWAD": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
+    "SWAD(plain)": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
 }
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),

@@ -46,6 +46,7 @@ class Fish(fastdg.Fish):
 
 WRAPS: dict[str, Wrap] = {
     "Fishr": wrap,
+    "ERM": fastdg.ERM,
     "AgrSum": fastdg.AgrSum,
     "AgrRand": lambda base, **more: fastdg.AgrRand(base, generator=seeded(), **more),
     "PCGrad": lambda base, **more: fastdg.PCGrad(base, generator=seeded(), **more),

@@ -171,6 +171,7 @@ def rise(base: Optimizer, model: Net) -> fastdg.RISE:
 RUNS: dict[str, Callable[..., Any]] = {
     "Fishr": partial(Run, lambda o, m: fishr(o, num_domains=3)),
     "Fishr, all layers": partial(Run, lambda o, m: fishr(o, params="all", num_domains=3)),
+    "ERM": partial(Run, lambda o, m: fastdg.ERM(o), batch_norm=True),
     "AgrSum": partial(Run, lambda o, m: fastdg.AgrSum(o)),
     "AgrRand": partial(Run, lambda o, m: fastdg.AgrRand(o)),
     "AgrRand, a generator": partial(Run, lambda o, m: fastdg.AgrRand(o, generator=seeded())),
@@ -193,6 +194,7 @@ RUNS: dict[str, Callable[..., Any]] = {
     "Fishr(MIRO(RISE))": partial(Run, lambda o, m: fishr(miro(rise(o, m), m), num_domains=3)),
     "Fish(MIRO)": partial(Run, lambda o, m: fastdg.Fish(miro(o, m), num_domains=3), alone=True),
     "SWAD(Fishr)": partial(Run, lambda o, m: fastdg.SWAD(fishr(o, num_domains=3), m, n_converge=2)),
+    "SWAD": partial(Run, lambda o, m: fastdg.SWAD(o, m, n_converge=2, rule="code")),
     "SWAD(PCGrad(MIRO))": partial(
         Run,  # with a valley that does not end
         lambda o, m: fastdg.SWAD(fastdg.PCGrad(miro(o, m)), m, tolerance_ratio=100.0),

@@ -242,8 +242,6 @@ def test_batch_norm_sees_the_data_again() -> None:
 def test_what_it_refuses() -> None:
     model = network()
     opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
-    with pytest.raises(TypeError, match=r"SGD inside is no wrapper .* call loss.backward\(\)"):
-        opt.backward(torch.ones(3), torch.zeros(3).long())
     with pytest.raises(RuntimeError, match="no step was made since the last evaluation"):
         opt.evaluate(1.0)
     train(opt, model, [1.0])
