@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..statistics.factors import accumulated
 from .contrast import Objective
+from .masks import check_masks, chosen
 from .settings import check_switch, check_weight
 from .support import refuse_ranks
 from .wrapped import Wrapping
@@ -63,8 +64,9 @@ class ADIOS:
             (with ``single`` over N areas of each view), as in the authors' code.
         penalty: :math:`\alpha`.
         entropy: :math:`\beta`.
-        single: ADIOS-s: each image is compared with one of its masks, drawn anew in each of the two
-            steps: 4 encodes. The penalty and the entropy cover all masks.
+        single: ADIOS-s: each image is compared with one of its masks (in both views with the same
+            one), drawn anew in each of the two steps: 4 encodes. The penalty and the entropy cover
+            all masks.
         generator: where masks are drawn from with ``single``; None: torch's global generator, the
             state of which is the user's to keep.
 
@@ -144,18 +146,26 @@ class ADIOS:
             images (``[2 N]`` with masks of both views, x first).
 
         Raises:
-            ValueError: the views are of different images; what the masker returns are no masks.
+            TypeError, ValueError: the views are of different images; the masker returns no masks.
             RuntimeError: training runs on several ranks; the masker has no gradient.
         """
         refuse_ranks(type(self).__name__, "train in one process")
         view = whole if view is None else view
-        if not isinstance(whole, Tensor) or not isinstance(view, Tensor) or len(whole) != len(view):
-            raise ValueError("view: expected as many images as there are whole ones")
+        if not isinstance(whole, Tensor):
+            raise TypeError(f"whole: expected a tensor of images, got {type(whole).__name__}")
+        if not isinstance(view, Tensor) or len(whole) != len(view):
+            got = len(view) if isinstance(view, Tensor) else type(view).__name__
+            raise ValueError(
+                f"view: expected another view of the {len(whole)} whole images, got {got}. Pass a "
+                "tensor with one image for each."
+            )
         both = self.objective.both_views
         plain, hidden = ((whole, view), (whole, view)) if both else ((whole,), (view,))
-        masks = [self._masks(x) for x in hidden]
+        # The values are read once: later that would wait for the device
+        masks = [check_masks(self.masker(x), x, values=self.steps == 0) for x in hidden]
         loss = self._encode(plain, hidden, [m.detach() for m in masks])
         found = self._mask(plain, hidden, masks)
+        self.objective.steps = self.steps
         self.objective.follow()
         self.steps += 1
         return {"loss": loss, **found}
@@ -213,33 +223,8 @@ class ADIOS:
     def _embed(
         self, images: Sequence[Tensor], masks: Sequence[Tensor], k: Tensor | int
     ) -> list[tuple[Tensor, ...]]:
-        hidden = [x * (1 - self._hide(m, k)) for x, m in zip(images, masks, strict=True)]
+        hidden = [x * (1 - chosen(m, k)) for x, m in zip(images, masks, strict=True)]
         return [self.objective.embed(x) for x in hidden]
-
-    def _masks(self, view: Tensor) -> Tensor:
-        masks = self.masker(view)
-        shape = (len(view), *view.shape[2:])
-        if (
-            not isinstance(masks, Tensor)
-            or masks.dim() != view.dim()
-            or (masks.shape[0], *masks.shape[2:]) != shape
-            or masks.shape[1] < 2
-        ):
-            got = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
-            raise ValueError(
-                f"masker: expected masks [{shape[0]}, N, {', '.join(map(str, shape[1:]))}] with N "
-                f">= 2, got {got}"
-            )
-        if not masks.requires_grad:
-            raise RuntimeError("masker: its masks have no graph; does it run under torch.no_grad?")
-        if self.steps == 0:  # later a wait for the device
-            total = accumulated(masks.detach()).sum(1)
-            if not ((total - 1).abs() < 1e-2).all() or masks.detach().min() < 0:
-                raise ValueError(
-                    "masker: expected masks that are >= 0 and sum to one at every pixel, as after "
-                    "a softmax over dimension 1"
-                )
-        return masks
 
     def _chosen(self, masks: Tensor) -> list[Tensor | int]:
         """The masks to compare with: each, or one of each image ``[B]``."""
@@ -249,13 +234,6 @@ class ADIOS:
         device = masks.device if self.generator is None else self.generator.device
         drawn = torch.randint(N, (B,), generator=self.generator, device=device)
         return [drawn.to(masks.device)]
-
-    @staticmethod
-    def _hide(masks: Tensor, k: Tensor | int) -> Tensor:
-        """The masks k ``[B, 1, H, W]``."""
-        if isinstance(k, int):
-            return masks[:, k : k + 1]
-        return masks[torch.arange(len(masks), device=masks.device), k].unsqueeze(1)
 
     # -- state --
 
@@ -284,13 +262,16 @@ class ADIOS:
         """
         missing = self.state_dict().keys() - state_dict.keys()
         if missing:
-            raise ValueError(f"state_dict: it is not one of ADIOS, it lacks {sorted(missing)}")
+            raise ValueError(
+                f"state_dict: expected a state of ADIOS, got one without {sorted(missing)}. Pass "
+                "the result of ADIOS.state_dict()."
+            )
         state = state_dict["generator"]
         if (state is None) != (self.generator is None):
             has, here = ("none", "one") if state is None else ("one", "none")
             raise ValueError(
-                f"state_dict: it has {has} of a generator's states, but {here} was given here, so "
-                "its run would not go on as it was; see generator="
+                f"state_dict: has {has} of a generator's states, but this ADIOS has {here}, so its "
+                "run would not go on as it was. Make it with the same generator= as then."
             )
         self.objective.load_state_dict(state_dict["objective"])
         self.masker.load_state_dict(state_dict["masker"])
@@ -335,14 +316,17 @@ def _check(argument: str, optimizer: Any, own: nn.Module, other: nn.Module, name
         )
     if isinstance(optimizer, Wrapping) and optimizer.role != "average":
         raise TypeError(
-            f"{argument}: {type(optimizer).__name__} makes gradients of its own from domains' "
-            "losses, of which there are none here; give the optimizer inside"
+            f"{argument}: {type(optimizer).__name__} needs losses of domains, and ADIOS has none. "
+            "Pass the optimizer inside it."
         )
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     if not parameters & set(own.parameters()):
-        raise ValueError(f"{argument}: it has no parameter of this {type(own).__name__}")
+        raise ValueError(
+            f"{argument}: has no parameter of this {type(own).__name__}. Make it from its "
+            "parameters()."
+        )
     if wrong := [key for key, p in other.named_parameters() if p in parameters]:
         raise ValueError(
-            f"{argument}: it also has parameters of the {name} ({wrong[0]!r}), which is trained "
-            "the other way"
+            f"{argument}: also has parameters of the {name}, got {wrong[0]!r}. Leave them out: the "
+            "two are trained in opposite directions."
         )

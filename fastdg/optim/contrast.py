@@ -26,6 +26,7 @@ class Objective(nn.Module):
     """
 
     both_views = False  # whether `ADIOS` masks both views; else only the second
+    steps = 0  # of `ADIOS` before this one, which it sets for `follow`
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class BYOL(Objective):
 
     At the end of each step of `ADIOS`, after the masker's, the copy's parameters move:
     :math:`\theta' \leftarrow m\theta' + (1-m)\theta`; its running statistics are of its own
-    forwards. With ``total_steps`` T the k-th move (from 0) has
+    forwards. With ``total_steps`` T the step k (from 0) has
 
     .. math:: m_k = 1 - (1 - m)\,\tfrac12\bigl(\cos(\pi k / T) + 1\bigr),
 
@@ -187,8 +188,8 @@ class BYOL(Objective):
         network: images -> ``[B, E]``: the encoder and its projection head.
         predictor: ``[B, E]`` -> p ``[B, E]``.
         momentum: m. The default is the first value in the command line of YugeTen/adios.
-        total_steps: T, the steps of the whole run. None: m stays constant. The count of moves is
-            in ``state_dict`` as ``moves``.
+        total_steps: T, the steps of the whole run. None: m stays constant. `ADIOS` counts the
+            steps, and keeps the count in its ``state_dict``.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -196,8 +197,6 @@ class BYOL(Objective):
     Reference:
         Grill et al.: Bootstrap Your Own Latent, NeurIPS 2020.
     """
-
-    moves: Tensor
 
     def __init__(
         self,
@@ -210,7 +209,6 @@ class BYOL(Objective):
         check_share("momentum", momentum)
         if total_steps is not None:
             check_steps("total_steps", total_steps)
-            self.register_buffer("moves", torch.zeros((), dtype=torch.long))
         self.predictor, self.momentum = _module(predictor), momentum
         self.total_steps = total_steps
         self.target = copy.deepcopy(network).requires_grad_(False)
@@ -227,15 +225,11 @@ class BYOL(Objective):
     def follow(self) -> None:
         slow: list[Tensor] = list(self.target.parameters())
         fast: list[Tensor] = list(self.network.parameters())
-        torch._foreach_lerp_(slow, fast, 1 - self._rate())
-
-    def _rate(self) -> float:
-        """The momentum of this move, which is counted."""
-        if self.total_steps is None:
-            return self.momentum
-        done = min(int(self.moves), self.total_steps) / self.total_steps
-        self.moves += 1
-        return 1 - (1 - self.momentum) * (math.cos(math.pi * done) + 1) / 2
+        rate = 1 - self.momentum
+        if self.total_steps is not None:
+            done = min(self.steps / self.total_steps, 1.0)
+            rate *= (math.cos(math.pi * done) + 1) / 2
+        torch._foreach_lerp_(slow, fast, rate)
 
 
 def _cosine(one: Tensor, two: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class ANDMask(_MaskOptimizer):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        threshold: :math:`\tau` in [0, 1]; 1: all domains have to agree.
+        threshold: :math:`\tau` in [0, 1]; 1, the default of DomainBed: all domains have to agree.
         num_domains: D; default: as many as the batch has. A domain without samples in a batch
             takes no part in it.
         model: skip discovery and watch this model.
@@ -96,7 +96,7 @@ class SANDMask(_MaskOptimizer):
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
         threshold: :math:`\tau` in [0, 1].
-        steepness: :math:`\kappa` > 0.
+        steepness: :math:`\kappa` > 0; the default is DomainBed's.
         num_domains, model, check: as in `ANDMask`.
 
     ``threshold`` and ``steepness`` live in ``param_groups[0]`` as ``sandmask_threshold`` and

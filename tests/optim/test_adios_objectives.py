@@ -64,7 +64,6 @@ def test_pairs_of_two_masked_views(flags: tuple[str, ...]) -> None:
 def test_the_target_slows_down_on_a_cosine() -> None:
     aim = fastdg.BYOL(encoder(), nn.Linear(5, 5), momentum=0.6, total_steps=3).double()
     adios = made(objective=aim)
-    assert aim.state_dict()["moves"] == 0
     for rate in (0.6, 0.7, 0.9, 1.0, 1.0):  # 1 - 0.4 * (cos(pi k / 3) + 1) / 2
         slow = [p.clone() for p in aim.target.parameters()]
         adios.step(*views(0))
@@ -72,7 +71,6 @@ def test_the_target_slows_down_on_a_cosine() -> None:
             aim.target.parameters(), slow, aim.network.parameters(), strict=True
         ):
             close(p, rate * old + (1 - rate) * new)
-    assert "moves" not in fastdg.BYOL(encoder(), nn.Linear(5, 5)).state_dict()
 
 
 @pytest.mark.parametrize("make", [fastdg.BYOL, fastdg.SimSiam])
