@@ -181,8 +181,8 @@ class BYOL(Objective):
 
     .. math:: m_k = 1 - (1 - m)\,\tfrac12\bigl(\cos(\pi k / T) + 1\bigr),
 
-    from m to 1, which is the authors' schedule; their trainer leaves the copy as it is in the very
-    first step.
+    from m to 1, which is the authors' schedule; their trainer skips the first step, and is one step
+    behind from there on.
 
     Args:
         network: images -> ``[B, E]``: the encoder and its projection head.
