@@ -25,6 +25,7 @@ class VREx(Annealed, Weighted):
         \nabla = \tfrac1D\sum_d \bigl(1 + 2w(\ell_d-\bar\ell)\bigr)\nabla\ell_d
 
     One plain backward: the penalty is a weighting of the samples. The defaults are DomainBed's.
+    The authors' own code takes the unbiased variance: that is w times D / (D - 1) here.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.

@@ -51,7 +51,8 @@ class IRM(Annealed):
 
     with z the logits. Even and odd are places among the batch's samples of one domain: the product
     of two halves estimates the squared gradient without bias, and may be negative. The defaults
-    are DomainBed's.
+    are DomainBed's. The authors' own code squares the mean of all :math:`c_i`: for that give each
+    sample twice, ``repeat_interleave(2)`` of logits, losses and domains.
 
     The logits are what the head (the last module with parameters that ran) returns, which is run
     once more for them; or they are given: ``opt.backward(losses, domains, logits=logits)``. Give

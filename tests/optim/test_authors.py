@@ -13,26 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam
-from waves import flat, gradient, minibatches, mixed, network, waves
+from waves import close, flat, gradient, minibatches, network, step
 
 import fastdg
 
 NAN = float("nan")
-
-
-def close(got: Tensor, expected: list[float], tolerance: float = 1e-10) -> None:
-    other = torch.tensor(expected, dtype=torch.float64)
-    error, scale = (got - other).abs().max(), other.abs().max()
-    assert error <= tolerance * scale, f"off by {error / scale:.1e} of the largest entry"
-
-
-def step(opt: Any, model: nn.Module, number: int, conflict: bool = False) -> None:
-    x, y, domains = mixed(number, conflict)
-    opt.zero_grad()
-    opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
-    opt.step()
 
 
 # -- facebookresearch/DomainBed, commit b93c22a1cfc3b2428398272c1a116c8de1f4139e --
@@ -238,55 +225,3 @@ def test_pcgrad(name: str, given: dict[str, Any], order: list[Any]) -> None:
         generator.manual_seed(seed)
         step(opt, model, number, conflict=True)
     close(gradient(model), PCGRAD[name])
-
-
-# -- alexrame/fishr, commit 7b8fdf1e0b15226ded9b58efd37698e74e616ab7, coloredmnist --
-# The script averages its two environments' means, adds a penalty of the squared weights, and
-# divides all of it by the penalty's weight after the anneal.
-
-L2 = 0.001
-COLORED = {
-    (4, 4): [
-        -0.005039051906395, -0.002593525393908, 0.005707331957395, 0.001122765883537,
-        -0.0008648220926645, 0.0006658328138128, 0.0006932892957543, -0.0008444398820689,
-        0.00540792258455, 0.0002542860344534, -0.0008439815954249, -0.001057058607565,
-        0.0002781096865799,
-    ],
-    (3, 5): [
-        -0.009639385169792, -0.0008468326148159, 0.00985788321558, -0.001693401096773,
-        0.0005032419420877, -0.0001298811556538, -0.0004697845679404, 0.0002509594210444,
-        0.00243560693902, 0.000210895059269, -0.0032568884674, -0.004506845671027,
-        -0.004560979649443,
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes", COLORED)
-def test_fishr_in_the_colored_mnist_script(sizes: tuple[int, int]) -> None:
-    model = network(outputs=1)
-    opt = fastdg.Fishr(
-        Adam(model.parameters(), lr=0.05),
-        penalty_weight=1000.0,
-        anneal_steps=1,
-        reduction="sum",
-        ema=None,
-        pre_anneal_weight=1.0,
-        reset_base=False,
-    )
-    domains = torch.arange(2).repeat_interleave(torch.tensor(sizes))
-    for number in range(3):
-        x = torch.cat([waves(n, 4, start=10 * number + 3 * d) for d, n in enumerate(sizes)])
-        y = torch.cat([(torch.arange(n) + d) % 2 for d, n in enumerate(sizes)]).double()
-        losses = F.binary_cross_entropy_with_logits(model(x)[:, 0], y, reduction="none")
-        means = [losses[domains == d].mean() for d in range(2)]
-        # Here each sample counts the same, there each environment
-        apart = (
-            sum(means) / 2 - losses.mean() + L2 * sum(p.square().sum() for p in model.parameters())
-        )
-        more = torch.autograd.grad(apart, list(model.parameters()), retain_graph=True)
-        opt.zero_grad()
-        opt.backward(losses, domains)
-        for p, grad in zip(model.parameters(), more, strict=True):
-            p.grad = (p.grad + grad) / (1000.0 if number >= 1 else 1.0)
-        opt.step()
-    close(gradient(model), COLORED[sizes])

@@ -1,8 +1,12 @@
-"""Inputs that are the same on every machine and with every torch: a sine wave's values."""
+"""Inputs that are the same on every machine and with every torch, a sine wave's values; and
+the steps on them that the tests against authors' code take."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZES = (2, 3, 4)  # samples of each domain
@@ -57,3 +61,16 @@ def flat(tensors: list[Tensor]) -> Tensor:
 def gradient(model: nn.Module) -> Tensor:
     found = [p.grad for p in model.parameters()]
     return flat([grad for grad in found if grad is not None])
+
+
+def close(got: Tensor, expected: list[float], tolerance: float = 1e-10) -> None:
+    other = torch.tensor(expected, dtype=torch.float64)
+    error, scale = (got - other).abs().max(), other.abs().max()
+    assert error <= tolerance * scale, f"off by {error / scale:.1e} of the largest entry"
+
+
+def step(opt: Any, model: nn.Module, number: int, conflict: bool = False) -> None:
+    x, y, domains = mixed(number, conflict)
+    opt.zero_grad()
+    opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
+    opt.step()
