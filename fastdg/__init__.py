@@ -2,6 +2,7 @@
 plain training."""
 
 from . import func, ops
+from .domain_ids import DomainIds
 from .models.unet import UNetMasker
 from .ops import backends, use_backend
 from .optim.adios import ADIOS
@@ -50,6 +51,7 @@ __all__ = [
     "AgrRand",
     "AgrSum",
     "Dense",
+    "DomainIds",
     "DomainMoments",
     "DomainOptimizer",
     "Fish",

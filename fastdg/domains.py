@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,31 +83,77 @@ def check_ids(ids: Tensor, num_domains: int | None) -> int:
     """
     low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
     if low < 0:
-        raise ValueError(f"domains: expected ids >= 0, got {low}")
+        raise ValueError(
+            f"domains: expected ids >= 0, got {low}; no id marks samples without a domain: leave "
+            "those out of losses and domains"
+        )
     if num_domains is None:
         if high >= max(MOST_DOMAINS, ids.numel()):
             raise ValueError(
                 f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
-                "and results have a row for each; torch.unique(ids, return_inverse=True)[1] "
-                "of the whole data set makes such ids, num_domains= says that there are so many"
+                "and results have a row for each. Of years or keys make ids once, of the whole "
+                "data set: ids = fastdg.DomainIds(values), or "
+                "torch.unique(values, return_inverse=True)[1]; if there are so many domains, pass "
+                "num_domains="
             )
         return high + 1
     if high >= num_domains:
         raise ValueError(
             f"domains: expected ids below num_domains={num_domains}, got {high}; "
-            "pass num_domains= the number of training domains"
+            "pass num_domains= the number of training domains; of years or keys make ids with "
+            "fastdg.DomainIds(values)"
         )
     return num_domains
 
 
-def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -> Partition:
+def as_ids(domains: Any, samples: int | None = None) -> Tensor:
+    """``domains`` as a tensor of integers; a single one is that of all ``samples``.
+
+    Raises:
+        TypeError: it is none, in words for strings, lists, arrays and other dtypes.
+    """
+    if not isinstance(domains, bool) and isinstance(domains, Integral) and samples is not None:
+        return torch.full((samples,), int(domains))
+    if domains is None:
+        raise TypeError(
+            "domains: expected the domain of each sample, an integer tensor (N,), got none. Call "
+            "opt.backward(losses, domains)"
+        )
+    if not isinstance(domains, Tensor):
+        kind = type(domains).__name__
+        values = domains.tolist() if hasattr(domains, "tolist") else domains
+        first = next(iter(values), None) if isinstance(values, (list, tuple)) else values
+        if isinstance(first, (str, bytes)):
+            raise TypeError(
+                f"domains: expected an integer tensor of shape (N,), got {kind} with the name "
+                f"{first!r}. Make numbers of names: ids = fastdg.DomainIds(names), once, and "
+                "opt.backward(losses, ids(domains))"
+            )
+        raise TypeError(
+            f"domains: expected an integer tensor of shape (N,), got {kind}; use "
+            "torch.as_tensor(domains)"
+        )
+    if domains.dtype == torch.bool:
+        raise TypeError(
+            "domains: expected integer domain ids, got dtype torch.bool; domains.long() makes ids "
+            "0 and 1 of them"
+        )
+    if domains.is_floating_point() or domains.is_complex():
+        raise TypeError(
+            f"domains: expected integer domain ids, got dtype {domains.dtype}; use domains.long() "
+            "if they are whole numbers from 0 on, or fastdg.DomainIds(values) for others"
+        )
+    return domains.expand(samples) if domains.dim() == 0 and samples is not None else domains
+
+
+def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = None) -> Partition:
     """Check domain ids against the losses they belong to and sort the samples by domain.
 
     No host sync when ``domains`` is on the CPU or ``num_domains`` is given.
 
     Args:
         domains: domain of each sample, ``[N]``, any integer dtype, >= 0; on the device of
-            ``losses`` or the CPU.
+            ``losses`` or the CPU. A single integer is that of all samples.
         losses: ``[N]`` per-sample losses.
         num_domains: number of domains D; default: one more than the largest id.
 
@@ -114,20 +162,15 @@ def partition(domains: Tensor, losses: Tensor, num_domains: int | None = None) -
         ValueError: wrong length, wrong device, a negative id, an id >= ``num_domains``, an id that
             is a year or a key rather than a row number, or ``num_domains`` < 1.
     """
-    if not isinstance(domains, Tensor):
-        raise TypeError(
-            f"domains: expected an integer tensor of shape (N,), got {type(domains).__name__}; "
-            "use torch.as_tensor(domains)"
-        )
-    if domains.dtype == torch.bool or domains.is_floating_point() or domains.is_complex():
-        raise TypeError(
-            f"domains: expected integer domain ids, got dtype {domains.dtype}; use domains.long() "
-            "if they are whole numbers"
-        )
+    domains = as_ids(domains, losses.shape[0])
     if domains.shape != losses.shape:
+        rows = domains.dim() == 2 and domains.shape[0] == losses.shape[0]
+        advice = "; use domains.squeeze(1)" if rows and domains.shape[1] == 1 else ""
+        if rows and domains.shape[1] > 1:
+            advice = "; of one-hot rows, domains.argmax(1) are the ids"
         raise ValueError(
             f"domains: expected one id a sample, shape {tuple(losses.shape)} as losses, "
-            f"got shape {tuple(domains.shape)}"
+            f"got shape {tuple(domains.shape)}{advice}"
         )
     if num_domains is not None:
         if not isinstance(num_domains, int) or isinstance(num_domains, bool):

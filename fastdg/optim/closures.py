@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..domains import readable
+from ..domains import as_ids, readable
 from .wrapped import check_result
 
 
@@ -27,7 +27,9 @@ def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor, dict[str, Any]]
     two, or the losses alone."""
     if isinstance(result, Tensor):
         return result, torch.full(result.shape, domain), {}
-    return check_result(result)
+    losses, domains, inputs = check_result(result)
+    samples = losses.numel() if isinstance(losses, Tensor) else None
+    return losses, as_ids(domains, samples), inputs
 
 
 def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from ..domains import check_ids
+from ..domains import as_ids, check_ids
 from .annealed import Annealed
 from .chain import chain
 from .settings import Setting
@@ -137,7 +137,8 @@ class CompiledBackward:
 
     def _ids(self, domains: Tensor) -> Tensor:
         """``domains`` on the device of the parameters; looked at where that needs no wait."""
-        if isinstance(domains, Tensor) and domains.device.type == "cpu":
+        domains = as_ids(domains)
+        if domains.device.type == "cpu":
             check_ids(domains, self.num_domains)
             domains = domains.to(self._parameters()[0].device, non_blocking=True)
         return domains

@@ -67,6 +67,10 @@ class DomainGradientOptimizer(DomainOptimizer):
     """
 
     penalises = False
+    _way_out = (
+        "run the model on each domain by itself, with backward(losses, domains, final=False) for "
+        "all but the last; or freeze these parameters"
+    )
     _measured: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # see `_sizes`
     _transient = (*DomainOptimizer._transient, "_measured")
 

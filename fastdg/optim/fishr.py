@@ -46,8 +46,9 @@ class Fishr(Annealed):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        params: ``"head"`` (the last module with tracked parameters that ran, as in the paper),
-            ``"all"``, a list of names or parameters, or a predicate ``(name, parameter)``.
+        params: ``"head"`` (the last module with tracked parameters that ran, as in the paper; a
+            criterion with parameters of its own is none), ``"all"``, a list of names or parameters,
+            or a predicate ``(name, parameter)``.
         penalty_weight: w from step ``anneal_steps`` on.
         anneal_steps: steps before that, with ``pre_anneal_weight``.
         ema: decay :math:`\gamma` of the variances' history m in [0, 1), or None for no history.

@@ -79,6 +79,10 @@ class IGA(DomainOptimizer):
     """
 
     prefix = "iga"
+    _way_out = (
+        "call opt.step(closure), with a forward for each domain, which goes with any model; or "
+        "freeze these parameters"
+    )
 
     penalty_weight: Setting[float] = Setting(check_weight)
 

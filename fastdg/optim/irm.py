@@ -120,7 +120,7 @@ class IRM(Annealed):
     def backward(
         self,
         losses: Tensor,
-        domains: Tensor,
+        domains: Tensor | int | None = None,
         final: bool = True,
         logits: Tensor | None = None,
         **inputs: Any,

@@ -43,9 +43,9 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
         scaler = None
     if (opt._staged or opt._ready) and opt._scaler is not scaler:
         raise RuntimeError(
-            f"{name}.backward: all calls before one step are given the same scaler, or none: "
-            "without it, small gradients of a part are lost, and those in .grad do not add up. "
-            "If another step has come between, call opt.zero_grad()"
+            f"scaler: pass the same GradScaler to every {name}.backward of a step, or none. "
+            "Gradients with different scales cannot be added. If .grad is left from another step, "
+            "call opt.zero_grad()"
         )
     opt._scaler = scaler
     if scaler is None:

@@ -8,6 +8,39 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from ..statistics.advice import LEAVE_OUT
+from ..statistics.collect import MixedSamples
+
+NAMES = (
+    "For names in place of param_groups[...] pass model=model, or make the optimizer of "
+    "model.named_parameters()"
+)
+NEW_HEAD = (
+    "If the model's last layer was replaced after the optimizer was made, the optimizer does not "
+    "have the new one: make it again"
+)
+
+
+def explain(error: BaseException, way_out: str | None, head: bool) -> None:
+    """Complete the message of an error that the statistics raised with what the wrapper knows.
+
+    Args:
+        error: changed in place.
+        way_out: what to do in place of params=, for a wrapper that does not take it.
+        head: whether the wrapper looks at the head alone.
+    """
+    if not error.args or not isinstance(error.args[0], str):
+        return
+    text = error.args[0]
+    if way_out is not None:
+        text = text.replace(LEAVE_OUT, way_out)
+    more = [NEW_HEAD] if head and isinstance(error, MixedSamples) else []
+    if "param_groups[" in text and "named_parameters()" not in text:
+        more.append(NAMES)
+    if more:
+        text = ". ".join([text.rstrip("."), *more]) + "."
+    error.args = (text, *error.args[1:])
+
 
 def refuse_ranks(name: str, advice: str) -> None:
     """Raise if several processes train together."""
@@ -61,18 +94,22 @@ def used_twice(name: str) -> RuntimeError:
 
 def no_backward(name: str, staged: bool) -> RuntimeError:
     """What to raise for a step that nothing, or only micro-batches, came before."""
+    if staged:
+        return RuntimeError(
+            f"{name}.step() needs a final backward before it: since the last step every backward "
+            "was called with final=False; leave that out in the last call"
+        )
     return RuntimeError(
-        f"{name}.step() needs {'a final backward' if staged else 'a backward'} before it: call "
-        "opt.backward(losses, domains) in place of loss.backward(), with losses from "
-        "reduction='none'"
+        f"{name}.step() needs a backward before it: call opt.backward(losses, domains) in place of "
+        "loss.backward(), with losses from reduction='none'; with a GradScaler, "
+        "opt.backward(losses, domains, scaler=scaler) in place of scaler.scale(loss).backward()"
     )
 
 
 def stepped_inside(name: str, inner: str) -> RuntimeError:
     """What to raise if the optimizer inside is stepped on the gradient of its wrapper."""
     return RuntimeError(
-        f"the {inner} inside a {name} was asked for a step on the gradient that {name}.backward "
-        f"left, without what {name} does at its own: call opt.step(), or scaler.step(opt), with "
-        f"opt the outermost wrapper. For a step of the {inner} alone call opt.zero_grad() and "
-        "loss.backward() first"
+        f"{inner}.step() was called while .grad holds the gradient of {name}. Call opt.step(), or "
+        f"scaler.step(opt), with opt the outermost wrapper; to step {inner} alone, call "
+        "opt.zero_grad() and loss.backward() first"
     )

@@ -169,7 +169,7 @@ class SWAD(MeanLoss):
     def backward(
         self,
         losses: Tensor,
-        domains: Tensor,
+        domains: Tensor | int | None = None,
         final: bool = True,
         *,
         scaler: GradScaler | None = None,

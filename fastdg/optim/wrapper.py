@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from ..domains import partition
+from ..domains import as_ids, partition
 from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
 from ..statistics.selection import listed
@@ -61,6 +61,7 @@ class DomainOptimizer(Stateful):
     """
 
     penalises = True  # adds a term that an optimizer which ascends would turn around
+    _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
     _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
 
@@ -118,7 +119,7 @@ class DomainOptimizer(Stateful):
     def backward(
         self,
         losses: Tensor,
-        domains: Tensor,
+        domains: Tensor | int | None = None,
         final: bool = True,
         *,
         scaler: GradScaler | None = None,
@@ -128,7 +129,8 @@ class DomainOptimizer(Stateful):
 
         Args:
             losses: one loss a sample ``[N]``, from ``reduction="none"``.
-            domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU.
+            domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU;
+                or the one of all samples. Of names, `DomainIds` makes them.
             final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad``
                 alone; the next final call merges everything staged, weighted by the number of
                 samples. The graphs of staged micro-batches stay alive until then, unless the
@@ -165,6 +167,7 @@ class DomainOptimizer(Stateful):
             self._statistics = merged(heard, self._statistics, self._whole)
         except BaseException as error:
             self._staged, self._told = [], []
+            support.explain(error, self._way_out, self.params == "head")
             self._ranks.part(error if final else None)
             raise
         self._ranks.part()
@@ -175,9 +178,10 @@ class DomainOptimizer(Stateful):
         return loss
 
     def _stage(
-        self, losses: Tensor, domains: Tensor, scaler: GradScaler | None, inputs: dict[str, Any]
+        self, losses: Tensor, domains: Any, scaler: GradScaler | None, inputs: dict[str, Any]
     ) -> None:
         check_losses(losses)
+        domains = as_ids(domains, len(losses))
         self._scale = scaling.factor(self, scaler, losses)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:

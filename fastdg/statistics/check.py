@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .advice import LEAVE_OUT
 from .collect import collect, gradients_of
 from .factors import Factor, weighted_sum
 from .graph import Found, root, unscaled
@@ -140,8 +141,8 @@ def verify(
 
 
 _WAYS_OUT = (
-    "Leave the parameter out (params=, or freeze it), use fastdg.func, or, if you know better, "
-    "switch the check off with check=False."
+    f"Ways out: {LEAVE_OUT}; use fastdg.func; or, if you know better, switch the check off with "
+    "check=False."
 )
 
 

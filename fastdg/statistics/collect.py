@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .advice import LEAVE_OUT
 from .factors import Factor, total
 from .graph import Found, root, sweep, unscaled
 from .layers import rule_of, spans_samples
@@ -21,10 +22,12 @@ Consume = Callable[[str, Factor], None]
 
 
 def choose_head(found: Found) -> Found:
-    """Only the calls of the last module that ran; one that contains others that ran is not it."""
+    """Only the calls of the last module that ran; one that contains others that ran is not it, nor
+    is a criterion."""
     ran = {call.module for call in found.calls}
     for call in reversed(found.calls):
-        if call.parameters and not any(inner in ran for inner in contents(call.module)):
+        outer = any(inner in ran for inner in contents(call.module))
+        if call.parameters and not outer and not call.criterion:
             return found.keep([c for c in found.calls if c.module is call.module])
     return found
 
@@ -72,8 +75,8 @@ class MixedSamples(ValueError):
         super().__init__(
             f"params: {where} normalises over the batch (training mode), so the gradients of "
             "single samples do not exist in it or in the layers before it. Ways out: freeze it "
-            "with module.eval() after model.train(), use GroupNorm or LayerNorm in its place, or "
-            "track only layers after it (params='head', or a list of parameters)."
+            "with module.eval() after model.train(); use GroupNorm or LayerNorm in its place; or "
+            f"{LEAVE_OUT}, with those of all layers before it."
         )
 
     def __reduce__(self) -> tuple[type[MixedSamples], tuple[str]]:
@@ -169,8 +172,8 @@ def _per_sample(call: Call, factor: Factor, samples: int) -> Factor:
             "losses. Every tracked layer needs the sample in the first dimension and every sample "
             "needs one loss. Ways out: batch_first=True for sequences; the mean over a sample's "
             "tokens for losses; positions.expand(N, -1) for an input that all samples share; "
-            "backward(..., final=False) for a batch run in several forwards; or leave these "
-            "parameters out with params=."
+            "backward(..., final=False) for a batch run in several forwards; or "
+            f"{LEAVE_OUT}."
         )
     return factor.fold(samples)
 
@@ -182,8 +185,8 @@ def refuse_fused_attention(found: Found) -> None:
             raise RuntimeError(
                 "create_graph: fused attention lies between the tracked layers and the losses, and "
                 "it has no second derivative. Run the model under "
-                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or track "
-                "only layers after the last attention (params='head', or a list of parameters)."
+                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH); or, for the "
+                f"layers before it, {LEAVE_OUT}."
             )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..domains import Partition, single
 from ..ops.window import unfold
+from .advice import LEAVE_OUT
 
 CACHED = 1 << 15  # entries that stay in a core's cache
 _EXACT = (torch.float32, torch.float64)
@@ -32,8 +33,8 @@ def accumulated(x: Tensor) -> Tensor:
         return x
     if x.is_complex():
         raise TypeError(
-            f"params: expected layers with real parameters and gradients, got {x.dtype}; leave the "
-            "complex ones out with params="
+            f"params: expected layers with real parameters and gradients, got {x.dtype}; "
+            f"{LEAVE_OUT}"
         )
     return x.to(torch.float32)
 

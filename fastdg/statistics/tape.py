@@ -21,7 +21,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
-from .layers import spans_samples
+from .layers import rule_of, spans_samples
 from .modules import contents, own_parameters, reshard
 
 Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
@@ -96,6 +96,22 @@ class Call:
         """The module in words for messages."""
         names = ", ".join(self.parameters.values()) or "no tracked parameters"
         return f"{type(self.module).__name__} ({names})"
+
+    @property
+    def criterion(self) -> bool:
+        """Whether it is no layer but a criterion with parameters of its own, such as the weights of
+        two losses or a temperature: no rule knows it, its parameters have one dimension at most,
+        and it was given numbers of samples alone, or makes them of several tensors."""
+        if self.forgotten or not self.parameters or rule_of(self.module) is not None:
+            return False
+        own = dict(self.module.named_parameters())
+        if any(own[name].dim() > 1 for name in self.parameters if name in own):
+            return False
+        inputs = _tensors((self.args, self.kwargs))
+        if inputs and all(x.is_floating_point() and x.dim() <= 1 for x in inputs):
+            return True
+        single = all(output is None or len(output[0]) <= 1 for output in self.outputs)
+        return len(inputs) > 1 and single
 
     def forget(self) -> None:
         """Let go of the inputs, as autograd does of what it saved, so that memory is used again."""
@@ -265,7 +281,8 @@ class Recorder:
             (autocast, torch.get_autocast_dtype(device) if autocast else None),
         )
         self.alive.add(call)
-        if own and not (module._modules and any(map(self._ran, contents(module)))):
+        inside = bool(module._modules) and any(map(self._ran, contents(module)))
+        if own and not inside and not call.criterion:
             self.last = call.time
         for slot, tensor in enumerate(tensors):
             # A tensor passed through as it is is not this module's; noting the call on its node

@@ -20,6 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from ..advice import LEAVE_OUT
 from ..factors import Dense, Factor
 from ..tape import Call, paused
 
@@ -93,7 +94,7 @@ def generic(call: Call, deltas: Sequence[Tensor], names: Sequence[str]) -> dict[
         raise RuntimeError(
             f"{call.where} has no layer rule, and torch.func cannot take its per-sample gradients: "
             f"{reason} (dropout cannot be replayed: set it to 0 or to eval; for anything else "
-            "register a rule with fastdg.register_rule, or leave these parameters out with params=)"
+            f"register a rule with fastdg.register_rule, or {LEAVE_OUT})"
         ) from error
     return {name: Dense(grad) for name, grad in zip(chosen, grads, strict=True)}
 
