@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .files import replace
+from .files import load_arrays, replace
 
 # Those of CLIP that work best together on ImageNet, as its authors have found
 TEMPLATES = (
@@ -78,8 +77,8 @@ def text_tables(
         templates: sentences with ``{}`` in the place of the class; default: CLIP's seven.
         cache: folder to keep the tables in, under a name that is a hash of the texts and of the
             encoder's weights and tokens (of the encoder's name, if that is what was given). A file
-            there that is not whole is made anew. A function's results cannot be kept: nothing tells
-            it from another.
+            there that is damaged or not finite is made anew; a folder that cannot be written gives
+            a warning. A function's results cannot be kept: nothing tells it from another.
 
     Returns:
         ``TextTables(classes, anchors)``, which unpacks: ``fastdg.RISE(opt, layer, *tables)``.
@@ -121,7 +120,10 @@ def text_tables(
     tables = _tables(_embed(encode, texts), shape)
     if kept is not None:
         arrays = {key: x.numpy() for key, x in tables._asdict().items() if x is not None}
-        replace(kept, lambda file: np.savez(file, **arrays))
+        try:
+            replace(kept, lambda file: np.savez(file, **arrays))
+        except OSError as error:  # the tables are there, and may have taken long
+            warnings.warn(f"cache: {error} The tables are made anew next time.", stacklevel=2)
     return tables
 
 
@@ -320,16 +322,21 @@ def _file(
 def _read(path: Path, shape: tuple[int, int, int]) -> TextTables | None:
     """The tables at ``path``; None if there are none, or none that are whole."""
     C, _, A = shape
+    names = ("classes", "anchors") if A else ("classes",)
     try:
-        # Opened here, as NumPy leaves a broken file open
-        with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
-            classes = torch.from_numpy(file["classes"])
-            anchors = torch.from_numpy(file["anchors"]) if A else None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
+        found = load_arrays(path, *names, remedy="It is made anew.")
+    except (OSError, ValueError):
         return None
-    good = classes.dim() == 2 and len(classes) == C and classes.dtype == torch.float32
-    if anchors is not None:
-        good = (
-            good and anchors.shape == (C, A, classes.shape[-1]) and anchors.dtype == classes.dtype
-        )
-    return TextTables(classes, anchors) if good else None
+    if any(array.dtype != np.float32 or array.ndim < 2 for array in found.values()):
+        return None
+    tables = {name: torch.from_numpy(array) for name, array in found.items()}
+    E = tables["classes"].shape[-1]
+    shapes = {"classes": (C, E), "anchors": (C, A, E)}
+    whole = all(x.shape == shapes[name] and _has_angles(x) for name, x in tables.items())
+    return TextTables(tables["classes"], tables.get("anchors")) if whole else None
+
+
+def _has_angles(embeddings: Tensor) -> bool:
+    """Whether each embedding ``[..., E]`` is finite and not all zeros."""
+    length = embeddings.norm(dim=-1)
+    return bool(((length > 0) & length.isfinite()).all())

@@ -72,7 +72,7 @@ def _said() -> Iterator[None]:
     except (ValueError, OSError) as error:
         words = str(error)
         if isinstance(error, OSError) and error.strerror:
-            words = f"{error.filename}: {error.strerror}"
+            words = f"{error.filename or 'error'}: {error.strerror}"
         console.print(Text.assemble(("fastdg: ", "red"), words), soft_wrap=True)
         raise typer.Exit(2) from error
 
@@ -183,7 +183,6 @@ def demo(
             _names(algorithms) or DEFAULT, _names(datasets) or tuple(TASKS), seeds, steps
         )
         processes = _processes(workers)
-        output.mkdir(parents=True, exist_ok=True)
         with _training() as told:
             results = demo_experiment.run(plan, output / "results.json", fresh, told, processes)
         for task in plan.tasks:
@@ -227,13 +226,9 @@ def colored_mnist(
             raise ValueError(
                 "--data: expected the folder of MNIST's four idx files (or FASTDG_DATA set to it)"
             )
-        output.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            for path in (output / "results.json", *output.glob("*.checkpoint")):
-                path.unlink(missing_ok=True)
         chosen = _names(algorithms) or experiment.ALGORITHMS
         with _training() as told:
-            results = experiment.run_all(chosen, restarts, data, output, told)
+            results = experiment.run_all(chosen, restarts, data, output, told, fresh=fresh)
         console.print(colored_mnist_table(results))
         colored_mnist_figure(results, output / "figure.png")
     console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
@@ -274,7 +269,6 @@ def pacs(
         chosen = _names(algorithms) or pacs_experiment.DEFAULT
         plan = pacs_experiment.Plan(data, chosen, seeds, steps)
         processes = _processes(workers)
-        output.mkdir(parents=True, exist_ok=True)
         with _training() as told:
             results = pacs_experiment.run(plan, output / "results.json", fresh, told, processes)
         console.print(pacs_table(results))

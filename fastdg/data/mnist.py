@@ -26,10 +26,14 @@ def read_train(folder: Path) -> tuple[Tensor, Tensor]:
         ValueError: a file is damaged or is not an idx file of the right shape.
     """
     images, labels = read_idx(_find(folder, IMAGES)), read_idx(_find(folder, LABELS))
-    if images.ndim != 3 or images.shape[1:] != (28, 28) or len(images) != len(labels):
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{folder}: expected images (N, 28, 28) and N labels, got {images.shape} and "
             f"{labels.shape}"
+        )
+    if labels.size and labels.max() > 9:
+        raise ValueError(
+            f"{folder}: expected labels 0 to 9, got {labels.max()}. Download it again."
         )
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import load_arrays
 from ..models.resnet20 import DEVIATION, MEAN
 from .digits import Task
 
@@ -33,10 +34,10 @@ def read(folder: Path) -> Task:
 
     Raises:
         FileNotFoundError: a domain or a class has no images.
+        ValueError: a file is damaged, or not as described.
     """
     if (folder / ARRAYS).exists():
-        with np.load(folder / ARRAYS) as arrays:
-            x, y, d = (arrays[key] for key in "xyd")
+        x, y, d = _arrays(folder / ARRAYS)
         pixels = [torch.from_numpy(x[d == k]) for k in range(len(DOMAINS))]
         labels = [torch.from_numpy(y[d == k].astype("int64")) for k in range(len(DOMAINS))]
     else:
@@ -46,20 +47,57 @@ def read(folder: Path) -> Task:
     return Task("PACS, 32x32", DOMAINS, images, tuple(labels), len(CLASSES), tested)
 
 
+def check(folder: Path) -> None:
+    """Raise what `read` would of missing images, without reading those of the folders."""
+    if (folder / ARRAYS).exists():
+        _arrays(folder / ARRAYS)
+    else:
+        for domain in DOMAINS:
+            for name in CLASSES:
+                _paths(folder / domain / name)
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, y, d = load_arrays(path, *"xyd", remedy="Make it again.").values()
+    n = len(x) if x.ndim else 0
+    ids = ((y, len(CLASSES)), (d, len(DOMAINS)))
+    if not (
+        x.dtype == np.uint8
+        and x.shape == (n, SIDE, SIDE, 3)
+        and all(v.shape == (n,) and v.dtype.kind in "iu" for v, _ in ids)
+        and all(set(range(count)) == set(v.tolist()) for v, count in ids)
+    ):
+        raise ValueError(
+            f"{path}: expected x uint8 (n, {SIDE}, {SIDE}, 3), y (n,) with classes 0 to "
+            f"{len(CLASSES) - 1} and d (n,) with domains 0 to {len(DOMAINS) - 1}, got x "
+            f"{x.dtype} {x.shape}, y {y.dtype} {y.shape}, d {d.dtype} {d.shape}. Make it again."
+        )
+    return x, y, d
+
+
+def _paths(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.*"))
+    if not paths:
+        raise FileNotFoundError(
+            2, f"expected PACS's images here, or {ARRAYS} two folders above", folder
+        )
+    return paths
+
+
 def _read(folder: Path) -> tuple[Tensor, Tensor]:
     from PIL import Image
 
     pixels: list[Tensor] = []
     labels: list[int] = []
     for label, name in enumerate(CLASSES):
-        paths = sorted((folder / name).glob("*.*"))
-        if not paths:
-            raise FileNotFoundError(
-                2, f"expected PACS's images here, or {ARRAYS} two folders above", folder / name
-            )
-        for path in paths:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        for path in _paths(folder / name):
+            try:
+                with Image.open(path) as image:
+                    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            except Exception as error:  # each format has errors of its own
+                raise ValueError(
+                    f"{path}: not an image, or damaged ({error}). Replace it."
+                ) from error
             pixels.append(torch.from_numpy(np.array(small)))
             labels.append(label)
     return torch.stack(pixels), torch.tensor(labels)

@@ -25,9 +25,11 @@ from torch.nn import functional as F
 from .. import Fishr
 from ..data.mnist import read_train
 from .machine import machine
-from .storage import load_checkpoint, load_results, save_atomically, write_json
+from .storage import load_checkpoint, load_results, save_atomically, update_results
+from .units import check_names
 
 ALGORITHMS = ("erm", "fishr")
+SAVED = ("model", "optimizer", "curve", "step", "seconds")  # in a checkpoint
 # What the paper reports over 10 restarts (mean, std) in per cent; what counts as reproduced here.
 PAPER = {
     "erm": {"train": (86.4, 0.2), "test": (14.0, 0.7), "grey": (71.0, 0.7)},
@@ -191,7 +193,7 @@ def run(
     opt = optimizer(model, algorithm, protocol)
     result, start, seconds = Restart(algorithm, seed), 0, 0.0
     identity = {"algorithm": algorithm, "seed": seed, **asdict(protocol)}
-    if (saved := load_checkpoint(checkpoint, identity)) is not None:
+    if (saved := load_checkpoint(checkpoint, identity, SAVED)) is not None:
         model.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         result.curve, start, seconds = saved["curve"], saved["step"], saved["seconds"]
@@ -220,53 +222,81 @@ def run_all(
     output: Path,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     protocol: Protocol | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """All restarts of all algorithms; goes on from ``output`` after a kill.
+
+    Several runs may add to one ``output`` at the same time. Of a restart that two of them run, the
+    result that is written first stays. With ``fresh``, what is there at the beginning is ignored.
 
     Returns:
         What is written to ``results.json``: ``protocol``, ``machine``, ``command`` and, for each
         algorithm, its ``restarts`` and a ``summary`` beside the paper's numbers.
 
     Raises:
-        ValueError: an unknown algorithm; ``output`` holds a run with other settings.
+        ValueError: an unknown algorithm; ``output`` holds a run with other settings, or a damaged
+            file.
+        OSError: a file cannot be read or written.
     """
     protocol = protocol or Protocol()
-    unknown = [name for name in algorithms if name not in ALGORITHMS]
-    if unknown or not algorithms:
-        raise ValueError(
-            f"algorithms: expected some of {', '.join(ALGORITHMS)}, "
-            f"got {', '.join(unknown) or 'none'}"
-        )
+    check_names("algorithms", algorithms, ALGORITHMS)
     if restarts < 1:
         raise ValueError(f"restarts: expected >= 1, got {restarts}")
     read_train(data_dir)  # missing or damaged files before anything is written
     path = output / "results.json"
-    kept = (load_results(path, "protocol", asdict(protocol)) or {"algorithms": {}})["algorithms"]
-    results: dict[str, Any] = {
-        "command": f"fastdg reproduce colored-mnist --restarts {restarts}",
-        "machine": machine(),
-        "protocol": asdict(protocol),
-        "algorithms": {name: kept.get(name, {"restarts": []}) for name in (*algorithms, *kept)},
-    }
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in algorithms}
+
+    def load(path: Path) -> dict[str, Any] | None:
+        return load_results(path, "protocol", asdict(protocol), _valid)
+
+    def change(found: dict[str, Any] | None) -> dict[str, Any]:
+        """The same with the restarts made by this run that are not there yet."""
+        entries = {} if found is None else found["algorithms"]
+        for name in algorithms:
+            there = entries.get(name, {"restarts": []})["restarts"]
+            seeds = {restart["seed"] for restart in there}
+            there = there + [restart for restart in made[name] if restart["seed"] not in seeds]
+            if there:
+                entries[name] = {"restarts": there, "summary": summary(name, there)}
+        return {
+            "command": f"fastdg reproduce colored-mnist --restarts {restarts}",
+            "machine": machine(),
+            "protocol": asdict(protocol),
+            "algorithms": {n: entries[n] for n in (*algorithms, *entries) if n in entries},
+        }
+
+    results = update_results(path, (lambda path: None) if fresh else load, change)
     total = protocol.steps * restarts * len(algorithms)
     done = 0
     for seed in range(restarts):
         for name in algorithms:
-            made = results["algorithms"][name]["restarts"]
-            if all(restart["seed"] != seed for restart in made):
+            there = results["algorithms"].get(name, {"restarts": []})["restarts"]
+            if all(restart["seed"] != seed for restart in there):
                 checkpoint = output / f"{name}-{seed}.checkpoint"
+                if fresh:
+                    checkpoint.unlink(missing_ok=True)
 
                 def told(count: int, name: str = name, seed: int = seed, done: int = done) -> None:
                     progress(f"{name}, restart {seed}", done + count, total)
 
                 restart = run(name, seed, data_dir, checkpoint, protocol, told)
-                made.append(asdict(restart))
-                results["algorithms"][name]["summary"] = summary(name, made)
-                write_json(results, path)
+                made[name].append(asdict(restart))
+                results = update_results(path, load, change)
                 checkpoint.unlink(missing_ok=True)
             done += protocol.steps
             progress(f"{name}, restart {seed}", done, total)
     return results
+
+
+def _valid(results: dict[str, Any]) -> bool:
+    names = {"command", "machine", "protocol", "algorithms"}
+    restarts = [r for entry in results["algorithms"].values() for r in entry["restarts"]]
+    return (
+        results.keys() == names
+        and results["algorithms"].keys() <= set(ALGORITHMS)
+        and all(r.keys() == set(Restart.__dataclass_fields__) for r in restarts)
+        and all(r["final"].keys() >= {"train", "test", "grey"} for r in restarts)
+    )
 
 
 def summary(algorithm: str, restarts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,17 +10,8 @@ from typing import Any
 
 from ..data.digits import TASKS, Task
 from .settings import ALGORITHMS, DEFAULT, SETTINGS
-from .training import train
-from .units import Told, run_units, silent
-
-
-def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError unless ``names`` are some of ``known``."""
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(
-            f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
-        )
+from .training import FIELDS, train
+from .units import Told, check_names, run_units, silent
 
 
 @dataclass(frozen=True)
@@ -80,4 +71,4 @@ def run(
         for key, name, left_out, seed, algorithm in plan.units()
     }
     asked = {"algorithms": plan.algorithms, "tasks": plan.tasks, "seeds": plan.seeds}
-    return run_units(units, settings, path, fresh, progress, workers) | {"plan": asked}
+    return run_units(units, settings, path, fresh, progress, workers, FIELDS) | {"plan": asked}

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
 from .. import MIRO, SWAD, AgrSum, DomainOptimizer, Fishr
-from ..data.pacs import DOMAINS, read
+from ..data.pacs import CLASSES, DOMAINS, check, read
 from ..models.resnet20 import ResNet20
-from .demo import check_names
 from .training import Part, domain_ids, split
-from .units import Told, run_units, silent
+from .units import Told, check_names, run_units, silent
 
 BATCH = 16  # of each training domain
 LR = 1e-3
@@ -75,15 +74,17 @@ class Plan:
             raise ValueError(f"seeds: expected >= 1, got {self.seeds}")
         if self.steps < EVALUATIONS:
             raise ValueError(f"steps: expected >= {EVALUATIONS}, got {self.steps}")
-        self.weights()
+        ResNet20(len(CLASSES)).load_published(self.weights())
+        check(self.data / "pacs")
 
     def weights(self) -> Path:
         """The pre-trained network's file."""
         found = sorted((self.data / "weights").glob("resnet20*"))
         if not found:
             raise ValueError(
-                f"data: expected the folder {self.data} to hold weights/resnet20-12fca82f.th (of "
-                "github.com/akamaster/pytorch_resnet_cifar10) and pacs/<domain>/<class>/<image>"
+                f"data: there are no weights in {self.data / 'weights'}. Put resnet20-12fca82f.th "
+                "of github.com/akamaster/pytorch_resnet_cifar10 there, beside "
+                f"{self.data / 'pacs'}/<domain>/<class>/<image>"
             )
         return found[0]
 

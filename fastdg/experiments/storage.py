@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import replace
+from ..files import explained, load_torch, locked, replace
+
+CHECKSUM = "sha256"  # of the rest, in a result file
+Load = Callable[[Path], dict[str, Any] | None]
+Change = Callable[[dict[str, Any] | None], dict[str, Any]]
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
@@ -18,10 +22,28 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     replace(path, lambda file: torch.save(state, file))
 
 
-def write_json(value: Any, path: Path) -> None:
-    """The same for JSON."""
-    text = json.dumps(value, indent=1) + "\n"
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """The same for JSON, with a checksum for `load_results`."""
+    text = json.dumps({**value, CHECKSUM: _checksum(value)}, indent=1) + "\n"
     replace(path, lambda file: file.write(text.encode()))
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def update_results(path: Path, load: Load, change: Change) -> dict[str, Any]:
+    """Read the results at ``path``, change them and write them, while others that do so wait.
+
+    Args:
+        path: of the result file.
+        load: reads it, or returns None if there is none.
+        change: from what was read to what is to be written.
+    """
+    with locked(path):
+        results = change(load(path))
+        write_json(results, path)
+    return results
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,35 +72,67 @@ def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
         )
 
 
-def load_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none.
+def load_checkpoint(
+    path: Path, identity: Mapping[str, Any], fields: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
+    """The checkpoint at ``path``, or None if there is none; ``fields`` are to be in it.
 
     Raises:
-        ValueError: it is not a checkpoint, or belongs to a run with other settings; names them.
+        ValueError: it is damaged, or belongs to a run with other settings; names them.
+        OSError: it cannot be read.
     """
     if not path.exists():
         return None
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        was = state["identity"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this program; remove it") from error
+    remedy = "Remove it to start this run anew."
+    state = load_torch(path, remedy)
+    if not (
+        isinstance(state, dict)
+        and isinstance(was := state.get("identity"), dict)
+        and state.keys() >= set(fields)
+    ):
+        raise ValueError(f"{path}: not a checkpoint of this program. {remedy}")
     refuse_other(path, was, identity)
     return state
 
 
-def load_results(path: Path, key: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results at ``path``, or None if there are none; ``key`` is where their settings are.
+def load_results(
+    path: Path,
+    key: str,
+    identity: Mapping[str, Any],
+    valid: Callable[[dict[str, Any]], bool],
+) -> dict[str, Any] | None:
+    """The results at ``path``, or None if there are none.
+
+    Args:
+        path: of the file.
+        key: where the settings are that the results depend on.
+        identity: these settings now.
+        valid: whether the file holds what its readers rely on. It may raise a KeyError, TypeError
+            or AttributeError instead of returning False.
 
     Raises:
-        ValueError: not such a file, or made with other settings; names them.
+        ValueError: not such a file, damaged, or made with other settings; names them.
+        OSError: it cannot be read.
     """
     if not path.exists():
         return None
+    with explained(path, "read"):
+        raw = path.read_bytes()
+    remedy = "Restore it, or remove it (or pass --fresh) to start anew."
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        was = results[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a result file of this program; remove it") from error
-    refuse_other(path, was, identity)
+        results: dict[str, Any] = json.loads(raw)
+        checksum = results.pop(CHECKSUM, None)
+        if not (isinstance(results[key], dict) and valid(results)):
+            raise ValueError("its entries are others")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"there is no entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: damaged, or not a result file of this program ({reason}). {remedy}"
+        ) from error
+    if checksum is not None and checksum != _checksum(results):  # versions before wrote none
+        raise ValueError(
+            f"{path}: damaged, or changed by hand: its contents do not match their checksum. "
+            f'{remedy} To keep it as it is, remove its entry "{CHECKSUM}".'
+        )
+    refuse_other(path, results[key], identity)
     return results

@@ -20,6 +20,7 @@ from .pretraining import pretrain
 from .settings import ALGORITHMS, EVALUATIONS, Setting
 
 Part = tuple[Tensor, Tensor]  # images and labels
+FIELDS = ("chosen", "last", "chosen_step", "step_seconds", "peak_bytes", "curve")  # of a run
 
 
 def train(

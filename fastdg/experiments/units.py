@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .machine import machine
-from .storage import load_results, write_json
+from .storage import load_results, update_results
 
 Unit = Callable[[], dict[str, Any]]  # one run; it can be pickled, and is deterministic
 Told = Callable[[str, int, int], None]
@@ -99,6 +99,15 @@ def _belong_to(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError unless ``names`` are some of ``known``."""
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+        )
+
+
 def silent(key: str, done: int, total: int) -> None:
     """Whom to tell when nobody wants to know."""
 
@@ -111,39 +120,58 @@ def run_units(
     fresh: bool = False,
     progress: Told = silent,
     workers: int = 1,
+    fields: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run what ``path`` does not hold yet, writing it after every unit.
 
     A run killed at any moment goes on where it was: units are deterministic, and the file is
-    replaced whole. Other units add to what is there.
+    replaced whole. Several runs may add to one file at the same time: each adds its units to those
+    that are there. Of a unit that two of them run, the result that is written first stays, and both
+    return it.
 
     Args:
         units: key -> what to run, in this order.
         settings: what the results depend on.
         path: of the results, JSON. ``settings``; ``machine``: where it was run last; ``runs``:
-            key -> what its unit gave.
-        fresh: ignore what is there.
+            key -> what its unit gave; a checksum.
+        fresh: ignore what is there at the beginning.
         progress: told the last unit's key, how many are done, and how many there are.
         workers: processes that train side by side, each a unit on one thread.
+        fields: what a unit gives, at least.
 
     Returns:
         The same, with only these units' runs.
 
     Raises:
         ValueError: ``path`` holds results of other settings, or is not a result file.
+        OSError: ``path`` cannot be read or written.
         ChildProcessError: a worker was killed.
     """
-    kept = None if fresh else load_results(path, "settings", settings)
-    runs: dict[str, Any] = {} if kept is None else kept["runs"]
-    results: dict[str, Any] = {"settings": settings, "machine": machine(), "runs": runs}
-    write_json(results, path)
-    left = {key: unit for key, unit in units.items() if key not in runs}
+    made: dict[str, Any] = {}  # by this run
+    known: dict[str, Any] = {}  # and what the file held
+
+    def valid(results: dict[str, Any]) -> bool:
+        runs = results["runs"].values()
+        whole = results.keys() == {"settings", "machine", "runs"}
+        return whole and all(isinstance(run, dict) and run.keys() >= set(fields) for run in runs)
+
+    def load(path: Path) -> dict[str, Any] | None:
+        return load_results(path, "settings", settings, valid)
+
+    def change(found: dict[str, Any] | None) -> dict[str, Any]:
+        known.update(made | found["runs"] if found else made)
+        runs = dict(known) if found is None else {**found["runs"], **made, **found["runs"]}
+        return {"settings": settings, "machine": where, "runs": runs}
+
+    where = machine()
+    results = update_results(path, (lambda path: None) if fresh else load, change)
+    left = {key: unit for key, unit in units.items() if key not in known}
     done = len(units) - len(left)
     progress(next(iter(left), ""), done, len(units))
     with closing(_results(left, workers)) as found:
         for key, result in found:
-            runs[key] = result
-            write_json(results, path)
+            made[key] = result
+            results = update_results(path, load, change)
             done += 1
             progress(key if done < len(units) else "", done, len(units))
-    return results | {"runs": {key: runs[key] for key in units}}
+    return results | {"runs": {key: known[key] for key in units}}

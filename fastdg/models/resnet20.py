@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..files import load_arrays, load_torch
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the input's RGB in [0, 1]
 
@@ -69,21 +70,29 @@ class ResNet20(nn.Module):
             path: the published ``resnet20-12fca82f.th``, or its arrays by name in an ``.npz``.
 
         Raises:
-            ValueError: the file is not that.
+            ValueError: the file is damaged, or not that.
+            OSError: it cannot be read.
         """
+        remedy = "Download it again."
         found: dict[str, Any]
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            arrays = load_arrays(path, remedy=remedy)
+            found = {name: torch.from_numpy(array) for name, array in arrays.items()}
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            found = found.get("state_dict", found)
-        state = {name.removeprefix("module."): value for name, value in found.items()}
-        wanted = {name for name in self.state_dict() if not name.startswith("linear.")}
-        missing = wanted - set(state) - {n for n in wanted if n.endswith("num_batches_tracked")}
-        if missing:
-            raise ValueError(
-                f"{path}: expected the weights of CIFAR-10's ResNet-20, but there is no "
-                f"{min(missing)!r}"
-            )
+            found = load_torch(path, remedy)
+            found = found.get("state_dict", found) if isinstance(found, dict) else {}
+        state = {str(name).removeprefix("module."): value for name, value in found.items()}
+        wanted = {n: x for n, x in self.state_dict().items() if not n.startswith("linear.")}
+        for name, own in wanted.items():
+            value = state.get(name)
+            if value is None and name.endswith("num_batches_tracked"):
+                continue
+            if not isinstance(value, Tensor) or value.shape != own.shape:
+                got = list(value.shape) if isinstance(value, Tensor) else "none"
+                raise ValueError(
+                    f"{path}: expected the weights of CIFAR-10's ResNet-20, {name!r} of shape "
+                    f"{list(own.shape)} among them, got {got}. {remedy}"
+                )
+            if not value.isfinite().all():
+                raise ValueError(f"{path}: damaged, {name!r} is not finite. {remedy}")
         self.load_state_dict({n: state[n] for n in wanted if n in state}, strict=False)

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ..files import replace
+
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {
     "erm": "#7f7f7f",
@@ -50,6 +52,4 @@ COSINE: Any = {"norm": Normalize(-1, 1), "cmap": "RdBu"}
 def save(figure: Figure, path: Path) -> None:
     """As a PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=200)
-    temporary.replace(path)
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=200))

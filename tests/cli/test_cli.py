@@ -90,7 +90,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = call("demo", *TINY, "--output", str(tmp_path / "file"))
     assert result.exit_code == 2
-    assert "file: File exists" in result.output
+    assert "results.json: cannot write it, a file is in the place of one of" in result.output
 
 
 def test_unknown_commands_and_options_are_refused() -> None:

@@ -169,7 +169,8 @@ def test_all_restarts_are_kept_summed_up_and_not_run_twice(mnist: Path, tmp_path
     assert results["algorithms"]["erm"] == first["algorithms"]["erm"]
     assert told[-1][1:] == (20, 20)
     assert {name.split(",")[0] for name, done, _ in told if done % 5} == {"fishr"}
-    assert results == json.loads((tmp_path / "results.json").read_text())
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert len(written.pop("sha256")) == 64 and results == written
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     for entry in results["algorithms"].values():
         finals = [restart["final"]["test"] for restart in entry["restarts"]]
@@ -180,7 +181,7 @@ def test_all_restarts_are_kept_summed_up_and_not_run_twice(mnist: Path, tmp_path
 
 def test_other_settings_are_refused_in_words(mnist: Path, tmp_path: Path) -> None:
     experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=SMALL)
-    with pytest.raises(ValueError, match="hidden was 6, now 7"):
+    with pytest.raises(ValueError, match=r"hidden was 6, now 7"):
         other = Protocol(**{**asdict(SMALL), "hidden": 7})
         experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=other)
 
@@ -190,18 +191,18 @@ def test_other_settings_are_refused_in_words(mnist: Path, tmp_path: Path) -> Non
 
     with pytest.raises(Killed):
         experiment.run("erm", 0, mnist, tmp_path / "one", SMALL, kill, every=2)
-    with pytest.raises(ValueError, match="seed was 0, now 1"):
+    with pytest.raises(ValueError, match=r"seed was 0, now 1"):
         experiment.run("erm", 1, mnist, tmp_path / "one", SMALL)
     (tmp_path / "one").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    with pytest.raises(ValueError, match=r"damaged, or of another kind .* Remove it to start"):
         experiment.run("erm", 1, mnist, tmp_path / "one", SMALL)
 
 
 def test_too_few_images_and_unknown_algorithms_are_refused(mnist: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"60,?000 images, got 10,?040"):
         experiment.run("erm", 0, mnist, tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="expected some of erm, fishr, got irm"):
+    with pytest.raises(ValueError, match=r"expected some of erm, fishr, got irm"):
         experiment.run_all(("irm",), 1, mnist, tmp_path)
-    with pytest.raises(ValueError, match="restarts: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"restarts: expected >= 1, got 0"):
         experiment.run_all(("erm",), 0, mnist, tmp_path)
     assert not list(tmp_path.iterdir())
