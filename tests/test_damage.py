@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdg import text
-from fastdg.experiments import storage
+from fastdg.experiments import storage, units
 from fastdg.experiments.units import run_units
 from fastdg.files import load_arrays, load_torch
 from fastdg.models.resnet20 import ResNet20
