@@ -1,112 +1,25 @@
-"""Feature maps: which layers of a network have them, how they lie, and what an oracle's are."""
+"""Feature maps: how their dimensions lie, and those of an oracle."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..statistics.tape import paused
+from .axes import Axes
+from .backbones import find_layers
 from .sharding import sharded
 
-
-class Preset(NamedTuple):
-    """The layers whose maps to take of a family of backbones.
-
-    Attributes:
-        stem: name of what comes first.
-        blocks: pattern of the names of what follows.
-        every: take each so manieth of these.
-    """
-
-    stem: str
-    blocks: str
-    every: int = 1
-
-
-PRESETS = (
-    Preset("maxpool", r"layer[1-4]"),  # ResNets of torchvision and timm
-    Preset("stem", r"stages\.\d+"),  # timm: ResNetV2, ConvNeXt
-    Preset("stem", r"s[1-4]"),  # timm: RegNet
-    Preset("stem", r"trunk_output\.block[1-4]"),  # torchvision: RegNet
-    Preset("embedder", r"encoder\.stages\.\d+"),  # transformers: ResNet, RegNet
-    Preset("patch_embed", r"blocks\.\d+", 3),  # timm: ViT and its kind
-    Preset("patch_embed", r"layers\.\d+"),  # timm: Swin
-    Preset("conv_proj", r"encoder\.layers\.encoder_layer_\d+", 3),  # torchvision: ViT
-    Preset("embeddings.patch_embeddings", r"(?:layers|encoder\.layer)\.\d+", 3),  # ViT, DINOv2
-    Preset("embeddings.patch_embeddings", r"encoder\.layers\.\d+"),  # transformers: Swin
-    Preset("embeddings", r"encoder\.stages\.\d+"),  # transformers: ConvNeXt
-    Preset("embeddings.patch_embedding", r"encoder\.layers\.\d+", 3),  # transformers: CLIP
-    Preset("conv1", r"transformer\.resblocks\.\d+", 3),  # open_clip
-)
-# Where a layer says how many channels it returns
-_WIDTHS = ("out_channels", "out_features", "num_features", "num_channels", "normalized_shape")
-# layout -> dimensions of the samples and of the channels
-LAYOUTS = {"NC": (0, 1), "NLC": (0, -1), "LNC": (1, -1)}
-
-
-def preset_of(model: nn.Module) -> list[str]:
-    """The layers to take where the user names none, by the names they have.
-
-    Raises:
-        ValueError: no preset fits, or one does twice.
-    """
-    names = [name for name, _ in model.named_modules()]
-    for preset in PRESETS:
-        pattern = re.compile(rf"((?:.*\.)?){preset.blocks}")
-        blocks: dict[str, list[str]] = {}
-        for name in names:
-            if match := pattern.fullmatch(name):
-                blocks.setdefault(match[1], []).append(name)
-        fits = [
-            [f"{prefix}{preset.stem}", *found[preset.every - 1 :: preset.every]]
-            for prefix, found in blocks.items()
-            if f"{prefix}{preset.stem}" in names and len(found) >= preset.every
-        ]
-        if len(fits) > 1:
-            raise ValueError(
-                f"layers: the model has several backbones ({fits[0][1]!r}, {fits[1][1]!r}, ...); "
-                "name the layers"
-            )
-        if fits:
-            return fits[0]
-    children = [name for name, _ in model.named_children()]
-    raise ValueError(
-        f"layers: {type(model).__name__} is no backbone that a preset is known for; name the "
-        f"layers whose outputs shall stay close to the oracle's (the model has {children[:12]})"
-    )
-
-
-def find_layers(model: nn.Module, names: Iterable[str], of: str) -> dict[str, nn.Module]:
-    """The modules of these names.
-
-    Raises:
-        TypeError, ValueError: ``names`` is not a list of different names of modules.
-    """
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"layers: expected a list of names of modules, got {names!r}")
-    modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"layers: expected names of modules, got {type(name).__name__}")
-        if name not in modules or name == "":
-            near = difflib.get_close_matches(name, list(modules)[1:], n=3, cutoff=0.0)
-            raise ValueError(f"layers: the {of} has no module {name!r}; nearest: {near}")
-        if name in found:
-            raise ValueError(f"layers: {name!r} stands there twice")
-        found[name] = modules[name]
-    if not found:
-        raise ValueError("layers: expected at least one name, got an empty list")
-    return found
+Layout: TypeAlias = tuple[int, int]  # the dimensions of the samples and of the channels
+LAYOUTS: dict[str, Layout] = {"NC": (0, 1), "NLC": (0, -1), "LNC": (1, -1)}
 
 
 def map_of(name: str, output: Any) -> Tensor:
@@ -119,58 +32,61 @@ def map_of(name: str, output: Any) -> Tensor:
     return tensor
 
 
-def layout_of(name: str, layer: nn.Module, shape: torch.Size, samples: int) -> str:
-    """How the dimensions of a map lie, from the layer's widths and the number of samples.
+def layout_of(name: str, axes: Axes, features: Tensor) -> Layout:
+    """The dimensions of a map's samples and channels, as ``axes`` has followed them.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: they cannot be told.
     """
-    late = len(shape) == 3  # tokens, unless the layer's widths say otherwise
-    for width in _widths(layer):
-        if (shape[1] == width) != (shape[-1] == width):
-            late = shape[-1] == width
-            break
-    if len(shape) == 2 or not late:
-        return "NC"
-    if len(shape) > 3 or (shape[0] == samples and shape[1] != samples):
-        return "NLC"
-    if shape[1] == samples and shape[0] != samples:
-        return "LNC"
+    channel = axes.channel(features)
+    if channel is not None:
+        sample = axes.sample(features, channel)
+        if sample is not None:
+            return sample, channel
+    missing = "the channels" if channel is None else f"the {axes.samples} samples"
     raise ValueError(
-        f"layouts: which dimension of the map {tuple(shape)} of {name!r} has the {samples} samples "
-        f"cannot be told; pass layouts={{{name!r}: 'NLC'}}, or 'LNC' if the tokens come first, or "
-        "'NC' if the channels are in dimension 1"
+        f"layouts: cannot tell which dimension of the output {tuple(features.shape)} of {name!r} "
+        f"has {missing}. Pass layouts={{{name!r}: 'NC'}} for channels in dimension 1, 'NLC' for "
+        "channels in the last, 'LNC' for samples in dimension 1 and channels in the last, or "
+        "a pair (sample dimension, channel dimension)"
     )
 
 
-def _widths(layer: nn.Module) -> Iterator[int]:
-    """How many channels the layers inside return, from the last one on."""
-    for module in reversed(list(layer.modules())):
-        for name in _WIDTHS:
-            width = getattr(module, name, None)
-            if isinstance(width, Sequence):
-                width = width[-1]
-            if isinstance(width, int):
-                yield width
-
-
-def check_layouts(layouts: Any, names: Iterable[str]) -> dict[str, str]:
+def check_layouts(layouts: Any, names: Iterable[str]) -> dict[str, Layout]:
     """Layer -> layout, of the layers for which it was given."""
     names = list(names)
-    if isinstance(layouts, str):
+    known = f"one of {list(LAYOUTS)} or a pair (sample dimension, channel dimension)"
+    if isinstance(layouts, (str, tuple)):
         layouts = dict.fromkeys(names, layouts)
     if not isinstance(layouts, Mapping):
         raise TypeError(
-            f"layouts: expected one of {list(LAYOUTS)} or a mapping from layers to these, got "
+            f"layouts: expected {known}, or a mapping from layers to these, got "
             f"{type(layouts).__name__}"
         )
+    found: dict[str, Layout] = {}
     for name, layout in layouts.items():
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
             raise ValueError(f"layouts: {name!r} is none of the layers; nearest: {near}")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layouts: expected one of {list(LAYOUTS)}, got {layout!r}")
-    return dict(layouts)
+        pair = LAYOUTS.get(layout, layout) if isinstance(layout, str) else layout
+        if not (
+            isinstance(pair, tuple) and [type(d) for d in pair] == [int, int] and pair[0] != pair[1]
+        ):
+            raise ValueError(f"layouts: expected {known}, got {layout!r}")
+        found[name] = pair
+    return found
+
+
+def check_layout(name: str, layout: Layout, features: Tensor) -> None:
+    """Raise ValueError unless a map has these dimensions."""
+    dims = features.dim()
+    sample, channel = layout
+    if not (-dims <= sample < dims and -dims <= channel < dims and (sample - channel) % dims):
+        raise ValueError(
+            f"layouts: {name!r} returns {tuple(features.shape)}, which has no samples in dimension "
+            f"{sample} and channels in dimension {channel}. Pass layouts={{{name!r}: (sample "
+            "dimension, channel dimension)}"
+        )
 
 
 class _Enough(BaseException):
@@ -240,14 +156,19 @@ class Oracle:
         return found
 
     @torch.no_grad()
-    def maps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Layer -> its map of this input."""
+    def maps(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: dict[str, Layout | None]
+    ) -> dict[str, Tensor]:
+        """Layer -> its map of this input. Fills in the ``layouts`` that are None."""
         found: dict[str, Tensor] = {}
 
         def see(name: str, output: Any) -> None:
             if name in found:
                 raise RuntimeError(f"layers: {name!r} ran twice in one forward of the oracle")
             found[name] = map_of(name, output)
+            if layouts[name] is None:
+                assert axes is not None
+                layouts[name] = layout_of(name, axes, found[name])
             versions[name] = found[name]._version
             if len(found) == len(self.names):
                 raise _Enough
@@ -264,8 +185,9 @@ class Oracle:
             plain = torch.autocast(_device_type(self.network), enabled=False)
         if self.network.training:
             self.network.eval()
+        axes = Axes((args, kwargs)) if None in layouts.values() else None
         try:
-            with paused(), plain:
+            with paused(), plain, axes or nullcontext():
                 self.network(*args, **kwargs)
         except _Enough:
             pass

@@ -12,23 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from .. import ops
 from ..ops.oracle_nll import FLOOR, bias_gradients, sums_of_squares
 from ..statistics.factors import Dense, Factor, accumulated
 from ..statistics.layers import register_rule
 from ..statistics.tape import recording
-from .features import (
-    LAYOUTS,
-    Oracle,
-    changed_in_place,
-    check_layouts,
-    find_layers,
-    layout_of,
-    map_of,
-    preset_of,
-)
+from .backbones import find_layers, preset_of
+from .features import Layout, Oracle, changed_in_place, check_layout, check_layouts, map_of
 from .loading import Kept
 from .notes import Hook, found, leave
 from .settings import Setting, check_steepness, check_weight, checked
@@ -46,10 +37,10 @@ class VarianceEncoder(nn.Module):
         super().__init__()
         # How many channels there are is seen in the first forward
         self.bias = nn.Parameter(torch.empty(0, dtype=accumulated(like).dtype, device=like.device))
-        self.layout: str | None = None
+        self.layout: Layout | None = None
 
     def forward(self, features: Tensor, oracle: Tensor) -> Tensor:
-        sample, channel = LAYOUTS[self.layout or "NC"]
+        sample, channel = self.layout or (0, 1)
         return ops.oracle_nll(features, oracle, self.bias, sample=sample, channel=channel)
 
 
@@ -58,7 +49,7 @@ def variance_encoder(
     module: VarianceEncoder, inputs: tuple[Any, ...], delta: Tensor
 ) -> dict[str, Factor]:
     features, oracle = inputs
-    sample, channel = LAYOUTS[module.layout or "NC"]
+    sample, channel = module.layout or (0, 1)
     bias = module.bias.detach()
     squares = sums_of_squares(features, oracle, bias, sample=sample, channel=channel)
     positions = features.numel() // max(1, squares.numel())
@@ -70,12 +61,10 @@ class Forward:
     """A forward of the model that is under way.
 
     Attributes:
-        samples: N.
         maps: layer -> the oracle's map.
         seen: layer that has run -> its map, and the version of that.
     """
 
-    samples: int
     maps: dict[str, Tensor]
     seen: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -107,15 +96,18 @@ class MIRO(Term):
         model: the network in training, with its pre-trained weights if there is no ``oracle``.
         oracle: a frozen network whose layers of the same names give maps of the same shapes;
             default: a copy of ``model`` as it is now. It is put into evaluation mode.
-        layers: names of modules of ``model``; default: what a preset says for the backbones of
-            timm, torchvision and transformers (ResNets: the stem and each stage; ViTs: the patch
-            embedding and every third block).
+        layers: names of modules of ``model``; default: those of a preset for the backbones of
+            timm, torchvision and transformers: the stem and the last block of each stage, and of
+            ViTs the patch embedding and every third block (``opt.layers`` says which).
         weight: :math:`\lambda`; lives in ``param_groups[0]`` as ``miro_weight``.
         lr_multiplier: learning rate of the variances, in those of ``param_groups[0]``; what else
             that group has (weight decay) holds for them too.
-        layouts: how a layer's maps lie, where that cannot be told from the layer and the number of
-            samples: ``"NC"`` (channels in dimension 1), ``"NLC"`` (channels last) or ``"LNC"``
-            (tokens first); one for all, or a mapping from layers.
+        layouts: the dimensions of a layer's maps, where the operations that make them do not tell:
+            ``"NC"`` (channels in dimension 1), ``"NLC"`` (channels last), ``"LNC"`` (samples in
+            dimension 1, channels last) or a pair ``(sample dimension, channel dimension)``; one for
+            all, or a mapping from layers. By default the first forward is followed: the samples
+            are in dimension 0 of the model's inputs, and channels come from a convolution or batch
+            norm in dimension 1, from a linear layer, an embedding or a layer norm in the last.
         dtype: what to convert the oracle to, and its inputs: with ``torch.bfloat16`` its maps take
             half the memory.
         num_domains: D, for ``statistics``; default: as many as the batch has.
@@ -161,7 +153,7 @@ class MIRO(Term):
         layers: Sequence[str] | None = None,
         weight: float = 0.1,
         lr_multiplier: float = 10.0,
-        layouts: str | Mapping[str, str] | None = None,
+        layouts: str | Layout | Mapping[str, str | Layout] | None = None,
         dtype: torch.dtype | None = None,
         num_domains: int | None = None,
     ) -> None:
@@ -252,9 +244,10 @@ class MIRO(Term):
         if not self._recognised:
             self._recognise()
             self._recognised = True
-        tensors = (leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        samples = next((len(x) for x in tensors if x.dim()), 0)
-        self._forward = Forward(samples, self._oracle.maps(args, kwargs))
+        layouts = {name: encoder.layout for name, encoder in self._encoders.items()}
+        self._forward = Forward(self._oracle.maps(args, kwargs, layouts))
+        for name, encoder in self._encoders.items():
+            encoder.layout = layouts[name]
 
     def _recognise(self) -> None:
         """Note which oracle this run has, and warn if the run that was loaded had another."""
@@ -283,9 +276,9 @@ class MIRO(Term):
                 f"{tuple(features.shape)}"
             )
         encoder = self._encoders[name]
-        if encoder.layout is None:
-            encoder.layout = layout_of(name, layer, features.shape, forward.samples)
-        channels = features.shape[LAYOUTS[encoder.layout][1]]
+        assert encoder.layout is not None
+        check_layout(name, encoder.layout, features)
+        channels = features.shape[encoder.layout[1]]
         if encoder.bias.numel() == 0:
             self._fix(encoder, encoder.bias.new_full((channels,), BIAS, device=features.device))
         forward.seen[name] = features, features._version
@@ -324,6 +317,12 @@ class MIRO(Term):
                 "change its output in place"
             )
         values, statistics = forwards[0], {"miro": forwards[0].detach().mean()}
+        if len(values) != len(losses):
+            raise ValueError(
+                f"losses: got {len(losses)}, but their forward had {len(values)} samples for MIRO. "
+                "Pass one loss for each sample; if the model takes samples in dimension 1, make "
+                "MIRO with layouts='LNC'"
+            )
         if self.weight == 0:  # 0 * inf is NaN
             return torch.zeros_like(values.detach()).requires_grad_(), statistics
         return self.weight * values, statistics

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.optim.features import layout_of, preset_of
+from fastdg.optim.backbones import preset_of
 
 
 def tree(*names: str) -> nn.Module:
@@ -103,81 +103,27 @@ def test_presets(name: str) -> None:
     assert preset_of(tree(*names)) == expected
 
 
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [
-        ("torchvision.models", "resnet18"),
-        ("torchvision.models", "vit_b_16"),
-        ("timm", "resnet18"),
-        ("timm", "vit_tiny_patch16_224"),
-        ("timm", "convnext_atto"),
-        ("timm", "swin_tiny_patch4_window7_224"),
-    ],
-)
-def test_presets_of_the_libraries_themselves(package: str, name: str) -> None:
-    library = pytest.importorskip(package)
-    make = library.create_model if package == "timm" else getattr(library, name)
-    with torch.device("meta"):
-        model = make(name) if package == "timm" else make()
-    assert len(preset_of(model)) == 5
-
-
-VIT = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "image_size": 16}
-STAGED = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
-LIBRARY: dict[str, tuple[dict[str, Any], list[str], list[int]]] = {
-    "ViTModel": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
-    "Dinov2Model": ({**VIT, "patch_size": 4}, ["NLC"] * 3, [16] * 3),
-    "CLIPVisionModel": ({**VIT, "patch_size": 4}, ["NC", "NLC", "NLC"], [16] * 3),
-    "ResNetModel": ({**STAGED, "embedding_size": 8}, ["NC"] * 5, [8, 8, 16, 16, 24]),
-    "ConvNextModel": (STAGED, ["NC"] * 5, [8, 8, 16, 16, 24]),
-    "SwinModel": (
-        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "image_size": 32, "window_size": 4},
-        ["NLC"] * 3,
-        [8, 16, 16],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LIBRARY)
-def test_transformers_own_networks(name: str) -> None:
-    """Tiny, from their configurations: layers, layouts, a step."""
-    library = pytest.importorskip("transformers")
-    settings, layouts, channels = LIBRARY[name]
-    model = getattr(library, name)(getattr(library, name.replace("Model", "Config"))(**settings))
-    opt = fastdg.MIRO(SGD(model.parameters(), lr=0.1), model.train())
-    size = settings.get("image_size", 64)
-    out = model(torch.randn(5, 3, size, size))
-    opt.backward(out.pooler_output.flatten(1).square().mean(1), torch.arange(5) % 2)
-    opt.step()
-    assert [encoder.layout for encoder in opt._encoders.values()] == layouts
-    assert [len(bias) for bias in opt.biases.values()] == channels
-
-
 def test_no_preset() -> None:
-    with pytest.raises(ValueError, match=r"Net is no backbone .* has \['conv', 'norm'"):
+    message = (
+        r"layers: no preset for Net. Pass layers=\[...\], names of modules whose outputs .*, for "
+        r"example layers=\['conv', .*\]. Its modules: conv, norm, "
+    )
+    with pytest.raises(ValueError, match=message):
         fastdg.MIRO(Adam(net().parameters()), net())
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    message = r"no preset for Sequential. .* layers=\['0', '2'\]. Its modules: 0, 1, 2, 3, 4$"
+    with pytest.raises(ValueError, match=message):
+        preset_of(model)
+    model = nn.Module()
+    model.stem, model.body = nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    model.head = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"layers=\['stem', 'body.0', 'body.2'\]. Its modules"):
+        preset_of(model)
+    with pytest.raises(ValueError, match="close to the oracle's; it has none inside"):
+        preset_of(nn.Linear(2, 2))
     two = tree(*(f"{side}.{name}" for side in "ab" for name in ("maxpool", *STAGES)))
-    with pytest.raises(ValueError, match=r"several backbones \('a.layer1', 'b.layer1'"):
+    with pytest.raises(ValueError, match=r"several backbones \('a.layer4', 'b.layer4'"):
         preset_of(two)
-
-
-def test_layouts() -> None:
-    conv, linear = nn.Conv2d(3, 8, 1), nn.Sequential(nn.Linear(3, 8), nn.GELU())
-    cases: list[tuple[nn.Module, tuple[int, ...], str]] = [
-        (conv, (6, 8, 5, 5), "NC"),
-        (conv, (6, 8, 8, 8), "NC"),
-        (nn.MaxPool2d(2), (6, 7, 5, 5), "NC"),
-        (conv, (6, 25, 8), "NLC"),  # a patch embedding's
-        (linear, (6, 25, 8), "NLC"),
-        (linear, (25, 6, 8), "LNC"),
-        (linear, (6, 5, 5, 8), "NLC"),
-        (linear, (6, 8), "NC"),
-        (nn.Conv1d(3, 8, 1), (6, 8, 25), "NC"),
-        (nn.LayerNorm((5, 8)), (6, 5, 8), "NLC"),
-        (nn.Identity(), (6, 25, 8), "NLC"),
-    ]
-    for layer, shape, expected in cases:
-        assert layout_of("layer", layer, torch.Size(shape), 6) == expected, (layer, shape)
 
 
 def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
@@ -189,7 +135,7 @@ def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
     ("call", "error", "message"),
     [
         (lambda m: make(m, layers=["cov"]), ValueError, r"no module 'cov'; nearest: \['conv'"),
-        (lambda m: make(m, layers=["conv", "conv"]), ValueError, "'conv' stands there twice"),
+        (lambda m: make(m, layers=["conv", "conv"]), ValueError, "'conv' is there twice"),
         (lambda m: make(m, layers="conv"), TypeError, "a list of names of modules, got 'conv'"),
         (lambda m: make(m, layers=[m.conv]), TypeError, "names of modules, got Conv2d"),
         (lambda m: make(m, m), ValueError, "oracle: it is the model itself"),
@@ -198,7 +144,9 @@ def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
         (lambda m: make(m, copy.deepcopy(m).to("meta")), ValueError, "on meta, but the model is"),
         (lambda m: make(m, weight=-1.0), ValueError, "weight: expected a finite number >= 0"),
         (lambda m: make(m, lr_multiplier=0), ValueError, "lr_multiplier: expected a finite num"),
-        (lambda m: make(m, layouts="CNL"), ValueError, r"one of \['NC', 'NLC', 'LNC'\], got 'CNL'"),
+        (lambda m: make(m, layouts="CNL"), ValueError, r"'LNC'\] or a pair .*, got 'CNL'"),
+        (lambda m: make(m, layouts=(0, 0)), ValueError, r"or a pair .*, got \(0, 0\)"),
+        (lambda m: make(m, layouts={"conv": (0, 1, 2)}), ValueError, r"got \(0, 1, 2\)"),
         (lambda m: make(m, layouts={"norm": "NC"}), ValueError, "'norm' is none of the layers"),
         (lambda m: make(m, layouts=3), TypeError, "layouts: expected one of .* got int"),
         (lambda m: make(m, dtype=torch.int8), ValueError, "expected a floating-point dtype"),
@@ -246,7 +194,7 @@ def test_losses_that_the_model_did_not_make() -> None:
     with pytest.raises(RuntimeError, match="several training forwards"):
         opt.backward(losses, d)
     losses = F.cross_entropy(model(x), y, reduction="none")
-    with pytest.raises(ValueError, match=r"there are 3, but the forward .* had 9 samples for MIRO"):
+    with pytest.raises(ValueError, match="got 3, but their forward had 9 samples for MIRO"):
         opt.backward(losses[:3], d[:3])
     assert model.conv.weight.grad is None
     step(opt, model, x, y)

@@ -1,0 +1,95 @@
+"""Which dimension of a tensor has the channels and which the samples, by the operations that made
+it.
+
+Sizes say nothing where they coincide: (N, 16, 16) is 16 tokens of 16 channels or the reverse. So a
+dispatch mode follows one forward. Samples begin in dimension 0 of the inputs, channels where a
+layer makes them (a convolution in dimension 1, a linear layer in the last). Views regroup them,
+permutations move them, element-wise operations keep them. Where two dimensions may have the
+channels (a linear layer mixes tokens), the sum with a branch that knows decides; else nothing does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .axis_rules import (
+    NORMS,
+    RULES,
+    N,
+    channels_in,
+    elementwise,
+    normalised,
+    size_of,
+    tensors_of,
+    unlabelled,
+)
+
+
+class Axes(TorchDispatchMode):
+    """Follows samples and channels through one forward.
+
+    Args:
+        inputs: everything the network is called with. The first tensor, and each of its length,
+            has the samples in dimension 0.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()
+        leaves = pytree.tree_leaves(inputs)
+        inside = [
+            vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")
+        ]  # a container's fields
+        tensors = list(tensors_of([leaves, pytree.tree_leaves(inside)]))
+        self.samples = next((len(x) for x in tensors if x.dim()), 0)
+        # Of what depends on the inputs; all other tensors are weights, or made from weights alone
+        self._dims: Any = WeakTensorKeyDictionary()
+        for x in tensors:
+            dims = unlabelled(x.shape)
+            if x.dim() and len(x) == self.samples:
+                dims[0] = ((N, self.samples),)
+            self._dims[x] = dims
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        call: dict[str, Any] = {}
+        for i, argument in enumerate(func._schema.arguments):
+            default = argument.default_value if argument.has_default_value() else None
+            call[argument.name] = args[i] if i < len(args) else kwargs.get(argument.name, default)
+        if any(x in self._dims for x in tensors_of(call.values())):
+            self._follow(func, call, out)
+        return out
+
+    def _follow(self, func: Any, call: dict[str, Any], out: Any) -> None:
+        """Note the dimensions of the tensors that ``func`` returned."""
+        name = func._schema.name.split("::")[1].rstrip("_")
+        rule = RULES.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = elementwise
+        elif any(norm in name for norm in NORMS):
+            rule = normalised
+        for x in tensors_of([out]):
+            dims = rule(self._dims.get, call, x) if rule is not None else None
+            if dims is None or [size_of(dim) for dim in dims] != list(x.shape):
+                dims = unlabelled(x.shape)
+            self._dims[x] = dims
+
+    def channel(self, x: Tensor) -> int | None:
+        """The dimension of the channels, if one alone may have them."""
+        if x.dim() == 2:
+            return 1
+        having = channels_in(self._dims.get(x) or ())
+        return having.pop() if len(having) == 1 else None
+
+    def sample(self, x: Tensor, channel: int) -> int | None:
+        """The dimension of the samples: where they are seen, or the only one of that size."""
+        dims = self._dims.get(x) or unlabelled(x.shape)
+        fits = [d for d, n in enumerate(x.shape) if n == self.samples and d != channel % x.dim()]
+        seen = [d for d in fits if all(label == N or n == 1 for label, n in dims[d])]
+        return next((found[0] for found in (seen, fits) if len(found) == 1), None)
