@@ -310,7 +310,7 @@ _UNLIKE = (
 
 _USED = (
     "the forwards of the ranks used different parameters, so what there is to add up differs; "
-    "choose with params= those that every forward uses"
+    "let every forward use the same ones, or freeze the others"
 )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,25 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
+from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from ..statistics.api import Tape
 from ..statistics.factors import accumulated
-from ..statistics.modules import reshard
 from . import scaling, support
+from .averaged import Averaged
 from .averages import FRESH, Segments, finite
 from .chain import chain
 from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
 from .valley import RULES, check_rule
-from .weighted import MeanLoss
 from .wrapped import check_result
 from .wrapper import Closure, DomainOptimizer
 
 _average = get_swa_multi_avg_fn()
 
 
-class SWAD(MeanLoss):
+class SWAD(Averaged):
     r"""Stochastic weight averaging, densely: the mean of the weights of every step within a valley
     of the validation loss.
 
@@ -107,10 +105,8 @@ class SWAD(MeanLoss):
     """
 
     prefix = "swad"
-    role = "average"
     tensors = ("segment", "pending", "average")
     penalises = False
-    _transient = (*MeanLoss._transient, "_shown")
 
     n_converge: Setting[int] = Setting(check_steps)
     n_tolerance: Setting[int] = Setting(check_steps)
@@ -139,7 +135,7 @@ class SWAD(MeanLoss):
         )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        self._network = model  # which goes with this wrapper wherever it is copied
+        self._network = model
         super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
         self._share_extent()
         self._given.update(FRESH)
@@ -284,57 +280,6 @@ class SWAD(MeanLoss):
         """Whether the valley has ended, so that the average will not change any more."""
         return bool(self.param_groups[0].get("swad_finished"))
 
-    # -- the averaged weights --
-
-    @torch.no_grad()
-    def averaged(self) -> AveragedModel:
-        """A copy of the model with the averaged weights, for `torch.optim.swa_utils.update_bn`.
-
-        Raises:
-            RuntimeError: no step was made yet.
-        """
-        weights, count = self._segments().mean()
-        copied = AveragedModel(self._network)
-        copied.n_averaged.fill_(count)
-        pairs = zip(copied.module.parameters(), self._network.parameters(), strict=True)
-        for own, p in pairs:
-            if p in weights:
-                own.copy_(weights[p])
-        return copied
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Give the model the averaged weights, for good.
-
-        Raises:
-            RuntimeError: no step was made yet.
-        """
-        reshard(self._network)
-        for p, weight in self._segments().mean()[0].items():
-            p.copy_(weight)
-
-    @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """The model, with the averaged weights inside the ``with`` block; its own weights and
-        buffers come back after.
-
-        Raises:
-            RuntimeError: no step was made yet.
-        """
-        reshard(self._network)
-        tensors = [*self._network.parameters(), *self._network.buffers()]
-        before = [tensor.detach().clone() for tensor in tensors]
-        self.apply()
-        self._shown = True
-        try:
-            yield self._network
-        finally:
-            self._shown = False
-            reshard(self._network)
-            with torch.no_grad():
-                for tensor, value in zip(tensors, before, strict=True):
-                    tensor.copy_(value)
-
     # -- what is the wrapper's inside --
 
     @property
@@ -347,10 +292,6 @@ class SWAD(MeanLoss):
     def tape(self) -> Tape:
         """That of the wrapper inside, or its own."""
         return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._shown = False
 
     def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
         losses, held = groups[0].get("swad_losses", []), kept["pending"].values()

@@ -115,7 +115,8 @@ class Tape:
 COMPILED = (
     "Hooks do not see into a module that torch.compile has compiled. Ways out: leave the model as "
     "it is, and compile its forward and opt.backward together: fastdg.compiled(opt, forward); or "
-    "compile only modules below those that are tracked (with params='head' all but the head)"
+    "compile only modules below those that are tracked (all but the head, if that is all that is "
+    "looked at)"
 )
 
 
