@@ -16,18 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import locked
 from .plug import COMMAND, find, launching_fastdg, plugged_in
-from .resume import Journal, runs_to_resume
+from .resume import FILE, Journal, Refused, runs_to_resume
 
 
 def train(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--output_dir", default="train_output")  # DomainBed's default
     folder = Path(parser.parse_known_args(arguments)[0].output_dir)
-    journal = Journal(folder, arguments, find("lib.misc").accuracy)
-    with plugged_in(journal):
-        script("train", arguments)
-    journal.done()
+    with locked(folder / FILE, patience=15):  # workers of a killed run outlive it by some seconds
+        journal = Journal(folder, arguments, find("lib.misc").accuracy)
+        with plugged_in(journal):
+            script("train", arguments)
+        journal.done()
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -67,4 +69,7 @@ if __name__ == "__main__":
         find("algorithms")
     except ImportError as error:
         sys.exit(str(error))
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (Refused, TimeoutError) as error:
+        sys.exit(f"fastdg: {error}")

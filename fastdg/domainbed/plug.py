@@ -3,38 +3,97 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .algorithms import ENTRIES, hparams_of
-from .resume import Journal
+from .resume import Journal, Refused
 
+URL = "https://github.com/facebookresearch/DomainBed"
 MISSING = (
-    "DomainBed is not on the package index. Clone https://github.com/facebookresearch/DomainBed "
-    "and say where: DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed ... (PYTHONPATH does "
-    "it too). What it imports: pip install torchvision timm wilds tqdm"
+    f"DomainBed is not on the package index. Clone {URL} and say where: "
+    "DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed ... (PYTHONPATH does it too)."
 )
+IMPORTS = "Install what it imports: pip install torchvision timm wilds tqdm"
 
 
 def find(name: str) -> Any:
     """The module ``domainbed.{name}``.
 
     Raises:
-        ImportError: there is no DomainBed, or it lacks something.
+        ImportError: there is no DomainBed, or none where ``DOMAINBED`` says, or it lacks something.
     """
-    folder = os.environ.get("DOMAINBED")
-    if folder and folder not in sys.path:
-        sys.path.insert(0, folder)
+    if folder := os.environ.get("DOMAINBED"):
+        _check_clone(Path(folder))
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
     try:
         return importlib.import_module(f"domainbed.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}. {MISSING}", name=error.name) from error
+        if (error.name or "").split(".")[0] == "domainbed":
+            said = f"{error}. {MISSING} {IMPORTS}"
+        else:
+            said = f"DomainBed imports {error.name}, which is not installed. {IMPORTS}"
+        raise ImportError(said, name=error.name) from error
+
+
+def _check_clone(folder: Path) -> None:
+    part = Path("domainbed", "algorithms.py")
+    if (folder / part).is_file():
+        return
+    said = f"DOMAINBED: expected the root of a clone of {URL}, which holds {part}, got {folder}"
+    if not folder.is_dir():
+        raise ImportError(f"{said}, which is no folder.")
+    near = [folder.resolve().parent, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    found = next((path for path in near if (path / part).is_file()), None)
+    raise ImportError(f"{said}." + (f" Set it to {found}." if found else ""))
+
+
+def _enough(loader: type[Any]) -> type[Any]:
+    """DomainBed's endless loader, which refuses to wait for a full batch of too few samples.
+
+    It draws a domain's samples with replacement, as many as there are, and drops what does not fill
+    a batch: of a batch that is larger than the domain nothing is left, again and again. Weighted
+    samples (``class_balanced``) are drawn a batch at a time.
+    """
+
+    class InfiniteDataLoader(loader):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = inspect.signature(loader).bind(*args, **kwargs).arguments
+            batch, samples = given["batch_size"], len(given["dataset"])
+            if given.get("weights") is None and samples < batch:
+                raise Refused(
+                    f"batch_size: {batch} is more than the {samples} samples of a domain's "
+                    "training split, and DomainBed would wait for a full batch for ever. Pass "
+                    f"""--hparams '{{"batch_size": {samples}}}' or less."""
+                )
+            super().__init__(*args, **kwargs)
+
+    return InfiniteDataLoader
+
+
+def _fetching(download: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.hub's download of pre-trained weights, which says where to put them by hand."""
+
+    def download_url_to_file(url: str, dst: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return download(url, dst, *args, **kwargs)
+        except OSError as error:
+            raise Refused(
+                f"{dst}: the pre-trained weights are not there, and could not be downloaded "
+                f"({error}). Download {url} elsewhere and put it there."
+            ) from error
+
+    return download_url_to_file
 
 
 @contextmanager
@@ -44,6 +103,7 @@ def plugged_in(journal: Journal | None = None) -> Iterator[None]:
     Its own classes stay what they are, for they are made of each other.
     """
     algorithms, registry, misc = map(find, ("algorithms", "hparams_registry", "lib.misc"))
+    loaders, hub = find("lib.fast_data_loader"), torch.hub
     own_class, own_hparams = algorithms.get_algorithm_class, registry._hparams
 
     def get_algorithm_class(name: str) -> type:
@@ -64,6 +124,8 @@ def plugged_in(journal: Journal | None = None) -> Iterator[None]:
         (algorithms, "get_algorithm_class", get_algorithm_class),
         (algorithms, "ALGORITHMS", names + [name for name in ENTRIES if name not in names]),
         (registry, "_hparams", _hparams),
+        (loaders, "InfiniteDataLoader", _enough(loaders.InfiniteDataLoader)),
+        (hub, "download_url_to_file", _fetching(hub.download_url_to_file)),
     ]
     if journal is not None:
         patches.append((misc, "accuracy", journal.accuracy))

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..files import replace
+from ..files import load_torch, replace
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Minibatches
 
 FILE = "fastdg_checkpoint.pt"
 
+REMEDY = "Remove it to start its run anew."
+PARTS = "arguments run batch values accuracies random cuda model optimizer results"
+
 Accuracy = Callable[[Any, Iterable[Any], Any, Any], float]
+
+
+class Refused(RuntimeError):
+    """A run that cannot be made; the text says why, and what to do."""
 
 
 class Journal:
@@ -48,7 +55,7 @@ class Journal:
         self.evaluated = False  # since the last checkpoint
         self.saved: dict[str, Any] | None = None  # until it is restored
         if unfinished(self.path):
-            self.saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.saved = load(self.path)
 
     def update(self, algorithm: Adapter, minibatches: Minibatches) -> dict[str, float]:
         """A step of the algorithm, or what it returned when it was made."""
@@ -123,7 +130,7 @@ class Journal:
     def _check(self, saved: dict[str, str], here: dict[str, str]) -> None:
         for what, value in saved.items():
             if value != here[what]:
-                raise RuntimeError(
+                raise Refused(
                     f"{self.path}: it is of another run, whose {what} at step {len(self.values)} "
                     f"was {value}, but here it is {here[what]}. Pass the arguments of that run, or "
                     "another --output_dir; or delete the file to start anew"
@@ -138,10 +145,25 @@ def unfinished(path: Path) -> bool:
 def runs_to_resume(folder: Path) -> list[list[str]]:
     """The arguments of the unfinished runs in ``folder`` and below it."""
     return [
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["arguments"]
+        load(path, whole=False)["arguments"]
         for path in sorted(folder.rglob(FILE))
         if unfinished(path)
     ]
+
+
+def load(path: Path, whole: bool = True) -> dict[str, Any]:
+    """The checkpoint at ``path``; without ``whole``, tensors are read when they are used.
+
+    Raises:
+        Refused: it cannot be read, is damaged, or is no checkpoint of a run.
+    """
+    try:
+        saved = load_torch(path, REMEDY, whole)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    if not isinstance(saved, dict) or not saved.keys() >= set(PARTS.split()):
+        raise Refused(f"{path}: not a checkpoint of a run of DomainBed. {REMEDY}")
+    return saved
 
 
 def identity(algorithm: Adapter, minibatches: Minibatches) -> dict[str, str]:

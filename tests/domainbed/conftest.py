@@ -22,7 +22,7 @@ CLONE = os.environ.get("DOMAINBED")
 def bed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bed]:
     clone = request.param == "clone"
     if clone and CLONE is None:
-        pytest.skip(plug.MISSING)
+        pytest.skip(f"DOMAINBED is not set. {plug.MISSING}")
     folder = CLONE if clone else str(STANDIN)
     monkeypatch.setenv("DOMAINBED", folder)
     monkeypatch.syspath_prepend(folder)

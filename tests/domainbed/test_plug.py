@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ import torch
 from beds import Bed, only
 
 import fastdg
+from fastdg import files
+from fastdg.domainbed import __main__ as main_module
 from fastdg.domainbed.__main__ import main
 from fastdg.domainbed.algorithms import ENTRIES
-from fastdg.domainbed.plug import find, plugged_in
+from fastdg.domainbed.plug import MISSING, find, plugged_in
+from fastdg.domainbed.resume import FILE, Refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -122,14 +127,112 @@ def test_a_sweep_launches_fastdg(
     assert all(line.startswith((f"{command}Fish ", f"{command}PCGrad ")) for line in lines)
 
 
-def test_without_domainbed(tmp_path: Path) -> None:
+def refused(**environment: str) -> str:
+    """What the command says that ends at once."""
     command = [sys.executable, "-m", "fastdg.domainbed", "--algorithm", "Fishr"]
-    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "DOMAINBED": str(tmp_path)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode != 0
-    assert "DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed" in run.stderr
     assert "Traceback" not in run.stderr
-    assert "pip install torchvision timm wilds tqdm" in run.stderr
+    return run.stderr
+
+
+def test_without_domainbed() -> None:
+    if importlib.util.find_spec("domainbed") is not None:
+        pytest.skip("DomainBed is on the path")
+    said = refused()
+    assert "DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed" in said
+    assert "pip install torchvision timm wilds tqdm" in said
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("nowhere", "nowhere, which is no folder."),
+        (".", "Set it to {}/clone."),
+        ("clone/domainbed", "clone/domainbed. Set it to {}/clone."),
+        ("empty", "empty."),
+    ],
+)
+def test_a_wrong_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, words: str
+) -> None:
+    (tmp_path / "clone" / "domainbed").mkdir(parents=True)
+    (tmp_path / "clone" / "domainbed" / "algorithms.py").touch()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("DOMAINBED", str(tmp_path / folder))
+    with pytest.raises(ImportError) as caught:
+        find("algorithms")
+    said = str(caught.value)
+    assert (
+        said.startswith("DOMAINBED: expected the root of a clone of https://")
+        and MISSING not in said
+    )
+    assert said.endswith(words.format(tmp_path))
+
+
+def test_what_domainbed_imports_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "domainbed").mkdir()
+    (tmp_path / "domainbed" / "algorithms.py").write_text("import no_such_package_here")
+    said = refused(DOMAINBED=str(tmp_path))
+    assert said.startswith(
+        "DomainBed imports no_such_package_here, which is not installed. Install"
+    )
+
+
+def test_a_batch_larger_than_a_domain_is_refused(bed: Bed, tmp_path: Path) -> None:
+    """DomainBed would wait for it for ever."""
+    samples = 13 if bed.clone else 40  # of its 16, a fifth is held out
+
+    def train(batch: int) -> None:
+        more = ["--hparams", json.dumps({"batch_size": batch}), "--output_dir", str(tmp_path)]
+        main(
+            ["--algorithm", "VREx", "--dataset", "Debug28", "--steps", "1", "--data_dir", "", *more]
+        )
+
+    words = (
+        rf"batch_size: {samples + 1} is more than the {samples} samples of a domain's .* or less"
+    )
+    with pytest.raises(Refused, match=words):
+        train(samples + 1)
+    train(samples)
+    assert (tmp_path / "done").exists()
+
+
+def test_weights_that_cannot_be_downloaded_are_said(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*arguments: Any, **more: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    url = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+    words = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth: the pre-trained weights are not there"
+    with (
+        plugged_in(),
+        pytest.raises(Refused, match=rf"{words}, .* Download {url} elsewhere and put"),
+    ):
+        torch.hub.load_state_dict_from_url(url, progress=False)
+    assert torch.hub.download_url_to_file.__module__ == "torch.hub"
+
+
+@only("stand-in")
+def test_a_second_run_in_the_same_folder_is_refused(
+    bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main_module, "locked", lambda path, patience: files.locked(path, 0))
+    run = ["--algorithm", "VREx", "--steps", "1", "--output_dir", str(tmp_path / "run")]
+    with files.locked(tmp_path / "run" / FILE):
+        with pytest.raises(TimeoutError, match=r"another run is writing it\. Wait for its end"):
+            main(run)
+        assert not (tmp_path / "run" / "results.jsonl").exists()
+    main(run)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "done",
+        "model.pkl",
+        "results.jsonl",
+    ]
 
 
 @only("stand-in")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from beds import Bed, only
 from fastdg.domainbed.__main__ import main
 from fastdg.domainbed.adapter import Adapter
 from fastdg.domainbed.algorithms import ENTRIES
-from fastdg.domainbed.resume import FILE
+from fastdg.domainbed.resume import FILE, Refused
 
 # DomainBed's own warns of what later versions of its libraries will do; SANDMask of its default
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -153,3 +154,32 @@ def test_resume_gives_the_commands_of_a_sweep_again(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"Dummy launcher: {sys.executable} -m fastdg.domainbed --algorithm VREx")
     assert line.endswith(f"--output_dir '{tmp_path / 'a b'}'")
+
+
+@only("stand-in")
+def test_a_damaged_checkpoint_is_said(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = arguments("VREx", tmp_path / "run", "--checkpoint_freq", "4", dataset="Debug28")
+    with monkeypatch.context() as patch:
+        kill_at(7, patch)
+        with pytest.raises(Killed):
+            main(run)
+    path = tmp_path / "run" / FILE
+    whole, results = path.read_bytes(), (tmp_path / "run" / "results.jsonl").read_bytes()
+    flipped = bytearray(whole)
+    weight = next(iter(torch.load(path)["model"].values())).numpy().tobytes()
+    flipped[whole.index(weight)] ^= 1
+    other = io.BytesIO()
+    torch.save({"arguments": []}, other)
+    for content in (b"", whole[:-9], bytes(flipped), other.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(Refused, match=rf"{path}: .* Remove it to start its run anew\."):
+            main(run)
+        if content != bytes(flipped):  # only its tensors are
+            with pytest.raises(Refused, match="Remove it to start its run anew"):
+                main(["resume", str(tmp_path), "--command_launcher", "dummy"])
+        assert (tmp_path / "run" / "results.jsonl").read_bytes() == results
+    path.write_bytes(whole)
+    main(run)
+    assert (tmp_path / "run" / "done").exists()
