@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import WRAPS, Network, wrap
+from bases import WRAPS, Network, model_of, wrap
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # o
 # Those whose generator is their own are made without one
 WAYS: dict[str, Callable[..., Any]] = {
     **WRAPS,
+    "SWAD": lambda base, **more: fastdg.SWAD(base, model_of(base), **more),
     "Fishr": lambda base, **more: wrap(base, params="all", **more),
     "AgrRand": fastdg.AgrRand,
     "PCGrad": fastdg.PCGrad,
