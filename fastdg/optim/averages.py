@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .loading import Kept
+from .support import warn_user
 from .valley import Rule, Valley
 
 # What the first group holds before the first step. Lists in it are replaced, never changed
@@ -117,11 +117,9 @@ class Segments:
         if not (sum(counts) or started):
             raise RuntimeError("SWAD: there is no average before the first step")
         if not (losses or started):
-            warnings.warn(
+            warn_user(
                 "SWAD: opt.evaluate(validation_loss) was never called, so there is no valley, and "
                 f"the average is that of all {segment} steps from the first one on",
-                UserWarning,
-                stacklevel=4,
             )
         if not sum(counts):
             counts[0] = 1  # no segment has joined the one that the average started as

@@ -123,8 +123,8 @@ class Oracle:
             raise TypeError(f"oracle: expected an nn.Module, got {type(network).__name__}")
         if network is model:
             raise ValueError(
-                "oracle: it is the model itself, which training changes; leave it out for a copy "
-                "of the model as it is now"
+                "oracle: got the model itself, which training changes. Leave it out for a copy of "
+                "the model as it is now"
             )
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating-point dtype or None, got {dtype}")
@@ -164,7 +164,7 @@ class Oracle:
 
         def see(name: str, output: Any) -> None:
             if name in found:
-                raise RuntimeError(f"layers: {name!r} ran twice in one forward of the oracle")
+                raise RuntimeError(ran_twice(name, "oracle"))
             found[name] = map_of(name, output)
             if layouts[name] is None:
                 assert axes is not None
@@ -196,7 +196,7 @@ class Oracle:
                 handle.remove()
         for name in self.names:
             if name not in found:
-                raise RuntimeError(f"layers: {name!r} did not run in the oracle's forward")
+                raise RuntimeError(not_run(name, "oracle"))
             if found[name]._version != versions[name]:
                 raise changed_in_place(name, "oracle")
         return found
@@ -210,10 +210,20 @@ def _device_type(network: nn.Module) -> str:
     return first.device.type if first is not None else "cpu"
 
 
+def not_run(name: str, of: str) -> str:
+    """The error for a layer that a forward has not reached."""
+    return f"layers: {name!r} did not run in this forward of the {of}. Name modules that always run"
+
+
+def ran_twice(name: str, of: str) -> str:
+    """The error for a layer with two maps in a forward."""
+    return f"layers: {name!r} ran twice in one forward of the {of}. Name a module that runs once"
+
+
 def changed_in_place(name: str, of: str) -> RuntimeError:
     """What to raise if a map is not any more what it was when its layer returned it."""
     return RuntimeError(
-        f"layers: the {of} changes the output of {name!r} in place later in the forward (an "
-        "activation with inplace=True, or +=); name the layer that does so in its place, or make "
-        "that operation out of place"
+        f"layers: the {of} changes the output of {name!r} in place later in the forward, by an "
+        "activation with inplace=True or by +=. Name the module that does so instead, or use "
+        "inplace=False"
     )

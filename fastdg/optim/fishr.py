@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from .batch import Batch, descend, scaled, total_loss
 from .chain import terms_of
 from .settings import Common, Setting, check_decay, check_reduction, checked
 from .sharding import local
+from .support import warn_user
 from .weighted import Losses
 from .wrapped import accumulate
 
@@ -206,10 +206,9 @@ class Fishr(Annealed):
         kept = self._kept["ema"]
         if self._resumed and (new := [name for name in variance if named[name] not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
-            warnings.warn(
+            warn_user(
                 f"the loaded state has no Fishr history of {new[0]}{more}, which starts from 0 "
                 f"now: was it saved with other params than {self.params!r}?",
-                stacklevel=4,
             )
         self._resumed = False
         if self.steps == 1:  # which parameters it is about was guessed before the first forward

@@ -5,7 +5,6 @@ And what else is done to the wrapped optimizer that its wrapper has to know of.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from ..statistics.factors import accumulated
 from . import support
 from .chain import chain, innermost
+from .support import warn_user
 from .wrapped import Wrapping
 
 if TYPE_CHECKING:
@@ -169,9 +169,8 @@ def without_others(wrapper: Stateful, state_dict: dict[str, Any]) -> dict[str, A
             f"part of the {inner} only. If that is what you want, load it into the {inner} before "
             f"it is wrapped; to go on with that run, wrap the {inner} in what saved it"
         )
-    warnings.warn(
+    warn_user(
         f"state_dict: what {names} kept in it is left out, since there is no such wrapper here",
-        stacklevel=4,
     )
     marks = tuple(f"{prefix}_" for prefix in away)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch.optim import Optimizer
 from typing_extensions import Unpack
@@ -11,6 +9,7 @@ from typing_extensions import Unpack
 from .domain_gradients import Combined, DomainGradientOptimizer, Masked, Statistics
 from .gathering import Gradients
 from .settings import Common, Setting, check_share, check_steepness, checked
+from .support import warn_user
 
 TINY = 1e-10  # DomainBed's, in the division by the mean of a mask
 
@@ -129,11 +128,9 @@ class SANDMask(_MaskOptimizer):
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         if self.threshold == 1 and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 "SANDMask: with threshold=1 its mask is 0 everywhere, so the weights never move; "
                 "use a threshold below 1 (DomainBed's search draws it from 0 to 1)",
-                UserWarning,
-                stacklevel=4,  # the caller of backward
             )
         masked = self._masked(gradients, "mean", self.threshold, self.steepness)
         return self._rescaled(masked, gradients)

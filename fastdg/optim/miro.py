@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +18,20 @@ from ..statistics.factors import Dense, Factor, accumulated
 from ..statistics.layers import register_rule
 from ..statistics.tape import recording
 from .backbones import find_layers, preset_of
-from .features import Layout, Oracle, changed_in_place, check_layout, check_layouts, map_of
+from .features import (
+    Layout,
+    Oracle,
+    changed_in_place,
+    check_layout,
+    check_layouts,
+    map_of,
+    not_run,
+    ran_twice,
+)
 from .loading import Kept
 from .notes import Hook, found, leave
 from .settings import Setting, check_steepness, check_weight, checked
+from .support import warn_user
 from .term import Term
 from .wrapped import check_base
 
@@ -254,12 +263,10 @@ class MIRO(Term):
         group = self.param_groups[self._own_group()]
         before, group["miro_oracle"] = group.get("miro_oracle", 0), self._oracle.fingerprint()
         if before not in (0, group["miro_oracle"]):
-            warnings.warn(
-                f"MIRO: the run that was loaded made its {self.steps} steps with another oracle, "
-                "or another dtype= of it. Make the wrapper from the same pre-trained weights, "
-                "before the model loads its own, or pass oracle= the network that has them",
-                UserWarning,
-                stacklevel=2,
+            warn_user(
+                f"MIRO: the loaded run made its {self.steps} steps with another oracle, or another "
+                "dtype= of it. Make the wrapper from the same pre-trained weights before the model "
+                "loads its own, or pass the network that has them as oracle="
             )
 
     def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -268,7 +275,7 @@ class MIRO(Term):
         if forward is None:
             return
         if name in forward.seen:
-            raise RuntimeError(f"layers: {name!r} ran twice in one forward of the model")
+            raise RuntimeError(ran_twice(name, "model"))
         features, oracle = map_of(name, output), forward.maps[name]
         if features.shape != oracle.shape:
             raise ValueError(
@@ -294,7 +301,7 @@ class MIRO(Term):
         values = []
         for name, encoder in self._encoders.items():
             if name not in forward.seen:
-                raise RuntimeError(f"layers: {name!r} did not run in this forward of the model")
+                raise RuntimeError(not_run(name, "model"))
             features, version = forward.seen.pop(name)
             if features._version != version:
                 raise changed_in_place(name, "model")

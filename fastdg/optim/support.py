@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,17 @@ NEW_HEAD = (
     "If the model's last layer was replaced after the optimizer was made, the optimizer does not "
     "have the new one: make it again"
 )
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user's that led here: the first outside this package and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "fastdg",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def explain(error: BaseException, way_out: str | None, head: bool) -> None:

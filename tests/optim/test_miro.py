@@ -246,8 +246,9 @@ def test_an_oracle_copied_from_what_a_resumed_run_has_trained_is_warned_of() -> 
     resumed.load_state_dict(model.state_dict())
     late = fastdg.VREx(miro(resumed))
     late.load_state_dict(fastdg.VREx(opt).state_dict())
-    with pytest.warns(UserWarning, match="made its 2 steps with another oracle"):
+    with pytest.warns(UserWarning, match="made its 2 steps with another oracle") as caught:
         run(late, resumed, data[2:])
+    assert [w.filename for w in caught] == [__file__]
     run(late, resumed, data[2:])  # once is enough
 
 

@@ -138,7 +138,7 @@ def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
         (lambda m: make(m, layers=["conv", "conv"]), ValueError, "'conv' is there twice"),
         (lambda m: make(m, layers="conv"), TypeError, "a list of names of modules, got 'conv'"),
         (lambda m: make(m, layers=[m.conv]), TypeError, "names of modules, got Conv2d"),
-        (lambda m: make(m, m), ValueError, "oracle: it is the model itself"),
+        (lambda m: make(m, m), ValueError, "oracle: got the model itself"),
         (lambda m: make(m, nn.Linear(2, 2)), ValueError, "the oracle has no module 'conv'"),
         (lambda m: make(m, "resnet"), TypeError, "oracle: expected an nn.Module, got str"),
         (lambda m: make(m, copy.deepcopy(m).to("meta")), ValueError, "on meta, but the model is"),
@@ -228,8 +228,8 @@ class Tricky(nn.Module):
     ("kind", "message"),
     [
         ("in place", "the oracle changes the output of 'first' in place"),
-        ("twice", "'first' ran twice in one forward"),
-        ("left out", "'second' did not run in the oracle's forward"),
+        ("twice", "'first' ran twice in one forward of the oracle. Name a module that runs once"),
+        ("left out", "'second' did not run in this forward of the oracle. Name"),
     ],
 )
 def test_forwards_that_do_not_go(kind: str, message: str) -> None:

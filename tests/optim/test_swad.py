@@ -291,7 +291,8 @@ def test_an_average_without_evaluations_is_warned_of() -> None:
     for _ in range(2):
         model(torch.ones(2, 4)).sum().backward()
         opt.step()
-    with pytest.warns(UserWarning, match=r"opt.evaluate.* never called, .* all 2 steps"):
+    with pytest.warns(UserWarning, match=r"opt.evaluate.* never called, .* all 2 steps") as caught:
         opt.apply()
+    assert [w.filename for w in caught] == [__file__]
     opt.evaluate(torch.tensor([1.0]))
     opt.apply()
