@@ -23,6 +23,7 @@ from cases import CASES
 from contenders import FLOOR, OURS, PLAIN, Case, Contender, verified
 from harness import environment, in_process, interleave, peak_memory, summary, timed
 from ops_cases import OPS
+from result_files import keep
 from terms import TERMS
 
 
@@ -171,27 +172,19 @@ def main() -> None:
     todo = [f"case:{key}" for key in CASES] + [f"op:{layer}" for layer in OPS]
     todo += [f"term:{name}" for name in TERMS]
     todo = [name for name in todo if arguments.only in name]
-    result: dict[str, Any] = {
-        **environment("python " + " ".join(sys.argv)),
-        "settings": {"dtype": "float32", "domains": 3},
-        "cases": {},
-        "ops": {},
-        "terms": {},
-    }
-    if arguments.only and arguments.out.exists():
-        before = json.loads(arguments.out.read_text())
-        result |= {kind: before.get(kind, {}) for kind in ("cases", "ops", "terms")}
+    head = environment("python " + " ".join(sys.argv))
+    head["settings"] = {"dtype": "float32", "domains": 3}
     began = time.perf_counter()
     for number, name in enumerate(todo, 1):
         kind, key = name.split(":", 1)
         seconds = arguments.seconds / 6 if kind == "op" else arguments.seconds
         skips = [word for skipped in arguments.skip for word in ("--skip", skipped)]
         found = in_process([__file__, "--case", name, "--seconds", str(seconds), *skips])
-        result[f"{kind}s"][key] = found
         minutes = (time.perf_counter() - began) / 60
         print(f"[{number}/{len(todo)}] {minutes:4.1f} min  {brief(name, found)}", file=sys.stderr)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        tables: dict[str, dict[str, Any]] = {"cases": {}, "ops": {}, "terms": {}}
+        tables[f"{kind}s"][key] = found
+        keep(arguments.out, head, tables, fresh=number == 1 and not arguments.only)
 
 
 def brief(name: str, found: dict[str, Any]) -> str:

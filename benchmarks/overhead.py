@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdg
+from fastdg.files import replace
 from fastdg.optim.batch import Batch
 from fastdg.optim.wrapper import DomainOptimizer
 from fastdg.statistics.collect import collect
@@ -187,7 +188,7 @@ def main() -> None:
             found[name] = measure(make)
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if arguments.out:
-        arguments.out.write_text(text)
+        replace(arguments.out, lambda file: file.write(text.encode()))
     print(text)
 
 

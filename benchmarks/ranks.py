@@ -9,7 +9,6 @@ does comes and goes. A rank's weights have to be those of the other after the ru
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from harness import environment, summary
 from models import problem
+from result_files import keep
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: enough for a median")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
+    head = {"environment": environment("python benchmarks/ranks.py")}
     for name in arguments.models:
         samples, rounds = MODELS[name]
         out = context.Queue()
@@ -111,14 +111,13 @@ def main() -> None:
             ]
             for process in ranks:
                 process.start()
-            rows[name] = out.get()
+            rows = out.get()
             for process in ranks:
                 process.join()
         print(f"{name}, {samples} samples a rank, {RANKS} ranks of one thread")
-        for way, row in rows[name].items():
+        for way, row in rows.items():
             print(f"  {way:26} {row['median'] * 1e3:8.1f} ms {row['ratio']:6.2f}x")
-    found = {"environment": environment("python benchmarks/ranks.py"), "rows": rows}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        keep(RESULTS, head, {"rows": {name: rows}})
 
 
 if __name__ == "__main__":

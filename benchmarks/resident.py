@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "optim"))
 
 import torch
 from harness import _status, _trim, environment, in_process
+from result_files import keep
 from runs import RUNS
 
 WARM = 500
@@ -64,19 +65,17 @@ def main() -> None:
     if arguments.run:
         print(json.dumps(measure(arguments.run, arguments.steps)))
         return
-    result = {**environment("python " + " ".join(sys.argv)), "runs": {}}
-    if arguments.only and arguments.out.exists():
-        result["runs"] = json.loads(arguments.out.read_text())["runs"]
+    head, fresh = environment("python " + " ".join(sys.argv)), not arguments.only
     for name in RUNS:
         if arguments.only in name:
             row = in_process([__file__, "--run", name, "--steps", str(arguments.steps)])
-            result["runs"][name] = row
             print(
                 f"{name}: {row['start_bytes'] / 2**20:.1f} MiB, {row['grown_bytes'] / 2**10:+.0f} "
                 f"KiB, {row['grown_objects']:+d} objects in {row['seconds']:.0f} s",
                 file=sys.stderr,
             )
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            keep(arguments.out, head, {"runs": {name: row}}, fresh)
+            fresh = False
 
 
 if __name__ == "__main__":

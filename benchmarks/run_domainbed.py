@@ -21,10 +21,10 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "domainbed"))
 from beds import first_images, repaired
+from result_files import keep
 
 from fastdg.domainbed.__main__ import main, script
 from fastdg.domainbed.algorithms import ENTRIES
@@ -62,27 +62,24 @@ def one(whose: str, algorithm: str, steps: int, data: str) -> None:
 
 
 def measure(algorithms: list[str], steps: int) -> None:
-    """Writes the results anew after every run."""
-    rows: dict[str, Any] = {}
-    found = {
+    """Writes the results after every run; those of other algorithms stay."""
+    head = {
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python benchmarks/run_domainbed.py --steps {steps}",
         "setting": "RotatedMNIST, test env 0, 5 domains of 64 images, MNIST_CNN, float32",
-        "rows": rows,
     }
     with tempfile.TemporaryDirectory() as data:
         first_images(Path(os.environ["FASTDG_DATA"]), Path(data))
         for algorithm in algorithms:
-            own = hasattr(find("algorithms"), algorithm)
+            own, row = hasattr(find("algorithms"), algorithm), {}
             for whose in ("domainbed", "fastdg") if own else ("fastdg",):
                 command = [sys.executable, __file__, "--steps", str(steps), "--data", data]
                 command += ["--one", whose, algorithm]
                 run = subprocess.run(command, capture_output=True, text=True, check=True)
-                row = json.loads(run.stdout.splitlines()[-1])
-                rows.setdefault(algorithm, {})[whose] = row
-                print(algorithm, whose, row, flush=True)
-                RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+                row[whose] = json.loads(run.stdout.splitlines()[-1])
+                print(algorithm, whose, row[whose], flush=True)
+                keep(RESULTS, head, {"rows": {algorithm: row}})
 
 
 def command_line() -> None:

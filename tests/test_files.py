@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import signal
@@ -301,3 +302,31 @@ def test_a_lock_left_where_there_is_no_flock_is_named(
     (tmp_path / ".file.locked").unlink()
     with locked(tmp_path / "file", patience=0):
         pass
+
+
+def test_benchmarks_add_to_one_file(tmp_path: Path) -> None:
+    source = Path(__file__).parent.parent / "benchmarks" / "result_files.py"
+    spec = importlib.util.spec_from_file_location("result_files", source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path = tmp_path / "new" / "cpu.json"
+
+    def run(name: str) -> None:
+        for k in range(12):
+            module.keep(path, {"by": name}, {"cases": {f"{name}{k}": {"k": k}}, "ops": {}})
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    written = json.loads(path.read_text())
+    assert len(written["cases"]) == 36 and written["ops"] == {} and written["by"] in "abc"
+    module.keep(path, {}, {"cases": {"d": 1}}, fresh=True)
+    assert json.loads(path.read_text()) == {"cases": {"d": 1}}
+    for content in ("", "[]", '{"cases": 3}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"cpu\.json: damaged, or no result .* Restore"):
+            module.keep(path, {}, {"cases": {"e": 1}})
+        assert path.read_text() == content

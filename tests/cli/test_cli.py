@@ -71,6 +71,8 @@ def test_demo_draws_both_tasks(tmp_path: Path) -> None:
         (["demo", "--workers", "0"], "workers: expected >= 1, got 0"),
         (["reproduce", "colored-mnist", "--algorithms", "irm", "--data", "."], "got irm"),
         (["reproduce", "colored-mnist", "--data", "nowhere"], "nowhere"),
+        (["pacs", "--data", "nowhere"], "nowhere/weights. Put resnet20-12fca82f.th of github.com"),
+        (["demo", "--seeds", "1", "--output", "/dev/full"], "a file is in the place of one of its"),
         (["reproduce", "colored-mnist"], "--data: expected the folder of MNIST's four idx files"),
     ],
 )
@@ -84,6 +86,7 @@ def test_what_cannot_be_is_refused_in_a_line(
     (line,) = [line for line in result.output.splitlines() if line.startswith("fastdg: ")]
     assert words in line
     assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())  # no folder that holds nothing
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -91,6 +94,22 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     result = call("demo", *TINY, "--output", str(tmp_path / "file"))
     assert result.exit_code == 2
     assert "results.json: cannot write it, a file is in the place of one of" in result.output
+
+
+def test_fresh_removes_nothing_before_it_can_run(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("results.json", "erm-0.checkpoint")]
+    for path in files:
+        path.write_text("of hours")
+    arguments = ["--fresh", "--data", str(tmp_path), "--output", str(tmp_path)]
+    assert call("reproduce", "colored-mnist", *arguments).exit_code == 2
+    assert all(path.read_text() == "of hours" for path in files)
+
+
+def test_damaged_results_are_said_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"settings": {}}')
+    result = call("demo", *TINY, "--output", str(tmp_path))
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "results.json: damaged, or not a result file of this program" in result.output
 
 
 def test_unknown_commands_and_options_are_refused() -> None:

@@ -179,6 +179,32 @@ def test_all_restarts_are_kept_summed_up_and_not_run_twice(mnist: Path, tmp_path
         assert entry["summary"]["test"]["within"] in (True, False)
 
 
+def test_runs_of_two_terminals_add_to_one_file(
+    mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run begins and ends within the first one's first restart."""
+    alone = experiment.run_all(("erm", "fishr"), 2, mnist, tmp_path / "alone", protocol=SMALL)
+    path, own, begun = tmp_path / "results.json", experiment.run, []
+
+    def overtaken(name: str, seed: int, *arguments: Any) -> Any:
+        begun.append((name, seed))
+        if len(begun) == 1:
+            experiment.run_all(("erm",), 2, mnist, tmp_path, protocol=SMALL)
+        return own(name, seed, *arguments)
+
+    monkeypatch.setattr(experiment, "run", overtaken)
+    both = experiment.run_all(("fishr", "erm"), 2, mnist, tmp_path, protocol=SMALL)
+    assert begun == [("fishr", 0), ("erm", 0), ("erm", 1), ("fishr", 1)]  # each of them once
+    for results in (both, json.loads(path.read_text())):
+        for name, entry in results["algorithms"].items():
+            finals = [restart["final"] for restart in entry["restarts"]]
+            assert finals == [r["final"] for r in alone["algorithms"][name]["restarts"]]
+    monkeypatch.setattr(experiment, "run", own)
+    fresh = experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=SMALL, fresh=True)
+    assert list(fresh["algorithms"]) == ["erm"]
+    assert len(fresh["algorithms"]["erm"]["restarts"]) == 1
+
+
 def test_other_settings_are_refused_in_words(mnist: Path, tmp_path: Path) -> None:
     experiment.run_all(("erm",), 1, mnist, tmp_path, protocol=SMALL)
     with pytest.raises(ValueError, match=r"hidden was 6, now 7"):

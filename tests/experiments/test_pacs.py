@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,53 @@ def test_images_and_arrays_are_the_same_task(folder: Path, tmp_path: Path) -> No
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"PACS's images here.*art_painting/dog"):
         data.read(tmp_path)
+
+
+def test_damaged_images_are_said(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "pacs", tmp_path / "pacs")
+    path = tmp_path / "pacs" / "cartoon" / "horse" / "1.png"
+    whole = path.read_bytes()
+    for content in (b"", b"no image", whole[:-200]):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"horse/1\.png: not an image, or damaged .* Replace it"
+        ):
+            data.read(tmp_path / "pacs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"x": np.zeros((28, 32, 32, 1), "uint8")}, r"got x uint8 \(28, 32, 32, 1\)"),
+        ({"x": np.zeros((28, 32, 32, 3), "float32")}, "got x float32"),
+        ({"y": np.zeros(27, "uint8")}, r"y uint8 \(27,\)"),
+        ({"y": np.tile(np.arange(7.0), 4)}, "y float64"),
+        ({"d": np.repeat([0, 1, 2, 4], 7)}, "domains 0 to 3"),
+        ({"x": np.uint8(3)}, r"x uint8 \(\)"),
+        ({"d": None}, "damaged, or of another kind"),
+    ],
+)
+def test_arrays_that_are_none_of_pacs_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str | None
+) -> None:
+    arrays = {"x": np.zeros((28, 32, 32, 3), "uint8"), "y": np.tile(np.arange(7), 4)}
+    arrays = {**arrays, "d": np.repeat(np.arange(4), 7), **changes}
+    np.savez(tmp_path / data.ARRAYS, **{k: v for k, v in arrays.items() if v is not None})
+    if words is None:
+        data.check(tmp_path)
+        return
+    for look in (data.check, data.read):
+        with pytest.raises(ValueError, match=rf"pacs_images32\.npz: .*{words}.* Make it again"):
+            look(tmp_path)
+
+
+def test_missing_images_are_said_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "weights", tmp_path / "weights")
+    output = tmp_path / "new" / "out"
+    done = CliRunner().invoke(app, ["pacs", "--data", str(tmp_path), "--output", str(output)])
+    assert done.exit_code == 2 and "expected PACS's images here" in done.output
+    assert not (tmp_path / "new").exists()
 
 
 def test_runs_resume_to_the_same_numbers(small: pacs.Plan, tmp_path: Path) -> None:
