@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -42,9 +42,8 @@ class Axes(TorchDispatchMode):
     def __init__(self, inputs: Any) -> None:
         super().__init__()
         leaves = pytree.tree_leaves(inputs)
-        inside = [
-            vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")
-        ]  # a container's fields
+        boxes = [x for x in leaves if hasattr(x, "__dict__") and not isinstance(x, nn.Module)]
+        inside = [vars(box) for box in boxes]  # fields of containers that pytree does not know
         tensors = list(tensors_of([leaves, pytree.tree_leaves(inside)]))
         self.samples = next((len(x) for x in tensors if x.dim()), 0)
         # Of what depends on the inputs; all other tensors are weights, or made from weights alone
@@ -91,5 +90,6 @@ class Axes(TorchDispatchMode):
         """The dimension of the samples: where they are seen, or the only one of that size."""
         dims = self._dims.get(x) or unlabelled(x.shape)
         fits = [d for d, n in enumerate(x.shape) if n == self.samples and d != channel % x.dim()]
-        seen = [d for d in fits if all(label == N or n == 1 for label, n in dims[d])]
+        labels = [{label for label, n in dim if n > 1 or label == N} for dim in dims]
+        seen = [d for d in fits if labels[d] == {N}]
         return next((found[0] for found in (seen, fits) if len(found) == 1), None)

@@ -344,3 +344,27 @@ def test_under_autocast_and_in_another_dtype() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model(inputs(4))
         assert opt._encoders["layer"].layout == (0, 3)
+
+
+@pytest.mark.parametrize("name", ["NHWC", "windows", "heads", "tokens first"])
+def test_a_first_batch_of_one_sample(name: str) -> None:
+    dims, layout, run, parts = CASES[name]
+    model = Model(layout[0], run, *(part() for part in parts))
+    opt = miro(model)
+    model(inputs(dims)[:1])
+    assert opt._encoders["layer"].layout == layout
+
+
+def test_a_map_of_one_position() -> None:
+    model = Model(0, lambda x, w, f: f(x), nn.Conv2d(S, 1, 1))
+    opt = miro(model)
+    model(torch.randn(1, S, 1, 1))
+    assert opt._encoders["layer"].layout == NC
+
+
+def test_a_compiled_part() -> None:
+    part = torch.compile(nn.Sequential(nn.Linear(S, S), nn.ReLU()), backend="eager")
+    model = Model(1, lambda x, w, f: f(x.transpose(0, 1)), part)
+    opt = miro(model)
+    model(inputs(3))
+    assert opt._encoders["layer"].layout == LNC
