@@ -192,17 +192,19 @@ def _load(name: str) -> tuple[nn.Module, Any]:
         ) from error
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in ("clip", "clip_text_model"):  # weights that are not there are made at random
-            raise ValueError(f"encoder: {name!r} is a model of type {kind!r}, not CLIP; {INSTEAD}")
-        return (
-            CLIPTextModelWithProjection.from_pretrained(name),
-            AutoTokenizer.from_pretrained(name),
-        )
-    except OSError as error:
+        if kind in ("clip", "clip_text_model"):
+            return (
+                CLIPTextModelWithProjection.from_pretrained(name),
+                AutoTokenizer.from_pretrained(name),
+            )
+    except Exception as error:  # safetensors and tokenizers have their own for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"encoder: {name!r} is not a folder with a CLIP model, and could not be downloaded "
-            f"from the Hugging Face hub ({str(error).splitlines()[0]}); {INSTEAD}"
+            f"encoder: {name!r} is not a folder with a whole CLIP model, and could not be "
+            f"downloaded from the Hugging Face hub ({reason}); {INSTEAD}"
         ) from error
+    # Weights that are not there would be made at random
+    raise ValueError(f"encoder: {name!r} is a model of type {kind!r}, not CLIP; {INSTEAD}")
 
 
 class _Tokens:

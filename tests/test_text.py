@@ -176,6 +176,18 @@ def test_a_model_that_cannot_be_had_says_what_to_pass(tmp_path: Path) -> None:
         fastdg.text_tables(NAMES, (), str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_model_is_said(
+    tmp_path: Path, small_clip: Callable[[Path, int], tuple[Any, Any]], part: str
+) -> None:
+    small_clip(tmp_path / "clip", 8)
+    path = tmp_path / "clip" / part
+    for content in (path.read_bytes()[:-100], b"\xff" * 40):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=r"encoder: .*clip' is not a folder with a whole CLIP"):
+            fastdg.text_tables(NAMES, (), str(tmp_path / "clip"))
+
+
 def test_transformers_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdg\[text\]'; or pass a function"):

@@ -55,6 +55,7 @@ def validation(model: nn.Module, dataset: TensorDataset) -> float:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
+    path = path.resolve()  # a symbolic link stays one
     new = path.with_suffix(".new")
     with new.open("wb") as file:
         torch.save(state, file)
