@@ -2,7 +2,8 @@
 
 FASTDG_BUILD=auto (default) compiles C++, and CUDA where nvcc and a CUDA torch are there, and falls
 back to pure Python when something is missing or fails; none, cpp and cuda mean exactly that.
-MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. Metadata: pyproject.toml.
+MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. FASTDG_SANITIZE, a list as
+-fsanitize takes it, adds the sanitizers that .ci/sanitize runs. Metadata: pyproject.toml.
 """
 
 import os
@@ -20,6 +21,10 @@ NO_TORCH = "torch was not found while building"
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10's; runs on all later ones
 # No -march: wider vector units are chosen at run time. a*b+c may become one FMA.
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-g0"]
+if os.environ.get("FASTDG_SANITIZE"):
+    SANITIZE = [f"-fsanitize={os.environ['FASTDG_SANITIZE']}", "-fno-omit-frame-pointer", "-g1"]
+else:
+    SANITIZE = []
 RECORD = "_build.txt"  # read by fastdg/native.py: what was built, or why nothing was
 
 
@@ -92,7 +97,8 @@ def native_extension(cuda: bool):
         "fastdg._C",
         sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*") if path.suffix in suffixes),
         define_macros=[STABLE_ABI, *([("USE_CUDA", None)] if cuda else ())],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *SANITIZE], "nvcc": ["-O3", "-std=c++20"]},
+        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
 

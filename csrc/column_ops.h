@@ -2,6 +2,7 @@
 // them. The same for CPU and CUDA; the includer defines `launch`.
 #pragma once
 
+#include <climits>
 #include <cmath>
 #include <tuple>
 #include <utility>
@@ -22,9 +23,7 @@ class Operands {
   void put(size_t k, int64_t row, int64_t count, const Tensor& x, const char* name) {
     check_float(x, name);
     check_device(x, name);
-    STD_TORCH_CHECK(count > 0 && x.numel() % count == 0, name, ": expected ", count, " rows, got ",
-                    x.numel(), " elements");
-    const int64_t size = x.numel() / count;
+    const int64_t size = count > 0 ? x.numel() / count : 0;
     if (sizes_[k] < 0) sizes_[k] = size;
     STD_TORCH_CHECK(size == sizes_[k], name, ": expected ", sizes_[k], " elements, got ", size);
     float* data = floats(contiguous(x));
@@ -93,15 +92,24 @@ std::vector<int64_t> sizes_of(const Tensor& x) {
   return {sizes.begin(), sizes.end()};
 }
 
+// Rows are counted in int, three for each domain at most.
+void check_count(int64_t domains) {
+  STD_TORCH_CHECK(domains < INT_MAX / 4, "domains: there are too many, ", domains);
+}
+
 // Gradients in domain-major order; `more` rows are left for results.
 Operands of_gradients(const std::vector<Tensor>& gradients, int64_t domains, int64_t more) {
   const size_t D = static_cast<size_t>(domains);
+  check_count(domains);
   STD_TORCH_CHECK(domains > 0 && !gradients.empty() && gradients.size() % D == 0,
                   "gradients: expected as many for each of ", domains, " domains, got ", gradients.size());
   const size_t P = gradients.size() / D;
   Operands x(P, domains + more, gradients[0]);
   for (size_t d = 0; d < D; ++d)
-    for (size_t k = 0; k < P; ++k) x.put(k, static_cast<int64_t>(d), 1, gradients[d * P + k], "gradients");
+    for (size_t k = 0; k < P; ++k) {
+      check_sizes(gradients[d * P + k], "gradients", sizes_of(gradients[k]));
+      x.put(k, static_cast<int64_t>(d), 1, gradients[d * P + k], "gradients");
+    }
   return x;
 }
 
@@ -113,6 +121,7 @@ std::vector<Tensor> add_results(Operands& x, int64_t count, const std::vector<Te
 }
 
 const float* weights_of(Operands& x, const Tensor& weights) {
+  STD_TORCH_CHECK(weights.dim() == 1, "weights: expected a vector, got ", weights.dim(), " dimensions");
   check_float(weights, "weights");
   return static_cast<const float*>(x.keep(weights, "weights").const_data_ptr());
 }
@@ -135,6 +144,7 @@ std::vector<Tensor> combine(const std::vector<Tensor>& gradients, const Tensor& 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> agreement(const std::vector<Tensor>& gradients,
                                                           const Tensor& weights, double threshold,
                                                           double steepness) {
+  check_mask(threshold, steepness);
   const int64_t domains = weights.numel();
   Operands x = of_gradients(gradients, domains, 1);
   std::vector<Tensor> combined = add_results(x, 1, gradients);
@@ -151,11 +161,20 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> agreement(const std::vector<Tens
   return {std::move(combined), agreeing, magnitude};
 }
 
+void check_written(const Tensor& x, const char* name) {
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(x.stride(d) != 0 || x.size(d) < 2, name, ": elements share memory, which is written to");
+}
+
 Tensor meta_step(const std::vector<Tensor>& parameters, const std::vector<Tensor>& kept, double rate) {
   STD_TORCH_CHECK(!parameters.empty() && parameters.size() == kept.size(), "kept: expected ",
                   parameters.size(), " tensors, at least 1, got ", kept.size());
+  check_finite(rate, "rate");
   Operands x(parameters.size(), 2, parameters[0]);
   for (size_t k = 0; k < parameters.size(); ++k) {
+    check_sizes(kept[k], "kept", sizes_of(parameters[k]));
+    check_written(parameters[k], "parameters");
+    check_written(kept[k], "kept");
     x.put(k, 0, 1, parameters[k], "parameters");
     x.put(k, 1, 1, kept[k], "kept");
   }
@@ -173,10 +192,15 @@ std::pair<Operands, Gap> of_variances(const std::vector<Tensor>& variance, const
                   variance.size(), " tensors, got ", ema.size());
   STD_TORCH_CHECK(present.scalar_type() == torch::headeronly::ScalarType::Bool && present.dim() == 1,
                   "present: expected a vector of bool");
+  check_count(present.numel());
+  check_finite(history, "history");
   const int64_t domains = present.numel(), operands = ema.empty() ? domains : 2 * domains;
   Operands x(variance.size(), operands + more * domains, variance[0]);
   const auto* here = static_cast<const bool*>(x.keep(present, "present").const_data_ptr());
   for (size_t k = 0; k < variance.size(); ++k) {
+    STD_TORCH_CHECK(variance[k].dim() > 0 && variance[k].size(0) == domains, "variance: expected ", domains,
+                    " domains in the first dimension");
+    if (!ema.empty()) check_sizes(ema[k], "ema", sizes_of(variance[k]));
     x.put(k, 0, domains, variance[k], "variance");
     if (!ema.empty()) x.put(k, domains, domains, ema[k], "ema");
   }
@@ -196,7 +220,7 @@ std::vector<Tensor> variance_gap_backward(const Tensor& grad, const std::vector<
                                           double history) {
   auto [x, op] = of_variances(variance, ema, present, history, 1);
   check_float(grad, "grad");
-  STD_TORCH_CHECK(grad.numel() == 1, "grad: expected one number, got ", grad.numel());
+  check_sizes(grad, "grad", {});
   std::vector<Tensor> grads = add_results(x, op.domains, variance);
   launch(GapGradient{op, floats(x.keep(grad, "grad"))}, x, {});
   return grads;

@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "pool.h"
@@ -22,9 +24,27 @@ namespace fastdg {
 using torch::stable::Tensor;
 using Window = std::vector<int64_t>;
 
+// These checks keep the operators within their memory whatever they are given, by their own names too.
+// fastdg/ops/checks.py says the same to users, in more words, before any backend runs.
 inline void check_float(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, name,
                   ": the compiled operator takes float32");
+}
+
+inline void check_cpu(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor, as the first one is");
+}
+
+inline std::string listed(const std::vector<int64_t>& numbers) {
+  std::string text = "[";
+  for (int64_t number : numbers) text += (text.size() > 1 ? ", " : "") + std::to_string(number);
+  return text + "]";
+}
+
+inline void check_sizes(const Tensor& x, const char* name, const std::vector<int64_t>& sizes) {
+  const auto got = x.sizes();
+  STD_TORCH_CHECK(std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), name, ": expected shape ",
+                  listed(sizes), ", got ", listed({got.begin(), got.end()}));
 }
 
 // The samples of each domain: order[offsets[d]] .. order[offsets[d + 1]].
@@ -33,27 +53,43 @@ struct Partition {
 
   Partition(const Tensor& order_tensor, const Tensor& offsets_tensor, int64_t samples)
       : order(read(order_tensor, "order")), offsets(read(offsets_tensor, "offsets")) {
-    STD_TORCH_CHECK(!offsets.empty() && offsets.front() >= 0 &&
-                        offsets.back() <= static_cast<int64_t>(order.size()),
-                    "offsets: expected D + 1 ascending positions in order");
+    STD_TORCH_CHECK(!offsets.empty() && offsets.front() == 0 &&
+                        offsets.back() == static_cast<int64_t>(order.size()),
+                    "offsets: expected D + 1 ascending positions from 0 to ", order.size());
     for (size_t d = 1; d < offsets.size(); ++d)
-      STD_TORCH_CHECK(offsets[d - 1] <= offsets[d], "offsets: expected ascending positions");
+      STD_TORCH_CHECK(offsets[d - 1] <= offsets[d], "offsets: expected ascending positions from 0 to ", order.size());
     for (int64_t n : order)
       STD_TORCH_CHECK(n >= 0 && n < samples, "order: sample ", n, " of ", samples);
-    std::vector<bool> seen(samples);  // what is seen by all domains is written by all
-    for (int64_t k = offsets.front(); k < offsets.back(); ++k) {
-      STD_TORCH_CHECK(!seen[order[k]], "order: sample ", order[k], " stands there twice");
-      seen[order[k]] = true;
-    }
+    check_once(samples);
   }
 
   int64_t domains() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  int64_t covered() const { return offsets.back() - offsets.front(); }
+  int64_t covered() const { return offsets.back(); }
   int64_t count(int64_t d) const { return offsets[d + 1] - offsets[d]; }
   const int64_t* samples(int64_t d) const { return order.data() + offsets[d]; }
 
  private:
+  // A sample of two domains would be written by both.
+  void check_once(int64_t samples) const {
+    const auto refuse = [](int64_t n) {
+      STD_TORCH_CHECK(false, "order: sample ", n, " stands there twice");
+    };
+    if (samples / 64 > static_cast<int64_t>(order.size())) {  // a table of them would be the larger one
+      std::vector<int64_t> sorted(order);
+      std::sort(sorted.begin(), sorted.end());
+      const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+      if (twice != sorted.end()) refuse(*twice);
+      return;
+    }
+    std::vector<bool> seen(samples);
+    for (int64_t n : order) {
+      if (seen[n]) refuse(n);
+      seen[n] = true;
+    }
+  }
+
   static std::vector<int64_t> read(const Tensor& x, const char* name) {
+    check_cpu(x, name);
     STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == torch::headeronly::ScalarType::Long, name,
                     ": expected a vector of int64");
     std::vector<int64_t> values(x.size(0));
@@ -65,6 +101,7 @@ struct Partition {
 
 inline Tensor dense(const Tensor& x, const char* name) {
   check_float(x, name);
+  check_cpu(x, name);
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
@@ -72,9 +109,21 @@ inline float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr())
 
 // An upstream gradient, where nothing asks for one: a zero, expanded. There is no need to read it.
 inline bool is_expanded_zero(const Tensor& x) {
+  check_float(x, "grad_mean");
+  check_cpu(x, "grad_mean");
   for (int64_t k = 0; k < x.dim(); ++k)
     if (x.stride(k) != 0 && x.size(k) > 1) return false;
   return x.numel() > 1 && *floats(x) == 0;
+}
+
+inline void check_finite(double x, const char* name) {
+  STD_TORCH_CHECK(std::isfinite(x), name, ": expected a finite number, got ", x);
+}
+
+// Of a mask by agreement: the common sign asked for, and the slope of the soft one.
+inline void check_mask(double threshold, double steepness) {
+  check_finite(threshold, "threshold");
+  STD_TORCH_CHECK(steepness > 0, "steepness: expected a positive number, got ", steepness);
 }
 
 inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& sizes) {

@@ -17,27 +17,60 @@ std::vector<int64_t> grid(const std::vector<int64_t>& counts, const std::vector<
   return points;
 }
 
-Left patches(const Tensor& a, const Window& window) {
-  const size_t dims = window.size() / 3;
-  STD_TORCH_CHECK(window.size() == 3 * dims && a.dim() == static_cast<int64_t>(dims) + 2,
-                  "window: expected 3 entries for each of ", a.dim() - 2, " dimensions, got ",
-                  window.size());
-  std::vector<int64_t> outputs, output_steps, taps{a.size(1)}, tap_steps{a.stride(1)};
-  for (size_t k = 0; k < dims; ++k) {
-    const int64_t kernel = window[k], stride = window[dims + k], dilation = window[2 * dims + k];
-    const int64_t dim = static_cast<int64_t>(k) + 2, reach = dilation * (kernel - 1);
-    STD_TORCH_CHECK(kernel > 0 && stride > 0 && dilation > 0 && a.size(dim) > reach,
-                    "window: does not fit a of size ", a.size(dim));
-    outputs.push_back((a.size(dim) - reach - 1) / stride + 1);
-    output_steps.push_back(a.stride(dim) * stride);
-    taps.push_back(kernel);
-    tap_steps.push_back(a.stride(dim) * dilation);
+constexpr int64_t LARGEST_SIDE = int64_t{1} << 28;  // of T, I and O: no product of two leaves int64
+
+// What the others are multiplied with has to stay below the limit too.
+int64_t side(const std::vector<int64_t>& sizes, const char* name) {
+  int64_t product = 1;
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size <= LARGEST_SIDE && (product *= size) <= LARGEST_SIDE, name, ": has more than ",
+                    LARGEST_SIDE, " positions, inputs or outputs");
   }
-  return {floats(a), a.stride(0), grid(outputs, output_steps), grid(taps, tap_steps)};
+  return product;
+}
+
+// From one of `count` elements to the next; of fewer than two no stride says anything.
+int64_t step(const Tensor& x, int64_t dim, int64_t count, int64_t factor) {
+  return count < 2 || x.numel() == 0 ? 0 : x.stride(dim) * factor;
+}
+
+// A window as [outputs, kernel, stride, dilation] of each spatial dimension, checked without overflow.
+struct Patches {
+  std::vector<int64_t> outputs, kernel, stride, dilation;
+
+  Patches(const Tensor& a, const Window& window) {
+    const size_t dims = window.size() / 3;
+    STD_TORCH_CHECK(window.size() == 3 * dims && a.dim() == static_cast<int64_t>(dims) + 2,
+                    "window: expected 3 entries for each of ", a.dim() - 2, " dimensions, got ",
+                    window.size());
+    for (size_t k = 0; k < dims; ++k) {
+      const int64_t size = a.size(static_cast<int64_t>(k) + 2);
+      kernel.push_back(window[k]);
+      stride.push_back(window[dims + k]);
+      dilation.push_back(window[2 * dims + k]);
+      STD_TORCH_CHECK(size > 0 && kernel[k] > 0 && stride[k] > 0 && dilation[k] > 0 &&
+                          kernel[k] - 1 <= (size - 1) / dilation[k],
+                      "window: does not fit a of size ", size);
+      outputs.push_back((size - 1 - dilation[k] * (kernel[k] - 1)) / stride[k] + 1);
+    }
+  }
+};
+
+Left patches(const Tensor& a, const Window& window) {
+  const Patches p(a, window);
+  std::vector<int64_t> output_steps, taps{a.size(1)}, tap_steps{step(a, 1, a.size(1), 1)};
+  for (size_t k = 0; k < p.kernel.size(); ++k) {
+    const int64_t dim = static_cast<int64_t>(k) + 2;
+    output_steps.push_back(step(a, dim, p.outputs[k], p.stride[k]));
+    taps.push_back(p.kernel[k]);
+    tap_steps.push_back(step(a, dim, p.kernel[k], p.dilation[k]));
+  }
+  return {floats(a), step(a, 0, a.size(0), 1), grid(p.outputs, output_steps), grid(taps, tap_steps)};
 }
 
 Left rows(const Tensor& x) {
-  return {floats(x), x.stride(0), grid({x.size(1)}, {x.stride(1)}), grid({x.size(2)}, {x.stride(2)})};
+  return {floats(x), step(x, 0, x.size(0), 1), grid({x.size(1)}, {step(x, 1, x.size(1), 1)}),
+          grid({x.size(2)}, {step(x, 2, x.size(2), 1)})};
 }
 
 Right lanes(const Tensor& x) {
@@ -52,11 +85,24 @@ int64_t idle_lanes(int64_t width) {
 }  // namespace
 
 Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) {
-  check_float(a, "a");
-  check_float(delta, "delta");
+  for (const auto& [x, name] : {std::pair<const Tensor&, const char*>{a, "a"}, {delta, "delta"}}) {
+    check_float(x, name);
+    check_cpu(x, name);
+  }
   STD_TORCH_CHECK(delta.dim() == 3, "delta: expected [N, T, O], got ", delta.dim(), " dimensions");
-  STD_TORCH_CHECK(!window.empty() || a.dim() == 3, "a: expected [N, T, I], got ", a.dim(),
-                  " dimensions");
+  STD_TORCH_CHECK(window.empty() ? a.dim() == 3 : a.dim() > 2, "a: expected ",
+                  window.empty() ? "[N, T, I]" : "[N, C, *S]", ", got ", a.dim(), " dimensions");
+  STD_TORCH_CHECK(a.size(0) == delta.size(0), "a: expected ", delta.size(0), " samples, got ", a.size(0));
+  std::vector<int64_t> positions{a.size(1)}, inputs{window.empty() ? a.size(2) : a.size(1)};
+  if (!window.empty()) {
+    const Patches patches(a, window);
+    positions = patches.outputs;
+    inputs.insert(inputs.end(), patches.kernel.begin(), patches.kernel.end());
+  }
+  side(inputs, "a");
+  side({delta.size(2)}, "delta");
+  STD_TORCH_CHECK(side(positions, "a") == delta.size(1), "delta: expected ", side(positions, "a"),
+                  " positions, got ", delta.size(1));
   Outer p{};
   p.samples = delta.size(0);
   p.positions = delta.size(1);
@@ -71,10 +117,6 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) 
   p.out_left = on_delta ? 1 : I;
   p.out_right = on_delta ? I : 1;
   p.out_size = O * I;
-  const int64_t positions = window.empty() ? a.size(1) : static_cast<int64_t>(p.left.row.size());
-  STD_TORCH_CHECK(a.size(0) == p.samples, "a: expected ", p.samples, " samples, got ", a.size(0));
-  STD_TORCH_CHECK(positions == p.positions, "delta: expected ", positions, " positions, got ",
-                  p.positions);
   return p;
 }
 

@@ -13,6 +13,7 @@ constexpr int64_t LEAST_WIDTH = 64, LARGEST_WIDTH = 2048;
 
 Tensor rows_of(const Tensor& grads) {
   check_float(grads, "grads");
+  check_cpu(grads, "grads");
   STD_TORCH_CHECK(grads.dim() == 2, "grads: expected [N, P], got ", grads.dim(), " dimensions");
   return grads.size(1) < 2 || grads.stride(1) == 1 ? grads : torch::stable::contiguous(grads);
 }
@@ -57,13 +58,13 @@ Tensor moments_backward(const Tensor& grad_mean, const Tensor& grad_variance, co
   const Tensor rows = rows_of(grads);
   const int64_t N = rows.size(0), P = rows.size(1);
   const Partition partition(order, offsets, N);
-  check_float(grad_mean, "grad_mean");
+  const std::vector<int64_t> sizes{partition.domains(), P};
+  check_sizes(grad_mean, "grad_mean", sizes);
+  check_sizes(grad_variance, "grad_variance", sizes);
+  check_sizes(mean, "mean", sizes);
   const bool level = !is_expanded_zero(grad_mean);
   const Tensor gm = level ? dense(grad_mean, "grad_mean") : grad_mean,
                gv = dense(grad_variance, "grad_variance"), m = dense(mean, "mean");
-  for (const Tensor& x : {gm, gv, m})
-    STD_TORCH_CHECK(x.numel() == partition.domains() * P, "grad_mean, grad_variance, mean: expected ",
-                    partition.domains(), " x ", P, " elements, got ", x.numel());
   Tensor out = allocate(grads, {N, P});
   if (partition.covered() < N) torch::stable::zero_(out);
   for_each_block(partition, P, [&](int64_t d, int64_t column, int64_t width) {

@@ -19,7 +19,9 @@ struct Maps {
 
   Maps(const Tensor& f, const Tensor& o) : features(f), oracle(o) {
     check_float(f, "features");
+    check_cpu(f, "features");
     check_float(o, "oracle");
+    check_cpu(o, "oracle");
     STD_TORCH_CHECK(f.dim() == 3 && o.dim() == 3, "features: expected two maps [N, C, P]");
     for (int64_t d = 0; d < 3; ++d)
       STD_TORCH_CHECK(f.size(d) == o.size(d), "oracle: expected the sizes of features");
@@ -59,6 +61,11 @@ std::vector<Variance> variances(const Tensor& bias, int64_t channels) {
   return {floats(b), floats(b) + channels};
 }
 
+// Of one map, at least 1.
+double elements(int64_t channels, int64_t positions) {
+  return std::max(1.0, static_cast<double>(channels) * static_cast<double>(positions));
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> oracle_nll(const Tensor& features, const Tensor& oracle,
@@ -70,7 +77,7 @@ std::tuple<Tensor, Tensor> oracle_nll(const Tensor& features, const Tensor& orac
   for (const Variance& s : variance) logs += std::log(s.value) * static_cast<double>(P);
   const Tensor values = allocate(features, {x.samples()});
   const Tensor squares = allocate(features, {x.samples(), C});
-  const double share = 0.5 / static_cast<double>(std::max<int64_t>(1, C * P));
+  const double share = 0.5 / elements(C, P);
   for_each_task(x.samples(), [&](int64_t n) {
     float* own = floats(squares) + n * C;
     routines().oracle_squares(x.maps, n, own);
@@ -91,7 +98,7 @@ std::tuple<Tensor, Tensor> oracle_nll_backward(const Tensor& grad, const Tensor&
   STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == N && sums.size(1) == C,
                   "squares: expected [N, C]");
   const std::vector<Variance> variance = variances(bias, C);
-  const double share = 1 / static_cast<double>(std::max<int64_t>(1, C * P));
+  const double share = 1 / elements(C, P);
 
   const Tensor of_bias = allocate(bias, {C});
   for (int64_t c = 0; c < C; ++c) {

@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> outer_agreement(const Tensor& a, const Tensor
   const Outer p = outer_problem(a, delta, window);
   const Partition partition(order, offsets, p.samples);
   const Tensor given = dense(weights, "weights");
-  STD_TORCH_CHECK(given.numel() == partition.domains(), "weights: expected ", partition.domains(),
-                  " of them, got ", given.numel());
+  check_sizes(given, "weights", {partition.domains()});
+  check_mask(threshold, steepness);
   std::vector<int64_t> present;
   std::vector<float> weight;
   for (int64_t d = 0; d < partition.domains(); ++d)

@@ -97,14 +97,14 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   Window window) {
   const Outer p = outer_problem(a, delta, window);
   const Partition partition(order, offsets, p.samples);
-  check_float(grad_mean, "grad_mean");
+  const std::vector<int64_t> sizes = output_shape(p, partition, delta);
+  check_sizes(grad_mean, "grad_mean", sizes);
+  check_sizes(grad_variance, "grad_variance", sizes);
+  check_sizes(mean, "mean", sizes);
   const bool level = !is_expanded_zero(grad_mean);
   const Tensor upstream[] = {level ? dense(grad_mean, "grad_mean") : grad_mean,
                              dense(grad_variance, "grad_variance"), dense(mean, "mean")};
   const int64_t D = partition.domains();
-  for (const Tensor& x : upstream)
-    STD_TORCH_CHECK(x.numel() == D * p.out_size, "grad_mean, grad_variance, mean: expected ", D,
-                    " x ", p.out_size, " elements, got ", x.numel());
   Tensor grad_a = allocate(a, {a.sizes().begin(), a.sizes().end()});
   Tensor grad_delta = allocate(delta, {delta.sizes().begin(), delta.sizes().end()});
   if (p.out_size == 0 || p.positions == 0 || partition.covered() < p.samples) {

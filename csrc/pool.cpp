@@ -134,10 +134,13 @@ Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
   if (from_blob() == nullptr) return torch::stable::new_empty(like, sizes);
   pool().count();
   size_t bytes = sizeof(float);
-  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  for (int64_t size : sizes)
+    if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
+      return torch::stable::new_empty(like, sizes);  // which says that there is no such memory
+  if (bytes < kSmallest) return torch::stable::new_empty(like, sizes);
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  void* block = bytes >= kSmallest ? pool().take(bytes) : nullptr;
+  void* block = pool().take(bytes);
   if (block == nullptr) return torch::stable::new_empty(like, sizes);
   AtenTensorHandle handle;
   const AOTITorchError error = from_blob()(

@@ -20,6 +20,7 @@ thread_local Memory levels[2];
 float* scratch(int64_t count, int level) {
   Memory& memory = levels[level];
   if (count > memory.capacity) {
+    if (count > INT64_MAX / 8) throw std::bad_alloc();
     const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 4095) / 4096 * 4096;
     memory.floats.reset();
     memory.capacity = 0;

@@ -19,6 +19,7 @@ struct Arguments {
   Arguments(const Tensor& s, const Tensor& y, const Tensor& t, const Tensor& k, const Tensor& q)
       : embeddings(rows_of(s)), labels(y.is_contiguous() ? y : torch::stable::contiguous(y)),
         classes(dense(t, "classes")), anchors(dense(k, "anchors")), teacher(dense(q, "teacher")) {
+    check_cpu(y, "labels");
     STD_TORCH_CHECK(y.dim() == 1 && y.scalar_type() == torch::headeronly::ScalarType::Long &&
                         y.size(0) == samples(),
                     "labels: expected a vector of ", samples(), " int64");
@@ -49,8 +50,8 @@ struct Arguments {
   // Runs task(range of samples) over all samples.
   template <class Task>
   void for_each_range(const Task& task) const {
-    const int64_t floats_each = std::max<int64_t>(1, (texts.count + 2) * texts.width);
-    const int64_t block = std::max<int64_t>(1, TASK_FLOATS / floats_each);
+    const double floats_each = static_cast<double>(texts.count + 2) * static_cast<double>(texts.width);
+    const int64_t block = static_cast<int64_t>(TASK_FLOATS / std::clamp(floats_each, 1.0, 1.0 * TASK_FLOATS));
     for_each_task((samples() + block - 1) / block, [&](int64_t k) {
       task(Range{k * block, std::min(samples(), (k + 1) * block)});
     });
@@ -59,6 +60,7 @@ struct Arguments {
  private:
   static Tensor rows_of(const Tensor& x) {
     check_float(x, "embeddings");
+    check_cpu(x, "embeddings");
     STD_TORCH_CHECK(x.dim() == 2, "embeddings: expected [N, E], got ", x.dim(), " dimensions");
     return x.size(1) < 2 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
   }

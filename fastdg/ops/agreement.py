@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .combine import weighted_sum
 from .derivatives import call, not_differentiable
-from .gradients import check_weights, flatten, of_parameter, statistic_dtype
+from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
 from .registry import define
 
 UNDEFINED = 1e-17  # what DomainBed makes of a variance or a mask that is not a number
@@ -69,11 +70,17 @@ def _fake(
     return [g.new_empty(g.shape) for g in first], sums, torch.empty_like(sums)
 
 
+def check(gradients: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float) -> None:
+    checks.weighted(gradients, weights)
+    checks.mask(threshold, steepness)
+
+
 define(
     "agreement(Tensor[] gradients, Tensor weights, float threshold, float steepness) "
     "-> (Tensor[], Tensor, Tensor)",
     reference,
     _fake,
+    check,
 )
 not_differentiable("agreement", "its mask is constant almost everywhere")
 
@@ -111,16 +118,16 @@ def agreement(
         float64 for gradients in float64. Zeros where all domains are absent. Not differentiable.
 
     Raises:
-        ValueError: there is no gradient, the domains differ in shapes, dtype or device, or the
-            weights have another shape or device.
-        TypeError: something is not a dense floating-point tensor.
+        TypeError, ValueError: there is no gradient, the domains differ in shapes, dtype or device,
+            the weights have another shape or device, ``threshold`` is not finite, ``steepness`` not
+            positive, or something is not a dense floating-point tensor.
 
     Papers: Mansilla et al., "Domain generalization via gradient surgery" (ICCV 2021);
     Parascandolo et al., "Learning explanations that are hard to vary" (ICLR 2021); Shahtalebi et
     al., "SAND-mask" (2021).
     """
     flat = flatten(gradients)
-    check_weights(weights, len(gradients), flat[0].device)
-    weights = weights.to(statistic_dtype(flat[0].dtype))
+    checks.one_each("weights", weights, len(gradients))
+    weights = in_dtype_of(flat[0], weights)
     combined, agreeing, magnitude = call("agreement", flat, weights, threshold, steepness)
     return combined, agreeing, magnitude

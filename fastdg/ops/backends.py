@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import native
-from .registry import OPS, Implementation, attach
+from .registry import OPS, Implementation, Supports, attach
 
 COLUMN_OPS = (
     "gram",
@@ -37,15 +37,23 @@ CPP_OPS = (
 CUDA_OPS = COLUMN_OPS
 
 
-def _float32(*args: Any) -> bool:
-    """The compiled ops take fp32; every other dtype goes to the reference."""
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.is_floating_point() and arg.dtype != torch.float32:
-                return False
-        elif isinstance(arg, (list, tuple)) and not _float32(*arg):
-            return False
-    return True
+def _float32(device: str) -> Supports:
+    """The compiled ops take fp32 on their device; all else goes to the reference."""
+
+    def supports(*args: Any) -> bool:
+        first = True
+        for arg in args:
+            if isinstance(arg, (list, tuple)) and arg:
+                arg = arg[0]  # the others of a list are like the first: `checks` saw to it
+            if isinstance(arg, torch.Tensor):
+                if arg.is_floating_point() and arg.dtype is not torch.float32:
+                    return False
+                if first and arg.device.type != device:
+                    return False
+                first = False
+        return True
+
+    return supports
 
 
 def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
@@ -79,14 +87,14 @@ def _attach_native() -> None:
                 stacklevel=2,
             )
         return
-    for backend, names, namespace in (
-        ("cpp", CPP_OPS, "fastdg_cpp"),
-        ("cuda", CUDA_OPS, "fastdg_cuda"),
+    for backend, device, names, namespace in (
+        ("cpp", "cpu", CPP_OPS, "fastdg_cpp"),
+        ("cuda", "cuda", CUDA_OPS, "fastdg_cuda"),
     ):
         for name in names:
             implementation = getattr(getattr(torch.ops, namespace), name, None)
             if implementation is not None:
-                attach(name, backend, _counting_writes(implementation.default), _float32)
+                attach(name, backend, _counting_writes(implementation.default), _float32(device))
 
 
 def _attach_triton() -> None:

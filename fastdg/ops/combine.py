@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, not_differentiable
-from .gradients import check_weights, flatten, of_parameter, statistic_dtype
+from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
 from .registry import define
 
 
@@ -32,7 +33,11 @@ def _fake(gradients: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     return [g.new_empty(g.shape) for g in gradients[: len(gradients) // weights.shape[0]]]
 
 
-define("combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake)
+def check(gradients: Sequence[Tensor], weights: Tensor) -> None:
+    checks.weighted(gradients, weights)
+
+
+define("combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake, check)
 not_differentiable("combine", "add the gradients with PyTorch's own functions instead")
 
 
@@ -51,10 +56,10 @@ def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tens
         One contiguous tensor for each parameter, in the gradients' dtype. Not differentiable.
 
     Raises:
-        ValueError: there is no gradient, the domains differ in shapes, dtype or device, or the
-            weights have another shape or device.
-        TypeError: something is not a dense floating-point tensor.
+        TypeError, ValueError: there is no gradient, the domains differ in shapes, dtype or device,
+            the weights have another shape or device, or something is not a dense floating-point
+            tensor.
     """
     flat = flatten(gradients)
-    check_weights(weights, len(gradients), flat[0].device)
-    return call("combine", flat, weights.to(statistic_dtype(flat[0].dtype)))
+    checks.one_each("weights", weights, len(gradients))
+    return call("combine", flat, in_dtype_of(flat[0], weights))

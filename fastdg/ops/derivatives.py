@@ -65,7 +65,14 @@ def call(name: str, *args: Any) -> Any:
         return _FUNCTIONS[name].apply(spec, *flat)
     if _plain(args):
         return OPS[name](*args)
-    return getattr(torch.ops.fastdg, name)(*args)
+    op = getattr(torch.ops.fastdg, name)
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError:  # of the schema, for one, which says less
+        OPS[name].check(*args)
+        raise
 
 
 def _plain(args: tuple[Any, ...]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, not_differentiable
 from .gradients import flatten, of_parameter, statistic_dtype
 from .registry import define
@@ -32,7 +33,7 @@ def _fake(gradients: Sequence[Tensor], domains: int) -> Tensor:
     return like.new_empty((domains, domains), dtype=statistic_dtype(like.dtype))
 
 
-define("gram(Tensor[] gradients, int domains) -> Tensor", reference, _fake)
+define("gram(Tensor[] gradients, int domains) -> Tensor", reference, _fake, checks.gradients)
 not_differentiable("gram", "multiply the gradients with PyTorch's own functions instead")
 
 
@@ -52,7 +53,7 @@ def gram(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
         A NaN stays in the rows and columns of its domain. Not differentiable.
 
     Raises:
-        ValueError: there is no gradient, or the domains differ in shapes, dtype or device.
-        TypeError: something is not a dense floating-point tensor.
+        TypeError, ValueError: there is no gradient, the domains differ in shapes, dtype or device,
+            or something is not a dense floating-point tensor.
     """
     return call("gram", flatten(gradients), len(gradients))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, not_recorded
 from .gradients import statistic_dtype
 from .registry import define
@@ -28,8 +29,32 @@ def _fake(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> 
     return parameters[0].new_empty((), dtype=statistic_dtype(parameters[0].dtype))
 
 
+def check(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> None:
+    if len(parameters) == 0:
+        raise ValueError("parameters: expected at least one tensor, got none. Pass the weights.")
+    if len(parameters) != len(kept):
+        raise ValueError(
+            f"kept: expected a tensor for each of the {len(parameters)} parameters, "
+            f"got {len(kept)}. Pass a clone of each."
+        )
+    for k, (parameter, start) in enumerate(zip(parameters, kept, strict=True)):
+        if k == 0:
+            checks.floating("parameters[0]", parameter)
+        checks.floating(f"parameters[{k}]", parameter, parameters[0], "parameters[0]")
+        checks.floating(f"kept[{k}]", start, parameters[0], "parameters[0]")
+        checks.shape(f"kept[{k}]", start, parameter.shape, f"that of parameters[{k}]")
+    checks.finite("rate", rate)
+    checks.written(
+        [(f"parameters[{k}]", x) for k, x in enumerate(parameters)]
+        + [(f"kept[{k}]", x) for k, x in enumerate(kept)]
+    )
+
+
 define(
-    "meta_step(Tensor(a!)[] parameters, Tensor(b!)[] kept, float rate) -> Tensor", reference, _fake
+    "meta_step(Tensor(a!)[] parameters, Tensor(b!)[] kept, float rate) -> Tensor",
+    reference,
+    _fake,
+    check,
 )
 not_recorded("meta_step")
 
@@ -54,32 +79,12 @@ def meta_step(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float)
         weights in float64. Nothing is recorded for autograd.
 
     Raises:
-        ValueError: the lists are empty or differ in length, shapes, dtype or device.
+        TypeError, ValueError: the lists are empty or differ in length, shapes, dtype or device,
+            something is not a dense floating-point tensor, two tensors or two elements share
+            memory, or ``rate`` is not finite.
 
     Papers: Shi et al., "Gradient matching for domain generalization" (ICLR 2022); Nichol et al.,
     "On first-order meta-learning algorithms" (2018).
     """
-    if len(parameters) == 0 or len(parameters) != len(kept):
-        raise ValueError(
-            f"kept: expected a tensor for each of the {len(parameters)} (at least 1) parameters, "
-            f"got {len(kept)}"
-        )
-    like = parameters[0]
-    for k, (parameter, start) in enumerate(zip(parameters, kept, strict=True)):
-        if parameter.dtype != like.dtype or parameter.device != like.device:
-            raise ValueError(
-                f"parameters[{k}]: expected {like.dtype} on {like.device} as parameters[0], "
-                f"got {parameter.dtype} on {parameter.device}"
-            )
-        if (start.shape, start.dtype, start.device) != (
-            parameter.shape,
-            parameter.dtype,
-            parameter.device,
-        ):
-            raise ValueError(
-                f"kept[{k}]: expected {tuple(parameter.shape)}, {parameter.dtype} on "
-                f"{parameter.device} as parameters[{k}], got {tuple(start.shape)}, {start.dtype} "
-                f"on {start.device}"
-            )
     with torch.no_grad():
         return call("meta_step", list(parameters), list(kept), rate)

@@ -7,24 +7,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, differentiable, not_differentiable
 from .registry import define
 
 
 def reference(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    domain = domain_of(order, offsets)
+    domain, rows = domain_of(order, offsets), grads[order]
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(grads.dtype).unsqueeze(1)
     zero = grads.new_zeros((offsets.numel() - 1, grads.shape[1]))
-    mean = zero.index_add(0, domain, grads) / count
-    centred = grads - mean[domain]  # two passes: never negative, and exact where one pass cancels
+    mean = zero.index_add(0, domain, rows) / count
+    centred = rows - mean[domain]  # two passes: never negative, and exact where one pass cancels
     return mean, zero.index_add(0, domain, centred * centred) / count
 
 
 def domain_of(order: Tensor, offsets: Tensor) -> Tensor:
-    """Domain of each sample ``[N]`` from the partition, without leaving the device."""
+    """Domain of each entry of ``order``, without leaving the device."""
     rank = torch.arange(order.numel(), device=order.device)
-    sorted_domain = torch.searchsorted(offsets[1:].contiguous(), rank, right=True)
-    return torch.empty_like(order).index_copy_(0, order, sorted_domain)
+    return torch.searchsorted(offsets[1:].contiguous(), rank, right=True)
+
+
+def check(grads: Tensor, order: Tensor, offsets: Tensor) -> Any:
+    checks.floating("grads", grads)
+    checks.dims("grads", grads, "[N, P]", 2)
+    return checks.partition(order, offsets, grads, "grads")
+
+
+def check_values(grads: Tensor, order: Tensor, offsets: Tensor) -> None:
+    checks.partition_values(order, offsets, grads.shape[0])
+
+
+def check_backward(
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    grads: Tensor,
+    mean: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+) -> None:
+    D = check(grads, order, offsets)
+    for name, x in (("grad_mean", grad_mean), ("grad_variance", grad_variance), ("mean", mean)):
+        checks.floating(name, x, grads, "grads")
+        checks.shape(name, x, (D, grads.shape[1]), "D, P")
+
+
+def check_values_backward(
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    grads: Tensor,
+    mean: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+) -> None:
+    check_values(grads, order, offsets)
 
 
 def _fake(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +77,9 @@ def reference_backward(
 ) -> Tensor:
     domain = domain_of(order, offsets)
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(grads.dtype).unsqueeze(1)
-    centred = grads - mean[domain]
-    return (2 * centred * grad_variance[domain] + grad_mean[domain]) / count[domain]
+    centred = grads[order] - mean[domain]
+    rows = (2 * centred * grad_variance[domain] + grad_mean[domain]) / count[domain]
+    return grads.new_zeros(grads.shape).index_copy_(0, order, rows)
 
 
 def _fake_backward(
@@ -57,12 +93,20 @@ def _fake_backward(
     return torch.empty_like(grads, memory_format=torch.contiguous_format)
 
 
-define("moments(Tensor grads, Tensor order, Tensor offsets) -> (Tensor, Tensor)", reference, _fake)
+define(
+    "moments(Tensor grads, Tensor order, Tensor offsets) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    check,
+    check_values,
+)
 define(
     "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor grads, Tensor mean, "
     "Tensor order, Tensor offsets) -> Tensor",
     reference_backward,
     _fake_backward,
+    check_backward,
+    check_values_backward,
 )
 
 
@@ -100,10 +144,17 @@ def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
 
     Args:
         grads: per-sample gradients ``[N, P]``, floating point.
-        order: sample numbers sorted by domain ``[N]``, int64 (see `fastdg.domains.Partition`).
-        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        order: sample numbers sorted by domain ``[M]``, int64, each sample at most once; one that is
+            not there belongs to no domain (see `fastdg.domains.Partition`).
+        offsets: ``[D + 1]`` int64, ascending from 0 to M; domain d is
+            ``order[offsets[d]:offsets[d + 1]]``. On the CPU the numbers in both are checked; on
+            another device they are trusted, unless ``FASTDG_CHECK_INDICES=1`` has them read.
 
     Returns:
         ``(mean, variance)``, each ``[D, P]``; zeros for an empty domain. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or ``order`` and
+            ``offsets`` are no partition.
     """
     return call("moments", grads, order, offsets)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import checks
 from .derivatives import call, differentiable, not_differentiable
 from .gradients import statistic_dtype
 from .registry import define
@@ -83,14 +84,44 @@ def _fake_backward(
     return gradient_like(features), torch.empty_like(bias)
 
 
+def check(features: Tensor, oracle: Tensor, bias: Tensor) -> None:
+    checks.floating("features", features)
+    checks.dims("features", features, "[N, C, P]", 3)
+    checks.floating("oracle", oracle)
+    checks.shape("oracle", oracle, features.shape, "that of features")
+    checks.floating("bias", bias)
+    checks.shape("bias", bias, features.shape[1:2], "C, a value for each channel")
+    checks.on_device("oracle", oracle, features, "features")
+    checks.on_device("bias", bias, features, "features")
+
+
+def check_backward(
+    grad: Tensor, features: Tensor, oracle: Tensor, bias: Tensor, squares: Tensor
+) -> None:
+    check(features, oracle, bias)
+    for name, x, dims in (("grad", grad, 1), ("squares", squares, 2)):
+        checks.floating(name, x)
+        if x.dtype is not statistic_dtype(features.dtype):
+            raise TypeError(
+                f"{name}: expected {statistic_dtype(features.dtype)}, the dtype of the results of "
+                f"oracle_nll, got {x.dtype}. Use .to()."
+            )
+        checks.shape(name, x, features.shape[:dims], "N, C"[: 3 * dims - 2])
+        checks.on_device(name, x, features, "features")
+
+
 define(
-    "oracle_nll(Tensor features, Tensor oracle, Tensor bias) -> (Tensor, Tensor)", reference, _fake
+    "oracle_nll(Tensor features, Tensor oracle, Tensor bias) -> (Tensor, Tensor)",
+    reference,
+    _fake,
+    check,
 )
 define(
     "oracle_nll_backward(Tensor grad, Tensor features, Tensor oracle, Tensor bias, Tensor squares) "
     "-> (Tensor, Tensor)",
     reference_backward,
     _fake_backward,
+    check_backward,
 )
 
 
@@ -150,30 +181,14 @@ def oracle_nll(
         all three.
 
     Raises:
-        ValueError: shapes or devices do not fit.
+        TypeError, ValueError: shapes or devices do not fit, or something is not a dense
+            floating-point tensor.
 
     Reference:
         Cha, Lee, Park, Chun: Domain Generalization by Mutual-Information Regularization with
         Pre-trained Models, ECCV 2022.
     """
-    maps = arranged(features, sample, channel), arranged(oracle, sample, channel)
-    if features.shape != oracle.shape:
-        raise ValueError(
-            f"oracle: expected the shape of features, {tuple(features.shape)}, got "
-            f"{tuple(oracle.shape)}"
-        )
-    if bias.shape != maps[0].shape[1:2]:
-        raise ValueError(
-            f"bias: expected one value for each of {maps[0].shape[1]} channels, got shape "
-            f"{tuple(bias.shape)}"
-        )
-    for name, tensor in (("oracle", oracle), ("bias", bias)):
-        if tensor.device != features.device:
-            raise ValueError(
-                f"{name}: expected it on {features.device}, where the features are, got "
-                f"{tensor.device}"
-            )
-    values, _ = call("oracle_nll", *maps, bias)
+    values, _ = call("oracle_nll", *both(features, oracle, sample, channel), bias)
     return values
 
 
@@ -182,21 +197,25 @@ def sums_of_squares(
 ) -> Tensor:
     r""":math:`\sum_p (F_{ncp} - F^0_{ncp})^2`, ``[N, C]``; not differentiable."""
     with torch.no_grad():
-        return call(
-            "oracle_nll",
-            arranged(features, sample, channel),
-            arranged(oracle, sample, channel),
-            bias,
-        )[1]
+        return call("oracle_nll", *both(features, oracle, sample, channel), bias)[1]
+
+
+def both(features: Tensor, oracle: Tensor, sample: int, channel: int) -> tuple[Tensor, Tensor]:
+    """Both maps as ``[N, C, P]``, after a look at their shapes, which these do not show."""
+    for name, x in (("features", features), ("oracle", oracle)):
+        checks.floating(name, x)
+        checks.shape(name, x, features.shape, "that of features")
+    return arranged(features, sample, channel), arranged(oracle, sample, channel)
 
 
 def arranged(x: Tensor, sample: int, channel: int) -> Tensor:
     """``x`` as ``[N, C, P]``: a view, unless its positions lie in no regular order."""
     dims = x.dim()
-    if dims < 2 or sample % dims == channel % dims:
+    inside = -dims <= sample < dims and -dims <= channel < dims
+    if dims < 2 or not inside or sample % dims == channel % dims:
         raise ValueError(
             f"features: expected a sample and a channel dimension, got shape {tuple(x.shape)} with "
-            f"sample={sample}, channel={channel}"
+            f"sample={sample}, channel={channel}. Name two different dimensions."
         )
     x = x.movedim((sample, channel), (0, 1))
     return x.unsqueeze(2) if dims == 2 else x.flatten(2)

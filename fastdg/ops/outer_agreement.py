@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .agreement import masked
 from .derivatives import call, not_differentiable
-from .gradients import check_weights, statistic_dtype
-from .outer_moments import domain_rows
+from .gradients import in_dtype_of, statistic_dtype
+from .outer_moments import check_values, domain_rows
 from .registry import define
 from .window import sizes, unfold
 
@@ -60,11 +61,29 @@ def _fake(
     return combined, a.new_empty((), dtype=sums), a.new_empty((), dtype=sums)
 
 
+def check(
+    a: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    threshold: float,
+    steepness: float,
+    window: Sequence[int],
+) -> None:
+    checks.outer(a, delta, window)
+    checks.one_each("weights", weights, checks.partition(order, offsets, a, "a"))
+    checks.on_device("weights", weights, a, "a")
+    checks.mask(threshold, steepness)
+
+
 define(
     "outer_agreement(Tensor a, Tensor delta, Tensor order, Tensor offsets, Tensor weights, "
     "float threshold, float steepness, int[] window) -> (Tensor, Tensor, Tensor)",
     reference,
     _fake,
+    check,
+    check_values,
 )
 not_differentiable("outer_agreement", "its mask is constant almost everywhere")
 
@@ -87,8 +106,7 @@ def outer_agreement(
     Args:
         a: layer inputs as in `outer_domain`.
         delta: gradients at the layer's outputs ``[N, T, O]``, as in `outer_domain`.
-        order: sample numbers sorted by domain ``[N]``, int64.
-        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        order, offsets: a partition of the samples by domain, as in `moments`.
         weights: ``[D]``, floating point, on the device of ``a``; 0 for a domain that takes no part,
             as an empty one has to be.
         threshold: as in `agreement`.
@@ -100,10 +118,10 @@ def outer_agreement(
         ``combined.abs()``; their dtypes as in `agreement`. Not differentiable.
 
     Raises:
-        ValueError: the weights have another shape or device.
-        TypeError: the weights are not floating point.
+        TypeError, ValueError: an argument has another dtype, shape or device, ``threshold`` is not
+            finite, ``steepness`` not positive, ``window`` does not fit ``a``, or ``order`` and
+            ``offsets`` are no partition.
     """
-    check_weights(weights, offsets.shape[0] - 1, a.device)
-    weights = weights.to(statistic_dtype(a.dtype))
+    weights = in_dtype_of(a, weights)
     args = (a, delta, order, offsets, weights, threshold, steepness, list(window))
     return call("outer_agreement", *args)

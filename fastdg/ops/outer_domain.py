@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import call, not_differentiable
-from .outer_moments import domain_rows
+from .outer_moments import check, check_values, domain_rows
 from .registry import define
 from .window import sizes, unfold
 
@@ -34,6 +34,8 @@ define(
     "outer_domain(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor",
     reference,
     _fake,
+    check,
+    check_values,
 )
 not_differentiable("outer_domain", "for a differentiable mean use outer_moments")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .derivatives import call, not_differentiable
 from .moments import domain_of
+from .outer_moments import check, check_values
 from .registry import define
 from .window import sizes
 
@@ -18,11 +19,11 @@ def reference(
 ) -> Tensor:
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
-    samples = a.shape[0]
+    samples = order.numel()
     count = offsets[1:] - offsets[:-1]
     # Sample by sample: N^2 (I + O) products and no gradient; else the domains' own, N T I O.
     if T == 1 and not window and samples * (inputs + outputs) <= inputs * outputs:
-        x, d = a[:, 0], delta[:, 0]
+        x, d = a[order, 0], delta[order, 0]
         pairs = (d @ d.t()) * (x @ x.t())  # <g_i, g_j>
         domain, n = domain_of(order, offsets), count.clamp(min=1).to(a.dtype)
         # Sums, not products with zeros, which would carry a NaN over to the other domains.
@@ -43,6 +44,8 @@ define(
     "outer_gram(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor",
     reference,
     _fake,
+    check,
+    check_values,
 )
 not_differentiable("outer_gram", "for a differentiable result use outer_moments")
 

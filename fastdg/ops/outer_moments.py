@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, differentiable, not_differentiable
 from .registry import define
 from .window import fold, sizes, unfold
@@ -106,17 +107,55 @@ def _fake_backward(
     return a.new_empty(a.shape), delta.new_empty(delta.shape)
 
 
+def check(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> tuple[Any, Any, Any]:
+    """Returns the shape ``(D, O, I)`` of a statistic of every domain."""
+    outputs, inputs = checks.outer(a, delta, window)
+    return checks.partition(order, offsets, a, "a"), outputs, inputs
+
+
+def check_values(a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, *rest: Any) -> None:
+    checks.partition_values(order, offsets, a.shape[0])
+
+
+def check_backward(
+    grad_mean: Tensor,
+    grad_variance: Tensor,
+    a: Tensor,
+    delta: Tensor,
+    mean: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    window: Sequence[int],
+) -> None:
+    shape = check(a, delta, order, offsets, window)
+    for name, x in (("grad_mean", grad_mean), ("grad_variance", grad_variance), ("mean", mean)):
+        checks.floating(name, x, a, "a")
+        checks.shape(name, x, shape, "D, O, I")
+
+
+def check_values_backward(
+    grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor, *rest: Any
+) -> None:
+    check_values(a, delta, *rest)
+
+
 define(
     "outer_moments(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) "
     "-> (Tensor, Tensor)",
     reference,
     _fake,
+    check,
+    check_values,
 )
 define(
     "outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
     "Tensor mean, Tensor order, Tensor offsets, int[] window) -> (Tensor, Tensor)",
     reference_backward,
     _fake_backward,
+    check_backward,
+    check_values_backward,
 )
 
 
@@ -167,13 +206,16 @@ def outer_moments(
         a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a
             convolution.
         delta: gradients at the layer's outputs ``[N, T, O]``, any strides, the dtype of ``a``.
-        order: sample numbers sorted by domain ``[N]``, int64.
-        offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
+        order, offsets: a partition of the samples by domain, as in `moments`.
         window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``.
 
     Returns:
         ``(mean, variance)``, each ``[D, O, I]``; zeros for an empty domain. Differentiable once, by
         recomputation. The variance is accurate to rounding of :math:`E[g^2]`; compiled for the
         CPU, to rounding of the :math:`g_i`.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, ``window`` does not
+            fit ``a``, or ``order`` and ``offsets`` are no partition.
     """
     return call("outer_moments", a, delta, order, offsets, list(window))

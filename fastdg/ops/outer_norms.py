@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, not_differentiable
 from .outer_moments import chunks
 from .registry import define
@@ -36,7 +37,9 @@ def _fake(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
     return a.new_empty((a.shape[0],))
 
 
-define("outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor", reference, _fake)
+define(
+    "outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor", reference, _fake, checks.outer
+)
 not_differentiable("outer_norms", "square the per-sample gradients instead")
 
 

@@ -9,35 +9,67 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..carried import Carried
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Fastest first. Whatever is absent, or does not support the arguments, is passed over.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 Implementation = Callable[..., Any]
+Check = Callable[..., Any]
 Supports = Callable[..., bool]
 
 library = torch.library.Library("fastdg", "DEF")
-_forced: ContextVar[str | None] = ContextVar("fastdg_backend", default=None)
+_forced: Carried[str | None] = Carried("fastdg_backend", None)
 
 
 @dataclass
 class Op:
-    """One op: its reference and whatever else can compute it."""
+    """One op: its checks (`fastdg.ops.checks`), its reference and whatever else can compute it."""
 
     name: str
     reference: Implementation
+    fake: Implementation
+    check: Check
+    check_values: Check | None = None
     backends: dict[str, tuple[Implementation, Supports]] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        return self.route(*args)(*args)
+        self.check(*args)
+        device = _first_tensor(args).device.type
+        if device == "meta":
+            return self.fake(*args)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # numbers are those outside of it
+                return self._run(*args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        implementation = self.route(*args)
+        if self.check_values is None:
+            return implementation(*args)
+        if implementation is self.reference or args[0].device.type != "cpu":
+            self.check_values(*args)
+            return implementation(*args)
+        try:  # the compiled ops check indices as they read them
+            return implementation(*args)
+        except RuntimeError:
+            self.check_values(*args)
+            raise
+
+    def shapes(self, *args: Any) -> Any:
+        """The fake implementation, after the checks."""
+        with suppress(GuardOnDataDependentSymNode):  # of a size that is known when the op runs
+            self.check(*args)
+        return self.fake(*args)
 
     def route(self, *args: Any) -> Implementation:
         """The implementation that serves these arguments."""
@@ -77,13 +109,20 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor:
     raise TypeError("a fastdg op needs at least one tensor argument")
 
 
-def define(schema: str, reference: Implementation, fake: Implementation) -> Op:
-    """Define ``fastdg::<schema>`` with its reference and its shape rule."""
+def define(
+    schema: str,
+    reference: Implementation,
+    fake: Implementation,
+    check: Check,
+    check_values: Check | None = None,
+) -> Op:
+    """Define ``fastdg::<schema>`` with its reference, its shape rule and its checks: of shapes,
+    dtypes and devices, and of the values of indices, after one of them a tensor of the data."""
     name = schema.split("(", 1)[0]
-    op = Op(name, reference)
+    op = Op(name, reference, fake, check, check_values)
     library.define(schema)
     library.impl(name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdg::{name}", fake, lib=library)
+    torch.library.register_fake(f"fastdg::{name}", op.shapes, lib=library)
     OPS[name] = op
     return op
 

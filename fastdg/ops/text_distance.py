@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, differentiable, not_differentiable
 from .registry import define
 
@@ -74,17 +75,55 @@ def _fake_backward(
     return torch.empty_like(embeddings, memory_format=torch.contiguous_format)
 
 
+def check(
+    embeddings: Tensor, labels: Tensor, classes: Tensor, anchors: Tensor, teacher: Tensor
+) -> None:
+    checks.floating("embeddings", embeddings)
+    checks.dims("embeddings", embeddings, "[N, E]", 2)
+    checks.vector("labels", labels, torch.int64, embeddings, "embeddings")
+    checks.shape("labels", labels, embeddings.shape[:1], "N")
+    for name, x in (("classes", classes), ("anchors", anchors), ("teacher", teacher)):
+        checks.floating(name, x, embeddings, "embeddings")
+    E = embeddings.shape[1]
+    checks.dims("classes", classes, "[C, E]", 2)
+    checks.dims("anchors", anchors, "[C, A, E]", 3)
+    C, A = classes.shape[0], anchors.shape[1]
+    checks.shape("classes", classes, (C, E), "C, E")
+    checks.shape("anchors", anchors, (C, A, E), "C, A, E")
+    checks.shape("teacher", teacher, (C, A), "C, A")
+
+
+def check_values(embeddings: Tensor, labels: Tensor, classes: Tensor, *rest: Tensor) -> None:
+    checks.label_values(labels, classes.shape[0])
+
+
+def check_backward(grad_absolute: Tensor, grad_relative: Tensor, *tensors: Tensor) -> None:
+    check(*tensors)
+    embeddings = tensors[0]
+    for name, x in (("grad_absolute", grad_absolute), ("grad_relative", grad_relative)):
+        checks.floating(name, x, embeddings, "embeddings")
+        checks.shape(name, x, embeddings.shape[:1], "N")
+
+
+def check_values_backward(grad_absolute: Tensor, grad_relative: Tensor, *tensors: Tensor) -> None:
+    check_values(*tensors)
+
+
 define(
     "text_distance(Tensor embeddings, Tensor labels, Tensor classes, Tensor anchors, "
     "Tensor teacher) -> (Tensor, Tensor)",
     reference,
     _fake,
+    check,
+    check_values,
 )
 define(
     "text_distance_backward(Tensor grad_absolute, Tensor grad_relative, Tensor embeddings, "
     "Tensor labels, Tensor classes, Tensor anchors, Tensor teacher) -> Tensor",
     reference_backward,
     _fake_backward,
+    check_backward,
+    check_values_backward,
 )
 
 
@@ -126,7 +165,8 @@ def text_distance(
     Args:
         embeddings: s ``[N, E]``, floating point. One of length 0 has cosine 0 with everything, and
             no gradient.
-        labels: class y of each sample ``[N]``, int64, below C.
+        labels: class y of each sample ``[N]``, int64, from 0 to C - 1. On the CPU this is checked;
+            on another device labels are trusted, unless ``FASTDG_CHECK_INDICES=1`` has them read.
         classes: T ``[C, E]``, rows of length 1, of the embeddings' dtype.
         anchors: K ``[C, A, E]``, rows of length 1; ``[C, 0, E]`` for none, then the relative
             distance is 0.
@@ -134,6 +174,10 @@ def text_distance(
 
     Returns:
         ``(absolute, relative)``, each ``[N]``. Differentiable once with respect to ``embeddings``.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device, or a label is none of
+            the classes.
 
     Reference:
         Huang et al.: A Sentence Speaks a Thousand Images: Domain Generalization through Distilling

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import checks
 from .derivatives import call, differentiable, not_differentiable
 from .registry import define
 
@@ -58,16 +60,57 @@ def _fake_backward(
     return [v.new_empty(v.shape) for v in variance]
 
 
+def check(
+    variance: Sequence[Tensor], ema: Sequence[Tensor], present: Tensor, history: float
+) -> None:
+    if len(variance) == 0:
+        raise ValueError("variance: expected at least one tensor, got none. Pass one a parameter.")
+    if len(ema) not in (0, len(variance)):
+        raise ValueError(
+            f"ema: expected no tensors or {len(variance)}, one for each variance, got {len(ema)}. "
+            "Pass [] without a history."
+        )
+    first = variance[0]
+    checks.floating("variance[0]", first)
+    checks.vector("present", present, torch.bool, first, "variance[0]")
+    D = present.shape[0]
+    for k, v in enumerate(variance):
+        checks.floating(f"variance[{k}]", v, first, "variance[0]")
+        if v.dim() == 0 or v.shape[0] != D:
+            raise ValueError(
+                f"variance[{k}]: expected a row for each of the {D} domains of present, got shape "
+                f"{tuple(v.shape)}. Pass variances [D, *]."
+            )
+    for k, m in enumerate(ema):
+        checks.floating(f"ema[{k}]", m, first, "variance[0]")
+        checks.shape(f"ema[{k}]", m, variance[k].shape, f"that of variance[{k}]")
+    checks.finite("history", history)
+
+
+def check_backward(
+    grad: Tensor,
+    variance: Sequence[Tensor],
+    ema: Sequence[Tensor],
+    present: Tensor,
+    history: float,
+) -> None:
+    check(variance, ema, present, history)
+    checks.floating("grad", grad, variance[0], "variance[0]")
+    checks.shape("grad", grad, (), "0-dim")
+
+
 define(
     "variance_gap(Tensor[] variance, Tensor[] ema, Tensor present, float history) -> Tensor",
     reference,
     _fake,
+    check,
 )
 define(
     "variance_gap_backward(Tensor grad, Tensor[] variance, Tensor[] ema, Tensor present, "
     "float history) -> Tensor[]",
     reference_backward,
     _fake_backward,
+    check_backward,
 )
 
 
@@ -105,5 +148,8 @@ def variance_gap(
 
     Returns:
         0-dim tensor, differentiable once with respect to ``variance``.
+
+    Raises:
+        TypeError, ValueError: a list, ``present`` or ``history`` is not as described.
     """
     return call("variance_gap", list(variance), list(ema), present, history)

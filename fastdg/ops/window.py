@@ -40,6 +40,15 @@ def sizes(a_shape: Sequence[int], window: Sequence[int]) -> tuple[int, int]:
     return prod(positions(a_shape[2:], window)), a_shape[1] * prod(split(window)[0])
 
 
+def steps(strides: Sequence[int], factors: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Element offsets from one of ``counts`` places to the next; 0 where there is one place, whose
+    factor may be any integer."""
+    return [
+        stride * factor if count > 1 else 0
+        for stride, factor, count in zip(strides, factors, counts, strict=True)
+    ]
+
+
 def unfold(a: Tensor, window: Sequence[int]) -> Tensor:
     """Rows ``[N, T, I]`` of ``a``; a differentiable copy when there is a window."""
     if not window:
@@ -48,14 +57,10 @@ def unfold(a: Tensor, window: Sequence[int]) -> Tensor:
     out = positions(a.shape[2:], window)
     dims = len(kernel)
     spatial = a.stride()[2:]
+    rows, taps = steps(spatial, stride, out), steps(spatial, dilation, kernel)
     patches = a.as_strided(
         (a.shape[0], *out, a.shape[1], *kernel),
-        (
-            a.stride(0),
-            *(st * s for st, s in zip(spatial, stride, strict=True)),
-            a.stride(1),
-            *(st * d for st, d in zip(spatial, dilation, strict=True)),
-        ),
+        (a.stride(0), *rows, a.stride(1), *taps),
         a.storage_offset(),
     )
     return patches.flatten(1 + dims).flatten(1, dims)
@@ -103,11 +108,8 @@ def offsets(
             total = total.unsqueeze(-1) + torch.arange(count) * step
         return total.flatten().to(device=device, dtype=torch.int32)
 
-    row = grid(out, [st * s for st, s in zip(strides[1:], stride, strict=True)])
-    column = grid(
-        (channels, *kernel),
-        (strides[0], *(st * d for st, d in zip(strides[1:], dilation, strict=True))),
-    )
+    row = grid(out, steps(strides[1:], stride, out))
+    column = grid((channels, *kernel), (strides[0], *steps(strides[1:], dilation, kernel)))
     return row, column
 
 

@@ -12,7 +12,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,13 +20,14 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
+from ..carried import Carried
 from .layers import rule_of, spans_samples
 from .modules import contents, own_parameters, reshard
 
 Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
 
 _KEY = "fastdg"
-_paused: ContextVar[bool] = ContextVar("fastdg_paused", default=False)
+_paused: Carried[bool] = Carried("fastdg_paused", False)
 _clock = itertools.count()
 
 

@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "another shape": (
         lambda g: ops.gram([g[0], [g[1][0], g[1][1].t()]]),
         ValueError,
-        r"gradients\[1\]\[1\]: expected the shape \(3, 4\) of gradients\[0\]\[1\], got \(4, 3\)",
+        r"gradients\[1\]\[1\]: expected shape \(3, 4\) .*of gradients\[0\]\[1\]\), got \(4, 3\)",
     ),
     "another dtype": (
         lambda g: ops.combine([g[0], [g[1][0], g[1][1].double()]], torch.ones(2)),
@@ -384,28 +384,32 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "weights": (
         lambda g: ops.combine(g, torch.ones(3)),
         ValueError,
-        r"weights: expected the shape \(2,\), got \(3,\)",
+        r"weights: expected shape \(2,\) \(D\), got \(3,\)",
     ),
     "integer weights": (
         lambda g: ops.agreement(g, torch.tensor([1, 2])),
         TypeError,
-        "weights: expected a floating-point tensor, got torch.int64",
+        "weights: expected a dense floating-point tensor, got torch.int64",
     ),
     "weights elsewhere": (
         lambda g: ops.combine(g, torch.ones(2, device="meta")),
         ValueError,
-        "weights: expected a tensor on cpu, got one on meta",
+        "weights: expected a tensor on cpu as .*, got one on meta",
     ),
-    "nothing kept": (lambda g: ops.meta_step([], [], 0.5), ValueError, "at least 1"),
+    "nothing kept": (
+        lambda g: ops.meta_step([], [], 0.5),
+        ValueError,
+        "parameters: expected .*got none",
+    ),
     "less kept": (
         lambda g: ops.meta_step(g[0], g[1][:1], 0.5),
         ValueError,
-        "kept: expected a tensor for each of the 2 .* parameters, got 1",
+        "kept: expected a tensor for each of the 2 parameters, got 1",
     ),
     "kept otherwise": (
         lambda g: ops.meta_step(g[0], [g[1][0], g[1][1].t()], 0.5),
         ValueError,
-        r"kept\[1\]: expected \(3, 4\), torch.float32 on cpu as parameters\[1\], got \(4, 3\)",
+        r"kept\[1\]: expected shape \(3, 4\) .*of parameters\[1\]\), got \(4, 3\)",
     ),
     "in a transform": (
         lambda g: torch.func.vmap(lambda x: ops.meta_step([x], [x], 0.5))(g[0][1]),

@@ -1,0 +1,43 @@
+"""Context variables that are seen wherever a backward runs.
+
+Autograd runs the nodes of an accelerator, their hooks too, in threads of its own, whose context is
+empty. `torch.autograd` hands these threads a copy of the context that called the backward, for
+PyTorch's compiler; a `Carried` looks there for what its thread does not know.
+"""
+
+from __future__ import annotations
+
+from contextvars import Context, ContextVar, Token
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Carried(Generic[T]):
+    """A ``ContextVar`` that autograd's threads see as the caller of the backward does."""
+
+    def __init__(self, name: str, default: T) -> None:
+        self._variable: ContextVar[T] = ContextVar(name)
+        self._default = default
+
+    def get(self) -> T:
+        try:
+            return self._variable.get()
+        except LookupError:
+            context = _of_backward()
+            return self._default if context is None else context.get(self._variable, self._default)
+
+    def set(self, value: T) -> Token[T]:
+        return self._variable.set(value)
+
+    def reset(self, token: Token[T]) -> None:
+        self._variable.reset(token)
+
+
+def _of_backward() -> Context | None:
+    """The context that called the backward which this thread works for."""
+    if not torch._C._is_key_in_tls("context"):
+        return None
+    return torch._C._get_obj_in_tls("context")
