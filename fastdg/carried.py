@@ -2,16 +2,19 @@
 
 Autograd runs the nodes of an accelerator, their hooks too, in threads of its own, whose context is
 empty. `torch.autograd` hands these threads a copy of the context that called the backward, for
-PyTorch's compiler; a `Carried` looks there for what its thread does not know.
+PyTorch's compiler: a `Carried` looks there for a value that its thread does not have, and a hook
+that is `continued` runs in that context, so that a backward which it calls has it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import Context, ContextVar, Token
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -34,6 +37,16 @@ class Carried(Generic[T]):
 
     def reset(self, token: Token[T]) -> None:
         self._variable.reset(token)
+
+
+def continued(hook: Callable[..., R]) -> Callable[..., R]:
+    """``hook``, run in the context that called the backward."""
+
+    def run(*args: Any) -> R:
+        context = _of_backward()
+        return hook(*args) if context is None else context.copy().run(hook, *args)
+
+    return run
 
 
 def _of_backward() -> Context | None:

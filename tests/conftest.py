@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import Variable
 
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import: kernels then run on CPU tensors, interpreted.
@@ -99,3 +101,66 @@ def small_clip() -> Callable[[Path, int], tuple[Any, Any]]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+class _Nested(torch.autograd.Function):
+    """Runs something in its backward, ``depth`` backwards further in."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, run: Callable[[], None], depth: int) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, ctx.run, ctx.depth = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        _nested(ctx.run, ctx.depth)
+        return grad, None, None
+
+
+def _nested(run: Callable[[], None], depth: int) -> None:
+    if depth == 0:
+        return run()
+    with torch.enable_grad():
+        y = _Nested.apply(torch.zeros((), requires_grad=True), run, depth - 1)
+    Variable._execution_engine.run_backward((y,), (torch.ones(()),), False, False, (), True, True)
+    return None
+
+
+DEEPEST = 60  # of backwards within one another: the engine gives a deeper one to another thread
+
+
+@pytest.fixture
+def engine_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes and hooks of every backward run in a thread of autograd's, as those of an accelerator.
+
+    Such a thread has what the engine carries over to it, and nothing else of the caller's
+    thread-local state and context.
+    """
+    caller = threading.get_ident()
+
+    def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **more: Any) -> Any:
+            if (
+                threading.get_ident() != caller
+                or torch.compiler.is_compiling()
+                or torch._C._are_functorch_transforms_active()
+                or torch._C._len_torch_dispatch_stack() > 0
+            ):
+                return function(*args, **more)
+            results: list[Any] = []
+            enabled = torch.is_grad_enabled()
+
+            def there() -> None:
+                with torch.set_grad_enabled(enabled):
+                    results.append(function(*args, **more))
+
+            _nested(there, DEEPEST + 1)
+            return results[0]
+
+        return run
+
+    monkeypatch.setattr(torch.autograd, "grad", elsewhere(torch.autograd.grad))
+    monkeypatch.setattr(torch.autograd, "backward", elsewhere(torch.autograd.backward))

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from ..domains import as_ids, partition
 from ..statistics.api import Tape, check_losses, spent
 from ..statistics.factors import accumulated
+from ..statistics.graph import without_autocast
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, scaling, support
@@ -148,20 +149,22 @@ class DomainOptimizer(Stateful):
                 the captured gradients are not autograd's; another rank failed; what is staged or
                 in ``.grad`` was not made with this ``scaler``.
 
-        After an error ``.grad`` is as it was, and nothing is staged. A second final call before
+        Autocast is off inside, so that this may be called in an autocast block too. After an error
+        ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         try:
             self._ranks.begin(type(self).__name__, bool(self._tape.recorder.handles))
-            self._stage(losses, domains, scaler, inputs)
-            if not final:
-                self._defer()
-                self._ranks.part()
-                return accumulated(losses.detach()).mean()
-            (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
-            self._whole = self._meet(staged)
-            with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
-                loss = self._gradient(staged)
+            with without_autocast(losses):
+                self._stage(losses, domains, scaler, inputs)
+                if not final:
+                    self._defer()
+                    self._ranks.part()
+                    return accumulated(losses.detach()).mean()
+                (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
+                self._whole = self._meet(staged)
+                with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
+                    loss = self._gradient(staged)
             if self._tape.recorder.handles:
                 spent(part for batch in staged for part in batch.roots)
             self._statistics = merged(heard, self._statistics, self._whole)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .advice import LEAVE_OUT
 from .factors import Factor, total
-from .graph import Found, root, sweep, unscaled
+from .graph import Found, root, sweep, unscaled, without_autocast
 from .layers import rule_of, spans_samples
 from .layers.generic import generic
 from .modules import contents, own_parameters
@@ -207,7 +207,7 @@ def gradients_of(
     losses: Tensor, parameters: Sequence[Tensor], weight: Tensor, *, retain_graph: bool = True
 ) -> list[Any]:
     """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
-    with unhooked(parameters), paused():
+    with unhooked(parameters), paused(), without_autocast(losses):
         grads = torch.autograd.grad(
             losses, list(parameters), weight, retain_graph=retain_graph, allow_unused=True
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..carried import continued
 from .tape import Call, Recorder, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
@@ -201,7 +203,7 @@ def sweep(
     if not create_graph:
         last = set(targets)
         handles = [
-            node.register_prehook(partial(arrive, entries))
+            node.register_prehook(continued(partial(arrive, entries)))
             for node, entries in found.slots.items()
             if node not in last
         ]
@@ -211,8 +213,7 @@ def sweep(
         for nr in sorted({nr for _, _, nr in found.slots[node]})
     ]
     try:
-        # A backward, and all sums over what it finds, outside autocast wherever it is called
-        with paused(), torch.autocast(losses.device.type, enabled=False):
+        with paused(), without_autocast(losses):
             grads = list(
                 torch.autograd.grad(
                     losses,
@@ -236,6 +237,13 @@ def sweep(
         for handle in handles:
             handle.remove()
     return rest
+
+
+def without_autocast(losses: Any) -> AbstractContextManager[Any]:
+    """Autocast off where the losses are: what a backward computes has the dtypes of its graph."""
+    if isinstance(losses, Tensor) and torch.amp.is_autocast_available(losses.device.type):
+        return torch.autocast(losses.device.type, enabled=False)
+    return nullcontext()
 
 
 def about_mean(losses: Tensor) -> float:
