@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .chain import innermost
+from .base_state import renew
+from .chain import chain, innermost
 from .settings import Setting, check_count, check_switch, check_weight
-from .wrapped import fresh_state
 from .wrapper import DomainOptimizer
 
 
@@ -27,9 +27,7 @@ class Annealed(DomainOptimizer):
 
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
-            state = fresh_state(innermost(self.base))
-            self.state.clear()  # in place: schedulers and checkpoints hold it
-            self.state.update(state)
+            renew(innermost(self.base), tuple(f"{link.prefix}_" for link in chain(self)))
 
     def settings(self) -> dict[str, Any]:
         own = ("penalty_weight", "anneal_steps", "pre_anneal_weight", "reset_base")

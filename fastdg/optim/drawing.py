@@ -71,11 +71,6 @@ class DrawingOptimizer(DomainGradientOptimizer):
             self.generator.set_state(self._pending)
             self._remember()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state with the wrapper's own in it, the generator's too."""
-        self._remember()
-        return super().state_dict()
-
     def _taken(self) -> None:
         super()._taken()
         state = self.param_groups[0][f"{self.prefix}_generator"]

@@ -6,7 +6,7 @@ And what else is done to the wrapped optimizer that its wrapper has to know of.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..statistics.factors import accumulated
 from . import support
+from .base_state import is_standard, own_part
 from .chain import chain, innermost
 from .support import warn_user
 from .wrapped import Wrapping
@@ -45,9 +46,19 @@ class Loading:
         wrapper = self.wrapper() if self.wrapper is not None else None
         return None if wrapper is None or wrapper._loading else wrapper
 
+    def saving(self, base: Optimizer) -> None:
+        wrapper = self.wrapper() if self.wrapper is not None else None
+        if wrapper is not None:
+            wrapper._remember()
+
     def before(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._idle()
-        return wrapper._take(prepared(wrapper, state_dict)) if wrapper is not None else None
+        if wrapper is None:
+            return None
+        state_dict = prepared(wrapper, state_dict)
+        rest = wrapper._take(state_dict)
+        check_whole(wrapper, state_dict, rest)
+        return rest
 
     def after(self, base: Optimizer) -> None:
         wrapper = self._idle()
@@ -73,15 +84,17 @@ def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def attach(wrapper: Any) -> None:
     """Follow what is done to ``wrapper.base``, for as long as the wrapper lives."""
-    if not hasattr(wrapper.base, "_optimizer_load_state_dict_pre_hooks"):
-        return  # a wrapper itself, of the kind that never calls Optimizer.__init__
     hooks = Loading(wrapper)
-    for handle in (
-        wrapper.base.register_load_state_dict_pre_hook(hooks.before),
-        wrapper.base.register_load_state_dict_post_hook(hooks.after),
-        wrapper.base.register_step_pre_hook(hooks.stepping),
+    for table, hook in (
+        ("state_dict_pre", hooks.saving),
+        ("load_state_dict_pre", hooks.before),
+        ("load_state_dict_post", hooks.after),
+        ("step_pre", hooks.stepping),
     ):
-        weakref.finalize(wrapper, handle.remove).atexit = False
+        # An optimizer around another one may never call Optimizer.__init__, and have none
+        if hasattr(wrapper.base, f"_optimizer_{table}_hooks"):
+            handle = getattr(wrapper.base, f"register_{table}_hook")(hook)
+            weakref.finalize(wrapper, handle.remove).atexit = False
 
 
 def split(
@@ -108,13 +121,52 @@ def split(
     return kept, rest
 
 
-def by_id(groups: Sequence[Mapping[str, Any]], parameters: Iterable[Tensor]) -> dict[Any, Tensor]:
-    """Id in a state dict's ``groups`` -> parameter.
+def catch_up(wrapper: Stateful) -> None:
+    """Notice a state that was loaded into the wrapped optimizer, if that calls no hooks.
 
-    Ids may be names (torch.distributed.checkpoint): the order of the groups says which is who.
+    Raises:
+        ValueError: the state lacks tensors that the wrapper should have.
     """
-    ids = [i for group in groups for i in group["params"]]
-    return dict(zip(ids, parameters, strict=False))
+    if wrapper._group is wrapper.param_groups[0]:
+        return
+    if isinstance(wrapper.base, Wrapping):
+        catch_up(wrapper.base)  # type: ignore[arg-type]
+    saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
+    pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
+    groups = [{**live, "params": group["params"]} for group, live in pairs]
+    wrapper._take({"state": saved["state"], "param_groups": groups})
+    wrapper._taken()
+
+
+def check_whole(
+    wrapper: Stateful,
+    state_dict: Mapping[str, Any],
+    rest: Mapping[str, Any],
+) -> None:
+    """Warn if ``state_dict``, of which the wrapped optimizer gets ``rest``, lacks what that one
+    saves; raise ValueError if it cannot go on without."""
+    groups = own_part(state_dict, wrapper.param_groups)["param_groups"]
+    if isinstance(wrapper.base, Wrapping) or not groups[0].get(f"{wrapper.prefix}_steps"):
+        return
+    now = wrapper.base.state_dict()
+    lacking = [repr(key) for key in now if key not in state_dict]
+    refused = bool(lacking) and not is_standard(now)
+    others = tuple(f"{prefix}_" for prefix, _ in _prefixes(Wrapping))
+    entries = now["state"].values() if is_standard(now) else ()
+    if not rest.get("state") and any(
+        not str(key).startswith(others) for entry in entries for key in entry
+    ):
+        lacking.append("the state of all parameters")
+        refused = True
+    message = (
+        f"state_dict: it comes from a run but lacks {', '.join(lacking)}, which "
+        f"{type(wrapper.base).__name__} saves. torch.distributed.checkpoint loses it: save "
+        "opt.state_dict() with torch.save."
+    )
+    if refused:
+        raise ValueError(message)
+    if lacking:
+        support.warn_user(message)
 
 
 def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:

@@ -18,6 +18,7 @@ from ..statistics.factors import Dense, Factor, accumulated
 from ..statistics.layers import register_rule
 from ..statistics.tape import recording
 from .backbones import find_layers, preset_of
+from .base_state import own_part, with_part
 from .features import (
     Layout,
     Oracle,
@@ -338,11 +339,13 @@ class MIRO(Term):
 
     def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own = self._own_group()
-        groups = list(state_dict["param_groups"])
+        part = own_part(state_dict, self.param_groups)
+        groups = list(part["param_groups"])
         if len(groups) == len(self.param_groups) - 1:  # of the optimizer inside, without MIRO
             ids = [f"miro.{name}" for name in self.layers]
             groups.insert(own, {**self.param_groups[own], "params": ids})
-        return super()._take({**state_dict, "param_groups": groups})
+            state_dict = with_part(state_dict, {**part, "param_groups": groups})
+        return super()._take(state_dict)
 
     def _taken(self) -> None:
         super()._taken()

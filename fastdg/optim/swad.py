@@ -18,7 +18,8 @@ from ..statistics.factors import accumulated
 from . import scaling, support
 from .averaged import Averaged
 from .averages import FRESH, Segments, finite
-from .chain import chain
+from .base_state import is_new
+from .chain import chain, innermost
 from .loading import Kept, begin
 from .settings import Setting, check_steps, check_weight, checked
 from .valley import RULES, check_rule
@@ -197,7 +198,8 @@ class SWAD(Averaged):
                 raise support.no_backward(type(self).__name__, staged=True)
             scaling.refuse_scaled(self)
             closure = None if closure is None else partial(self._evaluate, closure)
-        loss = self._step_base(closure)
+        moves = not probe or is_new(innermost(self.base))
+        loss = self._step_base(closure) if moves else None
         self._done()
         if probe:
             begin(self, [p for p in self._names if p.grad is not None])

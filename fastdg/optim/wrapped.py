@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..statistics.selection import select
 from ..statistics.tape import Selection
+from .base_state import carried, forwarded
 from .sharding import like_parameter
 
 
@@ -48,6 +49,8 @@ class Wrapping(Optimizer):
         "_scaler",
         "_model",
         "_loaded",
+        "_loaded_groups",
+        "_group",
         "_ranks",
         "_whole",
     )
@@ -119,7 +122,19 @@ class Wrapping(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = (*self._transient, *self._patched)
-        return {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+        kept = {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+        return {**kept, "base": carried(self.base)}
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if "base" not in self.__dict__:
+                raise AttributeError(name)
+            try:
+                return forwarded(self.base, name)
+            except AttributeError:
+                message = f"{type(self).__name__!r} object has no attribute {name!r}"
+                raise AttributeError(message) from None
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""
@@ -216,16 +231,6 @@ def check_params(
         )
     if not callable(params):
         select(params, {name: p for p, name in names.items()})
-
-
-def fresh_state(base: Optimizer) -> Mapping[Any, Any]:
-    """The state a new optimizer of this kind would have: none, but for Adagrad and the like."""
-    accepted = inspect.signature(type(base)).parameters
-    defaults = {key: value for key, value in base.defaults.items() if key in accepted}
-    try:
-        return type(base)([dict(group) for group in base.param_groups], **defaults).state
-    except (TypeError, ValueError):  # made in some other way; then its state is made as it steps
-        return {}
 
 
 def accumulate(p: Tensor, grad: Tensor) -> None:

@@ -20,8 +20,9 @@ from ..statistics.graph import without_autocast
 from ..statistics.selection import listed
 from ..statistics.tape import Recorder, Selection, paused
 from . import loading, scaling, support
+from .base_state import is_new
 from .batch import Batch, described
-from .chain import Told, added_by, chain, check_order, merged, terms_of, told
+from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
 from .ranks import Ranks
 from .settings import check_keywords, full_signature
 from .stateful import Stateful
@@ -109,6 +110,7 @@ class DomainOptimizer(Stateful):
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
         self._fill()
         loading.adopt(self)
+        self._group = self.param_groups[0]
 
     @property
     def steps(self) -> int:
@@ -185,6 +187,7 @@ class DomainOptimizer(Stateful):
     ) -> None:
         check_losses(losses)
         domains = as_ids(domains, len(losses))
+        loading.catch_up(self)
         self._scale = scaling.factor(self, scaler, losses)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         if self._size() != self._watched:
@@ -255,8 +258,9 @@ class DomainOptimizer(Stateful):
         if self._staged or not self._ready:
             if self._staged or not support.is_probe(self.base):
                 raise support.no_backward(type(self).__name__, bool(self._staged))
-            self._step_base()
-            loading.begin(self, [p for p in self._names if p.grad is not None])
+            if is_new(innermost(self.base)):
+                self._step_base()
+                loading.begin(self, [p for p in self._names if p.grad is not None])
             return None
         self._advance()
         return loss
@@ -335,6 +339,7 @@ class DomainOptimizer(Stateful):
         self._watch(None)
         self._clear()
         loading.attach(self)
+        self._group = self.param_groups[0]
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""
