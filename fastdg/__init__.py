@@ -11,13 +11,14 @@ from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
 from .optim.erm import ERM
 from .optim.fish import Fish
 from .optim.fishr import Fishr
+from .optim.gram_surgery import GramSurgery
 from .optim.iga import IGA
 from .optim.invariance import GroupDRO, VREx
 from .optim.irm import IRM
 from .optim.masking import ANDMask, SANDMask
 from .optim.miro import MIRO
 from .optim.rise import RISE, mix_students, mix_teachers
-from .optim.surgery import AgrRand, AgrSum, GramSurgery, PCGrad
+from .optim.surgery import AgrRand, AgrSum, PCGrad
 from .optim.swad import SWAD
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (

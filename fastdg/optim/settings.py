@@ -122,6 +122,11 @@ def check_reduction(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}")
 
 
+def check_absent(name: str, value: Any) -> None:
+    if value not in ("auto", "zeros", "drop"):
+        raise ValueError(f"{name}: expected 'auto', 'zeros' or 'drop', got {value!r}")
+
+
 def check_share(name: str, value: Any) -> None:
     if not (_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")

@@ -1,9 +1,8 @@
-"""Gradient surgery: Agr-Sum, Agr-Rand, PCGrad, and every rule that weighs by the Gram matrix."""
+"""Gradient surgery: Agr-Sum, Agr-Rand and PCGrad."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from .drawing import DrawingOptimizer
 from .gathering import Gradients, moved
 from .settings import Common, Setting, check_reduction, check_switch, checked
 from .sharding import own_part
-
-Weighting = Callable[[Tensor], Tensor]
+from .weightings import Weighting
 
 
 class AgrSum(DomainGradientOptimizer):
@@ -133,76 +131,6 @@ class AgrRand(DrawingOptimizer):
             combined[p] = torch.where(grad == 0, noise, grad)
         self._remember()
         return combined, {**masked.statistics, "sigma": sigma}
-
-
-class GramSurgery(DomainGradientOptimizer):
-    r"""Any rule that weighs the domains' gradients by their inner products.
-
-    .. math:: \text{grad} = \sum_d w(K)_d\, g_d, \qquad K_{de} = \langle g_d, g_e \rangle
-
-    Args:
-        base: any ``torch.optim.Optimizer`` that steps without a closure.
-        weighting: ``[D, D]`` Gram matrix over all parameters -> ``[D]`` weights; TorchJD's
-            weightings (``UPGradWeighting()``, ``MGDAWeighting()``, ...) are such functions. It sees
-            the domains of the batch alone when their ids are on the CPU; with ids on another
-            device and ``num_domains`` an empty domain has a row of zeros. It is not called for one
-            domain alone, whose gradient stays as it is. What it keeps is not in ``state_dict``.
-        num_domains, model, check: as in `AgrSum`.
-
-    ``statistics`` holds ``loss``, ``gram`` (``[D, D]``), ``cosine`` (``[D, D]``; NaN where there is
-    no gradient), ``conflicts`` (pairs of domains with a negative product; 0-dim), ``weights``
-    (``[D]``), ``domain_loss`` (``[D]``, NaN for an empty domain) and ``domain_count`` (``[D]``).
-
-    Raises:
-        TypeError, ValueError: an argument, or what ``weighting`` returns, is not as described.
-
-    Reference:
-        Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024.
-
-    Example:
-        >>> opt = fastdg.GramSurgery(torch.optim.Adam(model.parameters()), UPGradWeighting())
-        >>> losses = F.cross_entropy(model(x), y, reduction="none")
-        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
-    """
-
-    prefix = "gramsurgery"
-
-    def __init__(
-        self,
-        base: Optimizer,
-        weighting: Weighting,
-        **common: Unpack[Common],
-    ) -> None:
-        if not callable(weighting) or isinstance(weighting, type):
-            raise TypeError(
-                "weighting: expected a function of the Gram matrix (D, D) that gives weights (D,), "
-                f"got {weighting!r}"
-            )
-        super().__init__(base, settings={}, **common)
-        self.weighting = weighting
-
-    def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
-        return weighed(gradients, self._weights)
-
-    def _weights(self, gram: Tensor) -> Tensor:
-        if len(gram) == 1:
-            return gram.new_ones(1)
-        finite = gram.isfinite().all()
-        if self._scaler is not None:  # whose step is skipped then; solvers raise at what they see
-            gram = gram.where(finite, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-        weights = self.weighting(gram)
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"weighting: expected it to return floating-point weights, got {kind}")
-        if weights.shape != gram.shape[:1]:
-            raise ValueError(
-                f"weighting: expected it to return weights of shape {tuple(gram.shape[:1])} for a "
-                f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
-            )
-        return weights if self._scaler is None else weights.where(finite, torch.nan)
-
-    def settings(self) -> dict[str, Any]:
-        return {"weighting": self.weighting, **super().settings()}
 
 
 class PCGrad(DrawingOptimizer):

@@ -270,13 +270,3 @@ def test_arguments(cls: Any, more: dict[str, Any], error: type[Exception], messa
     with pytest.raises(error, match=message):
         cls(base, **more)
     assert base.param_groups[0].keys() == Adam(nn.Linear(2, 2).parameters()).param_groups[0].keys()
-
-
-def test_the_weightings_of_torchjd() -> None:
-    """As they are, and on the way round by the Jacobian that they are made for."""
-    aggregation = pytest.importorskip("torchjd.aggregation")
-    g = torch.randn(3, 6).double()
-    for name in ("MGDA", "AlignedMTL"):
-        weighting = getattr(aggregation, f"{name}Weighting")()
-        grad, _ = surgery(fastdg.GramSurgery, g, weighting=weighting)
-        close(grad, getattr(aggregation, name)()(g), 1e-9)
