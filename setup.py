@@ -1,17 +1,22 @@
 """Build fastdg: the Python package always, the compiled extension ``fastdg._C`` where it can be.
 
-FASTDG_BUILD=auto (default) compiles C++, and CUDA where nvcc and a CUDA torch are there, and falls
-back to pure Python when something is missing or fails; none, cpp and cuda mean exactly that.
-MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. FASTDG_SANITIZE, a list as
--fsanitize takes it, adds the sanitizers that .ci/sanitize runs. Metadata: pyproject.toml.
+FASTDG_BUILD=auto (default) compiles C++, and CUDA where nvcc and a CUDA torch are there. If CUDA
+fails it compiles C++ alone, if that fails too nothing, and says so; none, cpp and cuda mean exactly
+that. MAX_JOBS and TORCH_CUDA_ARCH_LIST work as for every torch extension. FASTDG_SANITIZE, a list
+as -fsanitize takes it, adds the sanitizers that .ci/sanitize runs. Metadata: pyproject.toml.
 """
 
 import os
+import re
+import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from subprocess import run
+from subprocess import PIPE, run
+from threading import Thread
 
 from setuptools import Command, find_packages, setup
 from setuptools.command.build_py import build_py
@@ -25,7 +30,13 @@ if os.environ.get("FASTDG_SANITIZE"):
     SANITIZE = [f"-fsanitize={os.environ['FASTDG_SANITIZE']}", "-fno-omit-frame-pointer", "-g1"]
 else:
     SANITIZE = []
-RECORD = "_build.txt"  # read by fastdg/native.py: what was built, or why nothing was
+RECORD = "_build.txt"  # read by fastdg/native.py: the outcome, and the compiler's errors below it
+
+ERROR = re.compile(
+    r"(?<![-\w])(?:error|fatal)\b|undefined reference|cannot find -l|not found|killed", re.I
+)
+# Command lines, and ninja's words about a command that failed
+NO_ERROR = re.compile(r"^\[\d+/\d+\]|^FAILED:|^ninja: build stopped| -c | -shared |^\s*$")
 
 
 def find_torch() -> str | None:
@@ -33,8 +44,14 @@ def find_torch() -> str | None:
     # Isolation works through PYTHONPATH and PYTHONNOUSERSITE; a child started with -E ignores both.
     probe = "import sys; from importlib.util import find_spec; sys.path.pop(0); "
     probe += "spec = find_spec('torch'); print((spec and spec.origin) or '')"
-    origin = run([sys.executable, "-E", "-c", probe], capture_output=True, text=True).stdout.strip()
+    origin = run([sys.executable, "-E", "-c", probe], stdout=PIPE, text=True).stdout.strip()
     return str(Path(origin).parents[1]) if origin else None
+
+
+def error_lines(output: str, most: int = 5) -> list[str]:
+    """Return the first errors in a compiler's output, or its last lines if it calls none so."""
+    lines = [line.rstrip()[:300] for line in output.splitlines() if not NO_ERROR.search(line)]
+    return [line for line in lines if ERROR.search(line)][:most] or lines[-most:]
 
 
 def compiler_fault() -> str | None:
@@ -46,24 +63,76 @@ def compiler_fault() -> str | None:
         child = run([*cxx.split(), *flags], input=source, capture_output=True, text=True)
     except OSError as error:
         return f"no C++ compiler ({cxx}: {error.strerror})"
-    errors = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    errors = error_lines(child.stderr, 1) or [f"exit status {child.returncode}"]
     return f"the C++ compiler {cxx} does not work ({errors[0]})" if child.returncode else None
+
+
+def cuda_folders() -> Iterator[Path]:
+    """Yield where the CUDA toolkit may be: the named folder only, else nvcc's, else the usual."""
+    if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        yield Path(named)
+        return
+    if nvcc := shutil.which("nvcc"):
+        # The nvcc on PATH may be a link, or a script that calls the one of the toolkit: a dry run
+        # tells where that lies.
+        with suppress(OSError):
+            call = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+            if top := re.search(r"^#\$ TOP=(.+)$", run(call, stderr=PIPE, text=True).stderr, re.M):
+                yield Path(os.path.normpath(top[1].strip()))
+        yield Path(nvcc).resolve().parents[1]
+        yield Path(nvcc).parents[1]
+    yield from (Path("/usr/local/cuda"), Path("/opt/cuda"))
+
+
+def cudart(home: Path) -> Path | None:
+    """Return the folder of libcudart.so, which the extension is linked to."""
+    multiarch = sysconfig.get_config_var("MULTIARCH") or "."
+    folders = [home / "lib64", home / "lib", home / "lib" / multiarch, *home.glob("targets/*/lib")]
+    return next((folder for folder in folders if (folder / "libcudart.so").exists()), None)
+
+
+def toolkit_fault(home: Path) -> str | None:
+    """Return the piece of a CUDA toolkit that ``home`` lacks."""
+    if not (home / "bin" / "nvcc").is_file():
+        return f"{home} has no bin/nvcc"
+    if not any(home.glob("include/cuda_runtime.h")) and not any(
+        home.glob("targets/*/include/cuda_runtime.h")
+    ):
+        return f"{home} has no include/cuda_runtime.h"
+    return f"{home} has no libcudart.so" if cudart(home) is None else None
+
+
+def find_cuda() -> tuple[Path | None, str]:
+    """Return the first folder that holds a CUDA toolkit, or why none does."""
+    faults = []
+    for home in cuda_folders():
+        if (fault := toolkit_fault(home)) is None:
+            return home, ""
+        faults.append(fault)
+    # A folder with nvcc that lacks another piece tells more than one without.
+    fault = min(faults, key=lambda fault: fault.endswith("bin/nvcc"))
+    return None, f"no CUDA toolkit was found: {fault} (set CUDA_HOME)"
 
 
 def cuda_fault() -> str | None:
     """Return why CUDA cannot be built for; the build machine need not have a GPU itself."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, library_paths
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
-        return "nvcc was not found (set CUDA_HOME)"
-    if not any(any(Path(path).glob("libcudart.so*")) for path in library_paths("cuda")):
-        return f"no libcudart.so under {CUDA_HOME} (set CUDA_HOME)"
-    banner = run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    if f"release {torch.version.cuda.split('.')[0]}." not in banner:
-        return f"torch is built for CUDA {torch.version.cuda}, nvcc is {banner.split()[-1]}"
+    home, fault = find_cuda()
+    if home is None:
+        return fault
+    try:
+        child = run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{home}/bin/nvcc does not work ({error.strerror})"
+    if (release := re.search(r"release (\d+)\.\d+", child.stdout)) is None:
+        said = error_lines(child.stderr + child.stdout, 1) or [f"exit status {child.returncode}"]
+        return f"{home}/bin/nvcc does not work ({said[0]})"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"torch is built for CUDA {torch.version.cuda}, nvcc is of {release[0]}"
+    os.environ["CUDA_HOME"] = str(home)  # read by torch.utils.cpp_extension when it is imported
     return None
 
 
@@ -82,7 +151,7 @@ def plan(policy: str) -> tuple[str | None, str]:
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
         return None, f"torch {torch.__version__} is older than 2.10"
     if policy == "cpp":
-        return "cpp", ""
+        return "cpp", "without CUDA: FASTDG_BUILD=cpp"
     if fault := cuda_fault():
         return (None, fault) if policy == "cuda" else ("cpp", f"without CUDA: {fault}")
     return "cuda", ""
@@ -93,7 +162,7 @@ def native_extension(cuda: bool):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
-    return (CUDAExtension if cuda else CppExtension)(
+    extension = (CUDAExtension if cuda else CppExtension)(
         "fastdg._C",
         sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*") if path.suffix in suffixes),
         define_macros=[STABLE_ABI, *([("USE_CUDA", None)] if cuda else ())],
@@ -101,15 +170,51 @@ def native_extension(cuda: bool):
         extra_link_args=SANITIZE,
         py_limited_api=True,
     )
+    if cuda:
+        extension.library_dirs.append(str(cudart(Path(os.environ["CUDA_HOME"]))))
+    return extension
 
 
-def record(command: Command, outcome: str) -> None:
+def record(command: Command, outcome: str, errors: list[str] = []) -> None:  # noqa: B006
     """Print the outcome and leave it beside the modules, without an extension of earlier builds."""
-    print(f"fastdg: {outcome}", flush=True)
+    text = "\n    ".join([outcome, *errors])
+    print(f"fastdg: {text}", flush=True)
     package = Path(ROOT if command.editable_mode else command.build_lib, "fastdg")
     for stale in package.glob("_C*.so"):
         stale.unlink()
-    (package / RECORD).write_text(outcome + "\n")
+    (package / RECORD).write_text(text + "\n")
+    if errors and not os.isatty(1):
+        # pip shows the output of a build only if that fails, and this one goes on without the
+        # extension: say so on the terminal, if there is one.
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\nfastdg: {text}\n    (`pip install -v` shows all of it)\n")
+
+
+@contextmanager
+def copied_output() -> Iterator[list[bytes]]:
+    """Give what this process and the compilers print meanwhile, which is printed all the same."""
+    kept: list[bytes] = []
+    sys.stdout.flush(), sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    source, sink = os.pipe()
+
+    def copy() -> None:
+        while data := os.read(source, 1 << 16):
+            kept.append(data)
+            os.write(saved[0], data)
+
+    thread = Thread(target=copy)
+    thread.start()
+    os.dup2(sink, 1), os.dup2(sink, 2)
+    os.close(sink)
+    try:
+        yield kept
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os.dup2(saved[0], 1), os.dup2(saved[1], 2)  # the last writers of the pipe end here
+        thread.join()
+        for descriptor in (*saved, source):
+            os.close(descriptor)
 
 
 def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
@@ -132,14 +237,30 @@ def commands(policy: str, target: str | None, reason: str) -> dict[str, type]:
 
     class BuildNative(BuildExtension):
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if policy != "auto":
-                    raise
-                print(error, file=sys.stderr)
+            if not (errors := self.attempt()):
+                return
+            if target == "cuda":
+                record(self, "cpp without CUDA: the build of the CUDA ops failed", errors)
+                vars(self.extensions[0]).update(vars(native_extension(cuda=False)))
+                errors = self.attempt()
+            if errors:
                 self.extensions = []  # nothing to copy into place
-                record(self, "not compiled: the compiler failed, `pip install -v` shows how")
+                record(self, "not compiled: the compiler failed", errors)
+
+        def attempt(self) -> list[str]:
+            """Compile and link; return the errors, or raise them where the policy wants no less."""
+            with copied_output() as output:
+                try:
+                    super().build_extensions()
+                    return []
+                except Exception as error:
+                    fault = error
+            print(fault, file=sys.stderr)
+            errors = error_lines(b"".join(output).decode(errors="replace"))
+            if policy != "auto":
+                said = "\n    ".join([f"fastdg: FASTDG_BUILD={policy} failed", *errors])
+                raise SystemExit(said) from fault
+            return errors or [f"{type(fault).__name__}: {fault}"]
 
     return {"build_py": BuildPython, "build_ext": BuildNative}
 

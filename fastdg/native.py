@@ -23,13 +23,32 @@ def load() -> None:
     status()
 
 
+def _record() -> list[str]:
+    """Return the lines that setup.py left: the outcome, and the compiler's errors if it failed."""
+    return _RECORD.read_text().strip().splitlines() if _RECORD.is_file() else []
+
+
+def failed() -> bool:
+    """Return whether the install tried to compile more than it could."""
+    return len(_record()) > 1
+
+
+def without_cuda() -> str:
+    """Return why the compiled extension has no CUDA ops."""
+    available, reason = status()
+    if not available:
+        return reason
+    _, found, why = reason.partition("without CUDA: ")
+    return f"not compiled: {why}" if found else "not compiled: the extension holds no CUDA ops"
+
+
 @cache
 def status() -> tuple[bool, str]:
     """Return whether the compiled extension is loaded, and what was built or why it is missing.
 
     The first call loads it; every later call returns the same answer.
     """
-    record = _RECORD.read_text().strip() if _RECORD.is_file() else ""
+    record = "\n".join(_record())
     library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
     if library is None:
         return False, record if record.startswith("not compiled") else _NOT_INSTALLED

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -152,7 +153,7 @@ def info() -> None:
     for column in ("name", "here", "why"):
         table.add_column(column)
     for name, (available, reason) in backends().items():
-        table.add_row(name, "[green]yes[/]" if available else "no", reason)
+        table.add_row(name, "[green]yes[/]" if available else "no", escape(reason))
     console.print(table)
 
 

@@ -78,15 +78,7 @@ def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
 def _attach_native() -> None:
     native.load()
     available, reason = native.status()
-    if not available:
-        if os.environ.get("FASTDG_BACKEND") != "reference":
-            warnings.warn(
-                f"fastdg: the compiled CPU ops are not available ({reason}); "
-                "using plain PyTorch, which is correct but slower",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return
+    missing = []
     for backend, device, names, namespace in (
         ("cpp", "cpu", CPP_OPS, "fastdg_cpp"),
         ("cuda", "cuda", CUDA_OPS, "fastdg_cuda"),
@@ -95,6 +87,33 @@ def _attach_native() -> None:
             implementation = getattr(getattr(torch.ops, namespace), name, None)
             if implementation is not None:
                 attach(name, backend, _counting_writes(implementation.default), _float32(device))
+            elif backend == "cpp" or reason.startswith("cuda"):
+                missing.append(f"{namespace}.{name}")
+    if fault := _native_fault(available, reason, missing):
+        warnings.warn(fault, RuntimeWarning, stacklevel=2)
+
+
+def _native_fault(available: bool, reason: str, missing: list[str]) -> str | None:
+    """What to warn of: the compiled ops that this install was to have and has not."""
+    if os.environ.get("FASTDG_BACKEND") == "reference":
+        return None
+    if not available:
+        return (
+            f"fastdg: the compiled CPU ops are not available ({reason}); "
+            "using plain PyTorch, which is correct but slower"
+        )
+    if missing:
+        return (
+            f"fastdg: the compiled extension lacks {', '.join(missing)}, so that it was built from "
+            "other sources; these run in plain PyTorch. Install fastdg again."
+        )
+    if native.failed():
+        return (
+            f"fastdg: the compiled CUDA ops are not available ({native.without_cuda()}); using "
+            "Triton or plain PyTorch on CUDA tensors. Install fastdg again when this is mended, or "
+            "with FASTDG_BUILD=cpp to do without them."
+        )
+    return None
 
 
 def _attach_triton() -> None:
@@ -119,7 +138,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     elif has_cuda_ops:
         cuda = (False, "compiled, but there is no CUDA device")
     else:
-        cuda = (False, "not compiled: needs nvcc and a CUDA build of torch at install time")
+        cuda = (False, native.without_cuda())
     return {
         "reference": (True, "plain PyTorch, any device"),
         "cpp": (has_native, native_reason),
