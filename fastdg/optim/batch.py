@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..domains import Partition
-from ..statistics.api import Resolved
+from ..statistics.api import Resolved, moments_of
 from ..statistics.factors import accumulated
-from ..statistics.moments import rows
+from ..statistics.moments import DomainMoments, rows
 from .whole import Whole
 
 
@@ -39,11 +39,6 @@ class Batch:
     terms: Tensor | None
     scale: Tensor | None
 
-    @property
-    def roots(self) -> list[Tensor]:
-        """Where its graph begins."""
-        return [self.losses] if self.terms is None else [self.losses, self.terms]
-
 
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     """Samples of each domain ``[D]``, of all, and the names of the parameters looked at."""
@@ -52,6 +47,18 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     count = torch.stack([rows(count, domains) for count in counts]).sum(0)
     used = sorted({name for batch in staged for name in batch.resolved.chosen})
     return count, sum(len(batch.losses) for batch in staged), used
+
+
+def moments(batch: Batch, create_graph: bool) -> DomainMoments:
+    """Those of the chosen parameters; the graph is kept."""
+    return moments_of(
+        batch.losses,
+        batch.resolved,
+        batch.partition,
+        create_graph=create_graph,
+        retain_graph=True,
+        scale=batch.scale,
+    )[0]
 
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..domains import Partition, partition, readable
-from ..statistics.api import Resolved, spent
+from ..statistics.api import Resolved
 from ..statistics.collect import MixedSamples
 from ..statistics.moments import rows
 from .batch import scaled
@@ -137,7 +137,6 @@ class DomainGradientOptimizer(DomainOptimizer):
         *earlier, batch = self._staged
         with torch.no_grad():
             self._staged = [Gathered.of(earlier, batch)]
-        spent([batch.total])
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         *earlier, batch = staged

@@ -19,7 +19,7 @@ from ..statistics.selection import select
 from ..statistics.tape import Selection
 from . import loading
 from .annealed import Annealed
-from .batch import Batch, descend, scaled, total_loss
+from .batch import Batch, descend, moments, scaled, total_loss
 from .chain import terms_of
 from .settings import Common, Setting, check_decay, check_reduction, checked
 from .sharding import local
@@ -126,17 +126,17 @@ class Fishr(Annealed):
         terms = any(batch.terms is not None for batch in staged)
         plain = not (terms or _hooked(staged) or _sparse(staged))
         if weight == 0 and self.params != "head" and plain:
-            moments = self._moments_and_gradient(staged)
-            penalty = self._penalty(moments, staged)
+            found = self._moments_and_gradient(staged)
+            penalty = self._penalty(found, staged)
         else:
             create_graph = weight > 0
-            moments = whole.moments(merge([self._moments(b, create_graph) for b in staged]))
-            penalty = self._penalty(moments, staged)
+            found = whole.moments(merge([moments(b, create_graph) for b in staged]))
+            penalty = self._penalty(found, staged)
             own = total_loss(staged) / whole.samples
             # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
             descend(own + weight * penalty if weight > 0 else own, staged, whole)
-        variance = {name: v.detach() for name, v in moments.variance.items()}
-        self._pending = variance, moments.present, _parameters(staged)
+        variance = {name: v.detach() for name, v in found.variance.items()}
+        self._pending = variance, found.present, _parameters(staged)
         penalty = penalty.detach()
         self._statistics = {
             **losses.statistics(),
@@ -145,23 +145,13 @@ class Fishr(Annealed):
         }
         return losses.mean
 
-    def _moments(self, batch: Batch, create_graph: bool) -> DomainMoments:
-        return moments_of(
-            batch.losses,
-            batch.resolved,
-            batch.partition,
-            create_graph=create_graph,
-            retain_graph=True,
-            scale=batch.scale,
-        )[0]
-
     def _moments_and_gradient(self, staged: Sequence[Batch]) -> DomainMoments:
         """Both from one backward: the gradient is the mean of the domains', weighted by count."""
         parts: list[DomainMoments] = []
         rest: dict[Tensor, Tensor] = {}
         for batch in staged:
             others = batch.resolved.rest
-            moments, grads = moments_of(
+            found, grads = moments_of(
                 batch.losses,
                 batch.resolved,
                 batch.partition,
@@ -170,18 +160,18 @@ class Fishr(Annealed):
                 extra=others,
                 scale=batch.scale,
             )
-            parts.append(moments)
+            parts.append(found)
             for p, grad in zip(others, grads, strict=True):
                 if grad is not None:
                     rest[p] = rest[p] + grad if p in rest else grad
-        moments, named = self._whole.moments(merge(parts)), _parameters(staged)
-        for name, mean in moments.mean.items():
-            share = moments.count.to(mean.dtype) / self._whole.samples
+        found, named = self._whole.moments(merge(parts)), _parameters(staged)
+        for name, mean in found.mean.items():
+            share = found.count.to(mean.dtype) / self._whole.samples
             weighted = share @ mean.reshape(len(share), named[name].numel())
             accumulate(named[name], scaled(weighted.view(named[name].shape), staged))
         for p, grad in self._whole.rest(rest).items():
             accumulate(p, scaled(grad / self._whole.samples, staged))
-        return moments
+        return found
 
     def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:
         history: list[Tensor] = []

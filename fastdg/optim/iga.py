@@ -13,12 +13,13 @@ from typing_extensions import Unpack
 
 from .. import ops
 from ..domains import partition
-from ..statistics.api import check_losses, moments_of
+from ..statistics.api import check_losses
 from ..statistics.collect import refuse_fused_attention
 from ..statistics.factors import accumulated
 from ..statistics.moments import merge
+from ..statistics.release import below, release
 from ..statistics.tape import paused
-from .batch import Batch, descend
+from .batch import Batch, descend, moments
 from .chain import terms_of
 from .closures import asks_for_domain, check_same, losses_of
 from .rerun import Start
@@ -114,20 +115,8 @@ class IGA(DomainOptimizer):
         if self.steps == 0:  # whatever the weight, which may be scheduled
             for batch in staged:
                 refuse_fused_attention(batch.resolved.found)
-        moments = merge(
-            [
-                moments_of(
-                    batch.losses,
-                    batch.resolved,
-                    batch.partition,
-                    create_graph=weight > 0,
-                    retain_graph=True,
-                    scale=batch.scale,
-                )[0]
-                for batch in staged
-            ]
-        )
-        means = self._whole.means(moments)
+        # Only of the means: the variances, as large, are freed before the second backward
+        means = self._whole.means(merge([moments(batch, weight > 0) for batch in staged]))
         penalty = ops.variance_gap(list(means.values()), [], losses.present, 0.0)
         own = losses.objective(losses.shares, staged)
         objective = (losses.shares * losses.filled).sum()
@@ -247,6 +236,8 @@ class IGA(DomainOptimizer):
         del grad, gap  # the graph has what it needs
         if square.requires_grad:
             (weight * square).backward()
+        assert losses.grad_fn is not None
+        release(below([losses.grad_fn]))  # neither backward may have passed all of it
         return square.detach()
 
     def _compare(self, losses: Tensor, total: Tensor, count: int, d: int) -> None:

@@ -332,6 +332,7 @@ class MIRO(Term):
                 "MIRO with layouts='LNC'"
             )
         if self.weight == 0:  # 0 * inf is NaN
+            values.detach_()  # no backward would free its graph, which lives with the losses
             return torch.zeros_like(values.detach()).requires_grad_(), statistics
         return self.weight * values, statistics
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ..domains import as_ids, partition
-from ..statistics.api import Tape, check_losses, spent
+from ..statistics.api import Tape, check_losses
 from ..statistics.factors import accumulated
 from ..statistics.graph import without_autocast
 from ..statistics.selection import listed
@@ -167,8 +167,6 @@ class DomainOptimizer(Stateful):
                 self._whole = self._meet(staged)
                 with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
-            if self._tape.recorder.handles:
-                spent(part for batch in staged for part in batch.roots)
             self._statistics = merged(heard, self._statistics, self._whole)
         except BaseException as error:
             self._staged, self._told = [], []

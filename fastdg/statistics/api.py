@@ -13,7 +13,7 @@ from ..domains import Partition, partition, tracing
 from .check import Checks
 from .collect import adopt, choose_head, collect, refuse_mixing
 from .factors import Factor
-from .graph import Found, find, forget
+from .graph import Found, find
 from .moments import DomainMoments
 from .selection import listed, select
 from .tape import Call, Recorder, Selection
@@ -130,11 +130,6 @@ def _unseen(found: Found) -> RuntimeError:
     )
 
 
-def spent(losses: Iterable[Tensor]) -> None:
-    """Free what was recorded of the forwards below ``losses``, of which no more is wanted."""
-    forget(part.grad_fn for part in losses if part.grad_fn is not None)
-
-
 def check_losses(losses: Tensor) -> None:
     """Raise unless ``losses`` is ``[N]``, floating, and has a graph."""
     if not isinstance(losses, Tensor):
@@ -224,8 +219,6 @@ def _by_name(
 
     found, owned, chosen, _ = tape.resolve(losses)
     collect(losses, found, owned, chosen.__contains__, use, retain_graph=retain_graph)
-    if not retain_graph:
-        spent([losses])
     return {name: out[name] for name in chosen if name in out}
 
 
@@ -305,8 +298,6 @@ def domain_moments(
     moments, _ = moments_of(
         losses, resolved, parts, create_graph=create_graph, retain_graph=retain_graph
     )
-    if not (retain_graph or create_graph):
-        spent([losses])
     return moments
 
 

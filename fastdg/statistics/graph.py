@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +16,10 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..carried import continued
+from .release import below, release
 from .tape import Call, Recorder, notes_on, paused
 
 _REENTRANT = CheckpointFunction._backward_cls
-_NOTED = "fastdg_noted"  # what any recorder left on a root's whole graph
 
 
 @dataclass
@@ -63,6 +63,13 @@ class Found:
         covered = self.above(self.slots)
         return [node for node in self.slots if node not in covered]
 
+    def passed_by(self, root: Node) -> Collection[Node]:
+        """The nodes below ``root`` that a sweep to `deepest` does not run; some that it runs, too,
+        where not everything was walked."""
+        if not self.whole:
+            return below([root])
+        return self.parents.keys() - self.above(self.deepest())
+
     def keep(self, calls: Sequence[Call]) -> Found:
         """Only ``calls``."""
         if len(calls) == len(self.calls):
@@ -84,13 +91,11 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
     leaves: list[Tensor] = []
     slots: dict[Node, list[tuple[Call, int, int]]] = {}
     calls: set[Call] = set()
-    noted: list[Call] = []
     parents: dict[Node, list[Node]] = {root: []}
     queue = [root]
     whole, hidden = True, False
     for node in queue:  # grows while we walk it
         for owner, call, slot, nr in notes_on(node):
-            noted.append(call)
             if owner is recorder:
                 slots.setdefault(node, []).append((call, slot, nr))
                 calls.add(call)
@@ -103,16 +108,14 @@ def find(root: Node, recorder: Recorder, until: int | None = None) -> Found:
             if (leaf := getattr(node, "variable", None)) is not None:
                 leaves.append(leaf)
             continue
-        for below, _ in next_functions:
-            if below is None:
+        for child, _ in next_functions:
+            if child is None:
                 continue
-            if (above := parents.get(below)) is None:
-                parents[below] = [node]
-                queue.append(below)
+            if (above := parents.get(child)) is None:
+                parents[child] = [node]
+                queue.append(child)
             else:
                 above.append(node)
-    if whole:  # for `forget`, which need not walk it again
-        root.metadata[_NOTED] = noted  # type: ignore[index]
     ordered = sorted(calls, key=lambda call: call.time)
     found = Found(ordered, slots, parents, leaves, hidden, whole)
     return _without_parametrizations(found)
@@ -212,6 +215,8 @@ def sweep(
         for node in targets
         for nr in sorted({nr for _, _, nr in found.slots[node]})
     ]
+    for call in found.calls:  # a node that this backward frees may be visited after it
+        call.wanted += 1
     try:
         with paused(), without_autocast(losses):
             grads = list(
@@ -236,6 +241,15 @@ def sweep(
     finally:
         for handle in handles:
             handle.remove()
+        for call in found.calls:
+            call.freed()
+    if forget:
+        assert losses.grad_fn is not None
+        passed = found.passed_by(losses.grad_fn)
+        release(passed)
+        for node in passed:
+            for _, call, _, _ in notes_on(node):
+                call.forget()
     return rest
 
 
@@ -266,23 +280,6 @@ def unscaled(grad: Tensor, start: Tensor | float | None) -> Tensor:
         return grad
     start = start.to(grad.device) if isinstance(start, Tensor) else start
     return (grad.float() if grad.dtype == torch.float16 else grad) / start
-
-
-def forget(roots: Iterable[Node]) -> None:
-    """Let go of the inputs of all calls on spent graphs, which may live on with their losses."""
-    pending = list(roots)
-    seen = set(pending)
-    for node in pending:  # grows while we walk it
-        if (noted := node.metadata.get(_NOTED)) is not None:  # type: ignore[attr-defined]
-            for call in noted:
-                call.forget()
-            continue
-        for _, call, _, _ in notes_on(node):
-            call.forget()
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                pending.append(below)
 
 
 def _filled(call: Call, slot: int, delta: Tensor | None) -> Tensor:

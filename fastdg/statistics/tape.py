@@ -69,11 +69,12 @@ class Call:
         time: rises from call to call.
         swept: whether a wrapper's backward has begun with it.
         forgotten: whether the inputs were let go.
+        wanted: how many may still want the inputs: the nodes that it has made, and sweeps.
     """
 
     __slots__ = (
         *("__weakref__", "args", "autocast", "forgotten", "kwargs", "module", "outputs"),
-        *("parameters", "swept", "time", "versions"),
+        *("parameters", "swept", "time", "versions", "wanted"),
     )
 
     def __init__(
@@ -89,7 +90,7 @@ class Call:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.parameters, self.outputs, self.versions = parameters, outputs, versions
         self.autocast, self.time = autocast, next(_clock)
-        self.swept = self.forgotten = False
+        self.swept, self.forgotten, self.wanted = False, False, 0
 
     @property
     def where(self) -> str:
@@ -116,6 +117,12 @@ class Call:
     def forget(self) -> None:
         """Let go of the inputs, as autograd does of what it saved, so that memory is used again."""
         self.args, self.kwargs, self.versions, self.forgotten = (), {}, [], True
+
+    def freed(self) -> None:
+        """One of those who may want the inputs wants them no more."""
+        self.wanted -= 1
+        if not self.wanted:
+            self.forget()
 
     def unchanged(self) -> None:
         if self.forgotten:
@@ -290,6 +297,7 @@ class Recorder:
             if tensor.requires_grad and id(tensor) not in aliases:
                 node = tensor.grad_fn or get_gradient_edge(tensor).node
                 _notes(node).setdefault(_KEY, []).append((self, call, slot, tensor.output_nr))
+                node.register_hook(_Freed(call))
         return replaced
 
 
@@ -371,6 +379,24 @@ def _apart(module: nn.Module, output: Any) -> Any:
         return output
     copies = [t.clone() if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
     return pytree.tree_unflatten(copies, tree)
+
+
+class _Freed:
+    """A hook of a node that a call has made: once a backward, whoever runs it, has freed all of
+    these nodes, or none is left, the call lets go of its inputs, as autograd does."""
+
+    def __init__(self, call: Call) -> None:
+        self.call: Call | None = call
+        call.wanted += 1
+
+    def __call__(self, grad_inputs: Any, grad_outputs: Any) -> None:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.__del__()
+
+    def __del__(self) -> None:
+        call, self.call = self.call, None
+        if call is not None:
+            call.freed()
 
 
 class _Learning:

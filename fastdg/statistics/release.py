@@ -1,0 +1,64 @@
+"""Free what a graph has saved, as the last backward through it would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from torch.autograd.graph import Node
+
+_PREFIX = "_raw_saved_"
+
+
+def below(roots: Iterable[Node]) -> list[Node]:
+    """All nodes of the graph below ``roots``, and these."""
+    pending = list(dict.fromkeys(roots))
+    seen = set(pending)
+    for node in pending:  # grows while we walk it
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
+    return pending
+
+
+def release(nodes: Iterable[Node]) -> None:
+    """Free the saved tensors of ``nodes`` that no backward pass has freed.
+
+    Autograd frees the tensors of the nodes that it runs. A pass to the outputs of layers does not
+    run what lies below them: the first layer would keep the batch for as long as the losses live,
+    which a user may keep for a plot. Hooks of saved tensors are torch's public way to exchange one;
+    ours keep nothing. Tensors that have hooks already (checkpoints, offloading) stay.
+    """
+    for node in nodes:
+        for saved in _saved(node):
+            with suppress(RuntimeError):  # it was freed before, is None, or has hooks
+                saved.register_hooks(_nothing, _refuse)
+
+
+def _saved(node: Node) -> Iterator[Any]:
+    for name in _names(type(node)):
+        try:
+            value = getattr(node, name)
+        except RuntimeError:  # of a function written in Python whose tensors were freed
+            continue
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith(_PREFIX))
+
+
+def _nothing(tensor: Any) -> None:
+    """Keep nothing of a tensor."""
+
+
+def _refuse(nothing: None) -> Any:
+    raise RuntimeError(
+        "losses: their graph was freed by the backward of a fastdg optimizer, or by a statistic "
+        "with retain_graph=False, got a further backward through it. Run the model again, or pass "
+        "retain_graph=True to the statistic"
+    )
