@@ -242,9 +242,11 @@ class _Graph:
             elif grad is not None:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
+            again = link._is_there()
             if ready:
                 link._leave()
             link._statistics, link._pending = statistics, pending
+            link._one_domain.watch(link, again, stacklevel=5)  # no_grad is one
             link._scaler = None  # of a backward that has failed
         return loss
 

@@ -66,7 +66,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         settings: the algorithm's own, checked; each is a `Setting` of the class.
     """
 
-    penalises = False
+    compares, penalises = True, False
     _way_out = (
         "run the model on each domain by itself, with backward(losses, domains, final=False) for "
         "all but the last; or freeze these parameters"

@@ -85,6 +85,7 @@ class Fishr(Annealed):
 
     prefix = "fishr"
     tensors = ("ema",)
+    compares = True
 
     ema: Setting[float | None] = Setting(check_decay)
     reduction: Setting[str] = Setting(check_reduction)

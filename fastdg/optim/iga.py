@@ -84,6 +84,7 @@ class IGA(DomainOptimizer):
         "call opt.step(closure), with a forward for each domain, which goes with any model; or "
         "freeze these parameters"
     )
+    compares = True
 
     penalty_weight: Setting[float] = Setting(check_weight)
 

@@ -54,6 +54,7 @@ class VREx(Annealed, Weighted):
     """
 
     prefix = "vrex"
+    compares = True
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class GroupDRO(Weighted):
 
     prefix = "groupdro"
     tensors = ("q",)
+    compares = True
 
     eta: Setting[float] = Setting(check_weight)
 

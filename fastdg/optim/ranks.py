@@ -3,7 +3,7 @@ r"""Several processes that train one model: what they have to tell each other, a
 A step on W ranks is the step of one process on their batches put together. Samples stay where they
 are; what travels is
 
-- the counts: 70 integers of each rank, once a step (`Ranks.meet`), by which a rank that has failed
+- the counts: 71 integers of each rank, once a step (`Ranks.meet`), by which a rank that has failed
   tells the others before they wait for it;
 - sums over samples, in one flat bucket each (`Ranks.all_reduce`);
 - the gradient: by DistributedDataParallel's or FSDP2's own hooks, in buckets and overlapped with
@@ -48,12 +48,13 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from .engines import Engines
+from .handshake import divergence, settings_of
 from .sharding import sharded
 from .whole import Whole
 
 BUCKET = 1 << 22  # entries that are sent at a time
 INLINE = 64  # domains whose counts go along with the first message
-HEADER = 6
+HEADER = 7
 TAG = 0xFD6  # of messages from one rank to one other, so that they do not meet the user's
 
 
@@ -64,7 +65,7 @@ class Ranks:
     default one.
 
     Args:
-        opt: the wrapper, which keeps this.
+        opt: the wrapper, which keeps this, and shares it with those around it.
     """
 
     def __init__(self, opt: Optimizer) -> None:
@@ -125,12 +126,12 @@ class Ranks:
         """The mean of each rank's number."""
         if self.size == 1:
             return value
-        number = torch.tensor([value], dtype=torch.float64, device=self._meeting_place(None))
+        number = torch.tensor([value], dtype=torch.float64, device=self.meeting_place(None))
         return float(self.all_reduce([number])[0]) / self.size
 
     def of_first(self, tensor: Tensor) -> Tensor:
         """What rank 0 has of a tensor that lies on the CPU."""
-        sent = tensor.to(self._meeting_place(None), copy=True)
+        sent = tensor.to(self.meeting_place(None), copy=True)
         self.wait(self.start(partial(distributed.broadcast, group_src=0), sent))
         return sent.cpu()
 
@@ -177,11 +178,11 @@ class Ranks:
 
     # -- meeting --
 
-    def begin(self, name: str, statistics: bool) -> None:
-        """The wrapper of this name is asked for a backward; with passes for statistics."""
-        self.name = name
+    def begin(self, opt: Optimizer, statistics: bool) -> None:
+        """The outermost wrapper is asked for a backward; with passes for statistics."""
+        self.opt, self.name = weakref.ref(opt), type(opt).__name__
         if self.size > 1 and not self.compared:
-            self.engines.check(name)
+            self.engines.check(self.name)
         if statistics:
             self.engines.hold()
 
@@ -200,12 +201,15 @@ class Ranks:
         if self.size == 1:
             return Whole(self, count.unsqueeze(0), samples)
         self.met = True
-        first = count[:INLINE].to(self._meeting_place(count.device))
-        seen = zlib.crc32(repr(used).encode())
-        told = self._tell([0, *self._place(), seen, len(count), samples], first)
+        first = count[:INLINE].to(self.meeting_place(count.device))
+        settings = settings_of(self.opt())
+        sums = [zlib.crc32(repr(what).encode()) for what in (used, settings)]
+        told = self._tell([0, *self._place(), sums[0], len(count), samples, sums[1]], first)
         codes, extent = told[:, 0].tolist(), int(told[:, 4].max())
         if any(codes):
             raise failed_on(self.name, [rank for rank, code in enumerate(codes) if code])
+        if bool((told[:, 6] != told[0, 6]).any()):
+            raise divergence(self, settings)
         self._compare(told)
         counts = told[:, HEADER : HEADER + extent]
         if extent > INLINE:
@@ -222,7 +226,9 @@ class Ranks:
         are told."""
         self.engines.free()
         if isinstance(error, Exception) and not self.met and self.size > 1:
-            self._tell([1, 0, 0, 0, 0, 0], torch.zeros(0, device=self._meeting_place(None)).long())
+            self._tell(
+                [1] + [0] * (HEADER - 1), torch.zeros(0, device=self.meeting_place(None)).long()
+            )
         self.met = False
 
     def _tell(self, header: Sequence[int], count: Tensor) -> Tensor:
@@ -232,7 +238,7 @@ class Ranks:
         told[self.rank, HEADER : HEADER + len(count)] = count
         return self.all_reduce([told])[0].cpu()
 
-    def _meeting_place(self, device: torch.device | None) -> torch.device:
+    def meeting_place(self, device: torch.device | None) -> torch.device:
         """A device that the group can send from, the CPU if it can: then nothing waits."""
         group = self.group or distributed.group.WORLD
         devices: list[torch.device] = group._device_types  # type: ignore[union-attr]

@@ -53,6 +53,7 @@ class Wrapping(Optimizer):
         "_group",
         "_ranks",
         "_whole",
+        "_one_domain",
     )
     _patched = ("step", "_opt_called")
 
@@ -103,7 +104,10 @@ class Wrapping(Optimizer):
 
     def _is_there(self) -> bool:
         """Whether what `backward` has left is in .grad still: others may have cleared it."""
-        return self._ready and self._left is not None and self._left[0].grad is self._left[1]()
+        if not self._ready or self._left is None:
+            return False
+        p, grad = self._left
+        return p.grad is not None and p.grad is grad()
 
     def _done(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""

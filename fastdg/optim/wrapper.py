@@ -23,6 +23,7 @@ from . import loading, scaling, support
 from .base_state import is_new
 from .batch import Batch, described
 from .chain import Told, added_by, chain, check_order, innermost, merged, terms_of, told
+from .one_domain import OneDomain
 from .ranks import Ranks
 from .settings import check_keywords, full_signature
 from .stateful import Stateful
@@ -62,6 +63,7 @@ class DomainOptimizer(Stateful):
     that ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
+    compares = False  # the domains of a step, so that a step of one domain is plain training
     penalises = True  # adds a term that an optimizer which ascends would turn around
     _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
@@ -71,6 +73,7 @@ class DomainOptimizer(Stateful):
     _told: list[Told]  # what terms have to say of everything staged
     _statistics: dict[str, Tensor]
     _ranks: Ranks
+    _one_domain: OneDomain
     _whole: Whole  # what the last final `backward` was of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -155,8 +158,9 @@ class DomainOptimizer(Stateful):
         ``.grad`` is as it was, and nothing is staged. A second final call before
         `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
+        again = self._is_there()
         try:
-            self._ranks.begin(type(self).__name__, bool(self._tape.recorder.handles))
+            self._ranks.begin(self, bool(self._tape.recorder.handles))
             with without_autocast(losses):
                 self._stage(losses, domains, scaler, inputs)
                 if not final:
@@ -178,6 +182,7 @@ class DomainOptimizer(Stateful):
             link._leave()
             link._scaler = self._scaler
         scaling.give_away(self)
+        self._one_domain.watch(self, again)
         return loss
 
     def _stage(
@@ -319,6 +324,8 @@ class DomainOptimizer(Stateful):
             model = nn.ModuleList([model, *(m for term in terms_of(self) for m in term.modules())])
         self._tape = Tape(Recorder(self._names, model), self.params, self.check)
         self._watched = self._size()
+        if "_one_domain" not in self.__dict__:
+            self._one_domain = OneDomain()
         if "_ranks" not in self.__dict__:
             inner = isinstance(self.base, DomainOptimizer)
             self._ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]

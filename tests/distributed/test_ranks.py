@@ -141,7 +141,7 @@ NUMBERS = {
 @pytest.mark.parametrize(("wrap", "split"), NUMBERS)
 def test_what_is_sent(pool: Pool, wrap: str, split: str) -> None:
     sent = pool.run(W, train, Run(wrap, split, counted=True, steps=3))[0].sent
-    assert sent[1] == {"counts": 2 * 70 * W, **NUMBERS[wrap, split]}
+    assert sent[1] == {"counts": 2 * 71 * W, **NUMBERS[wrap, split]}
 
 
 def test_a_rank_fails(pool: Pool) -> None:
