@@ -92,7 +92,7 @@ template <class Value>
 struct Spread {
   Value first{}, away{}, squares{};
 
-  FASTDG_DEVICE void begin(const Value& x) { first = x; }
+  FASTDG_DEVICE void begin(const Value& x) { first = x, away = squares = x - x; }  // 0, or not a number
   FASTDG_DEVICE void add(const Value& x) {
     const Value to = x - first;
     away += to;

@@ -24,6 +24,8 @@ namespace fastdg {
 using torch::stable::Tensor;
 using Window = std::vector<int64_t>;
 
+constexpr int64_t LARGEST_SIDE = int64_t{1} << 28;  // of N, D, T, I and O: no product of two leaves int64
+
 // These checks keep the operators within their memory whatever they are given, by their own names too.
 // fastdg/ops/checks.py says the same to users, in more words, before any backend runs.
 inline void check_float(const Tensor& x, const char* name) {
@@ -92,6 +94,8 @@ struct Partition {
     check_cpu(x, name);
     STD_TORCH_CHECK(x.dim() == 1 && x.scalar_type() == torch::headeronly::ScalarType::Long, name,
                     ": expected a vector of int64");
+    STD_TORCH_CHECK(x.size(0) <= LARGEST_SIDE + 1, name, ": expected at most ", LARGEST_SIDE,
+                    " samples and domains, got ", x.size(0));
     std::vector<int64_t> values(x.size(0));
     const auto* data = static_cast<const int64_t*>(x.const_data_ptr());
     for (size_t k = 0; k < values.size(); ++k) values[k] = data[k * x.stride(0)];
@@ -117,7 +121,7 @@ inline bool is_expanded_zero(const Tensor& x) {
 }
 
 inline void check_finite(double x, const char* name) {
-  STD_TORCH_CHECK(std::isfinite(x), name, ": expected a finite number, got ", x);
+  STD_TORCH_CHECK(std::isfinite(static_cast<float>(x)), name, ": expected a finite number of float32, got ", x);
 }
 
 // Of a mask by agreement: the common sign asked for, and the slope of the soft one.

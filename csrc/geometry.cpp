@@ -17,8 +17,6 @@ std::vector<int64_t> grid(const std::vector<int64_t>& counts, const std::vector<
   return points;
 }
 
-constexpr int64_t LARGEST_SIDE = int64_t{1} << 28;  // of T, I and O: no product of two leaves int64
-
 // What the others are multiplied with has to stay below the limit too.
 int64_t side(const std::vector<int64_t>& sizes, const char* name) {
   int64_t product = 1;
@@ -33,6 +31,9 @@ int64_t side(const std::vector<int64_t>& sizes, const char* name) {
 int64_t step(const Tensor& x, int64_t dim, int64_t count, int64_t factor) {
   return count < 2 || x.numel() == 0 ? 0 : x.stride(dim) * factor;
 }
+
+// From one sample to the next: of a gradient, which is contiguous, that is a sample's size too.
+int64_t sample_step(const Tensor& x) { return x.numel() == 0 ? 0 : x.stride(0); }
 
 // A window as [outputs, kernel, stride, dilation] of each spatial dimension, checked without overflow.
 struct Patches {
@@ -65,11 +66,11 @@ Left patches(const Tensor& a, const Window& window) {
     taps.push_back(p.kernel[k]);
     tap_steps.push_back(step(a, dim, p.kernel[k], p.dilation[k]));
   }
-  return {floats(a), step(a, 0, a.size(0), 1), grid(p.outputs, output_steps), grid(taps, tap_steps)};
+  return {floats(a), sample_step(a), grid(p.outputs, output_steps), grid(taps, tap_steps)};
 }
 
 Left rows(const Tensor& x) {
-  return {floats(x), step(x, 0, x.size(0), 1), grid({x.size(1)}, {step(x, 1, x.size(1), 1)}),
+  return {floats(x), sample_step(x), grid({x.size(1)}, {step(x, 1, x.size(1), 1)}),
           grid({x.size(2)}, {step(x, 2, x.size(2), 1)})};
 }
 

@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor> oracle_nll_backward(const Tensor& grad, const Tensor&
     double total = 0;
     for (int64_t n = 0; n < N; ++n)
       total += floats(up)[n] * (static_cast<double>(P) - floats(sums)[n * C + c] / s.value);
-    floats(of_bias)[c] = static_cast<float>(total * 0.5 * share * s.slope / s.value);
+    // A sum over no samples is 0 whatever the bias
+    floats(of_bias)[c] = N == 0 ? 0 : static_cast<float>(total * 0.5 * share * s.slope / s.value);
   }
 
   // Laid out as the features are, which is how autograd goes on with it

@@ -16,21 +16,21 @@ import torch
 
 R = TypeVar("R")
 T = TypeVar("T")
+_UNSET: Any = object()
 
 
 class Carried(Generic[T]):
     """A ``ContextVar`` that autograd's threads see as the caller of the backward does."""
 
     def __init__(self, name: str, default: T) -> None:
-        self._variable: ContextVar[T] = ContextVar(name)
+        self._variable: ContextVar[Any] = ContextVar(name)
         self._default = default
 
     def get(self) -> T:
-        try:
-            return self._variable.get()
-        except LookupError:
-            context = _of_backward()
-            return self._default if context is None else context.get(self._variable, self._default)
+        value = self._variable.get(_UNSET)
+        if value is _UNSET and (context := _of_backward()) is not None:
+            value = context.get(self._variable, _UNSET)
+        return self._default if value is _UNSET else value
 
     def set(self, value: T) -> Token[T]:
         return self._variable.set(value)

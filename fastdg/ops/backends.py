@@ -37,23 +37,25 @@ CPP_OPS = (
 CUDA_OPS = COLUMN_OPS
 
 
-def _float32(device: str) -> Supports:
+# Ops whose tensors may have other dtypes than the first
+MIXED = ("combine", "agreement", "outer_agreement", "oracle_nll", "oracle_nll_backward")
+
+
+def _float32(name: str, device: str) -> Supports:
     """The compiled ops take fp32 on their device; all else goes to the reference."""
 
-    def supports(*args: Any) -> bool:
-        first = True
-        for arg in args:
-            if isinstance(arg, (list, tuple)) and arg:
-                arg = arg[0]  # the others of a list are like the first: `checks` saw to it
-            if isinstance(arg, torch.Tensor):
-                if arg.is_floating_point() and arg.dtype is not torch.float32:
-                    return False
-                if first and arg.device.type != device:
-                    return False
-                first = False
-        return True
+    def first(*args: Any) -> bool:  # which the others are like: `checks` saw to it
+        x = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        return x.dtype is torch.float32 and x.device.type == device
 
-    return supports
+    def every(*args: Any) -> bool:
+        return first(*args) and all(
+            x.dtype is torch.float32 or not x.is_floating_point()
+            for x in args[1:]
+            if isinstance(x, torch.Tensor)
+        )
+
+    return every if name in MIXED else first
 
 
 def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
@@ -86,7 +88,8 @@ def _attach_native() -> None:
         for name in names:
             implementation = getattr(getattr(torch.ops, namespace), name, None)
             if implementation is not None:
-                attach(name, backend, _counting_writes(implementation.default), _float32(device))
+                run = _counting_writes(implementation.default)
+                attach(name, backend, run, _float32(name, device))
             elif backend == "cpp" or reason.startswith("cuda"):
                 missing.append(f"{namespace}.{name}")
     if fault := _native_fault(available, reason, missing):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from .window import positions, split
 
-LARGEST_SIDE = 2**28  # of positions, inputs and outputs: no product of two of them leaves int64
+LARGEST = torch.finfo(torch.float32).max
+LARGEST_SIDE = 2**28  # of N, D, T, I and O: no product of two of them leaves int64
 
 
 def floating(name: str, x: Any, like: Tensor | None = None, of: str = "") -> None:
@@ -65,11 +65,9 @@ def on_device(name: str, x: Tensor, like: Tensor, of: str) -> None:
 
 def vector(name: str, x: Any, dtype: torch.dtype, like: Tensor, of: str) -> None:
     """Raise unless x is a dense vector of ``dtype`` on the device of ``like``."""
-    if isinstance(x, Tensor) and x.dtype is dtype and x.dim() == 1 and x.device == like.device:
-        return
-    if not isinstance(x, Tensor) or x.dtype is not dtype:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {got}. Use .to({dtype}).")
+    if not (isinstance(x, Tensor) and x.dtype is dtype and x.layout is torch.strided):
+        got = f"{x.dtype}, {x.layout}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a dense tensor of {dtype}, got {got}. Convert it.")
     if x.dim() != 1:
         raise ValueError(f"{name}: expected a vector, got shape {tuple(x.shape)}. Flatten it.")
     on_device(name, x, like, of)
@@ -99,7 +97,7 @@ def number(name: str, x: Any, low: float, high: float, says: str) -> None:
 
 
 def finite(name: str, x: Any) -> None:
-    number(name, x, -sys.float_info.max, sys.float_info.max, "a finite number")
+    number(name, x, -LARGEST, LARGEST, "a finite number of float32")
 
 
 def mask(threshold: float, steepness: float) -> None:
@@ -123,6 +121,11 @@ def partition(order: Any, offsets: Any, like: Tensor, of: str) -> Any:
         raise ValueError(
             "offsets: expected D + 1 positions, got none. Pass [0] for a partition without domains."
         )
+    for name, size in (("order", order.shape[0]), ("offsets", offsets.shape[0] - 1)):
+        if size > LARGEST_SIDE:
+            raise ValueError(
+                f"{name}: expected at most 2**28 samples and domains, got {size}. Split the batch."
+            )
     return offsets.shape[0] - 1
 
 
@@ -135,33 +138,42 @@ def partition_values(order: Tensor, offsets: Tensor, samples: int) -> None:
     """Check the numbers of a partition."""
     if not readable(order):
         return
-    ends = int(offsets[0]), int(offsets[-1])
-    if ends != (0, order.shape[0]):
+    count, ends = order.shape[0], (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, count):
         raise ValueError(
-            f"offsets: expected positions from 0 to {order.shape[0]}, the length of order, got "
+            f"offsets: expected positions from 0 to {count}, the length of order, got "
             f"{ends[0]} to {ends[1]}. Cut order to the samples that have a domain."
         )
-    if bool((offsets[1:] < offsets[:-1]).any()):
+    if not _ascending(offsets if offsets.shape[0] > FEW else offsets.tolist(), 0):
         raise ValueError(
             f"offsets: expected ascending positions, got {_short(offsets)}. "
             "Sort the samples by domain: offsets are the running counts."
         )
-    if order.shape[0] == 0:
+    if count == 0:
         return
-    low, high = (int(x) for x in order.aminmax())
+    numbers = order.sort().values if count > FEW else sorted(order.tolist())
+    low, high = int(numbers[0]), int(numbers[-1])
     if low < 0 or high >= samples:
         raise ValueError(
             f"order: expected samples from 0 to {samples - 1}, got sample "
             f"{low if low < 0 else high} of {samples}. Pass a partition of these samples."
         )
-    if order.shape[0] > 1:
-        numbers = order.sort().values
-        twice = numbers[1:][numbers[1:] == numbers[:-1]]
-        if twice.shape[0] > 0:
-            raise ValueError(
-                f"order: expected each sample at most once, got sample {int(twice[0])} twice. "
-                "Give each sample one domain."
-            )
+    if not _ascending(numbers, 1):
+        twice = next(int(m) for m, n in pairwise(numbers) if m == n)
+        raise ValueError(
+            f"order: expected each sample at most once, got sample {twice} twice. "
+            "Give each sample one domain."
+        )
+
+
+FEW = 512  # numbers, which Python goes through faster than a few ops
+
+
+def _ascending(x: Tensor | list[int], least: int) -> bool:
+    """Whether each number is that much larger than the one before it."""
+    if isinstance(x, Tensor):
+        return bool((x[1:] - x[:-1] >= least).all())
+    return all(b - a >= least for a, b in pairwise(x))
 
 
 def label_values(labels: Tensor, classes: int) -> None:
@@ -284,29 +296,55 @@ def weighted(flat: Sequence[Tensor], weights: Any) -> None:
     on_device("weights", weights, flat[0], "gradients[0][0]")
 
 
-def like_first(name: str, tensors: Sequence[Tensor], first: Tensor, of: str) -> None:
+def alike(name: str, tensors: Sequence[Tensor], first: Tensor, of: str) -> None:
+    """Check that the tensors of a list are dense, and of the dtype and device of the first one."""
+    dtype, device = first.dtype, first.device
     for k, x in enumerate(tensors):
-        floating(f"{name}[{k}]", x, first, of)
+        if not (
+            isinstance(x, Tensor)
+            and x.dtype is dtype
+            and x.layout is torch.strided
+            and x.device == device
+        ):
+            floating(f"{name}[{k}]", x, first, of)
 
 
-def written(named: Sequence[tuple[str, Tensor]]) -> None:
+def shaped(name: str, tensors: Sequence[Tensor], likes: Sequence[Tensor], of: str) -> None:
+    """Check the shapes of a list by those of another."""
+    for k, (x, like) in enumerate(zip(tensors, likes, strict=True)):
+        if x.shape != like.shape:
+            shape(f"{name}[{k}]", x, like.shape, f"that of {of}[{k}]")
+
+
+def written(**lists: Sequence[Tensor]) -> None:
     """Check that no two elements that an op writes share memory, as far as addresses tell."""
+
+    def name(place: int) -> str:
+        for word, tensors in lists.items():
+            if place < len(tensors):
+                return f"{word}[{place}]"
+            place -= len(tensors)
+        raise IndexError(place)
+
     spans = []
-    for name, x in named:
-        if x.is_meta or type(x) not in (Tensor, torch.nn.Parameter):  # without addresses
+    for place, x in enumerate(chain(*lists.values())):
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:  # without addresses
             return
-        if x.numel() == 0:
+        size = x.numel()
+        if size == 0:
             continue
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        if extent < x.numel():
-            _shared(name, "itself")
+        extent = size
+        if not x.is_contiguous():
+            extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            if extent < size:
+                _shared(name(place), "itself")
         begin = x.data_ptr()
-        spans.append((begin, begin + extent * x.element_size(), extent == x.numel(), name))
+        spans.append((begin, begin + extent * x.element_size(), extent == size, place))
     spans.sort()
-    for (begin, end, dense, name), (begin2, _, dense2, name2) in pairwise(spans):
+    for (begin, end, dense, place), (begin2, _, dense2, place2) in pairwise(spans):
         # Columns of one matrix lie between each other and share nothing
         if begin == begin2 or (begin2 < end and dense and dense2):
-            _shared(name2, name)
+            _shared(name(place2), name(place))
 
 
 def _shared(name: str, other: str) -> NoReturn:

@@ -37,17 +37,12 @@ def check(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> 
             f"kept: expected a tensor for each of the {len(parameters)} parameters, "
             f"got {len(kept)}. Pass a clone of each."
         )
-    for k, (parameter, start) in enumerate(zip(parameters, kept, strict=True)):
-        if k == 0:
-            checks.floating("parameters[0]", parameter)
-        checks.floating(f"parameters[{k}]", parameter, parameters[0], "parameters[0]")
-        checks.floating(f"kept[{k}]", start, parameters[0], "parameters[0]")
-        checks.shape(f"kept[{k}]", start, parameter.shape, f"that of parameters[{k}]")
+    checks.floating("parameters[0]", parameters[0])
+    checks.alike("parameters", parameters, parameters[0], "parameters[0]")
+    checks.alike("kept", kept, parameters[0], "parameters[0]")
+    checks.shaped("kept", kept, parameters, "parameters")
     checks.finite("rate", rate)
-    checks.written(
-        [(f"parameters[{k}]", x) for k, x in enumerate(parameters)]
-        + [(f"kept[{k}]", x) for k, x in enumerate(kept)]
-    )
+    checks.written(parameters=parameters, kept=kept)
 
 
 define(

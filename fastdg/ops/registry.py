@@ -33,7 +33,10 @@ _forced: Carried[str | None] = Carried("fastdg_backend", None)
 
 @dataclass
 class Op:
-    """One op: its checks (`fastdg.ops.checks`), its reference and whatever else can compute it."""
+    """One op: its checks (`fastdg.ops.checks`), its reference and whatever else can compute it.
+
+    The first argument is a tensor, or a list of them, on the device where the op runs.
+    """
 
     name: str
     reference: Implementation
@@ -44,7 +47,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
-        device = _first_tensor(args).device.type
+        device = _first(args).device.type
         if device == "meta":
             return self.fake(*args)
         if torch.is_autocast_enabled(device):
@@ -73,7 +76,7 @@ class Op:
 
     def route(self, *args: Any) -> Implementation:
         """The implementation that serves these arguments."""
-        device = _first_tensor(args).device.type
+        device = _first(args).device.type
         forced = _forced.get()
         if forced is None and (forced := os.environ.get("FASTDG_BACKEND") or None) is not None:
             _check(forced)
@@ -87,6 +90,10 @@ class Op:
         return self.reference
 
 
+def _first(args: tuple[Any, ...]) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
 OPS: dict[str, Op] = {}
 
 
@@ -98,15 +105,6 @@ def _check(forced: str) -> None:
         from . import backends  # the loaders import this module
 
         raise RuntimeError(f"FASTDG_BACKEND={forced}: not available here: {backends()[forced][1]}")
-
-
-def _first_tensor(args: tuple[Any, ...]) -> Tensor:
-    for arg in args:
-        if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return arg[0]
-    raise TypeError("a fastdg op needs at least one tensor argument")
 
 
 def define(

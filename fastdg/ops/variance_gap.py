@@ -72,18 +72,18 @@ def check(
         )
     first = variance[0]
     checks.floating("variance[0]", first)
+    checks.alike("variance", variance, first, "variance[0]")
     checks.vector("present", present, torch.bool, first, "variance[0]")
     D = present.shape[0]
     for k, v in enumerate(variance):
-        checks.floating(f"variance[{k}]", v, first, "variance[0]")
         if v.dim() == 0 or v.shape[0] != D:
             raise ValueError(
                 f"variance[{k}]: expected a row for each of the {D} domains of present, got shape "
                 f"{tuple(v.shape)}. Pass variances [D, *]."
             )
-    for k, m in enumerate(ema):
-        checks.floating(f"ema[{k}]", m, first, "variance[0]")
-        checks.shape(f"ema[{k}]", m, variance[k].shape, f"that of variance[{k}]")
+    if ema:
+        checks.alike("ema", ema, first, "variance[0]")
+        checks.shaped("ema", ema, variance, "variance")
     checks.finite("history", history)
 
 
