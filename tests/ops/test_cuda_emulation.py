@@ -66,7 +66,7 @@ def emulated(
     before = {name: ops.registry.OPS[name].backends.get("cuda") for name in CUDA_OPS}
     for name in CUDA_OPS:
         implementation = _counting_writes(getattr(namespace, name).default)
-        ops.registry.attach(name, "cuda", implementation, _float32("cpu"))
+        ops.registry.attach(name, "cuda", implementation, _float32(name, "cpu"))
     yield ctypes.CDLL(str(library)).emulation_schedule
     for name, entry in before.items():
         if entry is None:
