@@ -49,7 +49,7 @@ class OneDomain:
         self.waiting.append((*_copied(opt.statistics["domain_count"]), again))
         while self.waiting and _there(self.waiting[0][1]):
             count, _, again = self.waiting.popleft()
-            problem = self._note(count.nonzero().flatten().tolist(), again)
+            problem = self._note([d for d, n in enumerate(count.tolist()) if n], again)
             if problem is not None:
                 self.told = True
                 name = type(opt).__name__
