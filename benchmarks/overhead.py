@@ -1,15 +1,14 @@
-"""What the wrapper itself costs: hooks, staging, bookkeeping, and no statistic.
+"""What the wrapper itself costs: the walk of the graph, bookkeeping, and no statistic.
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
 A wrapper whose algorithm is empty takes a training step on M linear layers that are so small that
-arithmetic takes no time: every layer is watched, staged, met by the backward and handed over in
-factors, of which nothing is computed. From that are taken away the same forward, a backward that
-computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's step.
-A line through several M gives the price of a step and of a tracked module. The same for hooks that
-do nothing, one on each layer's forward and one on its backward, without which no layer is seen; and
-for a step in one graph (`fastdg.compiled`) that computes nothing, from which the optimizer's step
-is taken away. Times are of the processor, in one thread.
+arithmetic takes no time: the graph is walked, and every layer is met by the backward and handed
+over in factors, of which nothing is computed. From that are taken away the same forward, a backward
+that computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's
+step. A line through several M gives the price of a step and of a module. The same for a step in one
+graph (`fastdg.compiled`) that computes nothing, from which the optimizer's step is taken away.
+Times are of the processor, in one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ import fastdg
 from fastdg.files import replace
 from fastdg.optim.batch import Batch
 from fastdg.optim.wrapper import DomainOptimizer
-from fastdg.statistics.collect import collect
 from fastdg.statistics.factors import Factor
 
 Run = Callable[[], None]
@@ -48,12 +46,11 @@ class Nothing(DomainOptimizer):
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         (batch,) = staged
-        found, owned, chosen, _ = batch.resolved
 
         def use(name: str, factor: Factor) -> None:
             pass
 
-        collect(batch.losses, found, owned, chosen.__contains__, use)
+        batch.resolved.collect(use)
         return batch.losses.detach()
 
 
@@ -85,32 +82,6 @@ def eager(modules: int) -> tuple[Run, Run]:
         base2.step()
 
     return wrapped, plain
-
-
-def hooks(modules: int) -> tuple[Run, Run]:
-    """A step with a hook on each layer's forward and backward, and the same without."""
-    model, base, (x, y, _) = problem(modules)
-    nodes: list[Any] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        nodes.append(output.grad_fn)
-
-    def nothing(grads: Any) -> None:
-        pass
-
-    for layer in model:
-        layer.register_forward_hook(note, with_kwargs=True)
-
-    def hooked() -> None:
-        losses = F.cross_entropy(model(x), y, reduction="none")
-        for node in nodes[1:]:
-            node.register_prehook(nothing)
-        edge = torch.autograd.graph.GradientEdge(nodes[0], 0)
-        nodes.clear()
-        torch.autograd.grad(losses, edge, torch.ones_like(losses))
-        base.step()
-
-    return hooked, eager(modules)[1]
 
 
 def compiled(modules: int) -> tuple[Run, Run]:
@@ -178,10 +149,10 @@ def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 61) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("eager", "hooks", "compiled"))
+    parser.add_argument("--only", choices=("eager", "compiled"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ways = {"eager": eager, "hooks": hooks, "compiled": compiled}
+    ways = {"eager": eager, "compiled": compiled}
     found = environment("python " + " ".join(sys.argv))
     for name, make in ways.items():
         if arguments.only in (None, name):

@@ -3,6 +3,8 @@ plain training."""
 
 from . import func, ops
 from .domain_ids import DomainIds
+from .gradients.rules import register_rule
+from .gradients.tape import Tape
 from .models.unet import UNetMasker
 from .ops import backends, use_backend
 from .optim.adios import ADIOS
@@ -22,17 +24,16 @@ from .optim.surgery import AgrRand, AgrSum, PCGrad
 from .optim.swad import SWAD
 from .optim.wrapper import DomainOptimizer
 from .statistics.api import (
-    Tape,
     check,
     domain_gradients,
     domain_gram,
     domain_moments,
+    explain,
     per_sample_gradients,
     per_sample_norms,
     record,
 )
 from .statistics.factors import Dense, Lookup, Outer
-from .statistics.layers import register_rule
 from .statistics.moments import DomainMoments
 from .text import TextTables, text_tables
 from .tracking import log
@@ -76,6 +77,7 @@ __all__ = [
     "domain_gradients",
     "domain_gram",
     "domain_moments",
+    "explain",
     "func",
     "log",
     "mix_students",

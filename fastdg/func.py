@@ -1,4 +1,4 @@
-"""The statistics in functional form, for stateless code and for models that hooks cannot see into.
+"""The statistics in functional form, for stateless code.
 
 ``loss(params, *sample)`` is one sample's loss. ``torch.func.vmap(torch.func.grad(loss))`` runs in
 chunks of the batch, and no more than one chunk of per-sample gradients is alive at a time, forward

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..statistics.modules import reshard
 from .averages import Segments
+from .sharding import reshard
 from .weighted import MeanLoss
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..warn import warn_user
 from .loading import Kept
-from .support import warn_user
 from .valley import Rule, Valley
 
 # What the first group holds before the first step. Lists in it are replaced, never changed

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import support
+from ..warn import warn_user
 
 # Where the wrappers' own part lies if the optimizer's state dict is not laid out as PyTorch's are
 KEY = "fastdg"
@@ -194,7 +194,7 @@ def renew(base: Optimizer, prefixes: tuple[str, ...]) -> None:
     try:
         fresh: Optimizer | None = _made_anew(base)
     except Exception as error:  # made in some other way, as its users alone know
-        support.warn_user(
+        warn_user(
             f"reset_base: cannot make a new {type(base).__name__} "
             f"({type(error).__name__}: {error}), so the state of this one is cleared, "
             "and its counters go on. Pass reset_base=False, or start it anew yourself.",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..domains import Partition
-from ..statistics.api import Resolved, moments_of
+from ..gradients.tape import Resolved
+from ..statistics.api import moments_of
 from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, rows
 from .whole import Whole
@@ -52,7 +53,6 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
 def moments(batch: Batch, create_graph: bool) -> DomainMoments:
     """Those of the chosen parameters; the graph is kept."""
     return moments_of(
-        batch.losses,
         batch.resolved,
         batch.partition,
         create_graph=create_graph,

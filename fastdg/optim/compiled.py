@@ -26,10 +26,10 @@ MOST = 8  # graphs, as of torch.compile: if there are more, something changes in
 def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) -> CompiledBackward:
     """The model's forward and ``opt.backward`` on its losses, compiled together.
 
-    Hooks do not see into a module that `torch.compile` has compiled, and a compiled backward has no
-    derivative of its own, which penalties need. So torch writes down what one step of the eager
-    model and wrapper computes (layers, statistics, penalty and its derivative), and that is
-    compiled. Replaying it, Python looks at no layer.
+    A model that `torch.compile` has compiled is one operation, whose backward is called once for
+    each domain or sample, and has no derivative of its own, which penalties need. So torch writes
+    down what one step of the eager model and wrapper computes (layers, statistics, penalty and its
+    derivative), and that is compiled. Replaying it, Python looks at no layer.
 
     Args:
         opt: a wrapper with ``num_domains``. It stays what it is: ``step``, ``statistics``,

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..domains import Partition, partition, readable
-from ..statistics.api import Resolved
-from ..statistics.collect import MixedSamples
+from ..gradients.tape import Resolved
 from ..statistics.moments import rows
 from .batch import scaled
 from .exchange import Shared
@@ -49,9 +48,9 @@ class DomainGradientOptimizer(DomainOptimizer):
 
     A mixed batch takes one backward. With ``final=False`` the gradients of a micro-batch are taken
     at once and its graph is freed; the final call merges all of them, weighted by the number of
-    samples. A micro-batch of one domain alone may have batch statistics of its own: batch norm in
-    training mode is refused in mixed batches only. Ids on the CPU tell what is alone without a
-    wait.
+    samples. A micro-batch of one domain alone costs one ordinary backward, whatever its samples do
+    with each other; batch norm in training mode has the domain's own statistics there. Ids on the
+    CPU tell what is alone without a wait.
 
     A parameter has a gradient of zeros in a domain that does not use it, and none if no domain
     does. Hooks of parameters see the gradient that the algorithm has made. What requires a
@@ -60,9 +59,8 @@ class DomainGradientOptimizer(DomainOptimizer):
     Args:
         base: the optimizer to wrap.
         num_domains: number of training domains D; default: as many as the batch has.
-        model: skip discovery and watch this model's layers.
-        check: on the first backward compare captured with autograd's gradients (two further
-            backward passes).
+        model: its parameters' names are those of messages.
+        check: has no effect any more.
         settings: the algorithm's own, checked; each is a `Setting` of the class.
     """
 
@@ -100,27 +98,22 @@ class DomainGradientOptimizer(DomainOptimizer):
         def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
             return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
 
+        resolved = None
         if self.num_domains is not None and not readable(domains):
-            try:
-                return made(parts, self._tape.resolve(total, self._scale), list(range(extent)))
-            except MixedSamples:
-                pass  # one wait for the device, and it may turn out to be one domain's forward
+            resolved = self._tape.resolve(total, warn=False)
+            if not resolved.slow:
+                return made(parts, resolved, list(range(extent)))
+            # One wait for the device, and it may turn out to be one domain's forward
         present, rows = torch.unique(domains.detach().long(), return_inverse=True)
         ids: list[int] = present.tolist()
         if len(ids) < extent:
             parts = partition(rows, losses, len(ids))
         if len(ids) == 1:
             return made(parts, self._tape.reached(total), ids)
-        try:
-            return made(parts, self._tape.resolve(total, self._scale), ids)
-        except MixedSamples as error:
-            raise ValueError(
-                f"losses: {error.where} normalises over the batch (training mode), which mixes the "
-                f"domains {ids}, so that none has a gradient of its own. Ways out: freeze it with "
-                "module.eval() after model.train(); use GroupNorm or LayerNorm in its place; or "
-                "run the model on each domain by itself, with backward(losses, domains, "
-                "final=False) for all but the last."
-            ) from None
+        if resolved is None:
+            resolved = self._tape.resolve(total, warn=False)
+        self._tape.warn(resolved)
+        return made(parts, resolved, ids)
 
     def _meet(self, staged: Sequence[Any]) -> Whole:
         *earlier, batch = staged

@@ -14,8 +14,8 @@ class ERM(MeanLoss):
 
     .. math:: \nabla = \tfrac1N \sum_i \nabla \ell_i
 
-    The gradient is that of ``losses.mean().backward()``, from one plain backward; no layer is
-    watched. What the loop does beside (micro-batches, a ``GradScaler``, several ranks, closures,
+    The gradient is that of ``losses.mean().backward()``, from one plain backward. What the
+    loop does beside (micro-batches, a ``GradScaler``, several ranks, closures,
     checkpoints) it does as with every algorithm, so that the comparison changes one line.
 
     Args:

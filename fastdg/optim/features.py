@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..statistics.tape import paused
 from .axes import Axes
 from .backbones import find_layers
 from .sharding import sharded
@@ -187,7 +186,7 @@ class Oracle:
             self.network.eval()
         axes = Axes((args, kwargs)) if None in layouts.values() else None
         try:
-            with paused(), plain, axes or nullcontext():
+            with plain, axes or nullcontext():
                 self.network(*args, **kwargs)
         except _Enough:
             pass

@@ -326,7 +326,7 @@ class Fish(Weighted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch(self._network)
+        self._look(self._network)
         self._follow()
         self._begin_here()
 

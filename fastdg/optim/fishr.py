@@ -12,18 +12,16 @@ from typing_extensions import Unpack
 
 from .. import ops
 from ..statistics.api import moments_of
-from ..statistics.collect import refuse_fused_attention
 from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
-from ..statistics.selection import select
-from ..statistics.tape import Selection
+from ..statistics.selection import Selection, select
+from ..warn import warn_user
 from . import loading
 from .annealed import Annealed
 from .batch import Batch, descend, moments, scaled, total_loss
 from .chain import terms_of
 from .settings import Common, Setting, check_decay, check_reduction, checked
 from .sharding import local
-from .support import warn_user
 from .weighted import Losses
 from .wrapped import accumulate
 
@@ -46,8 +44,8 @@ class Fishr(Annealed):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        params: ``"head"`` (the last module with tracked parameters that ran, as in the paper; a
-            criterion with parameters of its own is none), ``"all"``, a list of names or parameters,
+        params: ``"head"`` (those of the last layer before the losses, as in the paper; a criterion
+            with parameters of its own is none), ``"all"``, a list of names or parameters,
             or a predicate ``(name, parameter)``.
         penalty_weight: w from step ``anneal_steps`` on.
         anneal_steps: steps before that, with ``pre_anneal_weight``.
@@ -60,8 +58,8 @@ class Fishr(Annealed):
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in its penalty, and its history rests. One sample alone has variance 0,
             one domain alone has penalty 0.
-        model: skip discovery and watch this model.
-        check: compare captured gradients with autograd's on the first backward.
+        model: its parameters' names are those of messages, and of ``params``.
+        check: has no effect any more.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
     ``fishr_penalty_weight`` and so on): like lr they are saved, restored by loading, and scheduled.
@@ -123,9 +121,10 @@ class Fishr(Annealed):
         losses = Losses.of(staged, whole, domains)
         if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
             for batch in staged:
-                refuse_fused_attention(batch.resolved.found)
+                batch.resolved.refuse_single_derivatives()
         terms = any(batch.terms is not None for batch in staged)
-        plain = not (terms or _hooked(staged) or _sparse(staged))
+        looked = [batch.resolved for batch in staged]
+        plain = not (terms or any(r.hooked or r.sparse for r in looked))
         if weight == 0 and self.params != "head" and plain:
             found = self._moments_and_gradient(staged)
             penalty = self._penalty(found, staged)
@@ -153,7 +152,6 @@ class Fishr(Annealed):
         for batch in staged:
             others = batch.resolved.rest
             found, grads = moments_of(
-                batch.losses,
                 batch.resolved,
                 batch.partition,
                 create_graph=False,
@@ -268,21 +266,3 @@ class Fishr(Annealed):
 
 def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
     return {name: p for batch in staged for name, p in batch.resolved.chosen.items()}
-
-
-def _hooked(staged: Sequence[Batch]) -> bool:
-    """Whether a parameter has hooks of the user's, which only autograd's own backward calls."""
-    return any(
-        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-        for batch in staged
-        for p in batch.resolved.found.leaves
-    )
-
-
-def _sparse(staged: Sequence[Batch]) -> bool:
-    """Whether autograd would give a parameter a sparse gradient, as sparse optimizers ask for."""
-    return any(
-        getattr(call.module, "sparse", False) is True
-        for batch in staged
-        for call in batch.resolved.found.calls
-    )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..statistics.collect import collect, gradients_of, unhooked
+from ..gradients.plain import gradients_of, unhooked
+from ..gradients.scale import about_mean, root, unscaled
 from ..statistics.factors import Agreement, Dense, Factor, accumulated
-from ..statistics.graph import about_mean, root, unscaled
 from .batch import Batch
 
 T = TypeVar("T")
@@ -144,13 +144,7 @@ class Swept(Own):
         losses = accumulated(batch.losses.detach())
         self.losses = losses.new_zeros(len(self.ids)).index_add(0, batch.partition.domains, losses)
         self.rest = {}
-        self.sparse = {
-            batch.resolved.chosen[name]
-            for call, own in batch.resolved.owned.items()
-            if getattr(call.module, "sparse", False) is True
-            for name in own.values()
-            if name in batch.resolved.chosen
-        }
+        self.sparse = batch.resolved.sparse
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
         return self._each(lambda p, factor: list(factor.domain(self.batch.partition).unbind()))
@@ -175,8 +169,7 @@ class Swept(Own):
 
     def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
-        found, owned, chosen, _ = self.batch.resolved
-        rest = self.batch.resolved.rest
+        chosen, rest = self.batch.resolved.chosen, self.batch.resolved.rest
         made: dict[Tensor, T] = {}
 
         def use(name: str, factor: Factor) -> None:
@@ -184,15 +177,7 @@ class Swept(Own):
                 made[chosen[name]] = compute(chosen[name], factor)
 
         with unhooked(rest):
-            grads = collect(
-                self.batch.total,
-                found,
-                owned,
-                chosen.__contains__,
-                use,
-                extra=rest,
-                scale=self.batch.scale,
-            )
+            grads = self.batch.resolved.collect(use, extra=rest, scale=self.batch.scale)
         self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
         return made
 

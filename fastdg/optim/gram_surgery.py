@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..domains import readable, tracing
-from . import support
+from ..warn import warn_user
 from .domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from .gathering import DomainBatch, Gradients, spread
 from .loading import Kept
@@ -175,7 +175,7 @@ class GramSurgery(DomainGradientOptimizer):
         least = smallest_trace(self.weighting)
         if least and (trace := float(gram.diagonal().sum())) < least:
             self._warned = True
-            support.warn_user(
+            warn_user(
                 f"weighting: {type(self.weighting).__name__} takes gradients whose Gram matrix has "
                 f"a trace below norm_eps={least:g} for zeros, got {trace:.3g}: conflicts of small "
                 "gradients stay. Pass normalize=True."
@@ -192,7 +192,7 @@ class GramSurgery(DomainGradientOptimizer):
             lost = not_saved(self.weighting)
             if lost and not self._warned_lost:
                 self._warned_lost = True
-                support.warn_user(
+                warn_user(
                     f"state_dict: of the {type(self.weighting).__name__}, it cannot save "
                     f"{', '.join(lost)}. Keep numbers, tensors, or lists and dicts of them."
                 )
@@ -211,7 +211,7 @@ class GramSurgery(DomainGradientOptimizer):
                 "GramSurgery with the weighting of the run that was saved."
             )
         if state is None and groups[0].get("gramsurgery_steps") and keeps_state(self.weighting):
-            support.warn_user(
+            warn_user(
                 f"state_dict: it has no state of the weighting, so that of this {name} stays as it "
                 "is. Checkpoints of earlier versions had none."
             )

@@ -13,12 +13,11 @@ from typing_extensions import Unpack
 
 from .. import ops
 from ..domains import partition
-from ..statistics.api import check_losses
-from ..statistics.collect import refuse_fused_attention
+from ..gradients.graph import Graph
+from ..gradients.release import release
+from ..gradients.tape import check_losses
 from ..statistics.factors import accumulated
 from ..statistics.moments import merge
-from ..statistics.release import below, release
-from ..statistics.tape import paused
 from .batch import Batch, descend, moments
 from .chain import terms_of
 from .closures import asks_for_domain, check_same, losses_of
@@ -59,9 +58,8 @@ class IGA(DomainOptimizer):
         penalty_weight: w; lives in ``param_groups[0]`` as ``iga_penalty_weight``.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it, and one domain alone has penalty 0.
-        model: skip discovery and watch this model.
-        check: on the first step compare captured gradients with autograd's, or see that the
-            closure's second losses are its first.
+        model: its parameters' names are those of messages.
+        check: on the first step see that the closure's second losses are its first.
 
     ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN
     for an empty domain) and ``domain_count`` (``[D]``).
@@ -98,24 +96,12 @@ class IGA(DomainOptimizer):
         given = checked(type(self), {"penalty_weight": penalty_weight})
         super().__init__(base, params="all", settings=given, **common)
 
-    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
-        try:
-            return super()._batch(losses, domains, terms)
-        except ValueError as error:
-            if not str(error).startswith("params:"):
-                raise
-            raise ValueError(
-                "IGA.backward needs gradients of single samples, which this model does not have; "
-                "opt.step(closure) needs those of domains only, from a forward for each of them, "
-                f"and goes with any model. ({error})"
-            ) from error
-
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self.penalty_weight
         losses = Losses.of(staged, self._whole)
         if self.steps == 0:  # whatever the weight, which may be scheduled
             for batch in staged:
-                refuse_fused_attention(batch.resolved.found)
+                batch.resolved.refuse_single_derivatives()
         # Only of the means: the variances, as large, are freed before the second backward
         means = self._whole.means(merge([moments(batch, weight > 0) for batch in staged]))
         penalty = ops.variance_gap(list(means.values()), [], losses.present, 0.0)
@@ -150,7 +136,7 @@ class IGA(DomainOptimizer):
             )
         self.zero_grad()
         try:
-            with paused(), unhooked(self._trained()):
+            with unhooked(self._trained()):
                 loss = self._two_passes(closure, self.num_domains)
         except BaseException:
             self.zero_grad()
@@ -238,7 +224,7 @@ class IGA(DomainOptimizer):
         if square.requires_grad:
             (weight * square).backward()
         assert losses.grad_fn is not None
-        release(below([losses.grad_fn]))  # neither backward may have passed all of it
+        release(Graph(losses.grad_fn).nodes)  # neither backward may have passed all of it
         return square.detach()
 
     def _compare(self, losses: Tensor, total: Tensor, count: int, d: int) -> None:

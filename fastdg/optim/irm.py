@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,16 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..domains import partition, tracing
-from ..statistics.check import ATTEMPTS, TOLERANCE
+from ..gradients.heads import Head, last_output
+from ..gradients.scale import root
+from ..statistics.api import TOLERANCE
 from ..statistics.factors import accumulated
-from ..statistics.graph import root, sweep
-from ..statistics.layers.generic import as_it_was
-from ..statistics.tape import Call, paused
+from ..warn import warn_user
 from .annealed import Annealed
 from .batch import Batch, descend
 from .chain import terms_of
@@ -33,10 +30,10 @@ from .wrapper import Closure
 @dataclass
 class Scored(Batch):
     """A micro-batch, and the logits that its losses were made from: as the user gave them, or the
-    call that returned them."""
+    result of the head."""
 
     logits: Tensor | None
-    call: Call | None
+    head: Head | None
 
 
 class IRM(Annealed):
@@ -54,10 +51,9 @@ class IRM(Annealed):
     are DomainBed's. The authors' own code squares the mean of all :math:`c_i`: for that give each
     sample twice, ``repeat_interleave(2)`` of logits, losses and domains.
 
-    The logits are what the head (the last module with parameters that ran) returns, which is run
-    once more for them; or they are given: ``opt.backward(losses, domains, logits=logits)``. Give
-    them if they are scaled after the head, if the head draws random numbers, or if the losses are
-    no cross-entropy (of what the head returns, or a warning says so).
+    The logits are the result of the head, the last layer with parameters, which the graph has; or
+    they are given: ``opt.backward(losses, domains, logits=logits)``. Give them if they are scaled
+    after the head, or if the losses are no cross-entropy (of that result, a warning says so).
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -67,9 +63,9 @@ class IRM(Annealed):
         reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it; one with a single sample has penalty 0.
-        model: skip discovery and watch this model.
-        check: on the first backward see that each loss depends on its own row of the logits alone,
-            and that the head, run again, returns the same.
+        model: its parameters' names are those of messages.
+        check: on the first backward see that the losses are the cross-entropy of what the head
+            returned, or that each depends on its own row of the logits given.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
     ``irm_penalty_weight`` and so on). ``statistics`` holds ``loss``, ``penalty``, ``objective``
@@ -88,10 +84,9 @@ class IRM(Annealed):
     """
 
     prefix = "irm"
-    _transient = (*Annealed._transient, "_shown")
+    _transient = (*Annealed._transient, "_checked")
     _logits: Tensor | None = None  # those of the `backward` that is running
-    # How often a head was checked, or for logits given the wrapper itself
-    _shown: weakref.WeakKeyDictionary[Any, int]
+    _checked: bool
 
     def __init__(
         self,
@@ -112,10 +107,7 @@ class IRM(Annealed):
                 "reset_base": reset_base,
             },
         )
-        check = common.pop("check", True)
-        common["check"] = False  # of gradients by parameters, which are not used here
         super().__init__(base, params="head", settings=given, **common)
-        self.check_rows = check
 
     def backward(
         self,
@@ -148,15 +140,10 @@ class IRM(Annealed):
             refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
             return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, None)
-        batch = super()._batch(losses, domains, terms)
-        calls = batch.resolved.found.calls
-        if len(calls) != 1 or len(calls[0].outputs) != 1:
-            what = "several times" if len(calls) > 1 else "and returned several tensors"
-            raise RuntimeError(
-                f"{calls[0].where}: the head ran {what}, so it is not known which output the "
-                "logits are; pass them: opt.backward(losses, domains, logits=logits)"
-            )
-        return Scored(losses, batch.partition, batch.resolved, terms, batch.scale, None, calls[0])
+        resolved = self._tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for
+        assert resolved.forward is not None
+        parts, head = partition(domains, losses, self.num_domains), last_output(resolved.forward)
+        return Scored(losses, parts, resolved, terms, self._scale, None, head)
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
@@ -186,23 +173,29 @@ class IRM(Annealed):
         weights = torch.ones_like(batch.losses)
         if start is not None:
             weights *= start
-        delta = _deltas(batch, create_graph, weights)
+        delta, logits = _deltas(batch, create_graph, weights)
         with torch.set_grad_enabled(create_graph):
-            logits = replayed(batch.call) if batch.call is not None else batch.logits
-            assert logits is not None
             self._check(batch, delta, logits, weights)
             products = (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
             return products if start is None else products / start
 
     @torch.no_grad()
     def _check(self, batch: Scored, delta: Tensor, logits: Tensor, before: Tensor) -> None:
-        head = batch.call.module if batch.call is not None else self
-        tried = self._shown.get(head, 0)
-        if not self.check_rows or tried >= ATTEMPTS or tracing():
+        if self._checked or not self.check or tracing():
+            return
+        if batch.head is not None:
+            if not crossed(batch.losses * before, logits, delta):
+                warn_user(
+                    f"losses: IRM takes the result of the last layer, {list(logits.shape)}, for "
+                    "the logits, but the losses are not the cross-entropy of it (are they scaled "
+                    "after the head?). Pass the logits that the losses are made from: "
+                    "opt.backward(losses, domains, logits=logits)"
+                )
+            self._checked = True
             return
         generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
         weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
-        weighted = _deltas(batch, False, before * weights).flatten()
+        weighted = _deltas(batch, False, before * weights)[0].flatten()
         expected = (delta.reshape(len(weights), -1) * weights.unsqueeze(1).to(delta)).flatten()
         tolerance = max(TOLERANCE.get(x.dtype, 1e-4) for x in (delta, batch.losses))
         if (weighted - expected).norm() > tolerance * expected.norm():
@@ -211,29 +204,11 @@ class IRM(Annealed):
                 "over pairs, or the sample is not the first dimension), so a factor on one "
                 "sample's logits cannot be told from that on another's"
             )
-        if batch.call is not None:
-            again = replayed(batch.call)
-            if not torch.allclose(again, logits, rtol=0, atol=0, equal_nan=True):
-                raise RuntimeError(
-                    f"{batch.call.where}: run again, the head returns something else (it draws "
-                    "random numbers, as dropout does), so its logits are not known; pass them: "
-                    "opt.backward(losses, domains, logits=logits)"
-                )
-        if batch.call is not None and not crossed(batch.losses * before, logits, delta):
-            warnings.warn(
-                f"{batch.call.where}: IRM takes what the head returns, {list(logits.shape)}, for "
-                "the logits, but the losses are not the cross-entropy of it (are they scaled after "
-                "the head?); pass those which the losses are made from: "
-                "opt.backward(losses, domains, logits=logits)",
-                UserWarning,
-                stacklevel=7,  # the caller of backward
-            )
-        telling = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
-        self._shown[head] = ATTEMPTS if telling else tried + 1
+        self._checked = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
 
     def _clear(self) -> None:
         super()._clear()
-        self._shown = weakref.WeakKeyDictionary()
+        self._checked = False
 
 
 def check_logits(logits: Any, losses: Tensor) -> None:
@@ -277,41 +252,23 @@ def crossed(losses: Tensor, logits: Tensor, delta: Tensor) -> bool:
     return not (told & off).any()
 
 
-def _deltas(batch: Scored, create_graph: bool, weights: Tensor) -> Tensor:
-    """The gradient of the weighted losses at the logits; the graph is kept."""
-    deltas: list[Tensor | None] = []
-    if batch.logits is not None:
-        deltas += torch.autograd.grad(
-            batch.losses,
-            batch.logits,
-            weights,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-        )
-    else:
-        sweep(
-            batch.losses,
-            batch.resolved.found,
-            lambda call, arrived: deltas.extend(arrived),
-            create_graph=create_graph,
-            retain_graph=True,
-            weight=weights,
-        )
-    if deltas[0] is None:
+def _deltas(batch: Scored, create_graph: bool, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the weighted losses at the logits, and these; the graph is kept."""
+    at: Any = batch.head.edge if batch.head is not None else batch.logits
+    (delta,) = torch.autograd.grad(
+        batch.losses,
+        [at],
+        weights,
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+    )
+    if delta is None:
         raise ValueError("logits: losses do not depend on them; pass what losses were made of")
-    return deltas[0]
-
-
-def replayed(call: Call) -> Tensor:
-    """The one output of a recorded call, from running its module again on what it was given."""
-    buffers = {name: buffer.clone() for name, buffer in call.module.named_buffers()}
-    output = call.outputs[0]
-    assert output is not None
-    enabled, dtype = call.autocast
-    autocast = torch.autocast(output[2].type, dtype=dtype, enabled=enabled)
-    with paused(), autocast, as_it_was(call.module):
-        return functional_call(call.module, buffers, call.args, call.kwargs)
+    if batch.head is not None:
+        return batch.head.rows(delta), batch.head.rows(batch.head.value)
+    assert batch.logits is not None
+    return delta, batch.logits
 
 
 def _halves(products: Sequence[Tensor], staged: Sequence[Batch], whole: Whole) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..statistics.factors import accumulated
+from ..warn import warn_user
 from . import support
 from .base_state import is_standard, own_part
 from .chain import chain, innermost
-from .support import warn_user
 from .wrapped import Wrapping
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def check_whole(
     if refused:
         raise ValueError(message)
     if lacking:
-        support.warn_user(message)
+        warn_user(message)
 
 
 def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
+from ..warn import warn_user
 from .domain_gradients import Combined, DomainGradientOptimizer, Masked, Statistics
 from .gathering import Gradients
 from .settings import Common, Setting, check_share, check_steepness, checked
-from .support import warn_user
 
 TINY = 1e-10  # DomainBed's, in the division by the mean of a mask
 
@@ -42,8 +42,8 @@ class ANDMask(_MaskOptimizer):
         threshold: :math:`\tau` in [0, 1]; 1, the default of DomainBed: all domains have to agree.
         num_domains: D; default: as many as the batch has. A domain without samples in a batch
             takes no part in it.
-        model: skip discovery and watch this model.
-        check: compare captured gradients with autograd's on the first backward.
+        model: its parameters' names are those of messages.
+        check: has no effect any more.
 
     ``threshold`` lives in ``param_groups[0]`` as ``andmask_threshold``. For batch norm in training
     mode run a forward for each domain: `fastdg.optim.domain_gradients.DomainGradientOptimizer`.

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
-from ..ops.oracle_nll import FLOOR, bias_gradients, sums_of_squares
+from ..gradients.rules import register_rule
+from ..ops.oracle_nll import FLOOR, bias_gradients
 from ..statistics.factors import Dense, Factor, accumulated
-from ..statistics.layers import register_rule
-from ..statistics.tape import recording
+from ..warn import warn_user
 from .backbones import find_layers, preset_of
 from .base_state import own_part, with_part
 from .features import (
@@ -30,9 +30,8 @@ from .features import (
     ran_twice,
 )
 from .loading import Kept
-from .notes import Hook, found, leave
+from .notes import Hook, found, leave, recording
 from .settings import Setting, check_steepness, check_weight, checked
-from .support import warn_user
 from .term import Term
 from .wrapped import check_base
 
@@ -54,16 +53,10 @@ class VarianceEncoder(nn.Module):
         return ops.oracle_nll(features, oracle, self.bias, sample=sample, channel=channel)
 
 
-@register_rule(VarianceEncoder)
-def variance_encoder(
-    module: VarianceEncoder, inputs: tuple[Any, ...], delta: Tensor
-) -> dict[str, Factor]:
-    features, oracle = inputs
-    sample, channel = module.layout or (0, 1)
-    bias = module.bias.detach()
-    squares = sums_of_squares(features, oracle, bias, sample=sample, channel=channel)
-    positions = features.numel() // max(1, squares.numel())
-    return {"bias": Dense(bias_gradients(accumulated(delta), bias, squares, positions))}
+@register_rule("GeneratedBackwardFor_fastdg_oracle_nll_defaultBackward", slot=2)
+def variances(node: Any, delta: Tensor) -> Factor:
+    bias, squares, *_ = node.saved_tensors
+    return Dense(bias_gradients(accumulated(delta), bias, squares, node.positions))
 
 
 @dataclass

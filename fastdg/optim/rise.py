@@ -15,8 +15,7 @@ from typing_extensions import Unpack
 from ..domains import readable
 from ..ops import text_distance
 from ..statistics.factors import accumulated
-from ..statistics.tape import recording
-from .notes import Hook, found, mark
+from .notes import Hook, found, mark, recording
 from .settings import Common, Setting, check_steepness, check_weight, checked
 from .term import Term
 
@@ -276,7 +275,8 @@ class RISE(Term):
         weakref.finalize(self, handle.remove).atexit = False
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not recording():
+        # In a backward it is a checkpoint that runs the module again
+        if not recording() or torch._C._current_graph_task_id() != -1:
             return
         self._seen = Forward(output)
         if isinstance(output, Tensor) and output.requires_grad:

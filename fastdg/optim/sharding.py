@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sharded(p: Tensor) -> bool:
@@ -49,3 +49,11 @@ def like_parameter(p: Any, grad: Tensor) -> Tensor:
         shape=p.shape,
         stride=p.stride(),
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 let go of what it has gathered. After a forward without a backward it keeps that of
+    the outermost module, shows it in place of this rank's part, and would not gather it anew."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
+    for module in modules:
+        module.reshard()

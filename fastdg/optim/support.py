@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from ..statistics.advice import LEAVE_OUT
-from ..statistics.collect import MixedSamples
-
-NAMES = (
-    "For names in place of param_groups[...] pass model=model, or make the optimizer of "
-    "model.named_parameters()"
-)
-NEW_HEAD = (
-    "If the model's last layer was replaced after the optimizer was made, the optimizer does not "
-    "have the new one: make it again"
-)
+from ..statistics.advice import LEAVE_OUT, NAMES
 
 
-def warn_user(message: str) -> None:
-    """Warn at the line of the user's that led here: the first outside this package and torch."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "fastdg",
-        "torch",
-    ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
-
-
-def explain(error: BaseException, way_out: str | None, head: bool) -> None:
+def explain(error: BaseException, way_out: str | None) -> None:
     """Complete the message of an error that the statistics raised with what the wrapper knows.
 
     Args:
         error: changed in place.
         way_out: what to do in place of params=, for a wrapper that does not take it.
-        head: whether the wrapper looks at the head alone.
     """
     if not error.args or not isinstance(error.args[0], str):
         return
     text = error.args[0]
     if way_out is not None:
         text = text.replace(LEAVE_OUT, way_out)
-    more = [NEW_HEAD] if head and isinstance(error, MixedSamples) else []
     if "param_groups[" in text and "named_parameters()" not in text:
-        more.append(NAMES)
-    if more:
-        text = ". ".join([text.rstrip("."), *more]) + "."
+        text = f"{text.rstrip('.')}. {NAMES}."
     error.args = (text, *error.args[1:])
 
 
@@ -89,18 +62,10 @@ def is_probe(base: Optimizer) -> bool:
     )
 
 
-def new_parameters(name: str, inner: str) -> RuntimeError:
-    """What to raise if the optimizer inside has grown behind the wrapper's back."""
-    return RuntimeError(
-        f"the wrapped {inner} was given new parameters that this forward was not watched for: run "
-        f"the model again, and call add_param_group on the {name}"
-    )
-
-
 def used_twice(name: str) -> RuntimeError:
-    """What to raise for a second backward on one forward."""
+    """What to raise for a second backward on the same losses."""
     return RuntimeError(
-        f"{name}.backward was already called on this forward; run the model again, or add the "
+        f"{name}.backward was already called on these losses; run the model again, or add the "
         "losses up first and call backward once"
     )
 

@@ -32,8 +32,8 @@ class AgrSum(DomainGradientOptimizer):
         reduction: ``"mean"`` over the domains, or ``"sum"``, the paper's scale.
         num_domains: D; default: as many as the batch has. A domain without samples in a batch
             takes no part in it.
-        model: skip discovery and watch this model.
-        check: compare captured gradients with autograd's on the first backward.
+        model: its parameters' names are those of messages.
+        check: has no effect any more.
 
     ``reduction`` lives in ``param_groups[0]`` as ``agrsum_reduction``. For batch norm in training
     mode run a forward for each domain: `fastdg.optim.domain_gradients.DomainGradientOptimizer`.

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from ..statistics.api import Tape
+from ..gradients.tape import Tape
 from ..statistics.factors import accumulated
 from . import scaling, support
 from .averaged import Averaged
@@ -218,8 +218,7 @@ class SWAD(Averaged):
 
     @torch.compiler.disable
     def _commit(self) -> None:
-        if self._size() != self._watched:  # the optimizer inside was given new parameters
-            self._rewatch()
+        self._count()
         group = self.param_groups[0]
         group["swad_steps"] = self.steps + 1
         if not self.finished:

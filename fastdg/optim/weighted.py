@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..domains import partition
-from ..statistics.api import Resolved, Tape
+from ..gradients.tape import Resolved
 from ..statistics.factors import accumulated
-from ..statistics.graph import Found
 from ..statistics.moments import rows
 from .batch import Batch, descend, domain_means, loss_sums, scaled, shared_terms, total_loss
 from .whole import Whole
 from .wrapper import DomainOptimizer
 
-UNSEEN = Resolved(Found([], {}, {}, [], hidden=False, whole=False), {}, {}, {})
+UNSEEN = Resolved()
 
 
 @dataclass(frozen=True)
@@ -90,30 +89,13 @@ def refuse_again(losses: Tensor, staged: Iterable[Batch], name: str) -> None:
         )
 
 
-class Unwatched(DomainOptimizer):
+class Plain(DomainOptimizer):
     """Base of wrappers that need no gradients of single samples or domains.
 
-    One ordinary backward: whatever autograd can differentiate goes, batch norm in training and
-    compiled models among it, and no forward is watched.
+    One ordinary backward: whatever autograd can differentiate goes, at its own price.
     """
 
-    _asked = False  # for the tape
-
-    def _watch(self, model: nn.Module | None) -> None:
-        super()._watch(model)
-        if not self._asked:
-            self._tape.recorder.close()
-
-    @property
-    def tape(self) -> Tape:
-        """For `fastdg.domain_gram` and the other functions on tapes: forwards from now on.
-
-        Ask for it once before the first forward that it shall see.
-        """
-        if not self._asked:
-            self._asked = True
-            self._rewatch()
-        return self._tape
+    looks_at_samples = False
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         refuse_again(losses, self._staged, type(self).__name__)
@@ -122,7 +104,7 @@ class Unwatched(DomainOptimizer):
         )
 
 
-class MeanLoss(Unwatched):
+class MeanLoss(Plain):
     """One plain backward of the mean loss, and of the mean of what terms add."""
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
@@ -133,7 +115,7 @@ class MeanLoss(Unwatched):
         return losses.mean
 
 
-class Weighted(Unwatched):
+class Weighted(Plain):
     r"""Base of algorithms with the gradient :math:`\sum_d c_d \nabla\ell_d` of domain mean losses.
 
     An algorithm implements `_coefficients`.

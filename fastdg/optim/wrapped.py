@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..statistics.selection import select
-from ..statistics.tape import Selection
+from ..statistics.selection import Selection, select
 from .base_state import carried, forwarded
 from .sharding import like_parameter
 

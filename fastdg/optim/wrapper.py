@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from ..domains import as_ids, partition
-from ..statistics.api import Tape, check_losses
+from ..gradients.explain import Explanation
+from ..gradients.plain import without_autocast
+from ..gradients.sharded import leaf_of
+from ..gradients.tape import Tape, check_losses
+from ..statistics.api import explain
 from ..statistics.factors import accumulated
-from ..statistics.graph import without_autocast
-from ..statistics.selection import listed
-from ..statistics.tape import Recorder, Selection, paused
+from ..statistics.selection import Selection, listed
 from . import loading, scaling, support
 from .base_state import is_new
 from .batch import Batch, described
@@ -38,6 +40,7 @@ from .wrapped import (
 )
 
 Closure = Callable[..., Any]
+_USED = "fastdg_used"  # on the graph of losses that had their backward
 
 
 class DomainOptimizer(Stateful):
@@ -48,19 +51,18 @@ class DomainOptimizer(Stateful):
 
     Args:
         base: the optimizer to wrap (also kept as ``opt.base``).
-        params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (the last
-            module with tracked parameters that ran), ``"all"``, a list of names or parameters, or
-            a predicate ``(name, parameter)``. Names are those of ``model``, or those the optimizer
+        params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (those of
+            the last layer before the losses), ``"all"``, a list of names or parameters, or a
+            predicate ``(name, parameter)``. Names are those of ``model``, or those the optimizer
             was given with ``model.named_parameters()``.
         num_domains: number of training domains D; default: as many as have been seen.
-        model: its parameters' names are those of messages, and of ``params``; discovery is skipped
-            and this model's layers are watched, if the algorithm watches any.
-        check: on the first backward compare captured with autograd's gradients (two further
-            backward passes).
+        model: its parameters' names are those of messages, and of ``params``.
+        check: has no effect any more: which row belongs to which sample is found exactly.
         settings: the algorithm's own, checked; each is a `Setting` of the class.
 
-    Statistics run backward from ``losses.sum()``, so hooks on activations see N times the gradient
-    that ``losses.mean()`` gives them (and are also called for the statistics' sake).
+    All that is needed of a forward is in the graph of its losses: no module has a hook. Statistics
+    run backward from ``losses.sum()``, so hooks on activations see N times the gradient that
+    ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
     compares = False  # the domains of a step, so that a step of one domain is plain training
@@ -75,6 +77,7 @@ class DomainOptimizer(Stateful):
     _ranks: Ranks
     _one_domain: OneDomain
     _whole: Whole  # what the last final `backward` was of
+    looks_at_samples = True  # whether backwards for statistics run before that of the step
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,7 +109,7 @@ class DomainOptimizer(Stateful):
         self._names = names_of(self.param_groups, model, self._known())
         check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
-        self._watch(model)
+        self._look(model)
         self._clear()
         loading.attach(self)
         self._given = {"steps": 0, **(settings or {})}
@@ -149,10 +152,10 @@ class DomainOptimizer(Stateful):
 
         Raises:
             TypeError, ValueError: ``losses``, ``domains``, ``scaler`` or ``inputs`` are not as
-                described; batch norm in training mode among the tracked layers.
-            RuntimeError: no tracked layer was seen; backward was already called on this forward;
-                the captured gradients are not autograd's; another rank failed; what is staged or
-                in ``.grad`` was not made with this ``scaler``.
+                described.
+            RuntimeError: the losses depend on none of the parameters; backward was already called
+                on these losses; another rank failed; what is staged or in ``.grad`` was not made
+                with this ``scaler``.
 
         Autocast is off inside, so that this may be called in an autocast block too. After an error
         ``.grad`` is as it was, and nothing is staged. A second final call before
@@ -160,7 +163,7 @@ class DomainOptimizer(Stateful):
         """
         again = self._is_there()
         try:
-            self._ranks.begin(self, bool(self._tape.recorder.handles))
+            self._ranks.begin(self, self.looks_at_samples)
             with without_autocast(losses):
                 self._stage(losses, domains, scaler, inputs)
                 if not final:
@@ -169,12 +172,12 @@ class DomainOptimizer(Stateful):
                     return accumulated(losses.detach()).mean()
                 (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
                 self._whole = self._meet(staged)
-                with paused(), all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
+                with all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
             self._statistics = merged(heard, self._statistics, self._whole)
         except BaseException as error:
             self._staged, self._told = [], []
-            support.explain(error, self._way_out, self.params == "head")
+            support.explain(error, self._way_out)
             self._ranks.part(error if final else None)
             raise
         self._ranks.part()
@@ -193,17 +196,14 @@ class DomainOptimizer(Stateful):
         loading.catch_up(self)
         self._scale = scaling.factor(self, scaler, losses)
         support.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
-        if self._size() != self._watched:
-            self._rewatch()
-            raise support.new_parameters(type(self).__name__, type(self.base).__name__)
+        self._count()
+        note: Any = losses.grad_fn.metadata  # type: ignore[union-attr]
+        if note.get(_USED):
+            raise support.used_twice(type(self).__name__)
         added = added_by(terms_of(self), losses, inputs, type(self).__name__)
         batch = self._batch(losses, domains, added.values if added is not None else None)
-        calls = batch.resolved.found.calls
-        if any(call.swept for call in calls):
-            raise support.used_twice(type(self).__name__)
-        for call in calls:
-            call.swept = True
-        self._tape.recorder.settle()
+        if batch.resolved.chosen:
+            note[_USED] = True
         self._staged.append(batch)
         if added is not None:
             self._told.append(told(added))
@@ -211,7 +211,7 @@ class DomainOptimizer(Stateful):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         parts = partition(domains, losses, self.num_domains)
-        resolved = self._tape.resolve(losses, self._scale)
+        resolved = self._tape.resolve(losses)
         return Batch(losses, parts, resolved, terms, self._scale)
 
     def _meet(self, staged: Sequence[Any]) -> Whole:
@@ -301,34 +301,45 @@ class DomainOptimizer(Stateful):
 
     @property
     def tape(self) -> Tape:
-        """For `fastdg.check` and the other functions on tapes: the forwards this wrapper sees."""
+        """The parameters that this wrapper looks at, for `fastdg.domain_gram` and the like."""
         return self._tape
+
+    def explain(self, losses: Tensor) -> Explanation:
+        """A table of how the per-sample gradients of each parameter are made, and at which cost.
+
+        Args, errors: as `fastdg.explain`; ``losses [N]`` with their graph, which is kept.
+
+        Example:
+            >>> print(opt.explain(losses))
+        """
+        return explain(losses, self.tape)
 
     # -- groups, copies --
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer; its layers are found in the next forward."""
+        """Add a group to the wrapped optimizer, from the next `backward` on."""
         self.base.add_param_group(param_group)
-        self._rewatch()
+        self._count()
 
-    def _rewatch(self) -> None:
+    def _count(self) -> None:
+        """Look at parameters that the optimizer inside was given."""
+        if self._size() == self._counted:
+            return
         model = self._model() if self._model is not None else None
         self._names = names_of(self.param_groups, model, {**self._names, **self._known()})
-        self._watch(model)
+        self._look(model)
 
-    def _watch(self, model: nn.Module | None) -> None:
-        if "_tape" in self.__dict__:
-            self._tape.recorder.close()
+    def _look(self, model: nn.Module | None) -> None:
+        """Look at the optimizer's parameters, some of which have the names of ``model``."""
         self._model = weakref.ref(model) if model is not None else None
-        if model is not None:
-            model = nn.ModuleList([model, *(m for term in terms_of(self) for m in term.modules())])
-        self._tape = Tape(Recorder(self._names, model), self.params, self.check)
-        self._watched = self._size()
         if "_one_domain" not in self.__dict__:
             self._one_domain = OneDomain()
         if "_ranks" not in self.__dict__:
             inner = isinstance(self.base, DomainOptimizer)
             self._ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
+        engines = self._ranks.engines  # which do not hold this wrapper
+        self._tape = Tape(self._names, self.params, leaf_of(lambda: list(engines.modules)))
+        self._counted = self._size()
 
     def _known(self) -> dict[Tensor, str]:
         """Names of parameters that wrappers inside have."""
@@ -341,7 +352,7 @@ class DomainOptimizer(Stateful):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
         Optimizer.__setstate__(self, state)
-        self._watch(None)
+        self._look(None)
         self._clear()
         loading.attach(self)
         self._group = self.param_groups[0]

@@ -95,6 +95,10 @@ class Factor(ABC):
         """The gradients times ``weights [N]``."""
 
     @abstractmethod
+    def take(self, number: Tensor) -> Factor:
+        """The gradients of the samples ``number`` ``[K]`` alone."""
+
+    @abstractmethod
     def fold(self, samples: int) -> Factor:
         """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over
         k."""
@@ -151,6 +155,9 @@ class Dense(Factor):
 
     def scaled(self, weights: Tensor) -> Factor:
         return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))
+
+    def take(self, number: Tensor) -> Factor:
+        return Dense(self.grads[number])
 
     def fold(self, samples: int) -> Factor:
         return Dense(self.grads.unflatten(0, (samples, -1)).sum(1))
@@ -244,6 +251,9 @@ class Outer(Factor):
     def scaled(self, weights: Tensor) -> Factor:
         delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
         return Outer(self.a, delta, self.shape, self.window, self.groups)
+
+    def take(self, number: Tensor) -> Factor:
+        return Outer(self.a[number], self.delta[number], self.shape, self.window, self.groups)
 
     def _rows(self) -> Outer:
         """The same without a window: the patches become rows."""
@@ -344,6 +354,9 @@ class Lookup(Factor):
     def scaled(self, weights: Tensor) -> Factor:
         delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
         return Lookup(self.index, delta, self.rows)
+
+    def take(self, number: Tensor) -> Factor:
+        return Lookup(self.index[number], self.delta[number], self.rows)
 
     def fold(self, samples: int) -> Factor:
         index = self.index.unflatten(0, (samples, -1)).flatten(1, 2)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .tape import Selection
+Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
 
 
 def select(params: Selection, named: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:

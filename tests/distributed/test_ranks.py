@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -163,13 +164,11 @@ def test_a_backward_breaks_off(pool: Pool, wrap: str) -> None:
         expected = pool.run(world, breaks_off, wrap, "none")[0][1]
         for who in ("last", "all"):
             for rank, (text, weights) in enumerate(pool.run(world, breaks_off, wrap, who)):
-                if who == "all" or rank == world - 1:
-                    assert text == "ValueError: a hook does not like this gradient"
-                else:
-                    assert text == (
-                        f"RuntimeError: {wrap}.backward: it failed on rank {world - 1}, see the "
-                        "error there; nothing was done on the others"
-                    )
+                told = rf"RuntimeError: {wrap}.backward: it failed on rank [\d, ]+, see the error "
+                told += "there; nothing was done on the others"
+                own = text == "ValueError: a hook does not like this gradient"
+                # Of all that break off, a rank may hear of another before its own does
+                assert own if rank == world - 1 and who == "last" else own or re.match(told, text)
                 for p, q in zip(weights, expected, strict=True):
                     assert torch.equal(p, q)
 

@@ -270,25 +270,29 @@ def test_refusals() -> None:
 # -- a model that is compiled itself --
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_compiled_model_below_the_head(whole: bool, counters: Counters) -> None:
-    """Fishr on the head of a compiled network is the eager one; on a layer inside it is refused."""
+def test_a_compiled_model_below_the_head(counters: Counters) -> None:
+    """Fishr on the head of a compiled network is the eager one."""
     model, opt, twin, other = twins(wrap, watched=True)
-    if whole:
-        compiled: nn.Module = torch.compile(twin, backend="aot_eager")
-        with pytest.raises(RuntimeError, match=r"no tracked layer was seen.* fastdg\.compiled"):
-            eager_steps(compiled, other, [data(0)])
-        assert counters() == (1, 0)
-        return
     below = torch.compile(nn.Sequential(twin[0], twin[1]), backend="aot_eager")
     compiled = nn.Sequential(below, twin[2])
     eager_steps(model, opt, map(data, range(5)))
     eager_steps(compiled, other, map(data, range(5)))
     same_state(model, twin, opt, other)
     assert counters() == (1, 0)
-    every = wrap(SGD(twin.parameters(), lr=0.1), params="all", check=False, model=twin)
-    with pytest.raises(RuntimeError, match=r"was not seen\. Hooks .* fastdg\.compiled"):
-        eager_steps(compiled, every, [data(0)])
+
+
+def test_a_model_compiled_as_a_whole(counters: Counters) -> None:
+    """It is one operation: its head is not known, and its domains' gradients are autograd's."""
+    model, opt, twin, other = twins(fastdg.AgrSum, watched=True)
+    compiled = torch.compile(twin, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"params: 'head' is not known.* fastdg\.compiled"):
+        eager_steps(compiled, wrap(SGD(twin.parameters(), lr=0.1), model=twin), [data(0)])
+    eager_steps(model, opt, map(data, range(3)))
+    with pytest.warns(UserWarning, match="CompiledFunction.* exact"):
+        eager_steps(compiled, other, map(data, range(3)))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert counters() == (1, 0)
 
 
 @pytest.mark.parametrize("name", ["AgrSum", "PCGrad"])
@@ -310,10 +314,13 @@ def test_a_compiled_model_domain_by_domain(name: str, counters: Counters) -> Non
     assert counters() == (1, 0)
 
 
-def test_scripting_a_watched_model() -> None:
-    model = nn.Sequential(nn.Linear(4, 3))
-    opt = wrap(SGD(model.parameters(), lr=0.1), model=model)
-    with pytest.raises(AttributeError, match="script it before the wrapper is made"):
-        torch.jit.script(model)
-    del opt
-    copy.deepcopy(model)
+@pytest.mark.filterwarnings("ignore:params.*DifferentiableGraph")
+def test_a_scripted_model() -> None:
+    """After two steps it is one operation."""
+    model, opt, twin, other = twins(fastdg.AgrSum)
+    scripted = torch.jit.script(twin)
+    eager_steps(model, opt, map(data, range(4)))
+    eager_steps(scripted, other, map(data, range(4)))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    copy.deepcopy(twin)

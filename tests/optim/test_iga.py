@@ -195,11 +195,20 @@ def test_iga_closure_that_draws_anew_is_found_out() -> None:
         opt.step()
 
 
-def test_iga_says_what_to_do_with_batch_norm() -> None:
-    model, (batch,) = net(batch_norm=True), batches(1)
+def test_iga_with_batch_norm_in_a_mixed_batch() -> None:
+    model, (batch,) = net(batch_norm=True), batches(1, absent=False)
+    twin, (x, y, d) = copy.deepcopy(model), batch
     opt = wrapped("IGA", model)
-    with pytest.raises(ValueError, match=r"opt\.step\(closure\) .* any model.*BatchNorm2d"):
-        opt.backward(losses_of(model, *batch[:2]), batch[2])
+    with pytest.warns(UserWarning, match="mixed below NativeBatchNorm"):
+        opt.backward(losses_of(model, x, y), d)
+    losses = losses_of(twin, x, y)
+    means = [losses[d == k].mean() for k in range(3)]
+    total, penalty = iga_of(means, list(twin.parameters()), 0.3)
+    close(opt.statistics["penalty"], penalty)
+    twin.zero_grad()
+    total.backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        close(p.grad, q.grad)
 
 
 def test_iga_closure_with_bad_results() -> None:

@@ -53,24 +53,38 @@ class Head(nn.Module):
         return logits if self.outputs == 1 else (logits, logits * 2)
 
 
+def test_irm_with_heads_of_several_outputs() -> None:
+    """The logits are the result of the last layer, whatever the module returns."""
+    x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
+    for drop, outputs in ((0.5, 1), (0.0, 2)):
+        head = Head(drop, outputs)
+        made = []
+        for given in (False, True):
+            opt = fastdg.IRM(SGD(head.parameters(), lr=0.1), check=False)
+            torch.manual_seed(0)
+            out = head(x)
+            logits = out[0] if outputs == 2 else out
+            losses = F.cross_entropy(logits, y, reduction="none")
+            opt.zero_grad()
+            opt.backward(losses, d, **({"logits": logits} if given else {}))
+            made.append((head.weight.grad.clone(), opt.statistics["penalty"]))
+        torch.testing.assert_close(*made)
+
+
 def test_irm_with_heads_whose_logits_are_not_known() -> None:
     x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
-    for head, call, message in (
-        (Head(0.5), lambda h: h(x), "draws random numbers"),
-        (Head(outputs=2), lambda h: h(x)[0], "returned several tensors"),
-        (nn.Linear(4, 3), lambda h: h(x) + h(-x), "ran several times"),
-    ):
-        opt = fastdg.IRM(SGD(head.parameters(), lr=0.1))
-        logits = call(head)
-        with pytest.raises(RuntimeError, match=f"{message}.*logits=logits"):
-            opt.backward(F.cross_entropy(logits, y, reduction="none"), d)
-        logits = call(head)
-        losses = F.cross_entropy(logits, y, reduction="none")
-        opt.backward(losses, d, final=False, logits=logits)
-        with pytest.raises(RuntimeError, match="already called on these losses"):
-            opt.backward(losses, d, logits=logits)
+    head = nn.Linear(4, 3)
+    opt = fastdg.IRM(SGD(head.parameters(), lr=0.1))
+    logits = head(x) + head(-x)
+    with pytest.raises(RuntimeError, match=r"ran several times.*logits=logits"):
+        opt.backward(F.cross_entropy(logits, y, reduction="none"), d)
+    logits = head(x) + head(-x)
+    losses = F.cross_entropy(logits, y, reduction="none")
+    opt.backward(losses, d, final=False, logits=logits)
+    with pytest.raises(RuntimeError, match="already called on these losses"):
         opt.backward(losses, d, logits=logits)
-        opt.step()
+    opt.backward(losses, d, logits=logits)
+    opt.step()
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -83,10 +97,12 @@ def test_irm_of_losses_that_samples_share(given: bool) -> None:
         losses = F.cross_entropy(logits - logits.mean(0), y, reduction="none")
         opt.backward(losses, d, **({"logits": logits} if given else {}))
 
-    with pytest.raises(RuntimeError, match="depends on other rows of the logits"):
+    message = "depends on other rows of the logits" if given else "last layer is .* logits=logits"
+    with pytest.raises(RuntimeError, match=message):
         backward(fastdg.IRM(SGD(model.parameters(), lr=0.1)))
     assert model.weight.grad is None
-    backward(fastdg.IRM(SGD(model.parameters(), lr=0.1), check=False))
+    if given:
+        backward(fastdg.IRM(SGD(model.parameters(), lr=0.1), check=False))
 
 
 def test_irm_with_positions_and_binary_logits() -> None:

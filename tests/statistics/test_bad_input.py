@@ -59,7 +59,7 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "losses of another model": (
             lambda t, losses, d: (t, recorded()[1], d),
             RuntimeError,
-            "no tracked layer was seen",
+            r"losses: they depend on none of the tracked parameters.* fastdg\.func",
         ),
         "domains too short": (
             lambda t, losses, d: (t, losses, d[:4]),
@@ -122,7 +122,7 @@ def test_by_sample(function: Callable[..., object]) -> None:
     tape, losses = recorded()
     with pytest.raises(ValueError, match="reduction='none'"):
         function(tape, losses.mean())
-    with pytest.raises(TypeError, match="tape: expected"):
+    with pytest.raises(TypeError, match=r"(params|tape): expected"):
         function(None, losses)
 
 
@@ -163,7 +163,7 @@ def test_params(params: object, error: type[Exception], message: str) -> None:
 
 def test_params_that_select_nothing() -> None:
     tape, losses = recorded(lambda name, p: False)
-    with pytest.raises(RuntimeError, match=r"none of the selected .* used: \['0\.bias', "):
+    with pytest.raises(RuntimeError, match=r"none of the selected .* depend on \['0\.bias', "):
         fastdg.per_sample_gradients(tape, losses)
 
 
@@ -172,18 +172,6 @@ def test_model() -> None:
         fastdg.record(list(net().parameters())).__enter__()
     with pytest.raises(ValueError, match="model: it has no parameter that requires a gradient"):
         fastdg.record(net().requires_grad_(False)).__enter__()
-
-
-def test_forward_outside_the_block() -> None:
-    model = net()
-    x = torch.randn(N, 4)
-    before = model(x).square().sum(1)
-    with fastdg.record(model) as tape, torch.no_grad():
-        model(x)
-    after = model(x).square().sum(1)
-    for losses in (before, after):
-        with pytest.raises(RuntimeError, match=r"no tracked layer was seen .* fastdg\.func"):
-            fastdg.per_sample_gradients(tape, losses)
 
 
 def test_forward_under_torch_func() -> None:
@@ -195,13 +183,6 @@ def test_forward_under_torch_func() -> None:
         torch.func.grad(lambda p: call(model, p, (x,)).sum())(dict(model.named_parameters()))
         losses = model(x).square().sum(1)
     assert set(fastdg.per_sample_gradients(tape, losses)) == dict(model.named_parameters()).keys()
-
-
-def test_rules_are_for_modules() -> None:
-    with pytest.raises(
-        TypeError, match=r"modules: expected nn\.Module classes, got <built-in function"
-    ):
-        fastdg.register_rule(F.linear)
 
 
 def test_unknown_backend() -> None:
@@ -238,3 +219,72 @@ def test_a_default_device_is_not_asked() -> None:
             tape, losses, torch.zeros(4, dtype=torch.int64, device="cpu")
         )
     assert all(v.device.type == "cpu" for v in moments.variance.values())
+
+
+def test_call_forms() -> None:
+    """A tape, or losses and params=: a model, an optimizer, parameters, by place or by keyword."""
+    model = net()
+    losses = model(torch.randn(N, 4)).square().sum(1)
+    with fastdg.record(model) as tape:
+        expected = fastdg.domain_gram(tape, losses, DOMAINS)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for params in (
+        model,
+        sgd,
+        fastdg.Fishr(torch.optim.SGD(model.named_parameters(), lr=0.1), params="all"),
+        list(model.parameters()),
+        model.parameters(),
+        dict(model.named_parameters()),
+        tape,
+    ):
+        got = fastdg.domain_gram(losses, DOMAINS, params=params)
+        torch.testing.assert_close(got, expected)
+    got = fastdg.domain_gram(losses=losses, domains=DOMAINS, params=model)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(fastdg.domain_gram(tape=tape, losses=losses, domains=DOMAINS), got)
+    one = fastdg.per_sample_gradients(losses, params=model[2].bias)
+    assert {name: g.shape for name, g in one.items()} == {"params[0]": (N, 3)}
+    named = fastdg.domain_moments(losses, DOMAINS, params={"bias": model[2].bias})
+    assert set(named.variance) == {"bias"}
+    assert set(fastdg.per_sample_gradients(losses, params=sgd)) == {
+        f"param_groups[0][{k}]" for k in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda t, ls: fastdg.domain_gram(ls, DOMAINS), TypeError, r"params: .*params=model"),
+        (lambda t, ls: fastdg.domain_gram(t, ls, DOMAINS, params=net()), TypeError, "got both"),
+        (lambda t, ls: fastdg.domain_gram(ls, params=net()), TypeError, "domains: expected 2"),
+        (lambda t, ls: fastdg.domain_gram(t, ls), TypeError, "domains: expected 2 tensors"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params=3), TypeError, "params: .* got int"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params="all"), TypeError, "params: .* got str"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params=[net()]), TypeError, "params: expected"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params=[]), ValueError, "params: none of them"),
+        (
+            lambda t, ls: fastdg.per_sample_norms(ls, params=net().requires_grad_(False)),
+            ValueError,
+            "params: none of them requires a gradient",
+        ),
+        (lambda t, ls: fastdg.explain(ls.sum(), net()), ValueError, "reduction='none'"),
+        (lambda t, ls: fastdg.explain(ls, net()), RuntimeError, "none of the tracked parameters"),
+    ],
+)
+def test_call_forms_that_are_none(
+    ask: Callable[[fastdg.Tape, Tensor], object], error: type[Exception], message: str
+) -> None:
+    tape, losses = recorded()
+    with pytest.raises(error, match=message):
+        ask(tape, losses)
+
+
+def test_a_forward_is_known_wherever_it_ran() -> None:
+    """Before `record`, after it, and beside a forward without a graph."""
+    model, x = net(), torch.randn(N, 4)
+    before = model(x).square().sum(1)
+    with fastdg.record(model) as tape, torch.no_grad():
+        model(x)
+    after = model(x).square().sum(1)
+    one, two = (fastdg.per_sample_norms(tape, losses) for losses in (before, after))
+    assert torch.equal(one, two)

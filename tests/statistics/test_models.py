@@ -18,7 +18,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import fastdg
@@ -116,7 +116,7 @@ def test_agrees_with_torch_func() -> None:
         assert_close(g, expected[name], name)
 
 
-def test_attention_as_head_brings_its_output_projection() -> None:
+def test_the_head_of_an_attention_is_its_output_projection() -> None:
     class Pool(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +131,7 @@ def test_attention_as_head_brings_its_output_projection() -> None:
     with fastdg.record(model, params="head") as tape:
         losses = losses_of(model)
     got = fastdg.per_sample_gradients(tape, losses)
-    assert set(got) == {n for n, _ in model.named_parameters() if n.startswith("pool")}
+    assert set(got) == {"pool.out_proj.weight", "pool.out_proj.bias"}
     for name, g in one_by_one(losses, {n: trainable(model)[n] for n in got}).items():
         assert_close(got[name], g, name)
 
@@ -429,7 +429,7 @@ def test_parametrized(make: Callable[[], nn.Module]) -> None:
     assert_statistics(nn.Sequential(model[0], make()), classify(x, classes=4))
 
 
-def test_a_replay_leaves_buffers_alone() -> None:
+def test_statistics_leave_buffers_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), parametrizations.spectral_norm(nn.Linear(4, 3)))
     with fastdg.record(model) as tape:
         losses = classify(torch.randn(N, 4))(model)
@@ -446,35 +446,6 @@ def test_weight_norm_old_style() -> None:
     model = nn.Sequential(nn.Linear(4, 4), layer, nn.Tanh(), nn.Linear(4, 3))
     assert_statistics(model, classify(torch.randn(N, 4)))
     assert not torch._C._functorch.is_functorch_wrapped_tensor(layer.weight)
-
-
-def test_a_rule_of_the_users_own_on_a_subclass() -> None:
-    class Gained(nn.Linear):
-        def __init__(self, *sizes: int) -> None:
-            super().__init__(*sizes, bias=False)
-            self.gain = nn.Parameter(torch.randn(sizes[1]))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.gain
-
-    used = []
-
-    @fastdg.register_rule(Gained)
-    def gained(module: Gained, inputs: tuple[Tensor], delta: Tensor) -> dict[str, fastdg.Dense]:
-        used.append(module)
-        (x,) = inputs
-        through = F.linear(x, module.weight)
-        return {
-            "gain": fastdg.Dense(delta * through),
-            "weight": fastdg.Outer(
-                x.unsqueeze(1), (delta * module.gain).unsqueeze(1), module.weight.shape
-            ),
-        }
-
-    assert_statistics(
-        nn.Sequential(Gained(4, 5), nn.Tanh(), Gained(5, 3)), classify(torch.randn(N, 4))
-    )
-    assert used
 
 
 def test_losses_that_see_two_heads_and_a_penalty_on_activations() -> None:
@@ -571,59 +542,6 @@ def test_parts_of_a_model() -> None:
             assert_close(got[name], g, name)
 
 
-def test_a_batch_of_one_then_a_real_one() -> None:
-    """One sample shows no mistake in the sample dimension, so it does not count as checked."""
-
-    class SequenceFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.lin(x.transpose(0, 1)).mean(0))
-
-    model = SequenceFirst()
-    recorder = fastdg.Fishr(torch.optim.SGD(model.parameters()), params="all")
-    losses = model(torch.randn(1, 1, 4)).square().sum(1)
-    recorder.backward(losses, torch.tensor([0]))
-    losses = model(torch.randn(N, N, 4)).square().sum(1)
-    with pytest.raises(RuntimeError, match="do not add up"):
-        recorder.backward(losses, DOMAINS)
-
-
-def test_a_replay_shows_hooks_nothing() -> None:
-    """They would keep tensors of torch.func. What makes weights by a hook goes on doing so."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.rand(5))
-            self.inner = nn.utils.prune.random_unstructured(nn.Linear(5, 5), "weight", 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x * self.gain)
-
-    block, lstm = Block(), nn.LSTM(5, 5, batch_first=True)
-    model = nn.ModuleList([lstm, block])
-    seen: list[int] = []
-    for module in (block, block.inner, lstm):
-        module.register_forward_hook(lambda m, args, out: seen.append(0))
-        module.register_forward_pre_hook(lambda m, args: seen.append(1))
-        module.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(2))
-    tables = [dict(m._forward_pre_hooks) for m in model.modules()]
-    with fastdg.record(model, check=False) as tape:
-        hidden, _ = lstm(torch.randn(6, 2, 5, requires_grad=True))
-        losses = block(hidden[:, -1]).square().sum(1)
-    chosen = trainable(model)
-    true = one_by_one(losses, chosen)
-    seen.clear()
-    got = fastdg.per_sample_gradients(tape, losses)
-    assert set(seen) <= {2}  # the sweep is a backward
-    for name in chosen:
-        assert_close(got[name], true[name], name)
-    assert [dict(m._forward_pre_hooks) for m in model.modules()] == tables
-
-
 def test_running_statistics_in_bfloat16() -> None:
     norm = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     model = nn.Sequential(norm, nn.Flatten(), nn.Linear(12, 2)).bfloat16().eval()
@@ -641,3 +559,36 @@ def test_a_watched_model_can_be_traced() -> None:
     with fastdg.record(model):
         traced = torch.jit.trace(model, x)
     assert torch.equal(traced(x), model(x))
+
+
+def test_a_statistic_shows_modules_nothing() -> None:
+    """No module runs again, so none of their forward hooks does; pruning goes on as it was."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.rand(5))
+            self.inner = prune.random_unstructured(nn.Linear(5, 5), "weight", 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * self.gain)
+
+    block, lstm = Block(), nn.LSTM(5, 5, batch_first=True)
+    model = nn.ModuleList([lstm, block])
+    seen: list[int] = []
+    for module in (block, block.inner, lstm):
+        module.register_forward_hook(lambda m, args, out: seen.append(0))
+        module.register_forward_pre_hook(lambda m, args: seen.append(1))
+        module.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(2))
+    tables = [dict(m._forward_pre_hooks) for m in model.modules()]
+
+    def losses_of(model: nn.Module) -> Tensor:
+        hidden, _ = lstm(torch.ones(6, 2, 5).cumsum(0).requires_grad_())
+        return block(hidden[:, -1]).square().sum(1)
+
+    losses = losses_of(model)
+    seen.clear()
+    fastdg.domain_moments(losses, DOMAINS, params=model)
+    assert set(seen) <= {2}  # a backward
+    assert_statistics(model, losses_of, slow=True)
+    assert [dict(m._forward_pre_hooks) for m in model.modules()] == tables

@@ -12,18 +12,6 @@ from torch.autograd.graph import Node
 _PREFIX = "_raw_saved_"
 
 
-def below(roots: Iterable[Node]) -> list[Node]:
-    """All nodes of the graph below ``roots``, and these."""
-    pending = list(dict.fromkeys(roots))
-    seen = set(pending)
-    for node in pending:  # grows while we walk it
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                pending.append(child)
-    return pending
-
-
 def release(nodes: Iterable[Node]) -> None:
     """Free the saved tensors of ``nodes`` that no backward pass has freed.
 

@@ -1,0 +1,83 @@
+"""How each parameter is served, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .engine import Forward
+from .plan import Boundary
+
+
+class Row(NamedTuple):
+    """How one parameter is served.
+
+    Attributes:
+        parameter: its name.
+        way: ``"rule"`` or ``"autograd"``.
+        operations: where it meets the samples.
+        cost: of a statistic, in words.
+    """
+
+    parameter: str
+    way: str
+    operations: str
+    cost: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A table of how the parameters below some losses are served; ``print`` shows it.
+
+    Attributes:
+        rows: one for each parameter.
+        probed: whether the samples' rows are looked for in every step, which takes two further
+            backwards without weight gradients.
+    """
+
+    rows: list[Row]
+    probed: bool
+
+    def __str__(self) -> str:
+        table = [Row("parameter", "served by", "operations", "cost"), *self.rows]
+        widths = [max(len(row[k]) for row in table) for k in range(3)]
+        lines = [
+            "  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row.cost]).rstrip()
+            for row in table
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        if self.probed:
+            lines.append(
+                "Values choose or mix rows above these parameters (indexing, masks, an operation "
+                "that is not known), so each step looks for the rows' samples: 2 further backwards "
+                "without weight gradients."
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explanation(forward: Forward) -> Explanation:
+    """Describe the plan of a forward."""
+    plan = forward.plan
+    rows: dict[int, Row] = {}
+    for i, places in plan.places.items():
+        names = ", ".join(dict.fromkeys(_short(place.operation) for place in places))
+        rows[i] = Row(forward.names[i], "rule", names, "one product of what the forward has saved")
+    for i in plan.pulled:
+        names = ", ".join(dict.fromkeys(_short(b.operation) for b in plan.boundaries))
+        rows[i] = Row(forward.names[i], "autograd", names, _price(plan.boundaries))
+    return Explanation([rows[i] for i in sorted(rows)], plan.dynamic or plan.silent)
+
+
+def _price(boundaries: list[Boundary]) -> str:
+    if all(None not in b.served and not b.mixed for b in boundaries):
+        return "as by a rule, then one backward of what makes the tensor, for all domains at once"
+    if any(boundary.mixed for boundary in boundaries):
+        return "one backward of all below for each domain (for variances: each sample)"
+    return "one call of the operation for each domain (for variances: each sample)"
+
+
+def _short(operation: str) -> str:
+    name, _, _ = operation.partition("Backward")
+    return name

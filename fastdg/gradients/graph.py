@@ -1,0 +1,148 @@
+"""The autograd graph below some tensors: nodes, consumers, leaves and a signature.
+
+The node attributes ``_input_metadata``, ``variable`` and ``_saved_*`` are not in torch's stable
+interface. They are read here and in `rules` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+# Integers that a node saves and that decide which row goes where. The shapes of all gradients are
+# in the signature anyway.
+_LAYOUT: dict[str, tuple[str, ...]] = {
+    "SplitWithSizesBackward0": ("_saved_dim", "_saved_split_sizes"),
+    "SplitBackward0": ("_saved_dim", "_saved_split_size"),
+    "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
+    "SelectBackward0": ("_saved_dim", "_saved_index"),
+    "UnbindBackward0": ("_saved_dim",),
+    "CatBackward0": ("_saved_dim",),
+    "StackBackward0": ("_saved_dim",),
+    "PermuteBackward0": ("_saved_dims",),
+    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "SoftmaxBackward0": ("_saved_dim",),
+    "LogSoftmaxBackward0": ("_saved_dim",),
+    "SumBackward1": ("_saved_dim",),
+    "MeanBackward1": ("_saved_dim",),
+    "FlipBackward0": ("_saved_dims",),
+    "RollBackward0": ("_saved_shifts", "_saved_dims"),
+    "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
+    "UnfoldBackward0": ("_saved_dimension", "_saved_size", "_saved_step"),
+    "RepeatBackward0": ("_saved_repeats",),
+    "NativeBatchNormBackward0": ("_saved_training",),
+}
+_layout_of_type: dict[type, tuple[str, ...]] = {}
+
+
+def output_shapes(node: Node) -> tuple[Any, ...]:
+    """The shape of each output of the operation, None where it has none."""
+    metadata = node._input_metadata
+    return tuple(None if m is None else tuple(m.shape) for m in metadata)
+
+
+def output_dtypes(node: Node) -> tuple[torch.dtype | None, ...]:
+    """The dtype of each output of the operation, None where it has none."""
+    metadata = node._input_metadata
+    return tuple(None if m is None else m.dtype for m in metadata)
+
+
+def signed(number: int) -> int:
+    """A saved integer, of which torch shows the negative ones as large unsigned numbers."""
+    return number if number < 1 << 63 else number - (1 << 64)
+
+
+class Graph:
+    """The nodes below ``root``, in breadth-first order, which two equal graphs share.
+
+    Attributes:
+        nodes: every node once, ``root`` first.
+        position: node -> its place in ``nodes``.
+        consumers: node -> ``(consumer, slot, output_nr)``: which input of which operation reads
+            which output of the node.
+        leaves: id of a tensor -> the node that accumulates its gradient.
+    """
+
+    def __init__(self, root: Node) -> None:
+        self.nodes = [root]
+        self.position = {root: 0}
+        self.consumers: dict[Node, list[tuple[Node, int, int]]] = {root: []}
+        self.leaves: dict[int, Node] = {}
+        nodes, position, consumers = self.nodes, self.position, self.consumers
+        for node in nodes:  # grows while we walk it
+            below = node.next_functions
+            if not below:
+                if (variable := getattr(node, "variable", None)) is not None:
+                    self.leaves[id(variable)] = node
+                continue
+            for slot, (child, nr) in enumerate(below):
+                if child is None:
+                    continue
+                if child not in position:
+                    position[child] = len(nodes)
+                    consumers[child] = []
+                    nodes.append(child)
+                consumers[child].append((node, slot, nr))
+
+    def signature(self, parameters: Sequence[Tensor]) -> Hashable:
+        """Equal for graphs of the same operations, shapes, saved sizes and tracked parameters."""
+        which = {id(p): i for i, p in enumerate(parameters)}
+        parts: list[Any] = []
+        for node in self.nodes:
+            kind = type(node)
+            if (names := _layout_of_type.get(kind)) is None:
+                names = _layout_of_type[kind] = _LAYOUT.get(node.name(), ())
+            below = node.next_functions
+            leaf = -1
+            if not below and (variable := getattr(node, "variable", None)) is not None:
+                leaf = which.get(id(variable), -1)
+            edges = tuple((-1 if c is None else self.position[c], nr) for c, nr in below)
+            sizes = tuple(_hashable(getattr(node, name, None)) for name in names)
+            parts.append((kind, leaf, edges, output_shapes(node), sizes))
+        return tuple(parts)
+
+    def above(self, nodes: Iterable[Node]) -> dict[Node, None]:
+        """All nodes that the gradients at ``nodes`` depend on, without ``nodes`` themselves unless
+        one is above another; in a fixed order."""
+        covered: dict[Node, None] = {}
+        pending = list(nodes)
+        for node in pending:  # grows while we walk it
+            for consumer, _, _ in self.consumers[node]:
+                if consumer not in covered:
+                    covered[consumer] = None
+                    pending.append(consumer)
+        return covered
+
+
+# Products of a weight and something else
+_PRODUCTS = frozenset(
+    f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Embedding")
+)
+
+
+def holds_samples(node: Node, samples: int) -> bool:
+    """Whether what an operation returns was made from samples, as far as shapes tell, rather than
+    from parameters alone (a weight-normed weight): a product with a constant lies below, and some
+    tensor there has a dimension as long as the batch."""
+    found = [node]
+    seen = set(found)
+    product = long = False
+    for below in found:  # grows while we walk it
+        children = [child for child, _ in below.next_functions]
+        constant = None in children or len(children) == 1
+        product |= below.name() in _PRODUCTS and constant
+        long |= any(shape is not None and samples in shape for shape in output_shapes(below))
+        if product and long:
+            return True
+        more = [child for child in children if child is not None and child not in seen]
+        seen.update(more)
+        found += more
+    return False
+
+
+def _hashable(value: Any) -> Hashable:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,254 @@
+"""Which parameters are the head: those of the last layer before the losses."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from .engine import Forward
+from .graph import Graph, output_dtypes, output_shapes, signed
+from .layout import Layout, lead
+from .plan import MOVES, Planner
+
+_ELEMENTWISE = ("AddBackward0", "MulBackward0", "SubBackward0", "DivBackward0")
+_KEPT = 64
+_heads: OrderedDict[Hashable, list[int]] = OrderedDict()
+
+
+def head_of(
+    losses: Tensor, graph: Graph, named: Mapping[str, Tensor], key: Hashable
+) -> dict[str, Tensor]:
+    """The parameters of the last layer.
+
+    The last layer is the operation that ran last among those where a parameter meets samples, with
+    the operations that feed it directly and have parameters, too: a matrix product below a bias.
+    What scales or shifts the losses ``[N]`` themselves (the weights of several losses) is a
+    criterion's and no layer's; so is a single number (a temperature) that scales the layer's result
+    but, by its name, belongs to another module.
+
+    Args:
+        losses: ``[N]``.
+        graph: of ``losses.grad_fn``.
+        named: all of the optimizer's that the graph reaches, by name.
+        key: of the graph; equal for graphs that have the same head.
+    """
+    names, parameters = list(named), list(named.values())
+    if (known := _heads.get(key)) is not None:
+        return {names[i]: parameters[i] for i in known}
+    met = Planner(losses, graph, parameters).boundaries()
+    users: dict[Node, set[int]] = {}
+    for i, boundaries in met.items():
+        for node, _, _ in boundaries:
+            users.setdefault(node, set()).add(i)
+    layers = [node for node in users if not _of_losses(node)]
+    layers = layers or list(users)
+    chosen: set[int] = set()
+    pending = [max(layers, key=_time)] if layers else []
+    while pending:
+        node = pending.pop()
+        chosen |= users[node]
+        if node.name() in _ELEMENTWISE:
+            below = [_through_moves(child) for child, _ in node.next_functions if child is not None]
+            pending += [child for child in below if child in users and not users[child] <= chosen]
+    numbers = {i for i in chosen if parameters[i].numel() == 1}
+    modules = {_module(names[i]) for i in chosen - numbers}
+    own = {i for i in numbers if not modules or _module(names[i]) in modules}
+    _heads[key] = sorted((chosen - numbers) | own)
+    while len(_heads) > _KEPT:
+        _heads.popitem(last=False)
+    return {names[i]: parameters[i] for i in _heads[key]}
+
+
+def _of_losses(node: Node) -> bool:
+    """Whether the operation scales or shifts the losses, rather than the result of a layer."""
+    shape = output_shapes(node)[0]
+    return node.name() in _ELEMENTWISE and shape is not None and len(shape) < 2
+
+
+def _module(name: str) -> str:
+    """The module of a parameter; one and the same where names are not known."""
+    return "" if name.startswith("param_groups[") else name.rpartition(".")[0]
+
+
+def refuse_opaque(forward: Forward) -> None:
+    """Raise if the head is inside of a compiled part, with other layers."""
+    names = forward.names
+    layers = {name.rpartition(".")[0] for name in names}
+    if len(names) < 3 and len(layers) < 2:
+        return
+    for node in forward.operations():
+        if node.name() == "CompiledFunctionBackward" or "DifferentiableGraph" in node.name():
+            raise RuntimeError(
+                f"params: 'head' is not known, since the model's last part is compiled as one "
+                f"operation with {len(names)} parameters. Name those meant, params=['fc.weight', "
+                "'fc.bias'], leave the head out of torch.compile, or compile the whole step with "
+                "fastdg.compiled"
+            )
+
+
+def layers_after(forward: Forward, known: set[int]) -> Tensor | None:
+    """A trained parameter that is not one of ``known``, of a layer that ran after the head."""
+    graph = forward.graph
+    head = max(map(_time, forward.operations()), default=0)
+    for key, leaf in graph.leaves.items():
+        own = leaf.variable  # type: ignore[attr-defined]
+        if key in known or not own.requires_grad or own.numel() == 1:  # such as a temperature
+            continue
+        readers = [consumer for consumer, _, _ in graph.consumers[leaf]]
+        for reader in readers:  # grows while we walk it
+            if reader.name() in MOVES:
+                readers += [consumer for consumer, _, _ in graph.consumers[reader]]
+            elif _time(reader) > head and not _of_losses(reader):
+                return own
+    return None
+
+
+def _time(node: Node) -> int:
+    return int(node._sequence_nr())
+
+
+def _through_moves(node: Node) -> Node:
+    while node.name() in MOVES:
+        child, _ = node.next_functions[0]
+        if child is None:
+            break
+        node = child
+    return node
+
+
+def value_of(node: Node | None, nr: int = 0) -> Tensor | None:
+    """The tensor that an operation has returned, made again from what it has saved, with its graph;
+    None where that is not known how."""
+    if node is None:
+        return None
+    if (variable := getattr(node, "variable", None)) is not None:
+        return variable
+    made = _VALUES.get(node.name())
+    if made is None:
+        return None
+    try:
+        value = made(node)
+    except _Unknown:
+        return None
+    shape, dtype = output_shapes(node)[nr], output_dtypes(node)[nr]
+    return value if shape is None else value.to(dtype).expand(shape)
+
+
+class _Unknown(Exception):
+    """An operand is not known."""
+
+
+def _operand(node: Node, slot: int, saved: str | None = None) -> Tensor:
+    value = getattr(node, saved) if saved is not None else None
+    if value is None:
+        value = value_of(*node.next_functions[slot])
+    if value is None:
+        raise _Unknown
+    return value
+
+
+def _convolution(n: Any) -> Tensor:
+    return torch.convolution(
+        _operand(n, 0, "_saved_input"),
+        _operand(n, 1, "_saved_weight"),
+        None if n.next_functions[2][0] is None else _operand(n, 2),
+        n._saved_stride,
+        n._saved_padding,
+        n._saved_dilation,
+        n._saved_transposed,
+        n._saved_output_padding,
+        n._saved_groups,
+    )
+
+
+def _reshaped(n: Any) -> Tensor:
+    shape = output_shapes(n)[0]
+    assert shape is not None
+    return _operand(n, 0).reshape(shape)
+
+
+_VALUES: dict[str, Callable[[Any], Tensor]] = {
+    "AddmmBackward0": lambda n: torch.addmm(
+        _operand(n, 0),
+        _operand(n, 1, "_saved_mat1"),
+        _operand(n, 2, "_saved_mat2"),
+        alpha=n._saved_alpha,
+        beta=n._saved_beta,
+    ),
+    "MmBackward0": lambda n: _operand(n, 0, "_saved_self") @ _operand(n, 1, "_saved_mat2"),
+    "BmmBackward0": lambda n: _operand(n, 0, "_saved_self") @ _operand(n, 1, "_saved_mat2"),
+    "AddBackward0": lambda n: torch.add(_operand(n, 0), _operand(n, 1), alpha=n._saved_alpha),
+    "MulBackward0": lambda n: _operand(n, 0, "_saved_self") * _operand(n, 1, "_saved_other"),
+    "ConvolutionBackward0": _convolution,
+    "TBackward0": lambda n: _operand(n, 0).t(),
+    "TransposeBackward0": lambda n: _operand(n, 0).transpose(
+        signed(n._saved_dim0), signed(n._saved_dim1)
+    ),
+    "ToCopyBackward0": lambda n: _operand(n, 0),
+    "ExpandBackward0": lambda n: _operand(n, 0),
+    "CloneBackward0": lambda n: _operand(n, 0),
+    "AliasBackward0": lambda n: _operand(n, 0),
+    **dict.fromkeys(
+        ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0"),
+        _reshaped,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The result of the last layer.
+
+    Attributes:
+        edge: where its gradient arrives.
+        value: the result, with its graph.
+        layout: which of its rows belong to which sample.
+    """
+
+    edge: GradientEdge
+    value: Tensor
+    layout: Layout
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x``, of the shape of the result, as ``[N, *]``."""
+        rows = self.layout.rows(x)
+        return rows.squeeze(1) if rows.shape[1] == 1 else rows
+
+
+def last_output(forward: Forward) -> Head:
+    """The result of the last layer that has parameters, of a forward that looks at the head.
+
+    Raises:
+        RuntimeError: it is not known which result that is, or which of its rows are whose.
+    """
+    plan = forward.plan
+    node = max(forward.operations(), key=_time)
+    several = any(len({place.node for place in places}) > 1 for places in plan.places.values())
+    if several:
+        raise RuntimeError(f"losses: the head ran several times, {_WHICH}")
+    where = forward.graph.position[node]
+    owner = next((b.owners[0] for b in plan.boundaries if b.node == where), None)
+    found = [p.served.layout for ps in plan.places.values() for p in ps if p.node == where]
+    value, shape = value_of(node), output_shapes(node)[0]
+    samples = len(forward.losses)
+    if not found and owner is None and plan.silent and shape and shape[0] % samples == 0:
+        # Its gradient is zero, or not a number: so are all products with it
+        found = [Layout("major", samples, shape[0] // samples, None)]
+    if not found and owner is not None and shape is not None:
+        rows = lead(owner, shape, (0,))
+        found = [] if rows is None else [Layout.of(rows, samples)]
+    if not found or value is None or len(output_shapes(node)) != 1:
+        raise RuntimeError(f"losses: the last layer is {node.name()}, {_WHICH}")
+    return Head(GradientEdge(node, 0), value, found[0])
+
+
+_WHICH = (
+    "so it is not known which output the logits are; pass them: opt.backward(losses, domains, "
+    "logits=logits)"
+)

@@ -1,0 +1,80 @@
+"""Bring the rows of a tensor to ``[N, T, *]``, whatever order the model keeps its samples in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["major", "minor", "any"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows belong to samples: R rows, N samples, T positions of the sample with most rows.
+
+    Attributes:
+        kind: ``"major"``, row r belongs to sample r // T; ``"minor"``, to r % N; ``"any"``,
+            as ``index`` says.
+        samples: N.
+        positions: T.
+        index: ``[N * T]``, the row at each position of each sample; R where there is none.
+    """
+
+    kind: Kind
+    samples: int
+    positions: int
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, owner: Tensor, samples: int) -> Layout:
+        """The layout of rows whose samples are ``owner`` ``[R]``; -1 for a row without gradient."""
+        count = owner.numel()
+        place = torch.arange(count, device=owner.device)
+        if count % samples == 0:
+            positions = count // samples
+            if bool((owner == place // positions).all()):
+                return cls("major", samples, positions, None)
+            if bool((owner == place % samples).all()):
+                return cls("minor", samples, positions, None)
+        order = torch.argsort(owner, stable=True)
+        order = order[owner[order] >= 0]
+        sample = owner[order]
+        number = torch.bincount(sample, minlength=samples)
+        positions = max(1, int(number.max()))
+        begin = number.cumsum(0) - number
+        slot = sample * positions + torch.arange(len(order), device=order.device) - begin[sample]
+        index = torch.full((samples * positions,), count, device=owner.device)
+        return cls("any", samples, positions, index.index_copy(0, slot, order))
+
+    def agrees(self, other: Layout) -> bool:
+        """Whether each row belongs to the same sample in both."""
+        if (self.kind, self.positions) != (other.kind, other.positions):
+            return False
+        if self.index is None or other.index is None:
+            return True
+        return torch.equal(self.index, other.index)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x [R, *]`` as ``[N, T, *]``; zeros where a sample has no more rows."""
+        if self.kind == "major":
+            return x.unflatten(0, (self.samples, self.positions))
+        if self.kind == "minor":
+            return x.unflatten(0, (self.positions, self.samples)).transpose(0, 1)
+        assert self.index is not None
+        padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
+        return padded.index_select(0, self.index).unflatten(0, (self.samples, self.positions))
+
+
+def lead(owner: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor | None:
+    """The samples of the rows made by ``dims`` of a tensor of that shape, ``[R]``; None if the
+    sample changes along another dimension."""
+    if any(owner.shape[d] != 1 for d in range(len(shape)) if d not in dims):
+        return None
+    sizes = [shape[d] for d in dims]
+    chosen = owner.permute(*dims, *(d for d in range(len(shape)) if d not in dims))
+    return chosen.reshape([owner.shape[d] for d in dims]).expand(sizes).reshape(math.prod(sizes))

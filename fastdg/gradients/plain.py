@@ -1,0 +1,43 @@
+"""Autograd's own gradients, before hooks of parameters change them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import in_words
+
+
+@contextmanager
+def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients taken inside come before any hook of these parameters changes them."""
+    hooks = [(p, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for p, _ in hooks:
+        p._backward_hooks.clear()  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for p, own in hooks:
+            p._backward_hooks.update(own)  # type: ignore[union-attr]
+
+
+def gradients_of(
+    losses: Tensor, parameters: Sequence[Tensor], weight: Tensor, *, retain_graph: bool = True
+) -> list[Any]:
+    """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
+    with in_words(), unhooked(parameters), without_autocast(losses):
+        grads = torch.autograd.grad(
+            losses, list(parameters), weight, retain_graph=retain_graph, allow_unused=True
+        )
+    return list(grads)
+
+
+def without_autocast(losses: Any) -> AbstractContextManager[Any]:
+    """Autocast off where the losses are: what a backward computes has the dtypes of its graph."""
+    if isinstance(losses, Tensor) and torch.amp.is_autocast_available(losses.device.type):
+        return torch.autocast(losses.device.type, enabled=False)
+    return nullcontext()

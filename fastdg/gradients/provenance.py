@@ -1,0 +1,219 @@
+r"""Which sample each row of an output gradient belongs to, exactly.
+
+A backward is linear in the gradient that it starts with. Scale the loss of sample i by
+:math:`2^{e_i}`: an entry that depends on sample i alone is scaled by :math:`2^{e_i}` bit for bit,
+since only its exponent changes. Two such backwards, read by `torch.frexp`, give the sample of every
+entry. An entry whose mantissa has changed depends on several samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from .graph import Graph, output_dtypes
+from .plain import without_autocast
+
+_SMALL = 1 << 16  # entries of a gradient that are looked at one by one
+# Powers of two that a loss can be scaled by without overflow or underflow of common gradients
+_BASE = {torch.float16: 8, torch.bfloat16: 128, torch.float32: 128, torch.float64: 1024}
+
+
+class Output(NamedTuple):
+    """Output ``nr`` of the operation behind ``node``."""
+
+    node: Node
+    nr: int
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The sample of each entry of an output gradient.
+
+    Attributes:
+        ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so that its
+            sample is unknown.
+        known: whether no entry is -1, or all such were completed from a regular pattern.
+    """
+
+    ids: Tensor
+    known: bool
+
+
+class Unclear(NamedTuple):
+    """Why an output gradient has no `Owner`: it ``mixes`` samples, or it is zero everywhere."""
+
+    mixes: bool
+
+
+# None: no gradient arrives there at all
+Found = dict[Output, Owner | Unclear | None]
+
+
+def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
+    """The `Owner` of each output gradient, or the reason why there is none.
+
+    Runs ``1 + ceil(log_base N)`` backwards that compute no gradient below ``outputs``; base is 128
+    in float32. Where gradients are far from 1, a further one finds a power of two to begin with.
+    The graph is kept.
+
+    Args:
+        losses: ``[N]``.
+        graph: of ``losses.grad_fn``.
+        outputs: where to look.
+    """
+    samples = losses.shape[0]
+    dtypes = {dtype for out in outputs for dtype in output_dtypes(out.node) if dtype in _BASE}
+    dtypes.add(losses.dtype)
+    # No larger than needed: the smaller the powers, the smaller the gradients that can be read
+    most = 1 << max(1, (samples - 1).bit_length())
+    base = min(most, *(_BASE.get(dtype, 8) for dtype in dtypes))
+    digits = max(1, math.ceil(math.log(max(samples, 2), base) - 1e-9))
+    number = torch.arange(samples, device=losses.device)
+    half = any(dtype == torch.float16 for node in graph.nodes for dtype in output_dtypes(node))
+    start = torch.ones_like(losses)
+    first = _profiles(losses, outputs, start)
+    for _ in range(3):
+        if not (shift := _shift(first, half)):
+            break
+        start = torch.ldexp(start, torch.full_like(number, shift))
+        first = _profiles(losses, outputs, start)
+    read = [_Reading.of(profile, half) for profile in first]
+    for digit in range(digits):
+        exponent = (number // base**digit) % base - base // 2
+        second = _profiles(losses, outputs, torch.ldexp(start, exponent))
+        for reading, profile in zip(read, second, strict=True):
+            if reading is not None and profile is not None:
+                reading.digit(profile, base, base**digit)
+    return {
+        out: None if reading is None else reading.result(samples)
+        for out, reading in zip(outputs, read, strict=True)
+    }
+
+
+class _Reading:
+    """What is known of one output gradient, in each of its profiles."""
+
+    def __init__(self, profile: list[Tensor], half: bool) -> None:
+        self.profile, self.half = profile, half
+        self.there = [torch.isfinite(x) & (x != 0) for x in profile]
+        self.ids: list[Tensor | None] = [torch.zeros_like(x, dtype=torch.int64) for x in profile]
+        self.zero = not any(bool((x != 0).any()) for x in profile)
+
+    @classmethod
+    def of(cls, profile: list[Tensor] | None, half: bool) -> _Reading | None:
+        return None if profile is None else cls(profile, half)
+
+    def digit(self, scaled: list[Tensor], base: int, weight: int) -> None:
+        """Read one digit of each entry's sample from the gradient of the scaled losses."""
+        for k, (a, b, there) in enumerate(zip(self.profile, scaled, self.there, strict=True)):
+            if (ids := self.ids[k]) is None:
+                continue
+            self.zero = self.zero and not bool((b != 0).any())
+            # Below the smallest normal number bits are lost, and nothing can be read
+            tiny = torch.finfo(torch.float16 if self.half else a.dtype).tiny
+            floor = tiny * (16 if self.half else 4096)
+            there = self.there[k] = there & torch.isfinite(b) & (a >= floor) & (b >= floor)
+            appeared = (a == 0) & (b >= floor * 2.0 ** (base // 2)) & torch.isfinite(b)
+            value = None if bool(appeared.any()) else _exponents(a, b, there, base, self.half)
+            self.ids[k] = None if value is None else ids + value * weight
+
+    def result(self, samples: int) -> Owner | Unclear:
+        if self.zero:
+            return Unclear(mixes=False)
+        for ids, there in zip(self.ids, self.there, strict=True):
+            if ids is not None and not bool(((ids >= samples) & there).any()):
+                if not bool(there.any()):
+                    return Unclear(mixes=False)
+                return _owner(torch.where(there, ids, -1), samples)
+        return Unclear(mixes=True)
+
+
+def _profiles(
+    losses: Tensor, outputs: Sequence[Output], weight: Tensor
+) -> list[list[Tensor] | None]:
+    """Of each output gradient the sums of its absolute values over the last dimension, over all
+    others, and itself where it is small, each broadcastable to it."""
+    edges = [GradientEdge(out.node, out.nr) for out in outputs]
+    with without_autocast(losses):
+        grads = torch.autograd.grad(
+            losses,
+            edges,
+            weight,
+            retain_graph=True,
+            allow_unused=True,
+        )
+    return [None if grad is None else _profile(grad) for grad in grads]
+
+
+def _profile(grad: Tensor) -> list[Tensor]:
+    grad = grad.detach()
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    if grad.is_complex():
+        grad = torch.view_as_real(grad).abs().sum(-1)
+    grad = grad.abs()
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        grad = grad.float()
+    if grad.dim() < 2:
+        return [grad]
+    profile = [grad.sum(-1, keepdim=True)]
+    lead = tuple(range(grad.dim() - 1))
+    profile.append(grad.sum(lead, keepdim=True))
+    if grad.numel() <= _SMALL:
+        profile.append(grad)
+    return profile
+
+
+def _shift(profiles: Sequence[list[Tensor] | None], half: bool) -> int:
+    """The power of two by which the losses are scaled so that the gradients keep their bits."""
+    sizes = [
+        profile[0].amax() for profile in profiles if profile is not None and profile[0].numel()
+    ]
+    largest = max((float(size) for size in sizes if not bool(size.isnan())), default=0.0)
+    if half and largest in (0.0, math.inf):
+        return 10 if largest == 0 else -10
+    if largest in (0.0, math.inf):
+        return 0
+    exponent = math.frexp(largest)[1]
+    target, window = (8, 3) if half else (0, 30)
+    return target - exponent if abs(target - exponent) > window else 0
+
+
+def _exponents(a: Tensor, b: Tensor, there: Tensor, base: int, half: bool) -> Tensor | None:
+    """The power of two between ``a`` and ``b``, from 0 to ``base - 1``; None if some entry of those
+    that are ``there`` is not scaled by one."""
+    ratio = torch.where(there, b / a, 1)
+    exponent = torch.frexp(ratio * math.sqrt(2))[1] - 1  # of the nearest power of two
+    # Kernels with atomics add in another order each time; float16 loses the bits of small numbers
+    slack = 1e-2 if half else 1e-3 if a.is_cuda else 4 * torch.finfo(a.dtype).eps
+    value = exponent.long() + base // 2
+    bad = ((torch.ldexp(ratio, -exponent) - 1).abs() > slack) | (value < 0) | (value >= base)
+    return None if bool((bad & there).any()) else torch.where(there, value, 0)
+
+
+def _owner(ids: Tensor, samples: int) -> Owner:
+    """Drop dimensions along which the sample does not change, and complete what is unknown."""
+    for dim in range(ids.dim()):
+        if ids.shape[dim] == 1:
+            continue
+        most = ids.amax(dim, keepdim=True)
+        if bool(((ids == most) | (ids < 0)).all()):
+            ids = most
+    unknown = ids < 0
+    if not bool(unknown.any()):
+        return Owner(ids, known=True)
+    count = ids.numel()
+    place = torch.arange(count, device=ids.device).view(ids.shape)
+    if count % samples == 0:
+        regular = [place // (count // samples), place % samples]
+        regular = [way for way in regular if bool(((ids == way) | unknown).all())]
+        if regular:  # where both would do, the next gradient may tell
+            return Owner(regular[0], known=all(torch.equal(regular[0], way) for way in regular))
+    return Owner(ids, known=False)

@@ -1,0 +1,303 @@
+"""Per-sample gradients without a rule for any operation.
+
+At a boundary the output gradient, weighted sample by sample, goes through the operation's own
+backward, of which only the shared inputs are taken. What arrives there is pulled through the shared
+part of the graph to the parameters by autograd. Each row of weights costs one call of the boundary
+operations and one backward of the shared part, whatever the operations are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from ..domains import Partition
+from ..statistics.factors import Dense, Factor, accumulated, flat
+from .graph import output_dtypes, output_shapes
+from .plain import without_autocast
+from .plan import Boundary
+
+BYTES = 1 << 26  # of the rows that are pulled at once
+
+
+class Part(NamedTuple):
+    """What has arrived at one boundary.
+
+    Attributes:
+        node: the operation.
+        boundary: its description.
+        deltas: gradient of ``losses.sum()`` at each output, None without one; needed where a slot
+            has no factor.
+        factors: slot -> per-sample gradients of the tensor there, where a rule made them.
+    """
+
+    node: Node
+    boundary: Boundary
+    deltas: Sequence[Tensor | None]
+    factors: Mapping[int, Factor]
+
+
+class Pull:
+    """The gradients of several parameters, pulled through the shared part of the graph.
+
+    Args:
+        parts: of all boundaries; the graph must not have been freed.
+        parameters: the tensors.
+        samples: N.
+    """
+
+    def __init__(self, parts: Sequence[Part], parameters: Sequence[Tensor], samples: int) -> None:
+        self.parts, self.parameters, self.samples = parts, list(parameters), samples
+        self.create_graph = torch.is_grad_enabled()
+        entries = sum(p.numel() * p.element_size() for p in self.parameters)
+        self.chunk = max(1, BYTES // max(entries, 1))
+
+    def domain(self, partition: Partition, scale: Tensor | None) -> list[Tensor]:
+        """Mean gradient of each domain, ``[D, *shape]`` of each parameter.
+
+        Args:
+            partition: of the samples.
+            scale: factor of each sample's gradient ``[N]``.
+        """
+        domains = torch.arange(partition.num_domains, device=partition.domains.device)
+        member = partition.domains.unsqueeze(0) == domains.unsqueeze(1)
+        means = member.double() / partition.count.clamp(min=1).unsqueeze(1)
+
+        def mean(factor: Factor) -> Tensor:  # only `moments` has a derivative
+            return factor.moments(partition)[0] if self.create_graph else factor.domain(partition)
+
+        return self._pull(means, scale, mean)
+
+    def of_samples(self, number: Tensor, scale: Tensor | None) -> list[Tensor]:
+        """Gradients of the samples ``number`` ``[K]``, ``[K, *shape]`` of each parameter."""
+        rows = torch.zeros((len(number), self.samples), device=number.device, dtype=torch.float64)
+        rows[torch.arange(len(number), device=number.device), number] = 1
+        return self._pull(rows, scale, lambda factor: factor.take(number).per_sample())
+
+    def _pull(
+        self, weights: Tensor, scale: Tensor | None, read: Callable[[Factor], Tensor]
+    ) -> list[Tensor]:
+        """``sum_i weights[k, i] scale[i] g_i`` of each parameter, for ``weights [K, N]``; ``read``
+        says the same of a factor."""
+        weighted = weights if scale is None else weights * scale.to(weights.dtype)
+        edges: dict[tuple[Node | None, int], Tensor] = {}
+
+        def arrive(node: Node, slot: int, rows: Tensor) -> None:
+            edge = node.next_functions[slot]
+            edges[edge] = edges[edge] + rows if edge in edges else rows
+
+        with without_autocast(weights):
+            for node, boundary, deltas, factors in self.parts:
+                for slot, factor in factors.items():
+                    rows = read(factor if scale is None else factor.scaled(scale))
+                    like = _dtype_at(node, slot)
+                    arrive(node, slot, rows if like is None else rows.to(like))
+                slots = [slot for slot in boundary.slots if slot not in factors]
+                if not slots or all(delta is None for delta in deltas):
+                    continue
+                made: dict[int, list[Tensor]] = {}
+                for row in weighted:
+                    masked = [
+                        None if delta is None else _weighted(delta, owner, row)
+                        for delta, owner in zip(deltas, boundary.owners, strict=True)
+                    ]
+                    for slot, grad in _backward_of(node, masked, slots):
+                        made.setdefault(slot, []).append(grad)
+                for slot, grads in made.items():
+                    arrive(node, slot, torch.stack(grads))
+            parts = [
+                self._through({edge: rows[i : i + self.chunk] for edge, rows in edges.items()})
+                for i in range(0, len(weights), self.chunk)
+            ]
+        return [
+            torch.cat(of_one) if len(parts) > 1 else of_one[0]
+            for of_one in zip(*parts, strict=True)
+        ]
+
+    def _through(self, edges: Mapping[tuple[Node | None, int], Tensor]) -> list[Tensor]:
+        """Pull what has arrived at the edges to the parameters."""
+        there = {edge: rows for edge, rows in edges.items() if rows.numel()}
+        outputs = [GradientEdge(node, nr) for node, nr in there if node is not None]
+        stacked, rows = list(there.values()), max(map(len, edges.values()), default=0)
+
+        def grad(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                outputs,
+                self.parameters,
+                list(given),
+                retain_graph=True,
+                create_graph=self.create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+
+        if not outputs:
+            return [p.new_zeros((rows, *p.shape)) for p in self.parameters]
+        if rows == 1:
+            found = [
+                None if g is None else g.unsqueeze(0) for g in grad([s[0] for s in stacked], False)
+            ]
+        else:
+            found = _batched(grad, stacked, rows)
+        return [
+            p.new_zeros((rows, *p.shape)) if g is None else (g.to_dense() if g.is_sparse else g)
+            for p, g in zip(self.parameters, found, strict=True)
+        ]
+
+
+def _batched(
+    grad: Callable[[Sequence[Tensor], bool], tuple[Tensor | None, ...]],
+    stacked: Sequence[Tensor],
+    rows: int,
+) -> list[Tensor | None]:
+    """All rows in one call; one by one where an operation has no rule for that."""
+    try:
+        return list(grad(stacked, True))
+    except RuntimeError:
+        each = [grad([s[k] for s in stacked], False) for k in range(rows)]
+    return [
+        None
+        if all(g is None for g in of_one)
+        else torch.stack([g for g in of_one if g is not None])
+        for of_one in zip(*each, strict=True)
+    ]
+
+
+def _dtype_at(node: Node, slot: int) -> torch.dtype | None:
+    """The dtype of the tensor at an input of an operation."""
+    child, nr = node.next_functions[slot]
+    if child is None:
+        return None
+    variable = getattr(child, "variable", None)
+    return variable.dtype if variable is not None else output_dtypes(child)[nr]
+
+
+def _weighted(delta: Tensor, owner: Tensor | None, weights: Tensor) -> Tensor:
+    if owner is None:  # zero everywhere
+        return delta
+    of_entry = torch.where(owner >= 0, weights[owner.clamp(min=0)], 0)
+    return delta * of_entry.to(delta.dtype)
+
+
+def _backward_of(
+    node: Node, grads: Sequence[Tensor | None], slots: Sequence[int]
+) -> list[tuple[int, Tensor]]:
+    """The operation's own backward: gradients at the inputs ``slots`` for those at its outputs.
+
+    The node is called alone. The engine, where it stops at one input of a node, hands that also
+    what came through the node's other inputs (``q @ q.t()``).
+    """
+    given = list(grads)
+    shapes, below = output_shapes(node), node.next_functions
+    like = next(g for g in given if g is not None)
+    if callable(node):
+        if len(given) > 1:
+            for k, shape in enumerate(shapes):
+                if given[k] is None and shape is not None:
+                    given[k] = like.new_zeros(shape)
+        made: Any = node(*given)
+        results = made if isinstance(made, tuple) else (made,)
+    else:  # written in Python, or compiled: the engine is the only way in
+        wanted = [slot for slot, (child, _) in enumerate(below) if child is not None]
+        there = [k for k, g in enumerate(given) if g is not None]
+        made = torch.autograd.grad(
+            [GradientEdge(node, k) for k in there],
+            [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
+            [given[k] for k in there],
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        by_slot = dict(zip(wanted, made, strict=True))
+        results = tuple(by_slot.get(slot) for slot in range(len(below)))
+    out: list[tuple[int, Tensor]] = []
+    for slot in slots:
+        grad = results[slot]
+        child, nr = below[slot]
+        assert child is not None
+        if grad is None:
+            continue
+        variable = getattr(child, "variable", None)
+        shape = tuple(variable.shape) if variable is not None else output_shapes(child)[nr]
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        out.append((slot, grad.sum_to_size(shape) if tuple(grad.shape) != shape else grad))
+    return out
+
+
+class Pulled(Factor):
+    """One parameter of a `Pull`; what is asked of one is computed for all and kept.
+
+    Args:
+        pull: of all parameters.
+        place: which one this is.
+        scale: factor of each sample's gradient, ``[N]``.
+    """
+
+    def __init__(self, pull: Pull, place: int, scale: Tensor | None, cache: dict[Any, Any]) -> None:
+        self.pull, self.place, self.scale, self.cache = pull, place, scale, cache
+        self.shape, self.samples = tuple(pull.parameters[place].shape), pull.samples
+
+    def _of_all(self, key: Any, compute: Callable[[], list[Any]]) -> Any:
+        if key not in self.cache:
+            self.cache[key] = compute()
+        return self.cache[key][self.place]
+
+    def domain(self, partition: Partition) -> Tensor:
+        def compute() -> list[Tensor]:
+            return [accumulated(g) for g in self.pull.domain(partition, self.scale)]
+
+        return self._of_all(("domain", id(partition)), compute)
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        def compute() -> list[tuple[Tensor, Tensor]]:
+            means = [accumulated(g) for g in self.pull.domain(partition, self.scale)]
+            share = partition.count.clamp(min=1).reciprocal()[partition.domains]
+            spread = [torch.zeros_like(mean) for mean in means]
+            for rows, number in self._samples():
+                domain = partition.domains[number]
+                for k, grads in enumerate(rows):
+                    square = flat(accumulated(grads) - means[k][domain]).square()
+                    square = square * share[number].to(square.dtype).unsqueeze(1)
+                    total = flat(spread[k]).index_add(0, domain, square)
+                    spread[k] = total.view(means[k].shape)
+            return list(zip(means, spread, strict=True))
+
+        return self._of_all(("moments", id(partition)), compute)
+
+    def norms(self) -> Tensor:
+        def compute() -> list[Tensor]:
+            parts = [
+                [flat(accumulated(g)).square().sum(1) for g in rows] for rows, _ in self._samples()
+            ]
+            return [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+
+        return self._of_all("norms", compute)
+
+    def per_sample(self) -> Tensor:
+        def compute() -> list[Tensor]:
+            parts = [rows for rows, _ in self._samples()]
+            return [accumulated(torch.cat(of_one)) for of_one in zip(*parts, strict=True)]
+
+        return self._of_all("samples", compute)
+
+    def _samples(self) -> Any:
+        """The gradients of some samples after the other, and which samples these are."""
+        device = self.pull.parameters[0].device
+        for number in torch.arange(self.samples, device=device).split(self.pull.chunk):
+            yield self.pull.of_samples(number, self.scale), number
+
+    def scaled(self, weights: Tensor) -> Factor:
+        scale = weights if self.scale is None else self.scale * weights
+        caches = self.cache.setdefault("scaled", {})
+        return Pulled(self.pull, self.place, scale, caches.setdefault(id(weights), {}))
+
+    def take(self, number: Tensor) -> Factor:
+        return Dense(self.per_sample()[number])
+
+    def fold(self, samples: int) -> Factor:
+        return Dense(self.per_sample()).fold(samples)

@@ -1,0 +1,120 @@
+"""Element-wise operations whose operand is shared by samples: a bias, a scale, a position table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ...statistics.factors import Dense, Factor
+from ..layout import Layout, lead
+from . import RESHAPES, Served, Use, plain, rule
+
+
+@dataclass(frozen=True)
+class Broadcast(Served):
+    """An operand that was broadcast over samples.
+
+    Attributes:
+        operation: name of the operation.
+        slot: which operand.
+        layout: of the rows made by ``over``.
+        over: dimensions of the output over which the operand was broadcast.
+        parameter: shape of the parameter.
+    """
+
+    operation: str
+    slot: int
+    layout: Layout
+    over: tuple[int, ...]
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return _WITH[self.operation][self.slot](node)
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        grad = delta
+        for other in saved:
+            grad = grad * other
+        kept = [d for d in range(grad.dim()) if d not in self.over]
+        rows = grad.permute(*self.over, *kept).flatten(0, len(self.over) - 1)
+        return Dense(self.layout.rows(rows).sum(1).reshape(self.layout.samples, *self.parameter))
+
+
+# Operation -> for each operand, the factors of the output gradient
+_WITH: dict[str, tuple[Callable[[Any], tuple[Any, ...]], ...]] = {
+    "AddBackward0": (lambda n: (), lambda n: _unless_one(n._saved_alpha)),
+    "SubBackward0": (lambda n: (), lambda n: (-n._saved_alpha,)),
+    "MulBackward0": (lambda n: (n._saved_other,), lambda n: (n._saved_self,)),
+    "DivBackward0": (
+        lambda n: (n._saved_other.reciprocal(),),
+        lambda n: (-n._saved_self / n._saved_other.square(),),
+    ),
+    "AddcmulBackward0": (
+        lambda n: (),
+        lambda n: (n._saved_tensor2, *_unless_one(n._saved_value)),
+        lambda n: (n._saved_tensor1, *_unless_one(n._saved_value)),
+    ),
+    "ExpandBackward0": (lambda n: (),),
+    "PreluKernelBackward0": (lambda n: (), lambda n: (n._saved_self.clamp(max=0),)),
+    "WhereBackward0": (lambda n: (n._saved_condition,), lambda n: (~n._saved_condition,)),
+}
+
+
+def _unless_one(number: float) -> tuple[float, ...]:
+    return () if number == 1 else (number,)
+
+
+@rule("PreluKernelBackward0", slots=[1])
+@rule("ExpandBackward0", slots=[0])
+@rule("AddcmulBackward0", slots=[0, 1, 2])
+@rule(
+    *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "WhereBackward0"),
+    slots=[0, 1],
+)
+def elementwise(use: Use) -> Served | None:
+    if any(name not in RESHAPES for name in plain(use.chain)):
+        return None
+    dims = len(use.output)
+    missing = dims - len(use.shape)
+    if missing < 0:
+        return None
+    over = tuple(d for d in range(dims) if d < missing or use.shape[d - missing] == 1)
+    if not over or prod(use.shape) != prod(use.parameter):
+        return None
+    rows = lead(use.owner, use.output, over)
+    if rows is None:
+        return None
+    layout = Layout.of(rows, use.samples)
+    return Broadcast(use.node.name(), use.slot, layout, over, use.parameter)
+
+
+@dataclass(frozen=True)
+class Repeated(Served):
+    """A vector that was repeated for each sample: ``[P] -> [R * P]``."""
+
+    layout: Layout
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return ()
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        rows = self.layout.rows(delta.view(-1, prod(self.parameter))).sum(1)
+        return Dense(rows.reshape(self.layout.samples, *self.parameter))
+
+
+@rule("RepeatBackward0", slots=[0])
+def repeat(use: Use) -> Served | None:
+    if len(use.output) != 1 or len(use.shape) != 1 or prod(use.shape) != prod(use.parameter):
+        return None
+    if any(name not in RESHAPES for name in plain(use.chain)):
+        return None
+    owner = use.owner.expand(use.output).view(-1, *use.shape)
+    if not bool((owner == owner[:, :1]).all()):
+        return None
+    return Repeated(Layout.of(owner[:, 0], use.samples), use.parameter)

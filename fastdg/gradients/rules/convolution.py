@@ -1,0 +1,78 @@
+"""Convolutions: outer products of deltas and patches, which are addressed and never copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ...ops.window import pad
+from ...statistics.factors import Dense, Factor, Outer
+from ..layout import Layout, lead
+from . import Served, Use, plain, rule
+
+
+@dataclass(frozen=True)
+class Patches(Served):
+    """The weight of a convolution over rows of samples.
+
+    Attributes:
+        layout: of the convolution's batch dimension.
+        parameter: shape of the weight.
+    """
+
+    layout: Layout
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return (node._saved_input,)  # type: ignore[attr-defined]
+
+    def factor(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        x, delta = _sample_major(saved[0], self.layout), _sample_major(delta, self.layout)
+        sizes = list(reversed(node._saved_padding))
+        more = [0] * len(sizes)
+        if node._saved_transposed:  # its gradient is that of a convolution of delta with x
+            x, delta, more = delta, x, list(reversed(node._saved_output_padding))
+        padding = [p for size, extra in zip(sizes, more, strict=True) for p in (size, size - extra)]
+        window = (*self.parameter[2:], *node._saved_stride, *node._saved_dilation)
+        rows = delta.flatten(2).transpose(1, 2)
+        padded = pad(x, padding, "zeros")
+        factor = Outer(padded, rows, self.parameter, window, node._saved_groups)
+        return factor if self.layout.positions == 1 else factor.fold(self.layout.samples)
+
+
+@dataclass(frozen=True)
+class Channels(Served):
+    """The bias of a convolution, or what else is added to each channel, dimension 1."""
+
+    layout: Layout
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return ()
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        rows = self.layout.rows(delta.flatten(2).sum(2) if delta.dim() > 2 else delta)
+        return Dense(rows.sum(1).reshape(self.layout.samples, *self.parameter))
+
+
+def _sample_major(x: Tensor, layout: Layout) -> Tensor:
+    return x if layout.kind == "major" else layout.rows(x).flatten(0, 1)
+
+
+@rule("ConvolutionBackward0", slots=[1])
+def weight(use: Use) -> Served | None:
+    rows = lead(use.owner, use.output, (0,))
+    if rows is None or plain(use.chain):
+        return None
+    return Patches(Layout.of(rows, use.samples), use.parameter)
+
+
+@rule("ConvolutionBackward0", slots=[2])
+def bias(use: Use) -> Served | None:
+    rows = lead(use.owner, use.output, (0,))
+    if rows is None or plain(use.chain):
+        return None
+    return Channels(Layout.of(rows, use.samples), use.parameter)

@@ -1,0 +1,140 @@
+"""Matrix products: the weight's gradient is a sum of outer products of input and delta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ...statistics.factors import Dense, Factor, Outer
+from ..layout import Layout, lead
+from . import RESHAPES, Served, Use, plain, rule
+
+
+@dataclass(frozen=True)
+class Product(Served):
+    """A matrix in a product with rows of samples.
+
+    Attributes:
+        layout: of the rows.
+        saved_as: the attribute of the node that holds the rows.
+        columns: whether the rows are the columns of what is saved, and of the delta.
+        swapped: whether the parameter is ``[I, O]`` rather than ``[O, I]``.
+        parameter: shape of the parameter.
+    """
+
+    layout: Layout
+    saved_as: str
+    columns: bool
+    swapped: bool
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return (getattr(node, self.saved_as),)
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        a = saved[0]
+        if delta.dim() == 1:
+            delta = delta.unsqueeze(1)
+        elif self.columns:
+            a, delta = a.t(), delta.t()
+        elif a.dim() == 3:
+            a, delta = a.flatten(0, 1), delta.flatten(0, 1)
+        a, delta = self.layout.rows(a), self.layout.rows(delta)
+        if self.swapped:
+            a, delta = delta, a
+        return Outer(a, delta, self.parameter)
+
+
+@dataclass(frozen=True)
+class Summed(Served):
+    """A bias that is added to rows of samples."""
+
+    layout: Layout
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return ()
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        rows = self.layout.rows(delta)
+        total = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
+        return Dense(total.reshape(self.layout.samples, *self.parameter))
+
+
+def _transposed(use: Use) -> bool | None:
+    """Whether the operand is the transpose of the parameter; None if it is neither."""
+    chain = plain(use.chain)
+    transposed = bool(chain) and chain[0] in ("TBackward0", "TransposeBackward0")
+    rest = chain[1:] if transposed else chain
+    if any(name not in RESHAPES for name in rest):
+        return None
+    # A parameter of any shape that is seen as a matrix, row by row: (O, C, 1, 1) as (O, C)
+    matrix = use.shape[::-1] if transposed else use.shape
+    return transposed if prod(use.parameter) == prod(matrix) else None
+
+
+def _scaled(node: Node) -> bool:
+    return any(getattr(node, name, 1) != 1 for name in ("_saved_alpha", "_saved_beta"))
+
+
+@rule("AddmmBackward0", slots=[2])
+@rule("MmBackward0", slots=[1])
+def right(use: Use) -> Served | None:
+    """``x @ w`` with x ``[R, I]``, w ``[I, O]``."""
+    rows = lead(use.owner, use.output, (0,))
+    transposed = _transposed(use)
+    if rows is None or transposed is None or _scaled(use.node):
+        return None
+    saved_as = "_saved_mat1" if use.node.name() == "AddmmBackward0" else "_saved_self"
+    layout = Layout.of(rows, use.samples)
+    return Product(layout, saved_as, False, not transposed, use.parameter)
+
+
+@rule("MvBackward0", slots=[1])
+def vector(use: Use) -> Served | None:
+    """``x @ w`` with x ``[R, I]``, w ``[I]``."""
+    rows = lead(use.owner, use.output, (0,))
+    reshaped = all(name in RESHAPES for name in plain(use.chain))
+    if rows is None or not reshaped or prod(use.shape) != prod(use.parameter):
+        return None
+    return Product(Layout.of(rows, use.samples), "_saved_self", False, False, use.parameter)
+
+
+@rule("MmBackward0", slots=[0])
+def left(use: Use) -> Served | None:
+    """``w @ x`` with w ``[O, I]``, x ``[I, R]``."""
+    rows = lead(use.owner, use.output, (1,))
+    transposed = _transposed(use)
+    if rows is None or transposed is None:
+        return None
+    layout = Layout.of(rows, use.samples)
+    return Product(layout, "_saved_mat2", True, transposed, use.parameter)
+
+
+@rule("BmmBackward0", slots=[1])
+def batched(use: Use) -> Served | None:
+    """``x @ w.expand(B, I, O)``, of a linear layer on a tensor that is not contiguous."""
+    names = [name for name in plain(use.chain) if name not in RESHAPES]
+    if names not in (["ExpandBackward0"], ["ExpandBackward0", "TBackward0"]):
+        return None
+    rows = lead(use.owner, use.output, (0, 1))
+    if rows is None or prod(use.parameter) != prod(use.shape[1:]):
+        return None
+    layout = Layout.of(rows, use.samples)
+    return Product(layout, "_saved_self", False, len(names) == 1, use.parameter)
+
+
+@rule("AddmmBackward0", slots=[0])
+def bias(use: Use) -> Served | None:
+    """``b + x @ w`` with b ``[O]``."""
+    rows = lead(use.owner, use.output, (0,))
+    reshaped = any(name not in RESHAPES for name in plain(use.chain))
+    if rows is None or reshaped or use.shape[-1:] != use.output[1:] or _scaled(use.node):
+        return None
+    if prod(use.shape) != use.output[1]:
+        return None
+    return Summed(Layout.of(rows, use.samples), use.parameter)

@@ -1,0 +1,75 @@
+"""Operations that have no second derivative, found before a penalty on gradients needs one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .graph import output_dtypes, output_shapes
+
+_known: dict[type, bool] = {}  # kind of node -> whether its backward has a derivative
+
+
+def refuse_single_derivatives(nodes: Iterable[Node]) -> None:
+    """Raise if the backward of one of these has no derivative of its own, in words that advise."""
+    for node in nodes:
+        kind = type(node)
+        if kind not in _known:
+            _known[kind] = _differentiable(node)
+        if not _known[kind]:
+            raise RuntimeError(
+                f"create_graph: {_what(node)} lies between the tracked layers and the losses, and "
+                f"it has no second derivative. {_advice(node)}, or track only layers after it "
+                "(params='head', or a list of parameters)."
+            )
+
+
+def _differentiable(node: Any) -> bool:
+    """Whether autograd knows a derivative of what the node computes."""
+    if not callable(node):  # written in Python
+        return node.name() != "CompiledFunctionBackward"
+    shapes, dtypes, device = output_shapes(node), output_dtypes(node), node._input_metadata
+    given = [
+        None
+        if shape is None
+        else torch.zeros(shape, dtype=dtype, device=meta.device, requires_grad=True)
+        for shape, dtype, meta in zip(shapes, dtypes, device, strict=True)
+    ]
+    try:
+        with torch.enable_grad():
+            made = node(*given)
+        results = made if isinstance(made, tuple) else (made,)
+        graphs = [r for r in results if isinstance(r, Tensor) and r.grad_fn is not None]
+        if graphs:
+            torch.autograd.grad(
+                graphs,
+                [g for g in given if g is not None],
+                [torch.zeros_like(r) for r in graphs],
+                allow_unused=True,
+                retain_graph=True,
+            )
+    except (RuntimeError, TypeError) as error:  # otherwise it is not to be called like this
+        return "derivative for" not in str(error)
+    return True
+
+
+def _what(node: Node) -> str:
+    if node.name().startswith("ScaledDotProduct"):
+        return "fused attention"
+    if node.name() == "CompiledFunctionBackward":
+        return "a part that torch.compile made"
+    return node.name().partition("Backward")[0]
+
+
+def _advice(node: Node) -> str:
+    if node.name().startswith("ScaledDotProduct"):
+        return (
+            "Run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+    if node.name() == "CompiledFunctionBackward":
+        return "Run that part as it was, compile the whole step with fastdg.compiled"
+    return "Write it out in operations that have one"

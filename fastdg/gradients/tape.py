@@ -1,0 +1,282 @@
+"""What the graph of some losses knows of an optimizer's, or a model's, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..domains import tracing
+from ..statistics.advice import NAMES
+from ..statistics.factors import Factor
+from ..statistics.selection import Selection, select
+from ..warn import warn_user
+from .engine import Consume, Forward, collect, look
+from .errors import has_reentrant_checkpoint, in_words, listed, reentrant
+from .graph import Graph
+from .heads import head_of, layers_after, refuse_opaque
+from .scale import root, unscaled
+from .second import refuse_single_derivatives
+
+
+@dataclass
+class Resolved:
+    """The parameters below some losses.
+
+    Attributes:
+        chosen: name -> parameter, of those asked for that the losses depend on.
+        leaves: name -> the tensor that the forward used as this parameter (FSDP2 has others).
+        rest: other tensors to which a backward would give a ``.grad``.
+        forward: how the chosen ones are served; None where only sums over samples are wanted.
+    """
+
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    rest: list[Tensor] = field(default_factory=list)
+    forward: Forward | None = None
+
+    @property
+    def sparse(self) -> set[Tensor]:
+        """The chosen parameters to which autograd would give a sparse gradient."""
+        if self.forward is None:
+            return set()
+        found: set[Tensor] = set()
+        for i, places in self.forward.plan.places.items():
+            for place in places:
+                node = self.forward.graph.nodes[place.node]
+                if getattr(node, "_saved_sparse", False):
+                    found.add(self.chosen[self.forward.names[i]])
+        return found
+
+    @property
+    def slow(self) -> bool:
+        """Whether some of the chosen take a call of autograd for each domain."""
+        return self.forward is not None and bool(self.forward.plan.slow)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a tensor that gets a ``.grad`` has hooks, which only a backward calls."""
+        return any(
+            p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+            for p in (*self.leaves.values(), *self.rest)
+        )
+
+    def collect(
+        self,
+        consume: Consume,
+        *,
+        create_graph: bool = False,
+        retain_graph: bool = False,
+        extra: Sequence[Tensor] = (),
+        scale: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """One backward that hands each chosen parameter's `Factor` to ``consume``.
+
+        Args:
+            consume: called with a name and its `Factor`, as soon as that is complete.
+            create_graph: make the per-sample gradients differentiable.
+            retain_graph: keep the graph.
+            extra: tensors whose gradients of ``losses.sum()`` are wanted as well.
+            scale: the factor of a ``torch.amp.GradScaler``, which the backward runs with and
+                nothing that comes out of it has.
+
+        Returns:
+            The gradients of ``extra``.
+        """
+        forward = self.forward
+        assert forward is not None
+        if create_graph:
+            self.refuse_single_derivatives()
+        start = root(forward.losses, scale)
+        weight, use = None, consume
+        if start is not None:
+            weight = torch.ones_like(forward.losses) * start
+            inverse = start.reciprocal().expand(forward.losses.shape[0])
+
+            def use(name: str, factor: Factor) -> None:
+                consume(name, factor.scaled(inverse))
+
+        grads = collect(
+            forward,
+            use,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            extra=extra,
+            weight=weight,
+        )
+        return [None if grad is None else unscaled(grad, start) for grad in grads]
+
+    def refuse_single_derivatives(self) -> None:
+        """Raise if the gradients' own gradients pass an operation that has none."""
+        forward = self.forward
+        assert forward is not None
+        called = [forward.graph.nodes[b.node] for b in forward.plan.slow]
+        above = forward.graph.above(forward.operations())
+        refuse_single_derivatives(dict.fromkeys([*called, *above]))
+
+
+class Tape:
+    """Which parameters are asked for, whatever forward made the losses. Made by `record`, and by
+    every wrapper. It watches nothing: a forward leaves all that is needed in its graph.
+
+    Args:
+        names: parameter -> its name.
+        params: which of these are asked for.
+        leaf: parameter -> the tensor that a forward uses in its place.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[Tensor, str],
+        params: Selection,
+        leaf: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.names = {name: p for p, name in names.items()}
+        self.params = params
+        self.leaf = leaf or (lambda p: p)
+        self._warned = self._head_seen = False
+
+    def resolve(self, losses: Tensor, *, warn: bool = True) -> Resolved:
+        """Find the parameters asked for below ``losses`` ``[N]``, and how they are served.
+
+        Raises:
+            TypeError, ValueError: ``losses`` are not as described.
+            RuntimeError: they depend on none of the parameters.
+        """
+        graph, used = self._reach(losses)
+        if isinstance(self.params, str) and self.params == "head":
+            key = (tuple(used), losses.shape, graph.signature(list(used.values())))
+            with in_words():
+                used = head_of(losses, graph, used, key)
+        elif self.params == "all":
+            self._refuse_hidden(graph, used, lambda name, p: True)
+        else:
+            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+            selected = select(self.params, self.names)
+            wanted = {name: p for name, p in used.items() if selected(name, self.names[name])}
+            self._refuse_hidden(graph, used, selected)
+            if not wanted:
+                raise RuntimeError(
+                    "params: the losses depend on none of the selected parameters; they depend on "
+                    f"{sorted(used)}"
+                )
+            used = wanted
+        forward = look(losses, used, graph)
+        if self.params == "head":
+            refuse_opaque(forward)
+            self._warn_of_later_layers(forward)
+        resolved = self._resolved(graph, used, forward)
+        if warn:
+            self.warn(resolved)
+        return resolved
+
+    def reached(self, losses: Tensor) -> Resolved:
+        """The parameters below ``losses``, of which the sum over the samples is wanted."""
+        graph, used = self._reach(losses)
+        return self._resolved(graph, used, None)
+
+    def _reach(self, losses: Tensor) -> tuple[Graph, dict[str, Tensor]]:
+        check_losses(losses)
+        assert losses.grad_fn is not None
+        graph = Graph(losses.grad_fn)
+        used = {
+            name: leaf
+            for name, p in self.names.items()
+            if p.requires_grad and id(leaf := self.leaf(p)) in graph.leaves
+        }
+        if not used:
+            self._refuse_hidden(graph, used, lambda name, p: True)
+            raise RuntimeError(
+                "losses: they depend on none of the tracked parameters. Compute them from the "
+                "model that the optimizer was made for, outside torch.no_grad and torch.func, and "
+                "without detach; for a stateless model use fastdg.func"
+            )
+        return graph, used
+
+    def _refuse_hidden(
+        self, graph: Graph, used: Mapping[str, Tensor], asked: Callable[[str, Tensor], bool]
+    ) -> None:
+        """Raise if a parameter asked for may be inside a reentrant checkpoint."""
+        hidden = [
+            name
+            for name, p in self.names.items()
+            if name not in used and p.requires_grad and asked(name, p)
+        ]
+        if hidden and has_reentrant_checkpoint(graph.nodes):
+            raise reentrant(hidden)
+
+    def _resolved(self, graph: Graph, used: dict[str, Tensor], forward: Forward | None) -> Resolved:
+        taken = {id(p) for p in used.values()}
+        rest = [
+            leaf
+            for key, node in graph.leaves.items()
+            if key not in taken and (leaf := node.variable).requires_grad  # type: ignore[attr-defined]
+        ]
+        return Resolved({name: self.names[name] for name in used}, used, rest, forward)
+
+    def _warn_of_later_layers(self, forward: Forward) -> None:
+        """Say once that layers after the head are not the optimizer's."""
+        if self._head_seen or tracing():
+            return
+        self._head_seen = True
+        known = {id(self.leaf(p)) for p in self.names.values()}
+        if (later := layers_after(forward, known)) is not None:
+            warn_user(
+                f"params: the head is {listed(forward.names)}, but a later layer has a parameter "
+                f"of shape {tuple(later.shape)} that the optimizer does not have. If the model's "
+                "last layer was replaced after the optimizer was made, make the optimizer again; "
+                "or name those meant, params=[...]"
+            )
+
+    def warn(self, resolved: Resolved) -> None:
+        """Say once which parameters cost more than others, why, and what would change it."""
+        forward = resolved.forward
+        assert forward is not None
+        plan = forward.plan
+        # Of gradients that are zero now the next step knows more
+        if self._warned or not plan.slow or plan.silent or tracing():
+            return
+        self._warned = True
+        names = [forward.names[i] for i in plan.pulled]
+        where = sorted({b.operation.removesuffix("0") for b in plan.slow})
+        mixed = any(boundary.mixed for boundary in plan.slow)
+        reason = (
+            f"the samples are mixed below {', '.join(where)}"
+            if mixed
+            else f"no rule knows how {', '.join(where)} uses them"
+        )
+        advice = (
+            "Batch norm in training mixes samples: eval() on the norms, or one forward for each "
+            "domain with final=False, makes it fast"
+            if mixed
+            else "fastdg.explain(losses, params=...) shows the price of each"
+        )
+        warn_user(
+            f"params: {listed(names)} take one call of autograd for each domain "
+            f"(each sample, for variances), since {reason}. The result is exact. {advice}."
+            + (f" {NAMES}." if any(name.startswith("param_groups[") for name in names) else "")
+        )
+
+
+def check_losses(losses: Tensor) -> None:
+    """Raise unless ``losses`` is ``[N]``, floating, and has a graph."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}")
+    if losses.dim() != 1:
+        advice = (
+            "pass reduction='none' to the loss"
+            if losses.dim() == 0
+            else "reduce every sample's to one, as by losses.flatten(1).mean(1)"
+        )
+        raise ValueError(f"losses: expected shape (N,), got {tuple(losses.shape)}; {advice}")
+    if losses.numel() == 0:
+        raise ValueError("losses: expected at least one sample, got an empty batch")
+    if not losses.is_floating_point():
+        raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}")
+    if losses.grad_fn is None:
+        raise ValueError(
+            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad and "
+            "without detach, from a model whose parameters require gradients"
+        )
