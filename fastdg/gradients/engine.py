@@ -20,6 +20,7 @@ from .graph import Graph, output_shapes
 from .plain import without_autocast
 from .plan import Place, Plan, Planner
 from .pulled import Part, Pull, Pulled
+from .reading import Reader
 from .release import release
 from .rules import registered
 
@@ -168,14 +169,17 @@ class _Sweep:
         self.factors: dict[Node, dict[int, Factor]] = {node: {} for node, _ in self.boundaries}
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
         self.saved_at: dict[Node, list[tuple[Any, ...] | None]] = {}
-        readers: list[int] = []
-        with in_words(lambda: [names[i] for i in readers]):
-            for node, uses in self.uses.items():
-                readers = [i for i, _ in uses]
-                self.saved[node] = [place.served.saved(node) for _, place in uses]
-            readers = self.pulled
-            for node, b in self.boundaries:
-                self.saved_at[node] = [s if s is None else s.saved(node) for s in b.served]
+        self.boundary_of = dict(self.boundaries)
+        self.readers: list[int] = []  # of what is read now
+
+    def _read(self, node: Node) -> None:
+        """Take what rules want of what ``node`` has saved."""
+        self.readers = self.pulled
+        if (b := self.boundary_of.get(node)) is not None:
+            self.saved_at[node] = [s if s is None else s.saved(node) for s in b.served]
+        if uses := self.uses.get(node, ()):
+            self.readers = [i for i, _ in uses]
+            self.saved[node] = [place.served.saved(node) for _, place in uses]
 
     def run(
         self, weight: Tensor | None, retain_graph: bool, extra: Sequence[Tensor]
@@ -183,6 +187,11 @@ class _Sweep:
         losses = self.forward.losses
         targets = list(dict.fromkeys([*self.uses, *self.factors]))
         self.last = last = targets if self.create_graph else self._deepest(targets)
+        # A further tensor below may have the last ones called, and freed
+        early = last if extra and not retain_graph else ()
+        names = self.forward.names
+        with in_words(lambda: [names[i] for i in self.readers]):
+            self.reader = Reader(targets, self._read, early)
         handles: list[Any] = []
         if len(last) < len(targets):
             stay = set(last)
@@ -230,6 +239,7 @@ class _Sweep:
         return [node for node in targets if node not in covered]
 
     def _arrive(self, node: Node, grads: Sequence[Tensor | None]) -> None:
+        self.reader.come_to(node)
         if node in self.factors:
             self._arrive_at_boundary(node, grads)
         delta = grads[0]
@@ -244,7 +254,7 @@ class _Sweep:
                 self.consume(self.forward.names[i], total(self.parts.pop(i)))
 
     def _arrive_at_boundary(self, node: Node, grads: Sequence[Tensor | None]) -> None:
-        boundary = next(b for other, b in self.boundaries if other is node)
+        boundary = self.boundary_of[node]
         saved = self.saved_at.pop(node)
         for slot, served, given in zip(boundary.slots, boundary.served, saved, strict=True):
             if served is not None and given is not None and grads[0] is not None:

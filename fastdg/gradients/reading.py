@@ -1,0 +1,93 @@
+"""Read what graph nodes have saved: once, and no earlier than needed where a checkpoint made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, Node
+
+_raw_of_type: dict[type, str | None] = {}
+
+
+def _hook(node: Node) -> Any:
+    """What unpacks the first tensor that ``node`` has saved; None if it is kept as it is."""
+    kind = type(node)
+    if kind not in _raw_of_type:
+        names = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+        _raw_of_type[kind] = names[0] if names else None
+    name = _raw_of_type[kind]
+    raw = getattr(node, name) if name is not None else None
+    if isinstance(raw, tuple):
+        raw = raw[0] if raw else None
+    return getattr(raw, "unpack_hook", None)
+
+
+class Reader:
+    """Reads nodes before a backward frees them. Nodes whose tensors a checkpoint computes again are
+    read as the backward comes to the first of them, all of one checkpoint together: it computes
+    them once, and holds them no longer than its own backward does.
+
+    Args:
+        nodes: to be read.
+        read: reads one.
+        early: those that a backward may have freed when they are asked for.
+    """
+
+    def __init__(
+        self, nodes: Iterable[Node], read: Callable[[Node], None], early: Iterable[Node] = ()
+    ) -> None:
+        self._read = read
+        self._later: dict[Node, tuple[bool, list[Node]]] = {}
+        groups: dict[Any, list[Node]] = {}
+        at_once, first = [], set(early)
+        for node in nodes:
+            if (hook := _hook(node)) is None:
+                read(node)
+            elif node in first:
+                at_once.append(node)
+            else:
+                together = getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
+                group = groups.setdefault(hook if together else node, [])
+                group.append(node)
+                self._later[node] = together, group
+        if at_once:
+            in_one_pass(read, at_once)
+
+    def come_to(self, node: Node) -> None:
+        """Read ``node`` now if it was not read yet."""
+        together, group = self._later.get(node, (False, ()))
+        if not group:
+            return
+        nodes = list(group)
+        group.clear()
+        if together:
+            in_one_pass(self._read, nodes)
+        else:
+            self._read(node)
+
+
+def in_one_pass(read: Callable[[Node], None], nodes: Iterable[Node]) -> None:
+    """Call ``read`` on the nodes inside a backward of its own, for which a checkpoint computes once
+    what it has not kept. Outside of any it would compute everything again for each tensor, and in
+    the backward that follows it hands each out once, to its node."""
+    errors: list[BaseException] = []
+
+    def call(grads: Any) -> None:
+        try:
+            with torch.set_grad_enabled(enabled):
+                for one in nodes:
+                    read(one)
+        except BaseException as error:
+            errors.append(error)
+
+    enabled = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaf = torch.ones((), requires_grad=True)
+        node = (leaf * 1).grad_fn
+    assert node is not None
+    node.register_prehook(call)
+    torch.autograd.grad([GradientEdge(node, 0)], [leaf], [torch.ones(())])
+    if errors:
+        raise errors[0]
