@@ -180,7 +180,7 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
             lines.append(f"| {title} | {' | '.join(cells)} |")
     said = {
         key: f"{wrapper[key]['per_step']:.0f} µs a step and {wrapper[key]['per_module']:.0f} µs a "
-        "tracked module"
+        "module"
         for key in ("eager", "compiled")
     }
     grown = [run["grown_bytes"] / 1024 for run in long["runs"].values()]
@@ -188,9 +188,8 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
     steps = min(run["steps"] for run in long["runs"].values())
     lines += [
         "",
-        f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU (where "
-        f"hooks that do nothing take {wrapper['hooks']['per_module']:.0f} µs a module); a step in "
-        f"one graph (`fastdg.compiled`), {said['compiled']} "
+        f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU; a "
+        f"step in one graph (`fastdg.compiled`), {said['compiled']} "
         "([`overhead.json`](benchmarks/results/overhead.json)).",
         "",
         f"Over {steps:,} steps the memory of each of {len(grown)} wrappers and chains, "
