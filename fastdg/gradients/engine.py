@@ -83,8 +83,6 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
     if plan is None or uses & (uses - 1) == 0:  # at uses 1, 2, 4, 8, ...
         with in_words():
             plan = Planner(losses, graph, parameters).plan()
-        if kept is not None and plan.silent:  # a gradient of zero proves nothing
-            plan = kept
         if kept is not None and (where := plan.differs(kept)) is not None:
             _plans.pop(key)
             raise RuntimeError(
@@ -93,9 +91,9 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
                 "wrong. Report the model to fastdg; until then make the operation that moves the "
                 "rows visible, by an index_select or a mask in the forward"
             )
-    if plan.silent or plan.dynamic:
-        _plans.pop(key, None)
-    else:
+        if kept is not None and plan.dynamic:
+            plan = kept  # a gradient that is zero this time hides where the samples are mixed
+    if not plan.dynamic:
         _plans[key] = plan, uses
         _plans.move_to_end(key)
         while len(_plans) > KEPT:

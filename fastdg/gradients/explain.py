@@ -67,7 +67,7 @@ def explanation(forward: Forward) -> Explanation:
     for i in plan.pulled:
         names = ", ".join(dict.fromkeys(_short(b.operation) for b in plan.boundaries))
         rows[i] = Row(forward.names[i], "autograd", names, _price(plan.boundaries))
-    return Explanation([rows[i] for i in sorted(rows)], plan.dynamic or plan.silent)
+    return Explanation([rows[i] for i in sorted(rows)], plan.dynamic)
 
 
 def _price(boundaries: list[Boundary]) -> str:

@@ -13,28 +13,33 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-# Integers that a node saves and that decide which row goes where. The shapes of all gradients are
-# in the signature anyway.
+# What a node saves that decides which row goes where, or that a rule's choice rests on. The shapes
+# of all gradients are in the signature anyway.
+_DIM = ("_saved_dim",)
 _LAYOUT: dict[str, tuple[str, ...]] = {
     "SplitWithSizesBackward0": ("_saved_dim", "_saved_split_sizes"),
     "SplitBackward0": ("_saved_dim", "_saved_split_size"),
     "SliceBackward0": ("_saved_dim", "_saved_start", "_saved_end", "_saved_step"),
     "SelectBackward0": ("_saved_dim", "_saved_index"),
-    "UnbindBackward0": ("_saved_dim",),
-    "CatBackward0": ("_saved_dim",),
-    "StackBackward0": ("_saved_dim",),
     "PermuteBackward0": ("_saved_dims",),
     "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
-    "SoftmaxBackward0": ("_saved_dim",),
-    "LogSoftmaxBackward0": ("_saved_dim",),
-    "SumBackward1": ("_saved_dim",),
-    "MeanBackward1": ("_saved_dim",),
     "FlipBackward0": ("_saved_dims",),
     "RollBackward0": ("_saved_shifts", "_saved_dims"),
-    "AsStridedBackward0": ("_saved_size", "_saved_stride", "_saved_storage_offset"),
-    "UnfoldBackward0": ("_saved_dimension", "_saved_size", "_saved_step"),
-    "RepeatBackward0": ("_saved_repeats",),
+    "ConstantPadNdBackward0": ("_saved_pad",),
+    "DiagonalBackward0": ("_saved_offset", "_saved_dim1", "_saved_dim2"),
     "NativeBatchNormBackward0": ("_saved_training",),
+    "CudnnBatchNormBackward0": ("_saved_training",),
+    "NativeLayerNormBackward0": ("_saved_normalized_shape",),
+    "FusedRmsNormBackward0": ("_saved_normalized_shape",),
+    "EmbeddingBackward0": ("_saved_scale_grad_by_freq", "_saved_sparse"),
+    "AddmmBackward0": ("_saved_alpha", "_saved_beta"),
+    **dict.fromkeys(("UnbindBackward0", "CatBackward0", "StackBackward0", "GluBackward0"), _DIM),
+    **dict.fromkeys(("SoftmaxBackward0", "LogSoftmaxBackward0", "CumsumBackward0"), _DIM),
+    **dict.fromkeys(("SumBackward1", "MeanBackward1", "AmaxBackward0", "AminBackward0"), _DIM),
+    **dict.fromkeys(("LogsumexpBackward0", "LinalgVectorNormBackward0", "ProdBackward1"), _DIM),
+    **dict.fromkeys(("VarBackward0", "StdBackward0", "VarMeanBackward0", "StdMeanBackward0"), _DIM),
+    **dict.fromkeys(("MaxBackward0", "MinBackward0", "MedianBackward1"), _DIM),
+    **dict.fromkeys((f"NormBackward{n}" for n in range(1, 5)), _DIM),
 }
 _layout_of_type: dict[type, tuple[str, ...]] = {}
 

@@ -51,14 +51,6 @@ class Layout:
         index = torch.full((samples * positions,), count, device=owner.device)
         return cls("any", samples, positions, index.index_copy(0, slot, order))
 
-    def agrees(self, other: Layout) -> bool:
-        """Whether each row belongs to the same sample in both."""
-        if (self.kind, self.positions) != (other.kind, other.positions):
-            return False
-        if self.index is None or other.index is None:
-            return True
-        return torch.equal(self.index, other.index)
-
     def rows(self, x: Tensor) -> Tensor:
         """``x [R, *]`` as ``[N, T, *]``; zeros where a sample has no more rows."""
         if self.kind == "major":

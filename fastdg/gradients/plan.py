@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Graph, holds_samples, output_shapes
-from .provenance import Found, Output, Owner, Unclear, probe
+from .provenance import Found, Output, Owner, Unclear, completed, compressed, probe
 from .rules import Served, Use, serve
-from .static import structural, watched
+from .structure import structure
 
 # One input, one output (or several parts of it), and nothing but entries moved or cast
 MOVES = frozenset(
@@ -70,8 +70,8 @@ class Boundary:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two maps agree where both know the sample."""
-    if a is None or b is None or a.shape != b.shape:
-        return a is b or a is None or b is None
+    if a is None or b is None:
+        return True
     return bool(((a == b) | (a < 0) | (b < 0)).all())
 
 
@@ -83,8 +83,11 @@ class Plan:
         places: position of a parameter -> its uses, where a rule knows all of them.
         pulled: positions of the other parameters that the graph reaches.
         boundaries: of these, all together.
-        silent: whether a gradient that was zero left something unknown.
-        zero: whether it was zero everywhere at a use: its own gradients may not be zero.
+        owners: the sample of each entry of the output gradients at the uses and boundaries, which
+            are known by position and number of the output.
+        names: of these operations.
+        zero: whether a gradient was zero everywhere at a use whose samples are not known otherwise:
+            its own gradients may not be zero.
         dynamic: whether values choose or mix rows above a use, so that the next graph of the same
             signature may be another.
     """
@@ -92,7 +95,8 @@ class Plan:
     places: dict[int, list[Place]] = field(default_factory=dict)
     pulled: list[int] = field(default_factory=list)
     boundaries: list[Boundary] = field(default_factory=list)
-    silent: bool = False
+    owners: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    names: dict[tuple[int, int], str] = field(default_factory=dict)
     zero: bool = False
     dynamic: bool = False
 
@@ -103,17 +107,15 @@ class Plan:
         return [b for b in self.boundaries if b.mixed or None in b.served]
 
     def differs(self, other: Plan) -> str | None:
-        """The operation at which two plans of one signature part, None if they agree."""
-        if self.places.keys() != other.places.keys() or self.pulled != other.pulled:
-            return "a parameter"
-        for i, places in self.places.items():
-            for one, two in zip(places, other.places[i], strict=True):
-                if one.node != two.node or not one.served.agrees(two.served):
-                    return one.operation
-        for mine, theirs in zip(self.boundaries, other.boundaries, strict=True):
-            if not all(map(_same, mine.owners, theirs.owners)):
-                return mine.operation
+        """An operation whose rows belong to other samples in another plan of this signature."""
+        for key, ids in self.owners.items():
+            if not _same(ids, other.owners.get(key)):
+                return self.names[key]
         return None
+
+
+def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:
+    return dict.fromkeys(node for of_one in found.values() for node, _, _ in of_one)
 
 
 class Planner:
@@ -145,7 +147,7 @@ class Planner:
         root = losses.grad_fn
         assert root is not None
         self.root = root
-        own = Owner(torch.arange(losses.shape[0], device=losses.device), known=True)
+        own = Owner(torch.arange(losses.shape[0], device=losses.device))
         self.found[Output(root, losses.output_nr)] = own
 
     def boundaries(self) -> dict[int, list[tuple[Node, int, bool]]]:
@@ -162,22 +164,58 @@ class Planner:
         stay = [node for node in first | beyond if not self._clean(node)]
         if mixed := [node for node in stay if node.name() not in COPIES]:
             self._probe(self.graph.above(mixed))
-        return {i: self._boundaries(leaf) for i, leaf in leaves.items()}
+        return {i: self._apart([leaf])[0] for i, leaf in leaves.items()}
+
+    def _apart(self, leaves: Sequence[Node]) -> list[list[tuple[Node, int, bool]]]:
+        """The boundaries of tensors that are pulled together, none below another: what is pulled
+        from the upper one would pass the lower one as well."""
+        through: set[Node] = set()
+        while True:
+            passed: set[Node] = set()
+            found = [self._boundaries(leaf, through, passed) for leaf in leaves]
+            nested = {
+                node
+                for of_one in found
+                for node, _, _ in of_one
+                if any(consumer in passed for consumer, _, _ in self.graph.consumers[node])
+            }
+            if not nested:
+                return found
+            through |= nested
+            self._probe(self.graph.above(nested))
 
     def plan(self) -> Plan:
         """Find the boundaries, and ask the rules."""
         made = Plan()
-        together: dict[Node, set[int]] = {}
-        for i, found in self.boundaries().items():
-            places = [self._place(i, node, slot, direct) for node, slot, direct in found]
-            served = [place for place in places if place is not None]
-            if len(served) == len(places):
-                made.places[i] = served
+        found = self.boundaries()
+        made.dynamic = not self._by_structure(_nodes(found))
+        made.pulled = [
+            i
+            for i, of_one in found.items()
+            if any(self._place(i, node, slot, direct) is None for node, slot, direct in of_one)
+        ]
+        together = self._apart([self._leaf(i) for i in made.pulled])
+        if together != [found[i] for i in made.pulled]:
+            found |= zip(made.pulled, together, strict=True)
+            made.dynamic = not self._by_structure(_nodes(found))
+        uses = _nodes(found)
+        made.zero = any(
+            value == Unclear(mixes=False) for out, value in self.found.items() if out.node in uses
+        )
+        for node in uses:
+            for nr in range(len(output_shapes(node))):
+                if isinstance(owner := self.found.get(Output(node, nr)), Owner):
+                    made.owners[self.graph.position[node], nr] = owner.ids
+                    made.names[self.graph.position[node], nr] = node.name()
+        slots_of: dict[Node, set[int]] = {}
+        for i, of_one in found.items():
+            if i in made.pulled:
+                for node, slot, _ in of_one:
+                    slots_of.setdefault(node, set()).add(slot)
                 continue
-            made.pulled.append(i)
-            for node, slot, _ in found:
-                together.setdefault(node, set()).add(slot)
-        for node, slots in together.items():
+            places = [self._place(i, node, slot, direct) for node, slot, direct in of_one]
+            made.places[i] = [place for place in places if place is not None]
+        for node, slots in slots_of.items():
             owners = tuple(self._owner(node, nr) for nr in range(len(output_shapes(node))))
             mixed = any(self._mixes(*node.next_functions[slot]) for slot in slots)
             where = self.graph.position[node]
@@ -185,16 +223,34 @@ class Planner:
             made.boundaries.append(
                 Boundary(where, tuple(sorted(slots)), ruled, owners, node.name(), mixed)
             )
-        uses = [self.graph.nodes[p.node] for of_one in made.places.values() for p in of_one]
-        uses = list(dict.fromkeys([*uses, *together]))
-        at_uses = [value for out, value in self.found.items() if out.node in uses]
-        made.zero = Unclear(mixes=False) in at_uses
-        made.silent = made.zero or any(isinstance(v, Owner) and not v.known for v in at_uses)
-        outputs = watched(self.graph, uses)
-        if outputs is not None:
-            self._probe(dict.fromkeys(out.node for out in outputs))
-        made.dynamic = outputs is None or not structural(self.graph, uses, outputs, self.found)
         return made
+
+    def _by_structure(self, uses: Iterable[Node]) -> bool:
+        """Whether the operations alone say which rows belong to which sample at these uses, and
+        what was probed does not contradict; these owners then take the place of the probed ones,
+        which know nothing of rows without gradient."""
+        uses = list(uses)
+        owners = structure(self.losses, self.graph, uses)
+        if owners is None:
+            return False
+        sure: Found = {}
+        for node in uses:
+            for nr in range(len(output_shapes(node))):
+                out = Output(node, nr)
+                seen = self.found.get(out)
+                if out not in owners:
+                    if seen is not None and seen != Unclear(mixes=False):
+                        return False
+                    continue
+                ids = owners[out]
+                if ids is None or seen == Unclear(mixes=True):
+                    return False
+                ids = compressed(ids.to(self.losses.device))
+                if isinstance(seen, Owner) and not _same(seen.ids, ids):
+                    return False
+                sure[out] = Owner(ids)
+        self.found.update(sure)
+        return True
 
     def _mixes(self, node: Node | None, nr: int) -> bool:
         """Whether the samples meet below a tensor; they only share it if it was made without."""
@@ -238,29 +294,36 @@ class Planner:
 
     def _owner(self, node: Node, nr: int) -> Tensor | None:
         value = self.found.get(Output(node, nr))
-        return value.ids if isinstance(value, Owner) else None
+        return completed(value.ids, len(self.losses)) if isinstance(value, Owner) else None
 
-    def _boundaries(self, leaf: Node) -> list[tuple[Node, int, bool]]:
-        """``(node, slot, direct)`` of each boundary; direct: only moves and casts lie between."""
+    def _boundaries(
+        self, leaf: Node, through: set[Node], passed: set[Node]
+    ) -> list[tuple[Node, int, bool]]:
+        """``(node, slot, direct)`` of each boundary; direct: only moves and casts lie between.
+        Nodes of ``through`` are none; those that lie below a boundary are added to ``passed``."""
         found: dict[tuple[Node, int], bool] = {}
         seen: set[Node] = set()
         pending = [(node, slot, True) for node, slot in self._readers(leaf)]
         while pending:
             node, slot, direct = pending.pop()
-            if node is self.root or self._clean(node):
+            if node is self.root or (self._clean(node) and node not in through):
                 found[node, slot] = found.get((node, slot), True) and direct
             elif node not in seen:
                 seen.add(node)
                 if direct and node.name() in COPIES:
                     pending += [(reader, s, True) for reader, s in self._readers(node)]
                     continue
+                passed.add(node)
                 readers = self.graph.consumers[node]
                 pending += [(consumer, s, False) for consumer, s, _ in readers]
         return [(node, slot, direct) for (node, slot), direct in found.items()]
 
+    def _leaf(self, i: int) -> Node:
+        return self.graph.leaves[id(self.parameters[i])]
+
     def _place(self, i: int, node: Node, slot: int, direct: bool) -> Place | None:
         """How a rule serves the use of parameter ``i`` itself, if one does."""
-        leaf = self.graph.leaves[id(self.parameters[i])]
+        leaf = self._leaf(i)
         chain: list[str] = []
         below, _ = node.next_functions[slot]
         while below is not leaf:

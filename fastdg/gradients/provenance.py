@@ -39,11 +39,9 @@ class Owner:
     Attributes:
         ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so that its
             sample is unknown.
-        known: whether no entry is -1, or all such were completed from a regular pattern.
     """
 
     ids: Tensor
-    known: bool
 
 
 class Unclear(NamedTuple):
@@ -131,7 +129,7 @@ class _Reading:
             if ids is not None and not bool(((ids >= samples) & there).any()):
                 if not bool(there.any()):
                     return Unclear(mixes=False)
-                return _owner(torch.where(there, ids, -1), samples)
+                return Owner(compressed(torch.where(there, ids, -1)))
         return Unclear(mixes=True)
 
 
@@ -198,22 +196,26 @@ def _exponents(a: Tensor, b: Tensor, there: Tensor, base: int, half: bool) -> Te
     return None if bool((bad & there).any()) else torch.where(there, value, 0)
 
 
-def _owner(ids: Tensor, samples: int) -> Owner:
-    """Drop dimensions along which the sample does not change, and complete what is unknown."""
+def compressed(ids: Tensor) -> Tensor:
+    """Drop dimensions along which the sample does not change."""
     for dim in range(ids.dim()):
         if ids.shape[dim] == 1:
             continue
         most = ids.amax(dim, keepdim=True)
         if bool(((ids == most) | (ids < 0)).all()):
             ids = most
+    return ids
+
+
+def completed(ids: Tensor, samples: int) -> Tensor:
+    """Fill in the samples of rows without gradient, -1, where a regular pattern fits the others:
+    whatever they are, nothing is added there."""
     unknown = ids < 0
-    if not bool(unknown.any()):
-        return Owner(ids, known=True)
     count = ids.numel()
+    if count % samples or not bool(unknown.any()):
+        return ids
     place = torch.arange(count, device=ids.device).view(ids.shape)
-    if count % samples == 0:
-        regular = [place // (count // samples), place % samples]
-        regular = [way for way in regular if bool(((ids == way) | unknown).all())]
-        if regular:  # where both would do, the next gradient may tell
-            return Owner(regular[0], known=all(torch.equal(regular[0], way) for way in regular))
-    return Owner(ids, known=False)
+    for regular in (place // (count // samples), place % samples):
+        if bool(((ids == regular) | unknown).all()):
+            return regular
+    return ids

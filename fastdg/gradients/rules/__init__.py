@@ -50,10 +50,6 @@ class Served(ABC):
 
     layout: Layout
 
-    def agrees(self, other: Served) -> bool:
-        """Whether rows belong to the same samples in both."""
-        return type(self) is type(other) and self.layout.agrees(other.layout)
-
     @abstractmethod
     def saved(self, node: Node) -> tuple[Any, ...]:
         """The tensors of the forward that `factor` wants, read before the backward frees them."""
