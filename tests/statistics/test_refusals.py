@@ -232,6 +232,7 @@ def test_check_has_no_effect_any_more(check: bool) -> None:
 
 def test_a_compiled_part_has_no_second_derivative() -> None:
     """Its gradients are right, by one call for each sample; a penalty on them is not possible."""
+    torch._dynamo.reset()  # after many graphs of one module it would run eagerly
     model = Model(lambda m, x: m.two(m.body(x)), body=nn.Sequential(nn.Linear(4, 4), nn.GELU()))
     x = torch.randn(N, 4)
     true = one_by_one(model(x).square().sum(1), trainable(model))
