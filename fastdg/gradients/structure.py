@@ -40,7 +40,7 @@ def structure(losses: Tensor, graph: Graph, uses: Iterable[Node]) -> Mapping[Out
     above = graph.above(uses)
     carrying = {*above, *uses}
     owners: dict[Output, Ids] = {}
-    owners[Output(graph.nodes[0], losses.output_nr)] = torch.arange(len(losses))
+    owners[Output(graph.nodes[0], losses.output_nr)] = torch.arange(len(losses), device="cpu")
     waiting = {node: len(graph.consumers[node]) for node in carrying}
     ready = [graph.nodes[0]]
     try:
