@@ -11,8 +11,8 @@ static void dense_moments(const float* grads, int64_t stride, Group group, int64
       for (int64_t k = 0; k < width; ++k) add(k, row[k]);
     }
   };
-  std::memset(mean, 0, sizeof(float) * width);
-  std::memset(variance, 0, sizeof(float) * width);
+  std::fill_n(mean, width, 0.f);
+  std::fill_n(variance, width, 0.f);
   rows([&](int64_t k, float x) { mean[k] += x; });
   for (int64_t k = 0; k < width; ++k) mean[k] /= n;
   rows([&](int64_t k, float x) {

@@ -36,7 +36,7 @@ static void oracle_squares(const FeatureMaps& x, int64_t sample, float* squares)
       squares[c] = square_distance(a + c * x.feature_step, b + c * x.oracle_step, x.positions);
     return;
   }
-  std::memset(squares, 0, sizeof(float) * x.channels);
+  std::fill_n(squares, x.channels, 0.f);
   float part[ORACLE_CHANNELS];  // in the first-level cache; its sums are short, and so exact enough
   for (int64_t c = 0; c < x.channels; c += ORACLE_CHANNELS) {
     const int64_t size = std::min(ORACLE_CHANNELS, x.channels - c);
