@@ -82,8 +82,10 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
     plan, uses = kept, uses + 1
     if plan is None or uses & (uses - 1) == 0:  # at uses 1, 2, 4, 8, ...
         with in_words():
-            plan = Planner(losses, graph, parameters).plan()
-        if kept is not None and (where := plan.differs(kept)) is not None:
+            planner = Planner(losses, graph, parameters)
+            plan = planner.plan()
+            where = None if kept is None else planner.contradicts(kept)
+        if where is not None:
             _plans.pop(key)
             raise RuntimeError(
                 f"losses: rows of {where} belong to other samples than in the {uses - 1} steps "

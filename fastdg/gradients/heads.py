@@ -237,7 +237,7 @@ def last_output(forward: Forward) -> Head:
     found = [p.served.layout for ps in plan.places.values() for p in ps if p.node == where]
     value, shape = value_of(node), output_shapes(node)[0]
     samples = len(forward.losses)
-    if not found and owner is None and plan.zero and shape and shape[0] % samples == 0:
+    if not found and owner is None and plan.silent and shape and shape[0] % samples == 0:
         # Its gradient is zero, or not a number: so are all products with it
         found = [Layout("major", samples, shape[0] // samples, None)]
     if not found and owner is not None and shape is not None:

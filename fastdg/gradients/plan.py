@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Graph, holds_samples, output_shapes
-from .provenance import Found, Output, Owner, Unclear, completed, compressed, probe
+from .provenance import Found, Output, Owner, Unclear, completed, compressed, follows, probe
 from .rules import Served, Use, serve
 from .structure import structure
 
@@ -68,10 +68,8 @@ class Boundary:
     mixed: bool
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two maps agree where both know the sample."""
-    if a is None or b is None:
-        return True
     return bool(((a == b) | (a < 0) | (b < 0)).all())
 
 
@@ -85,33 +83,26 @@ class Plan:
         boundaries: of these, all together.
         owners: the sample of each entry of the output gradients at the uses and boundaries, which
             are known by position and number of the output.
-        names: of these operations.
-        zero: whether a gradient was zero everywhere at a use whose samples are not known otherwise:
-            its own gradients may not be zero.
         dynamic: whether values choose or mix rows above a use, so that the next graph of the same
             signature may be another.
+        zero: whether a gradient was zero everywhere at a use, so that its samples are not known:
+            its own gradients may not be zero.
+        silent: whether a gradient that was zero, there or in part, left something unknown.
     """
 
     places: dict[int, list[Place]] = field(default_factory=dict)
     pulled: list[int] = field(default_factory=list)
     boundaries: list[Boundary] = field(default_factory=list)
     owners: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    names: dict[tuple[int, int], str] = field(default_factory=dict)
-    zero: bool = False
     dynamic: bool = False
+    zero: bool = False
+    silent: bool = False
 
     @property
     def slow(self) -> list[Boundary]:
         """The boundaries whose operation is called once for each domain or sample, or below which
         the samples are mixed."""
         return [b for b in self.boundaries if b.mixed or None in b.served]
-
-    def differs(self, other: Plan) -> str | None:
-        """An operation whose rows belong to other samples in another plan of this signature."""
-        for key, ids in self.owners.items():
-            if not _same(ids, other.owners.get(key)):
-                return self.names[key]
-        return None
 
 
 def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:
@@ -199,14 +190,15 @@ class Planner:
             found |= zip(made.pulled, together, strict=True)
             made.dynamic = not self._by_structure(_nodes(found))
         uses = _nodes(found)
-        made.zero = any(
-            value == Unclear(mixes=False) for out, value in self.found.items() if out.node in uses
+        at_uses = [value for out, value in self.found.items() if out.node in uses]
+        made.zero = Unclear(mixes=False) in at_uses
+        made.silent = made.zero or (
+            made.dynamic and any(isinstance(v, Owner) and bool((v.ids < 0).any()) for v in at_uses)
         )
         for node in uses:
             for nr in range(len(output_shapes(node))):
                 if isinstance(owner := self.found.get(Output(node, nr)), Owner):
                     made.owners[self.graph.position[node], nr] = owner.ids
-                    made.names[self.graph.position[node], nr] = node.name()
         slots_of: dict[Node, set[int]] = {}
         for i, of_one in found.items():
             if i in made.pulled:
@@ -245,12 +237,27 @@ class Planner:
                 ids = owners[out]
                 if ids is None or seen == Unclear(mixes=True):
                     return False
-                ids = compressed(ids.to(self.losses.device))
-                if isinstance(seen, Owner) and not _same(seen.ids, ids):
+                ids = ids.to(self.losses.device)
+                if isinstance(seen, Owner) and not self._agree(out, seen.ids, ids):
                     return False
                 sure[out] = Owner(ids)
         self.found.update(sure)
         return True
+
+    def contradicts(self, plan: Plan) -> str | None:
+        """After `plan`: an operation whose rows belong to other samples than in an earlier plan of
+        this signature."""
+        for (where, nr), ids in plan.owners.items():
+            node = self.graph.nodes[where]
+            seen = self.found.get(Output(node, nr))
+            if isinstance(seen, Owner) and not self._agree(Output(node, nr), seen.ids, ids):
+                return node.name()
+        return None
+
+    def _agree(self, out: Output, seen: Tensor, ids: Tensor) -> bool:
+        """Whether what was probed fits these owners. It may be of whole rows, or columns, with a
+        single entry that is not zero; then the entries themselves decide."""
+        return _same(seen, ids) or follows(self.losses, out, ids)
 
     def _mixes(self, node: Node | None, nr: int) -> bool:
         """Whether the samples meet below a tensor; they only share it if it was made without."""
@@ -294,7 +301,9 @@ class Planner:
 
     def _owner(self, node: Node, nr: int) -> Tensor | None:
         value = self.found.get(Output(node, nr))
-        return completed(value.ids, len(self.losses)) if isinstance(value, Owner) else None
+        if not isinstance(value, Owner):
+            return None
+        return completed(compressed(value.ids), len(self.losses))
 
     def _boundaries(
         self, leaf: Node, through: set[Node], passed: set[Node]

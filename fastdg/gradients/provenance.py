@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,25 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
     }
 
 
+def follows(losses: Tensor, output: Output, ids: Tensor) -> bool:
+    """Whether each entry of an output gradient belongs to the sample that ``ids``, broadcastable to
+    it, says; -1 for none. Takes two backwards."""
+    exponent = torch.arange(len(losses), device=losses.device) % 7 - 3
+    grads = []
+    for weight in (torch.ones_like(losses), torch.ldexp(torch.ones_like(losses), exponent)):
+        with without_autocast(losses):
+            grad: Any
+            (grad,) = torch.autograd.grad(
+                losses, [GradientEdge(*output)], weight, retain_graph=True, allow_unused=True
+            )
+        if grad is None:
+            return True
+        grads.append((grad.to_dense() if grad.is_sparse else grad).detach())
+    scale = torch.where(ids >= 0, torch.ldexp(torch.ones(()), exponent[ids.clamp(min=0)]), 0)
+    expected = grads[0] * scale.to(grads[0].dtype)
+    return torch.allclose(grads[1], expected, rtol=1e-2, atol=0, equal_nan=True)
+
+
 class _Reading:
     """What is known of one output gradient, in each of its profiles."""
 
@@ -129,7 +148,7 @@ class _Reading:
             if ids is not None and not bool(((ids >= samples) & there).any()):
                 if not bool(there.any()):
                     return Unclear(mixes=False)
-                return Owner(compressed(torch.where(there, ids, -1)))
+                return Owner(torch.where(there, ids, -1))
         return Unclear(mixes=True)
 
 
@@ -197,7 +216,7 @@ def _exponents(a: Tensor, b: Tensor, there: Tensor, base: int, half: bool) -> Te
 
 
 def compressed(ids: Tensor) -> Tensor:
-    """Drop dimensions along which the sample does not change."""
+    """Drop dimensions along which the sample does not change, where it is known."""
     for dim in range(ids.dim()):
         if ids.shape[dim] == 1:
             continue

@@ -236,7 +236,7 @@ class Tape:
         assert forward is not None
         plan = forward.plan
         # Of gradients that are zero now the next step knows more
-        if self._warned or not plan.slow or plan.zero or tracing():
+        if self._warned or not plan.slow or plan.silent or tracing():
             return
         self._warned = True
         names = [forward.names[i] for i in plan.pulled]

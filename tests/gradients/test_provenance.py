@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdg.gradients.graph import Graph
-from fastdg.gradients.provenance import Found, Output, Owner, Unclear, completed, probe
+from fastdg.gradients.provenance import (
+    Found,
+    Output,
+    Owner,
+    Unclear,
+    completed,
+    compressed,
+    probe,
+)
 
 
 def found_at(losses: Tensor, *tensors: Tensor) -> list[Owner | Unclear | None]:
@@ -23,7 +31,7 @@ def samples_of(losses: Tensor, tensor: Tensor) -> Tensor:
     """The sample of each entry of the gradient at ``tensor``."""
     (found,) = found_at(losses, tensor)
     assert isinstance(found, Owner), found
-    return completed(found.ids, len(losses)).expand(tensor.shape)
+    return completed(compressed(found.ids), len(losses)).expand(tensor.shape)
 
 
 class Bend(nn.Module):
