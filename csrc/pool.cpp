@@ -14,6 +14,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace fastdg {
@@ -88,13 +89,22 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
+  // To the kernel: the system allocator may keep a block that it cut from its heap.
+  static void give_back(const Block& block) noexcept {
+#if defined(__linux__)
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    madvise(block.data, block.bytes / page * page, MADV_DONTNEED);
+#endif
+    std::free(block.data);
+  }
+
   // Holds no more than was in use at one time of this period or the last; what lay idle longest goes.
   void trim() noexcept {
     const size_t most = std::max(most_used_, most_used_before_);
     auto block = free_.begin();
     for (; block != free_.end() && free_bytes_ + used_bytes_ > most; ++block) {
       free_bytes_ -= block->bytes;
-      std::free(block->data);
+      give_back(*block);
     }
     free_.erase(free_.begin(), block);
   }

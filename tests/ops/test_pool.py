@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,24 @@ finally:
     stop.set()
 """
 
+# A heap with a hole that is large enough for the blocks, and that the allocator would keep
+HOLE = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+hole = libc.malloc(400 << 20)
+pins = [libc.malloc(200) for _ in range(2000)]
+libc.free(hole)
+from test_pool import test_what_was_large_once_is_given_back as given_back
+given_back(8)
+given_back(600)
+"""
+
+not_sanitized = pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps what is freed"
+)
+
 
 def resident() -> int:
     """MiB of this process in memory."""
@@ -63,9 +82,7 @@ def outer(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, variance
 
 
-@pytest.mark.skipif(
-    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps what is freed"
-)
+@not_sanitized
 @pytest.mark.parametrize("size", [8, 600])  # what comes after lies outside of the pool, and in it
 def test_what_was_large_once_is_given_back(size: int) -> None:
     for _ in range(1100):
@@ -82,6 +99,18 @@ def test_what_was_large_once_is_given_back(size: int) -> None:
         cpp.moments(torch.zeros(3, 1), ORDER, OFFSETS)
     outer(size)
     assert resident() < before + 64
+
+
+@not_sanitized
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="steers glibc's malloc")
+def test_what_lay_in_the_heap_is_given_back() -> None:
+    """And not only what the system allocator had mapped for itself."""
+    given = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-W", "ignore", "-c", HOLE]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=os.environ | given
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_a_step_uses_is_kept() -> None:
