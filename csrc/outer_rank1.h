@@ -61,11 +61,11 @@ struct Rank1Tile {
       for (int v = 0; v < V; ++v) acc[m][v] += load(from + m * stride + v * W);
   }
   static inline void scale(vec (&acc)[M][V], int64_t count) {
-    const vec n = vec{} + static_cast<float>(count);
+    const vec share = vec{} + 1 / static_cast<float>(count);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) acc[m][v] /= n;
+      for (int v = 0; v < V; ++v) acc[m][v] *= share;
   }
   static inline void put(const vec (&acc)[M][V], float* to, int64_t stride) {
 #pragma GCC unroll 16
@@ -95,15 +95,14 @@ static void edge_tile(Rank1 t, int64_t height, int width) {
   if (t.variance != nullptr) copy(t.variance, t.stride, variance, R);
 }
 
-// Rows of the samples' factor: `values` [depth][width] and their squares, samples gathered.
-static void gather(float* values, float* squares, int64_t width, const float* data,
-                   const int64_t* samples, int64_t depth, int64_t sample, const int64_t* col,
-                   int64_t columns) {
+// The samples' rows of the other factor as `values` [depth][ROWS], and their squares.
+static void gather(float* values, float* squares, const float* data, const int64_t* samples, int64_t depth,
+                   int64_t sample, const int64_t* col, int64_t columns) {
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t m = 0; m < width; ++m) {
+    for (int64_t m = 0; m < ROWS; ++m) {
       const float x = m < columns ? data[samples[k] * sample + col[m]] : 0.f;
-      values[k * width + m] = x;
-      squares[k * width + m] = x * x;
+      values[k * ROWS + m] = x;
+      squares[k * ROWS + m] = x * x;
     }
 }
 
@@ -133,37 +132,54 @@ static void centred(const Outer& p, Group group, int64_t row, int64_t column, in
   }
 }
 
+// The samples' rows of the factor that fills lanes, and their squares, as panels [depth][R] that lie `panel`
+// floats apart: row by row, as they lie in memory.
+static void gather_panels(float* values, float* squares, int64_t panel, const Right& right, Range columns,
+                          const int64_t* samples, int64_t depth) {
+  const int64_t width = columns.end - columns.begin, whole = right.col == 1 ? width / R * R : 0;
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* from = right.data + samples[k] * right.sample + columns.begin * right.col;
+    for (int64_t c = 0; c < whole; c += W) {
+      const vec x = load(from + c);
+      const int64_t at = c / R * panel + k * R + c % R;
+      store(values + at, x);
+      store(squares + at, x * x);
+    }
+    for (int64_t c = whole; c < (width + R - 1) / R * R; ++c) {
+      const float x = c < width ? from[c * right.col] : 0.f;
+      const int64_t at = c / R * panel + k * R + c % R;
+      values[at] = x;
+      squares[at] = x * x;
+    }
+  }
+}
+
 static void moments_rank1(const Outer& p, Group group, Range rows, Range columns, float* mean,
                           float* variance) {
   const int64_t panels = (columns.end - columns.begin + R - 1) / R;
   const int64_t chunk = std::min<int64_t>(group.count, RANK1_DEPTH);
-  Carver carver(2 * Carver::padded(chunk * ROWS) + 2 * panels * chunk * R +
-                2 * Carver::padded(2 * std::max<int64_t>(chunk, R)));
+  const int64_t panel = (chunk | 1) * R;  // an odd number of rows: panels do not meet in one cache set
+  Carver carver(2 * Carver::padded(chunk * ROWS) + 2 * panels * panel + Carver::padded(2 * chunk));
   float* left = carver.take(chunk * ROWS);
   float* left_squared = carver.take(chunk * ROWS);
-  float* right = carver.take(panels * chunk * R);
-  float* right_squared = carver.take(panels * chunk * R);
+  float* right = carver.take(panels * panel);
+  float* right_squared = carver.take(panels * panel);
   auto* step = reinterpret_cast<int64_t*>(carver.take(2 * chunk));
-  auto* lanes = reinterpret_cast<int64_t*>(carver.take(2 * R));
   for (int64_t k = 0; k < chunk; ++k) step[k] = k * ROWS;
-  for (int64_t v = 0; v < R; ++v) lanes[v] = v * p.right.col;
 
   for (int64_t s = 0; s < group.count; s += chunk) {
     const int64_t depth = std::min(chunk, group.count - s);
-    for (int64_t j = 0; j < panels; ++j)
-      gather(right + j * chunk * R, right_squared + j * chunk * R, R,
-             p.right.data + (columns.begin + j * R) * p.right.col, group.samples + s, depth,
-             p.right.sample, lanes, std::min<int64_t>(R, columns.end - columns.begin - j * R));
+    gather_panels(right, right_squared, panel, p.right, columns, group.samples + s, depth);
     for (int64_t m = rows.begin; m < rows.end; m += ROWS) {
       const int64_t height = std::min<int64_t>(ROWS, rows.end - m);
-      gather(left, left_squared, ROWS, p.left.data, group.samples + s, depth, p.left.sample,
+      gather(left, left_squared, p.left.data, group.samples + s, depth, p.left.sample,
              p.left.col.data() + m, height);
       for (int64_t j = 0; j < panels; ++j) {
         const int64_t column = columns.begin + j * R;
         const int64_t width = std::min<int64_t>(R, columns.end - column);
         const int64_t at = p.out(m, column);
         bool cancels = false;
-        const Rank1 tile{left, left_squared, right + j * chunk * R, right_squared + j * chunk * R,
+        const Rank1 tile{left, left_squared, right + j * panel, right_squared + j * panel,
                          step, depth, group.count, s == 0, s + depth == group.count, mean + at,
                          variance == nullptr ? nullptr : variance + at, p.out_left, &cancels};
         if (width % W == 0)

@@ -1,67 +1,135 @@
 // Derivative of the moments for T = 1, as four matrix products over the samples of a domain:
 //   grad right = right * (left^2 slope) + left level,   grad left = left * (right^2 slope^T) + right level^T.
-// Lanes run over the samples, so that slope and level are read as they lie, each element once.
+// Of the left gradient lanes run over the samples, so that slope and level are read as they lie, each element
+// once; of the right one, over its width, so that it is written as it lies.
 // Included once per instruction set, inside its namespace, after outer_backward.h.
 
+struct Rank1Right {  // a register tile of the right gradient
+  const float *const *left, *const *left_squared;  // [depth] of each sample
+  int64_t depth;
+  const float *slope, *level;  // [depth][stride]
+  int64_t stride;
+  const float* const* right;
+  float* const* out;
+  bool add;
+};
+
+template <int M, int V>
+struct Rank1RightTile {
+  static void run(const Rank1Right& t) {
+    vec slope[M][V] = {}, level[M][V] = {};
+    for (int64_t k = 0; k < t.depth; ++k) {
+      vec a[V], b[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        a[v] = load(t.slope + k * t.stride + v * W);
+        b[v] = load(t.level + k * t.stride + v * W);
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const float x = t.left[m][k], square = t.left_squared[m][k];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+          slope[m][v] += square * a[v];
+          level[m][v] += x * b[v];
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        float* to = t.out[m] + v * W;
+        const vec x = load(t.right[m] + v * W) * slope[m][v] + level[m][v];
+        store(to, t.add ? load(to) + x : x);
+      }
+  }
+};
+
 class Rank1Backward {
+  static constexpr int TILE = ROWS / 2;  // samples of a Rank1RightTile, which has two sums of each
+
  public:
   Rank1Backward(const Outer& p, const Upstream& up, const Gradient& grad, Group group, Range columns)
       : p_(p), up_(up), grad_(grad), group_(group), columns_(columns), rows_(p.left_width()),
         panels_((group.count + R - 1) / R) {
     wide_ = std::min<int64_t>(RANK1_COLUMNS, columns.end - columns.begin);
-    high_ = std::min<int64_t>(RANK1_ROWS, rows_);
+    high_ = (rows_ + (rows_ - 1) / RANK1_ROWS) / ((rows_ - 1) / RANK1_ROWS + 1);  // blocks of one height
+    high_ = std::min(rows_, (high_ + ROWS - 1) / ROWS * ROWS);
+    stride_ = (wide_ + R - 1) / R * R;
     const int64_t left = panels_ * rows_ * R, right = panels_ * wide_ * R;
-    Carver carver(4 * left + 4 * right + 2 * Carver::padded(high_ * wide_) +
-                  2 * Carver::padded(2 * wide_) + Carver::padded(2 * high_));
-    for (Side* side : {&left_, &right_}) {
-      const int64_t size = side == &left_ ? left : right;
-      side->value = carver.take(size);
-      side->square = carver.take(size);
-      side->by_slope = carver.take(size);
-      side->by_level = carver.take(size);
-    }
-    slope_ = carver.take(high_ * wide_);
-    level_ = carver.take(high_ * wide_);
+    const int64_t factors = Carver::padded(group.count * rows_);
+    Carver carver(3 * left + 2 * right + 2 * factors + 2 * Carver::padded(high_ * stride_) +
+                  Carver::padded(2 * wide_) * 2);
+    left_ = carver.take(left);
+    by_slope_ = carver.take(left);
+    by_level_ = carver.take(left);
+    right_ = carver.take(right);
+    right_squared_ = carver.take(right);
+    factor_ = carver.take(factors);
+    factor_squared_ = carver.take(factors);
+    slope_ = carver.take(high_ * stride_);
+    level_ = carver.take(high_ * stride_);
     along_ = reinterpret_cast<int64_t*>(carver.take(2 * wide_));
     right_col_ = reinterpret_cast<int64_t*>(carver.take(2 * wide_));
-    down_ = reinterpret_cast<int64_t*>(carver.take(2 * high_));
     for (int64_t k = 0; k < wide_; ++k) along_[k] = k;
     for (int64_t k = 0; k < wide_; ++k) right_col_[k] = k * p.right.col;
-    for (int64_t k = 0; k < high_; ++k) down_[k] = k * wide_;
   }
 
   void run() {
-    gather_lanes(left_, rows_, p_.left.data, p_.left.sample, p_.left.col.data());
+    gather_lanes(left_, nullptr, rows_, p_.left.data, p_.left.sample, p_.left.col.data());
+    for (int64_t s = 0; s < group_.count; ++s) {
+      const float* from = p_.left.data + group_.samples[s] * p_.left.sample;
+      for (int64_t k = 0; k < rows_; ++k) {
+        const float x = from[p_.left.col[k]];
+        factor_[s * rows_ + k] = x;
+        factor_squared_[s * rows_ + k] = x * x;
+      }
+    }
     for (int64_t c = columns_.begin; c < columns_.end; c += wide_) {
       const int64_t width = std::min(wide_, columns_.end - c);
-      gather_lanes(right_, width, p_.right.data + c * p_.right.col, p_.right.sample, right_col_);
+      gather_lanes(right_, right_squared_, width, p_.right.data + c * p_.right.col, p_.right.sample,
+                   right_col_);
       for (int64_t r = 0; r < rows_; r += high_) {
         const int64_t height = std::min(high_, rows_ - r);
         load_upstream(r, height, c, width);
-        for (int64_t j = 0; j < panels_; ++j) products(j, r, height, c, width);
+        for (int64_t j = 0; j < panels_; ++j) left_products(j, r, height, width, c > columns_.begin);
+        for (int64_t v = 0; v < width; v += R)
+          for (int64_t s = 0; s < group_.count; s += TILE)
+            right_tile(s, r, height, c + v, v, std::min<int64_t>(R, width - v));
       }
-      combine(right_, width, grad_.right + c, p_.right.width);
     }
-    combine(left_, rows_, grad_.left, grad_.left_sample);
+    combine();
   }
 
  private:
-  struct Side {  // each [panel][width][R], lanes being samples
-    float *value, *square, *by_slope, *by_level;
-  };
-
-  void gather_lanes(const Side& side, int64_t width, const float* data, int64_t sample,
+  // value[panel][width][R], lanes being samples, and unless null their squares
+  void gather_lanes(float* values, float* squares, int64_t width, const float* data, int64_t sample,
                     const int64_t* col) {
+    const int64_t whole = width > 1 && col[1] - col[0] == 1 ? width / W * W : 0;
     for (int64_t j = 0; j < panels_; ++j)
-      for (int64_t v = 0; v < R; ++v) {
-        const bool there = j * R + v < group_.count;
-        const float* from = data + (there ? group_.samples[j * R + v] * sample : 0);
-        float* value = side.value + j * width * R + v;
-        for (int64_t k = 0; k < width; ++k) value[k * R] = there ? from[col[k]] : 0.f;
+      for (int64_t v = 0; v < R; v += W) {
+        const float* from[W];
+        // Lanes without a sample are computed along and dropped, whatever they hold
+        const int64_t first = j * R + v, there = std::min<int64_t>(W, group_.count - first);
+        float* value = values + j * width * R + v;
+        int64_t k = 0;
+        if (there > 0) {
+          for (int64_t l = 0; l < W; ++l)
+            from[l] = data + group_.samples[first + std::min(l, there - 1)] * sample;
+          if (whole > 0)
+            for (; k < whole; k += W) {
+              const float* block[W];
+              for (int l = 0; l < W; ++l) block[l] = from[l] + col[k];
+              transpose(value + k * R, R, block);
+            }
+        }
+        for (; k < width; ++k)
+          for (int64_t l = 0; l < W; ++l) value[k * R + l] = l < there ? from[l][col[k]] : 0.f;
       }
-    for (int64_t k = 0; k < panels_ * width * R; k += W) {
-      const vec x = load(side.value + k);
-      store(side.square + k, x * x);
+    for (int64_t k = 0; squares != nullptr && k < panels_ * width * R; k += W) {
+      const vec x = load(values + k);
+      store(squares + k, x * x);
     }
   }
 
@@ -70,7 +138,7 @@ class Rank1Backward {
     for (int64_t k = 0; k < height; ++k) {
       const int64_t at = p_.out(r + k, c);
       const float *variance = up_.grad_variance + at, *mean = up_.mean + at;
-      float *slope = slope_ + k * wide_, *level = level_ + k * wide_;
+      float *slope = slope_ + k * stride_, *level = level_ + k * stride_;
       for (int64_t i = 0; i < width; ++i) {
         slope[i] = variance[i] * (2 / n);
         level[i] = -slope[i] * mean[i];
@@ -80,31 +148,54 @@ class Rank1Backward {
     }
   }
 
-  void products(int64_t j, int64_t r, int64_t height, int64_t c, int64_t width) {
+  void left_products(int64_t j, int64_t r, int64_t height, int64_t width, bool add) {
     const int64_t vectors = group_.count - j * R > W ? 2 : 1;
     const int64_t left = (j * rows_ + r) * R, right = j * width * R;
-    const bool first_column = c == columns_.begin, first_row = r == 0;
-    const auto tiles = [&](const float* matrix, int64_t row, int64_t count, const int64_t* step,
-                           int64_t depth, const float* panel, float* out, bool add) {
-      for (int64_t m = 0; m < count; m += ROWS) {
-        const int64_t tile = std::min<int64_t>(ROWS, count - m);
+    const auto tiles = [&](const float* matrix, const float* panel, float* out) {
+      for (int64_t m = 0; m < height; m += ROWS) {
+        const int64_t tile = std::min<int64_t>(ROWS, height - m);
         const float* rows[ROWS];
-        for (int64_t k = 0; k < tile; ++k) rows[k] = matrix + (m + k) * row;
-        tile_routine<ProductRows>(tile, vectors)(rows, step, depth, panel, out + m * R, R, add);
+        for (int64_t k = 0; k < tile; ++k) rows[k] = matrix + (m + k) * stride_;
+        tile_routine<ProductRows>(tile, vectors)(rows, along_, width, panel, out + m * R, R, add);
       }
     };
-    tiles(slope_, wide_, height, along_, width, right_.square + right, left_.by_slope + left, !first_column);
-    tiles(level_, wide_, height, along_, width, right_.value + right, left_.by_level + left, !first_column);
-    tiles(slope_, 1, width, down_, height, left_.square + left, right_.by_slope + right, !first_row);
-    tiles(level_, 1, width, down_, height, left_.value + left, right_.by_level + right, !first_row);
+    tiles(slope_, right_squared_ + right, by_slope_ + left);
+    tiles(level_, right_ + right, by_level_ + left);
   }
 
-  void combine(const Side& side, int64_t width, float* to, int64_t sample) {
+  // Of the samples from `s` on and `width` <= R columns, which begin at `column` and in the block at `at`.
+  void right_tile(int64_t s, int64_t r, int64_t height, int64_t column, int64_t at, int64_t width) {
+    static constexpr auto one = row_table<Rank1RightTile, 1>(std::make_index_sequence<TILE>());
+    static constexpr auto two = row_table<Rank1RightTile, 2>(std::make_index_sequence<TILE>());
+    const int64_t samples = std::min<int64_t>(TILE, group_.count - s);
+    const bool direct = width % W == 0 && p_.right.col == 1;
+    alignas(64) float beside[2][TILE * R];  // where vectors do not fit
+    const float *left[TILE], *squared[TILE], *right[TILE];
+    float *to[TILE], *out[TILE];
+    for (int64_t m = 0; m < samples; ++m) {
+      const int64_t n = group_.samples[s + m], factor = (s + m) * rows_ + r;
+      left[m] = factor_ + factor;
+      squared[m] = factor_squared_ + factor;
+      right[m] = p_.right.data + n * p_.right.sample + column * p_.right.col;
+      to[m] = out[m] = grad_.right + n * p_.right.width + column;
+      if (direct) continue;
+      for (int64_t k = 0; k < R; ++k) beside[0][m * R + k] = k < width ? right[m][k * p_.right.col] : 0.f;
+      right[m] = beside[0] + m * R;
+      out[m] = beside[1] + m * R;
+    }
+    const Rank1Right tile{left,  squared, height, slope_ + at, level_ + at,
+                          stride_, right,   out,    r > 0 && direct};
+    (width > W ? two : one)[samples - 1](tile);
+    for (int64_t m = 0; !direct && m < samples; ++m)
+      for (int64_t k = 0; k < width; ++k) to[m][k] = out[m][k] + (r > 0 ? to[m][k] : 0.f);
+  }
+
+  void combine() {
     for (int64_t s = 0; s < group_.count; ++s) {
-      float* out = to + group_.samples[s] * sample;
-      const int64_t at = s / R * width * R + s % R;
-      const float *value = side.value + at, *slope = side.by_slope + at, *level = side.by_level + at;
-      for (int64_t k = 0; k < width; ++k) out[k] = value[k * R] * slope[k * R] + level[k * R];
+      float* out = grad_.left + group_.samples[s] * grad_.left_sample;
+      const int64_t at = s / R * rows_ * R + s % R;
+      for (int64_t k = 0; k < rows_; ++k)
+        out[k] = left_[at + k * R] * by_slope_[at + k * R] + by_level_[at + k * R];
     }
   }
 
@@ -114,10 +205,11 @@ class Rank1Backward {
   const Group group_;
   const Range columns_;
   const int64_t rows_, panels_;
-  int64_t wide_, high_;  // of a block of slope and level
-  Side left_, right_;
+  int64_t wide_, high_, stride_;  // of a block of slope and level
+  float *left_, *by_slope_, *by_level_, *right_, *right_squared_;  // lanes being samples
+  float *factor_, *factor_squared_;                                // [sample][rows] of the left factor
   float *slope_, *level_;
-  int64_t *along_, *down_, *right_col_;
+  int64_t *along_, *right_col_;
 };
 
 static void backward_rank1(const Outer& p, const Upstream& up, const Gradient& grad, Group group,

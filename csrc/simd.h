@@ -67,6 +67,16 @@ static inline void transpose(float* dst, int64_t dst_row, const float* src, int6
   for (int r = 0; r < W; ++r) store(dst + r * dst_row, x[r]);
 }
 
+// dst[c * dst_row + r] = src[r][c] for rows that lie anywhere.
+static inline void transpose(float* dst, int64_t dst_row, const float* const* src) {
+  vec x[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) x[r] = load(src[r]);
+  transpose_step<1>(x);
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) store(dst + r * dst_row, x[r]);
+}
+
 // dst[k * R + v] = src[k * row + v * col] for v < width, 0 for the other lanes.
 static void pack(float* dst, const float* src, int64_t row, int64_t col, int64_t depth, int width) {
   if (width < R) std::memset(dst, 0, sizeof(float) * depth * R);

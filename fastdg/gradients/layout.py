@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ..domains import tracing
 
 Kind = Literal["major", "minor", "any"]
 
@@ -54,12 +56,29 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """``x [R, *]`` as ``[N, T, *]``; zeros where a sample has no more rows."""
         if self.kind == "major":
+            if torch.is_grad_enabled() and x.requires_grad and type(x) is Tensor and not tracing():
+                return _Unflatten.apply(x, self.samples, self.positions)
             return x.unflatten(0, (self.samples, self.positions))
         if self.kind == "minor":
             return x.unflatten(0, (self.positions, self.samples)).transpose(0, 1)
         assert self.index is not None
         padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
         return padded.index_select(0, self.index).unflatten(0, (self.samples, self.positions))
+
+
+class _Unflatten(torch.autograd.Function):
+    """``x.unflatten(0, (samples, positions))`` whose gradient is no view: autograd adds another to
+    it in place, where that of a view takes new memory each time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, samples: int, positions: int) -> Tensor:
+        ctx.shape = x.shape
+        return x.unflatten(0, (samples, positions))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        found = grad.reshape(ctx.shape)
+        return found if torch.is_grad_enabled() else found.data, None, None
 
 
 def lead(owner: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 ``torch.library.register_autograd`` serves autograd and ``torch.compile``. The transforms of
 ``torch.func`` and forward-mode differentiation do not see what is registered there: inside them
-an op is called through a `torch.autograd.Function` of the same formulas.
+an op is called through a `torch.autograd.Function` of the same formulas. So it is in eager code,
+where the way through the dispatcher takes longer than a small op does.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ from torch.utils import _pytree as pytree
 from .registry import OPS, force, forced_backend, library
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_EAGER: dict[str, type[torch.autograd.Function]] = {}
 
 
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Give op ``name`` a derivative; ``setup`` and ``backward`` as in ``register_autograd``."""
+    """Give op ``name``, which returns tensors and no lists of them, a derivative; ``setup`` and
+    ``backward`` as in ``register_autograd``."""
+    _EAGER[name] = _eager(name, *_register(name, setup, backward))
+
+
+def _register(
+    name: str, setup: Callable[..., None], backward: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Register a derivative; returns both functions on the backend of the forward."""
 
     def setup_here(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend = forced_backend()
@@ -37,6 +47,7 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
         f"fastdg::{name}", backward_there, setup_context=setup_here, lib=library
     )
     _FUNCTIONS[name] = _function(name, setup_here, backward_there)
+    return setup_here, backward_there
 
 
 def not_differentiable(name: str, instead: str) -> None:
@@ -45,7 +56,7 @@ def not_differentiable(name: str, instead: str) -> None:
     def refuse(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"fastdg::{name} has no derivative; {instead}")
 
-    differentiable(name, lambda ctx, inputs, output: None, refuse)
+    _register(name, lambda ctx, inputs, output: None, refuse)
 
 
 def not_recorded(name: str) -> None:
@@ -64,7 +75,12 @@ def call(name: str, *args: Any) -> Any:
         flat, spec = pytree.tree_flatten(args)
         return _FUNCTIONS[name].apply(spec, *flat)
     if _plain(args):
-        return OPS[name](*args)
+        if not torch.is_grad_enabled():
+            return OPS[name](*args)
+        if name in _EAGER:
+            sizes = [_tensors(arg) for arg in args]
+            flat = [x for arg, n in zip(args, sizes, strict=True) for x in (arg if n else [arg])]
+            return _EAGER[name].apply(*flat, sizes)
     op = getattr(torch.ops.fastdg, name)
     if torch.compiler.is_compiling():
         return op(*args)
@@ -76,11 +92,9 @@ def call(name: str, *args: Any) -> Any:
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether nothing records, traces or watches the call: then it needs no dispatcher, which takes
-    longer than a small op does."""
+    """Whether nothing but autograd watches the call: then it needs no dispatcher."""
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and all(_ordinary(arg) for arg in args)
     )
@@ -90,6 +104,38 @@ def _ordinary(arg: Any) -> bool:
     if isinstance(arg, list):
         return all(_ordinary(item) for item in arg)
     return type(arg) is Tensor or not isinstance(arg, Tensor)
+
+
+def _tensors(arg: Any) -> int:
+    """How many tensors a list of tensors has; 0 for any other argument."""
+    return len(arg) if isinstance(arg, list) and arg and isinstance(arg[0], Tensor) else 0
+
+
+def _eager(
+    name: str, setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """Op ``name`` on its arguments, lists of tensors one by one, and `_tensors` of each."""
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *flat, sizes = given
+        rest = iter(flat)
+        args = [[next(rest) for _ in range(n)] if n else next(rest) for n in sizes]
+        output = OPS[name](*args)
+        ctx.sizes = sizes
+        setup(ctx, args, output)
+        return output
+
+    def backward_flat(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        flat: list[Any] = []
+        for found, n in zip(backward(ctx, *grads), ctx.sizes, strict=True):
+            each = isinstance(found, (list, tuple))
+            flat += (found if each else [found] * n) if n else [None if each else found]
+        return (*flat, None)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_flat)}
+    # Its node is called as that of `register_autograd`, so that rules know both
+    title = f"GeneratedBackwardFor_fastdg_{name}_default"
+    return type(title, (torch.autograd.Function,), methods)
 
 
 def _function(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastdg
 from fastdg import ops
+from fastdg.ops import derivatives
 
 # -- schemas and compilers --
 
@@ -281,3 +282,28 @@ def test_a_forced_backend_that_is_not_here_is_an_error(
     monkeypatch.setenv("FASTDG_BACKEND", name)
     with pytest.raises(error, match=message):
         ops.moments(torch.randn(4, 3), torch.arange(4), torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("name", ["moments", "outer_moments", "variance_gap", "oracle_nll"])
+@pytest.mark.parametrize("drop_lists", [False, True])
+def test_eager_calls_record_what_the_dispatcher_records(name: str, drop_lists: bool) -> None:
+    """They go around it: same values, same gradients, a node of the same name."""
+    found = []
+    for way in (derivatives.call, lambda name, *args: getattr(torch.ops.fastdg, name)(*args)):
+        torch.manual_seed(0)
+        args = [*arguments("cpu", True)[name]]
+        if drop_lists and name == "variance_gap":
+            args[1] = []
+        out = way(name, *args)
+        first = out if isinstance(out, Tensor) else out[0]
+        leaves = [
+            x
+            for arg in args
+            for x in (arg if isinstance(arg, (list, tuple)) else [arg])
+            if isinstance(x, Tensor) and x.requires_grad
+        ]
+        grads = torch.autograd.grad(first.square().sum(), leaves, allow_unused=True)
+        found.append((first.grad_fn.name(), first.detach(), grads))
+    (eager, one, grads), (dispatched, two, others) = found
+    assert eager == dispatched
+    torch.testing.assert_close((one, grads), (two, others), rtol=0, atol=0)
