@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from ..carried import continued
 from .graph import Graph, output_dtypes
 from .plain import without_autocast
 
@@ -76,16 +78,16 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
     number = torch.arange(samples, device=losses.device)
     half = any(dtype == torch.float16 for node in graph.nodes for dtype in output_dtypes(node))
     start = torch.ones_like(losses)
-    first = _profiles(losses, outputs, start)
+    first = _profiles(losses, graph, outputs, start)
     for _ in range(3):
         if not (shift := _shift(first, half)):
             break
         start = torch.ldexp(start, torch.full_like(number, shift))
-        first = _profiles(losses, outputs, start)
+        first = _profiles(losses, graph, outputs, start)
     read = [_Reading.of(profile, half) for profile in first]
     for digit in range(digits):
         exponent = (number // base**digit) % base - base // 2
-        second = _profiles(losses, outputs, torch.ldexp(start, exponent))
+        second = _profiles(losses, graph, outputs, torch.ldexp(start, exponent))
         for reading, profile in zip(read, second, strict=True):
             if reading is not None and profile is not None:
                 reading.digit(profile, base, base**digit)
@@ -153,20 +155,47 @@ class _Reading:
 
 
 def _profiles(
-    losses: Tensor, outputs: Sequence[Output], weight: Tensor
+    losses: Tensor, graph: Graph, outputs: Sequence[Output], weight: Tensor
 ) -> list[list[Tensor] | None]:
     """Of each output gradient the sums of its absolute values over the last dimension, over all
-    others, and itself where it is small, each broadcastable to it."""
-    edges = [GradientEdge(out.node, out.nr) for out in outputs]
-    with without_autocast(losses):
-        grads = torch.autograd.grad(
-            losses,
-            edges,
-            weight,
-            retain_graph=True,
-            allow_unused=True,
-        )
-    return [None if grad is None else _profile(grad) for grad in grads]
+    others, and itself where it is small, each broadcastable to it. They are taken as the gradient
+    arrives, so that no more gradients are alive than in any backward."""
+    found: dict[Output, list[Tensor] | None] = dict.fromkeys(outputs)
+    wanted: dict[Node, list[Output]] = {}
+    for out in outputs:
+        wanted.setdefault(out.node, []).append(out)
+    # A backward to the deepest passes all others; these it does not run
+    passed = graph.above(node for node in wanted if node in graph.position)
+    deepest = [out for out in outputs if out.node not in passed]
+
+    def look(of_node: list[Output], grads: Sequence[Tensor | None]) -> None:
+        with torch.no_grad():
+            for out in of_node:
+                if (grad := grads[out.nr]) is not None:
+                    found[out] = _profile(grad)
+
+    handles = [
+        node.register_prehook(continued(partial(look, of_node)))
+        for node, of_node in wanted.items()
+        if node in passed
+    ]
+    try:
+        with without_autocast(losses):
+            grads = torch.autograd.grad(
+                losses,
+                [GradientEdge(out.node, out.nr) for out in deepest],
+                weight,
+                retain_graph=True,
+                allow_unused=True,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    found |= {
+        out: None if grad is None else _profile(grad)
+        for out, grad in zip(deepest, grads, strict=True)
+    }
+    return [found[out] for out in outputs]
 
 
 def _profile(grad: Tensor) -> list[Tensor]:
@@ -175,16 +204,15 @@ def _profile(grad: Tensor) -> list[Tensor]:
         grad = grad.to_dense()
     if grad.is_complex():
         grad = torch.view_as_real(grad).abs().sum(-1)
-    grad = grad.abs()
     if grad.dtype in (torch.float16, torch.bfloat16):
         grad = grad.float()
     if grad.dim() < 2:
-        return [grad]
-    profile = [grad.sum(-1, keepdim=True)]
+        return [grad.abs()]
     lead = tuple(range(grad.dim() - 1))
-    profile.append(grad.sum(lead, keepdim=True))
+    # Norms, as the absolute values themselves would be one more tensor of that size
+    profile = [torch.linalg.vector_norm(grad, 1, dims, keepdim=True) for dims in ((-1,), lead)]
     if grad.numel() <= _SMALL:
-        profile.append(grad)
+        profile.append(grad.abs())
     return profile
 
 

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..domains import Partition
 from ..gradients.plain import gradients_of, unhooked
 from ..gradients.scale import about_mean, root, unscaled
-from ..statistics.factors import Agreement, Dense, Factor, accumulated
+from ..statistics.factors import Agreement, Dense, Factor, accumulated, flat
 from .batch import Batch
 
 T = TypeVar("T")
 # Entries of a parameter whose domains' gradients may wait for the others: one call for all of them
 # costs less than a call for each, as biases and the weights of norms would need.
 SMALL = 1 << 14
+WAITING = 1 << 16  # entries of all samples' gradients that may wait for one another
 
 
 @dataclass
@@ -134,6 +136,41 @@ class Own(Gradients):
         return made
 
 
+class _Small:
+    """The domains' gradients of small parameters, many in one call: each call wakes torch's threads
+    several times, and waits for them where other processes keep the cores busy."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.waiting: list[tuple[Tensor, Dense]] = []
+        self.entries = 0
+        self.made: dict[Tensor, list[Tensor]] = {}
+
+    def add(self, p: Tensor, factor: Dense) -> None:
+        if self.waiting and self.waiting[0][1].grads.dtype != factor.grads.dtype:
+            self._flush()
+        self.waiting.append((p, factor))
+        self.entries += factor.grads.numel()
+        if self.entries > WAITING:
+            self._flush()
+
+    def rows(self) -> dict[Tensor, list[Tensor]]:
+        """Parameter -> its E gradients."""
+        self._flush()
+        return self.made
+
+    def _flush(self) -> None:
+        if not self.waiting:
+            return
+        waiting, self.waiting, self.entries = self.waiting, [], 0
+        with torch.no_grad():
+            flats = [flat(factor.grads) for _, factor in waiting]
+            found = Dense(torch.cat(flats, 1)).domain(self.partition)
+            each = found.split([one.shape[1] for one in flats], 1)
+        for (p, factor), rows in zip(waiting, each, strict=True):
+            self.made[p] = [row.view(tuple(factor.shape)) for row in rows]
+
+
 class Swept(Own):
     """Of one mixed batch, from one backward that runs when they are asked for."""
 
@@ -147,7 +184,15 @@ class Swept(Own):
         self.sparse = batch.resolved.sparse
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
-        return self._each(lambda p, factor: list(factor.domain(self.batch.partition).unbind()))
+        parts, small = self.batch.partition, _Small(self.batch.partition)
+
+        def rows(p: Tensor, factor: Factor) -> list[Tensor]:
+            if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
+                small.add(p, factor)
+                return []  # for its place among the parameters
+            return list(factor.domain(parts).unbind())
+
+        return self._each(rows) | small.rows()
 
     def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
         self._each(lambda p, factor: take(p, factor.domain(self.batch.partition).unbind()))
@@ -155,17 +200,17 @@ class Swept(Own):
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
-        parts = self.batch.partition
+        parts, small = self.batch.partition, _Small(self.batch.partition)
 
-        def combined(p: Tensor, factor: Factor) -> Agreement | Sequence[Tensor]:
+        def combined(p: Tensor, factor: Factor) -> Agreement | None:
             if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
-                return factor.domain(parts).unbind()
+                small.add(p, factor)
+                return None
             return factor.agreement(parts, weights, threshold, steepness)
 
         found = self._each(combined)
-        made = {p: part for p, part in found.items() if isinstance(part, Agreement)}
-        small = {p: rows for p, rows in found.items() if p not in made}
-        return made | _agreements(small, weights, threshold, steepness)
+        made = {p: part for p, part in found.items() if part is not None}
+        return made | _agreements(small.rows(), weights, threshold, steepness)
 
     def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""

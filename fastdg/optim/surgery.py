@@ -242,6 +242,8 @@ def weighed(gradients: Gradients, weighting: Weighting) -> tuple[Combined, Stati
     weights = weighting(gram)
     combined = gradients.combined(weights)
     norm = gram.diagonal().sqrt()
+    place = torch.arange(len(gram), device=gram.device)
+    pairs = place.unsqueeze(1) < place  # triu would wake torch's threads for a few numbers
 
     def matrix(values: Tensor, fill: float) -> Tensor:
         return gradients.spread(gradients.spread(values, fill).t(), fill).t()
@@ -249,6 +251,6 @@ def weighed(gradients: Gradients, weighting: Weighting) -> tuple[Combined, Stati
     return combined, {
         "gram": matrix(gram, 0),
         "cosine": matrix(gram / norm / norm.unsqueeze(1), torch.nan),
-        "conflicts": (gram < 0).triu(1).sum(),
+        "conflicts": ((gram < 0) & pairs).sum(),
         "weights": gradients.spread(weights.detach(), 0),
     }

@@ -44,7 +44,10 @@ class Affine(Served):
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
         delta = accumulated(delta)
         if self.weight:
-            delta = delta * self._normalised(node, saved)
+            normalised = self._normalised(node, saved)
+            # Memory of the size of an activation is made once, where no derivative looks at it
+            free = not torch.is_grad_enabled() and normalised.dtype == delta.dtype
+            delta = normalised.mul_(delta) if free else delta * normalised
         if self.trailing:
             rows = delta.flatten(0, -self.trailing - 1)
         else:
@@ -57,7 +60,7 @@ class Affine(Served):
         if self.kind == "batch":
             wide = (-1, *[1] * (x.dim() - 2))
             mean, scale = mean.to(x.dtype), (spread.to(x.dtype) + node._saved_eps).rsqrt()
-            return (x - mean.view(wide)) * scale.view(wide)
+            return _times(x - mean.view(wide), scale.view(wide))
         if self.kind == "group":
             groups = x.reshape(x.shape[0], node._saved_group, -1)
             return _standard(groups, mean.unsqueeze(2), spread.unsqueeze(2), (2,)).view(x.shape)
@@ -68,11 +71,18 @@ def _standard(x: Tensor, mean: Tensor, rstd: Tensor, dims: tuple[int, ...]) -> T
     """``(x - mean) * rstd``; what the operation has saved of mean and rstd carries no graph, so
     they are made again where the result is differentiated."""
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return (x - mean) * rstd
+        return _times(x - mean, rstd)
     centred = x - x.mean(dims, keepdim=True)
     variance = centred.square().mean(dims, keepdim=True)
     eps = (rstd.pow(-2) - variance).detach()
     return centred * (variance + eps).rsqrt()
+
+
+def _times(centred: Tensor, scale: Tensor) -> Tensor:
+    """Their product, in the memory of ``centred`` where no derivative looks at it."""
+    if torch.is_grad_enabled() or centred.dtype != torch.result_type(centred, scale):
+        return centred * scale
+    return centred.mul_(scale)
 
 
 @rule("NativeLayerNormBackward0", slots=[1, 2])

@@ -1,0 +1,95 @@
+"""What a step of gradient surgery asks of the machine, counted: tensors alive and calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastdg
+from fastdg.gradients import engine
+
+N, D, DEPTH, WIDTH = 24, 3, 12, 256
+
+
+class Watch(TorchDispatchMode):
+    """Counts calls, and the most bytes alive at one time of storages made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.alive: set[int] = set()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls[func._schema.name] += 1
+        there = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        }
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in there:
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+        self.alive.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.bytes -= size
+
+
+WRAPPERS: dict[str, Callable[..., Any]] = {
+    "PCGrad": fastdg.PCGrad,
+    "AgrSum": fastdg.AgrSum,
+    "ANDMask": fastdg.ANDMask,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_small_parameters_take_one_call(wrapper: Callable[..., Any]) -> None:
+    """A call on rows wakes torch's threads several times, however little there is to do."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh()) for _ in range(DEPTH)]
+    model = nn.Sequential(*layers, nn.Linear(8, 3))
+    opt = wrapper(torch.optim.SGD(model.parameters(), lr=0.1), num_domains=D)
+    domains = torch.arange(N) % D
+    for _ in range(3):  # the third step does not look at the graph again
+        losses = F.cross_entropy(model(torch.randn(N, 8)), domains, reduction="none")
+        with Watch() as watch:
+            opt.backward(losses, domains)
+        opt.step()
+        opt.zero_grad()
+    adds = watch.calls["aten::index_add"]
+    assert adds <= 2, watch.calls  # of the small gradients, and of the losses
+
+
+def test_a_look_at_the_graph_holds_few_gradients() -> None:
+    """Not those of all layers at a time, of which the profiles alone are wanted."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH)]
+    model = nn.Sequential(*layers)
+    losses = model(torch.randn(4 * N, 8, WIDTH)).square().mean((1, 2))
+    one = 4 * N * 8 * WIDTH * 4
+    engine._plans.clear()
+    with Watch() as watch:
+        engine.look(losses, dict(model.named_parameters()))
+    assert watch.peak <= 5 * one, watch.peak / one
+    assert sum(p.numel() for p in model.parameters()) * 4 < DEPTH * one  # there are many of them
