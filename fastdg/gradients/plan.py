@@ -164,16 +164,18 @@ class Planner:
         while True:
             passed: set[Node] = set()
             found = [self._boundaries(leaf, through, passed) for leaf in leaves]
-            nested = {
-                node
-                for of_one in found
-                for node, _, _ in of_one
-                if any(consumer in passed for consumer, _, _ in self.graph.consumers[node])
-            }
+            nested = self._below(passed, {node for of_one in found for node, _, _ in of_one})
             if not nested:
                 return found
             through |= nested
             self._probe(self.graph.above(nested))
+
+    def _below(self, passed: set[Node], boundaries: set[Node]) -> set[Node]:
+        """The boundaries that lie below an operation through which another one is pulled, however
+        many operations are between."""
+        if len(boundaries) < 2 or passed.isdisjoint(self.graph.above(boundaries)):
+            return set()
+        return {node for node in boundaries if not passed.isdisjoint(self.graph.above([node]))}
 
     def plan(self) -> Plan:
         """Find the boundaries, and ask the rules."""

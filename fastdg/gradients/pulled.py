@@ -242,16 +242,18 @@ class Pulled(Factor):
         self.pull, self.place, self.scale, self.cache = pull, place, scale, cache
         self.shape, self.samples = tuple(pull.parameters[place].shape), pull.samples
 
-    def _of_all(self, key: Any, compute: Callable[[], list[Any]]) -> Any:
+    def _of_all(self, key: Any, compute: Callable[[], list[Any]], of: Any = None) -> Any:
+        """Of this parameter; ``of`` is the object behind an id in the key, kept so that no other
+        one gets this id."""
         if key not in self.cache:
-            self.cache[key] = compute()
-        return self.cache[key][self.place]
+            self.cache[key] = of, compute()
+        return self.cache[key][1][self.place]
 
     def domain(self, partition: Partition) -> Tensor:
         def compute() -> list[Tensor]:
             return [accumulated(g) for g in self.pull.domain(partition, self.scale)]
 
-        return self._of_all(("domain", id(partition)), compute)
+        return self._of_all(("domain", id(partition)), compute, partition)
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         def compute() -> list[tuple[Tensor, Tensor]]:
@@ -267,7 +269,7 @@ class Pulled(Factor):
                     spread[k] = total.view(means[k].shape)
             return list(zip(means, spread, strict=True))
 
-        return self._of_all(("moments", id(partition)), compute)
+        return self._of_all(("moments", id(partition)), compute, partition)
 
     def norms(self) -> Tensor:
         def compute() -> list[Tensor]:
@@ -293,8 +295,8 @@ class Pulled(Factor):
 
     def scaled(self, weights: Tensor) -> Factor:
         scale = weights if self.scale is None else self.scale * weights
-        caches = self.cache.setdefault("scaled", {})
-        return Pulled(self.pull, self.place, scale, caches.setdefault(id(weights), {}))
+        _, cache = self.cache.setdefault(("scaled", id(weights)), (weights, {}))
+        return Pulled(self.pull, self.place, scale, cache)
 
     def take(self, number: Tensor) -> Factor:
         return Dense(self.per_sample()[number])

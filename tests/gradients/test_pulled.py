@@ -1,0 +1,108 @@
+"""What is pulled through the shared part of a graph is counted once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastdg
+from fastdg.domains import partition
+from fastdg.gradients.pulled import Pulled
+from fastdg.statistics.api import tape_of
+from fastdg.statistics.factors import Factor
+
+N, C = 4, 3
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def compare(losses: Tensor, parameters: dict[str, Tensor]) -> None:
+    rows = [
+        torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=True, materialize_grads=True
+        )
+        for loss in losses
+    ]
+    got = fastdg.per_sample_gradients(losses, params=parameters)
+    for k, (name, p) in enumerate(parameters.items()):
+        expected = torch.stack([row[k] for row in rows])
+        found = got.get(name, torch.zeros(len(losses), *p.shape))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+class Derived(nn.Module):
+    """A weight that is made from parameters, a table that all samples read, and their rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C))
+        self.table = nn.Parameter(torch.randn(2, C))
+        self.a, self.b = nn.Parameter(torch.randn(2, C)), nn.Parameter(torch.randn(C, 2))
+
+
+# Operations between the samples' own rows, where a boundary is, and the table with all rows
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda h: h,
+    "one operation": lambda h: h.tanh(),
+    "many operations": lambda h: h.tanh().exp().sin(),
+}
+WEIGHTS: dict[str, Callable[[Derived], Tensor]] = {
+    "masked": lambda m: m.weight * torch.ones(C, C).tril(),
+    "normed": lambda m: m.weight / m.weight.norm(dim=1, keepdim=True),
+    "low rank": lambda m: m.b @ (m.a / m.a.norm(dim=1, keepdim=True)),
+    "made from the table": lambda m: m.weight @ m.table.t() @ m.table,
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_boundary_far_below_another(weight: str, between: str) -> None:
+    """The rows of samples lie in one table with rows that all of them read."""
+    model = Derived()
+    h = BETWEEN[between](F.linear(torch.randn(N, C), WEIGHTS[weight](model)))
+    rows = torch.cat([model.table, h])
+    own = torch.stack([torch.arange(N) + 2, torch.arange(N) % 2], 1)
+    losses = rows[own].sin().square().sum((1, 2))
+    compare(losses, dict(model.named_parameters()))
+
+
+def test_what_was_computed_for_a_partition_is_not_returned_for_a_later_one() -> None:
+    """A partition, or weights, that nobody keeps may have the address of one before."""
+    model = nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.Linear(C, 2))
+    losses = model(torch.randn(N, C)).square().sum(1)
+    names, domains = dict(model.named_parameters()), torch.arange(N)
+    rows = fastdg.per_sample_gradients(losses, params=names)
+    seen = 0
+
+    def use(name: str, factor: Factor) -> None:
+        nonlocal seen
+        if not isinstance(factor, Pulled):
+            return
+        seen += 1
+        for step in range(40):
+            shuffled = (domains * (step % 3) + step) % N
+            expected = torch.stack([rows[name][shuffled == d].sum(0) for d in range(N)])
+            count = (
+                torch.bincount(shuffled, minlength=N)
+                .clamp(min=1)
+                .view(-1, *[1] * (rows[name].dim() - 1))
+            )
+            made = partition(shuffled, losses, N)
+            torch.testing.assert_close(factor.domain(made), expected / count)
+            del made
+            scaled = factor.scaled(torch.full((N,), float(step)))
+            torch.testing.assert_close(scaled.per_sample(), step * rows[name])
+            del scaled
+
+    tape_of(names).resolve(losses).collect(use, retain_graph=True)
+    assert seen
