@@ -8,7 +8,7 @@ operations and one backward of the shared part, whatever the operations are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ..domains import Partition
 from ..statistics.factors import Dense, Factor, accumulated, flat
-from .graph import output_dtypes, output_shapes
+from .graph import Graph, output_dtypes, output_shapes
 from .plain import without_autocast
 from .plan import Boundary
 
@@ -141,6 +141,8 @@ class Pull:
             found = [
                 None if g is None else g.unsqueeze(0) for g in grad([s[0] for s in stacked], False)
             ]
+        elif self.create_graph and _unbatched(edge.node for edge in outputs):
+            found = _one_by_one(grad, stacked, rows)
         else:
             found = _batched(grad, stacked, rows)
         return [
@@ -158,7 +160,26 @@ def _batched(
     try:
         return list(grad(stacked, True))
     except RuntimeError:
-        each = [grad([s[k] for s in stacked], False) for k in range(rows)]
+        return _one_by_one(grad, stacked, rows)
+
+
+def _unbatched(nodes: Iterable[Node]) -> bool:
+    """Whether some operation below has a backward that is wrong where it is batched and
+    differentiated at once: it takes its saved statistics for batched ones, and where sizes happen
+    to fit, raises nothing."""
+    return any(
+        below.name() == "NativeGroupNormBackward0"
+        for node in dict.fromkeys(nodes)
+        for below in Graph(node).nodes
+    )
+
+
+def _one_by_one(
+    grad: Callable[[Sequence[Tensor], bool], tuple[Tensor | None, ...]],
+    stacked: Sequence[Tensor],
+    rows: int,
+) -> list[Tensor | None]:
+    each = [grad([s[k] for s in stacked], False) for k in range(rows)]
     return [
         None
         if all(g is None for g in of_one)
@@ -204,16 +225,21 @@ def _backward_of(
     else:  # written in Python, or compiled: the engine is the only way in
         wanted = [slot for slot, (child, _) in enumerate(below) if child is not None]
         there = [k for k, g in enumerate(given) if g is not None]
-        made = torch.autograd.grad(
-            [GradientEdge(node, k) for k in there],
-            [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
-            [given[k] for k in there],
-            retain_graph=True,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        by_slot = dict(zip(wanted, made, strict=True))
-        results = tuple(by_slot.get(slot) for slot in range(len(below)))
+        caught: list[tuple[Tensor | None, ...]] = []
+        # What arrives at an edge may have come through another input, too; a hook sees it before
+        handle = node.register_hook(lambda inputs, outputs: caught.append(tuple(inputs)))
+        try:
+            torch.autograd.grad(
+                [GradientEdge(node, k) for k in there],
+                [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
+                [given[k] for k in there],
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        finally:
+            handle.remove()
+        (results,) = caught
     out: list[tuple[int, Tensor]] = []
     for slot in slots:
         grad = results[slot]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,55 @@ def test_what_was_computed_for_a_partition_is_not_returned_for_a_later_one() -> 
 
     tape_of(names).resolve(losses).collect(use, retain_graph=True)
     assert seen
+
+
+class Gain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gain)
+        return x * gain
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        return delta * gain, (delta * x).sum(0)
+
+
+def test_a_function_whose_other_input_comes_from_the_same_parameter() -> None:
+    model = Derived()
+    gain = model.weight[0]
+    compare(Gain.apply((torch.randn(N, C) + gain).tanh(), gain).sin().sum(1), {"w": model.weight})
+    vector = nn.Parameter(torch.randn(C))
+    h = (torch.randn(N, C) + vector).tanh()
+    compare(Gain.apply(h, vector).sin().sum(1), {"vector": vector})
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("rows", [3, 4, 6])
+def test_group_norm_in_what_is_pulled_and_differentiated(
+    samples: int, groups: int, rows: int
+) -> None:
+    """Its batched backward is wrong, without an error, where the sizes happen to fit."""
+    weight = nn.Parameter(torch.randn(6, 6))
+    domains = torch.arange(samples) % 3
+
+    def losses() -> Tensor:
+        h = F.group_norm((torch.randn(samples, 6) @ weight).unsqueeze(2).expand(-1, -1, 2), groups)
+        return (h - h.mean(0) / 2).sin().sum((1, 2)) + h.square().mean()
+
+    value = losses()
+    moments = fastdg.domain_moments(
+        value, domains, params={"w": weight}, num_domains=rows, create_graph=True
+    )
+    each = [
+        torch.autograd.grad(v, [weight], retain_graph=True, create_graph=True)[0] for v in value
+    ]
+    for d in range(samples):
+        torch.testing.assert_close(moments.mean["w"][d], each[d])
+    factor = torch.randn(samples, 6, 6)
+    (got,) = torch.autograd.grad(
+        (moments.mean["w"][:samples] * factor).sum(), [weight], retain_graph=True
+    )
+    (expected,) = torch.autograd.grad((torch.stack(each) * factor).sum(), [weight])
+    torch.testing.assert_close(got, expected)
