@@ -1,0 +1,189 @@
+"""Random models over several steps of one process, always against a loop of plain autograd.
+
+``FASTDG_FUZZ_STEPS=10000 pytest tests/gradients/fuzz`` runs more; a failure prints what makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from fuzz_operations import HEADS, OPERATIONS, C, Step, Weights
+from torch import Tensor
+
+import fastdg
+
+STEPS = 5  # of one model
+MODELS = int(os.environ.get("FASTDG_FUZZ_STEPS", "150")) // STEPS
+BEGIN = int(os.environ.get("FASTDG_FUZZ_BEGIN", "0"))
+GROUP = 10  # models in one test
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of these operations, by their place, and a head, over some steps."""
+
+    seed: int
+    operations: tuple[tuple[int, str], ...]
+    head: str
+    steps: tuple[int, ...] = tuple(range(STEPS))
+
+    @classmethod
+    def of(cls, seed: int) -> Case:
+        choice = random.Random(seed)
+        names = [choice.choice(list(OPERATIONS)) for _ in range(choice.randint(1, 5))]
+        return cls(seed, tuple(enumerate(names)), choice.choice(list(HEADS)))
+
+
+def losses_of(case: Case, weights: Weights, step: int) -> tuple[Tensor, Tensor]:
+    """Losses of one step, and domains."""
+    sizes = random.Random(f"{case.seed} {step // 2}")
+    samples, length = sizes.randint(1, 5), sizes.randint(2, 4)
+    values = random.Random(f"{case.seed} values {step}")
+    generator = torch.Generator().manual_seed(values.randrange(1 << 30))
+    h = torch.randn(samples, length, C, generator=generator)
+    with torch.no_grad():
+        weights.gate.fill_(values.choice([0.0, 0.0, 0.7]))
+    for k, p in enumerate(weights.parameters()):
+        p.requires_grad_(random.Random(f"{case.seed} frozen {step // 2} {k}").random() < 0.9)
+    weights.matrices[0].requires_grad_(True)
+    h = h @ weights.matrices[0]
+    for place, name in case.operations:
+        own = f"{case.seed} {place}"
+        made = Step(weights, random.Random(own), random.Random(f"{own} {step}"))
+        h = h + OPERATIONS[name](made, h).tanh() if place % 2 else OPERATIONS[name](made, h).sin()
+    own = f"{case.seed} head"
+    made = Step(weights, random.Random(own), random.Random(f"{own} {step}"))
+    return HEADS[case.head](made, h), torch.randint(0, 3, (samples,), generator=generator)
+
+
+def differing(case: Case) -> str | None:
+    """What is wrong first in the steps of a model, if anything."""
+    torch.manual_seed(case.seed)
+    weights = Weights()
+    for step in case.steps:
+        losses, domains = losses_of(case, weights, step)
+        try:
+            if wrong := _differing(weights, losses, domains, step % 2 == 1):
+                return f"step {step}: {wrong}"
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"step {step}: {type(error).__name__}: {error}"
+    return None
+
+
+def _differing(weights: Weights, losses: Tensor, domains: Tensor, twice: bool) -> str | None:
+    named = {name: p for name, p in weights.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    each = _one_by_one(losses, named, twice)
+    derivatives: Sequence[Tensor] = ()
+    if twice:
+        try:
+            derivatives = torch.autograd.grad(
+                _scalar([_moments(g, domains)[1] for g in each.values()]),
+                parameters,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        except NotImplementedError:  # nor has plain autograd a second derivative
+            twice, each = False, _one_by_one(losses, named, False)
+    moments = fastdg.domain_moments(
+        losses, domains, params=named, num_domains=3, create_graph=twice
+    )
+    got = fastdg.domain_gradients(losses, domains, params=named, num_domains=3)
+    squares = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in each.values()]).sum(0)
+    pairs = [(fastdg.per_sample_norms(losses, params=named), squares.sqrt(), "norms")]
+    for name, g in each.items():
+        mean, variance = _moments(g, domains)
+        if name not in got:
+            pairs.append((torch.zeros_like(mean), mean, f"{name}, left out"))
+            continue
+        pairs.append((got[name], mean, f"gradients of {name}"))
+        pairs.append((moments.mean[name], mean, f"means of {name}"))
+        pairs.append((moments.variance[name], variance, f"variances of {name}"))
+    if twice:
+        made = _scalar(
+            [moments.variance.get(n, torch.zeros(3, *p.shape)) for n, p in named.items()]
+        )
+        found = torch.autograd.grad(made, parameters, materialize_grads=True)
+        pairs += [
+            (a, b, f"derivative by {n}") for a, b, n in zip(found, derivatives, named, strict=True)
+        ]
+    for a, b, what in pairs:
+        size = max(1.0, float(b.detach().abs().max()))
+        off = float((a - b).detach().abs().max())
+        if not off <= (1e-5 if weights.rounded else 1e-8) * size:
+            return f"{what}: off by {off:.1e} of {size:.1e}"
+    return None
+
+
+def _one_by_one(losses: Tensor, named: dict[str, Tensor], twice: bool) -> dict[str, Tensor]:
+    rows = [
+        torch.autograd.grad(
+            loss,
+            list(named.values()),
+            retain_graph=True,
+            create_graph=twice,
+            materialize_grads=True,
+        )
+        for loss in losses
+    ]
+    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(named)}
+
+
+def _scalar(variances: Sequence[Tensor]) -> Tensor:
+    """Some number whose gradient tells all entries apart."""
+    total = sum(v.flatten() @ torch.linspace(0.5, 1.5, v.numel()) for v in variances)
+    zero = torch.zeros((), requires_grad=True)  # where the gradients are constants
+    return total + zero * 1
+
+
+def _moments(g: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
+    means, variances = [], []
+    for d in range(3):
+        of_one = g[domains == d]
+        centre = of_one.sum(0) / max(1, len(of_one))
+        means.append(centre)
+        variances.append((of_one - centre).square().sum(0) / max(1, len(of_one)))
+    return torch.stack(means), torch.stack(variances)
+
+
+def smallest(case: Case) -> Case:
+    """The same fault with as few operations and steps as can be."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for k in range(len(case.operations)):
+            fewer = replace(case, operations=case.operations[:k] + case.operations[k + 1 :])
+            if differing(fewer):
+                case, smaller = fewer, True
+                break
+        for k in range(len(case.steps)):
+            fewer = replace(case, steps=case.steps[:k] + case.steps[k + 1 :])
+            if differing(fewer):
+                case, smaller = fewer, True
+                break
+    return case
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("first", range(BEGIN, BEGIN + MODELS, GROUP))
+def test_random_models(first: int) -> None:
+    for seed in range(first, min(first + GROUP, BEGIN + MODELS)):
+        case = Case.of(seed)
+        if wrong := differing(case):
+            case = smallest(case)
+            pytest.fail(f"{case}: {differing(case) or wrong}")
