@@ -85,7 +85,7 @@ int64_t idle_lanes(int64_t width) {
 
 }  // namespace
 
-Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) {
+Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left) {
   for (const auto& [x, name] : {std::pair<const Tensor&, const char*>{a, "a"}, {delta, "delta"}}) {
     check_float(x, name);
     check_cpu(x, name);
@@ -110,7 +110,9 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window) 
   const int64_t O = delta.size(2);
   int64_t I = window.empty() ? a.size(2) : 0;
   // T = 1 writes rows of the output directly, which wants the lanes along I.
-  const bool on_delta = !window.empty() || (p.positions != 1 && idle_lanes(O) * I <= idle_lanes(I) * O);
+  const int64_t on_a = idle_lanes(I) * O, on_d = idle_lanes(O) * I;
+  const bool alike = on_d == on_a && (!narrow_left || I <= O);
+  const bool on_delta = !window.empty() || (p.positions != 1 && (on_d < on_a || alike));
   p.left = !window.empty() ? patches(a, window) : on_delta ? rows(a) : rows(delta);
   p.right = on_delta ? lanes(delta) : lanes(a);
   if (!window.empty()) I = p.left_width();

@@ -8,8 +8,9 @@ namespace fastdg {
 
 // g = sum_t delta[t] (x) a[t] over the rows of a [N, T, I], or over the patches of a padded convolution
 // input [N, C, *S] that window = [*kernel, *stride, *dilation] describes. The patches are the left factor;
-// of two matrices the one that fills vector lanes better is the right one.
-Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window);
+// of two matrices the one that fills vector lanes better is the right one; of two that fill them alike delta, or with
+// `narrow_left` the wider one: for who reads the left one again for each panel of the right.
+Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left = false);
 
 // Where the derivative of the problem by its factors goes.
 Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,
