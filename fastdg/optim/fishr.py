@@ -164,10 +164,14 @@ class Fishr(Annealed):
                 if grad is not None:
                     rest[p] = rest[p] + grad if p in rest else grad
         found, named = self._whole.moments(merge(parts)), _parameters(staged)
+        shares: dict[torch.dtype, Tensor] = {}
         for name, mean in found.mean.items():
-            share = found.count.to(mean.dtype) / self._whole.samples
-            weighted = share @ mean.reshape(len(share), named[name].numel())
-            accumulate(named[name], scaled(weighted.view(named[name].shape), staged))
+            if (share := shares.get(mean.dtype)) is None:
+                share = found.count.to(mean.dtype) / self._whole.samples
+                shares[mean.dtype] = share
+            p = named[name]
+            own = share @ mean.reshape(len(share), p.numel())
+            accumulate(p, scaled(own.view(p.shape), staged))
         for p, grad in self._whole.rest(rest).items():
             accumulate(p, scaled(grad / self._whole.samples, staged))
         return found
@@ -204,14 +208,16 @@ class Fishr(Annealed):
             for p in kept.keys() - set(named.values()):
                 del kept[p]
                 self.state[p].pop("fishr_ema", None)
+        rates: dict[torch.dtype, Tensor] = {}
         for name, v in variance.items():
             p = named[name]
             if p not in kept:
                 kept[p] = torch.zeros_like(v)
             elif len(kept[p]) < len(v):  # domains not seen before
                 kept[p] = rows(kept[p], len(v))
-            rate = ((1 - self.ema) * present.to(v.dtype)).view(-1, *[1] * (v.dim() - 1))
-            kept[p][: len(v)].lerp_(v, rate)
+            if (rate := rates.get(v.dtype)) is None:
+                rate = rates[v.dtype] = (1 - self.ema) * present.to(v.dtype)
+            kept[p][: len(v)].lerp_(v, rate.view(-1, *[1] * (v.dim() - 1)))
 
     def _new(self) -> loading.Kept:
         if self.ema is None or self.num_domains is None:
