@@ -284,7 +284,7 @@ class Pulled(Factor):
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         def compute() -> list[tuple[Tensor, Tensor]]:
             means = [accumulated(g) for g in self.pull.domain(partition, self.scale)]
-            share = partition.count.clamp(min=1).reciprocal()[partition.domains]
+            share = partition.count.double().clamp(min=1).reciprocal()[partition.domains]
             spread = [torch.zeros_like(mean) for mean in means]
             for rows, number in self._samples():
                 domain = partition.domains[number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -86,3 +87,28 @@ def test_single_precision(make: Callable[[], nn.Module], backend: str) -> None:
             assert error <= limit * size, f"{kind} of {name}: {error / size:.1e}"
             if "variance" in kind:
                 assert bool((got[kind][name] >= 0).all())
+
+
+@pytest.mark.parametrize("kind", ["node by node", "mixed samples", "by a rule"])
+def test_a_float64_model_beside_a_float32_default(kind: str) -> None:
+    """Counts are integers: a share made of them alone would have the default dtype's precision."""
+    assert torch.get_default_dtype() == torch.float32
+    x, domains = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 2, 0, 1, 2, 0])
+    if kind == "node by node":
+        model: nn.Module = nn.EmbeddingBag(7, 3)
+        given = torch.arange(30).view(6, 5) % 7
+    else:
+        norm = nn.BatchNorm1d(3) if kind == "mixed samples" else nn.LayerNorm(3)
+        model, given = nn.Sequential(nn.Linear(4, 3), norm, nn.Tanh()), x
+    losses = (model.double()(given) * x[:, :3]).sum(1)
+    named = dict(model.named_parameters())
+    rows = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "params: .* take one call of autograd", UserWarning)
+        moments = fastdg.domain_moments(losses, domains, params=model)
+    for name, of_one in zip(named, zip(*rows, strict=True), strict=True):
+        g = torch.stack(of_one)
+        for d in range(D):
+            mean, variance = g[domains == d].mean(0), g[domains == d].var(0, correction=0)
+            torch.testing.assert_close(moments.mean[name][d], mean, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(moments.variance[name][d], variance, rtol=1e-12, atol=1e-14)
