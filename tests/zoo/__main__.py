@@ -1,0 +1,85 @@
+"""Run all of the zoo, or the cases whose names hold one of the words given, and write the table.
+
+OMP_NUM_THREADS=1 python tests/zoo [WORD ...]
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+import zoo_modules
+import zoo_oracle
+import zoo_report
+import zoo_transformers
+import zoo_vision
+from zoo_cases import Case
+
+LIMIT = 60  # seconds a case
+
+
+def row_of(case: Case, training: bool) -> dict[str, Any]:
+    """What became of a case: its result, why it was refused, or why it is not here."""
+    row: dict[str, Any] = {"family": case.family, "name": case.name}
+    row["mode"] = "train" if training else "eval"
+    start = time.perf_counter()
+    signal.alarm(LIMIT)
+    try:
+        result = zoo_oracle.run(case, training)
+        row |= result._asdict() | {"wrong": result.wrong}
+    except zoo_oracle.NotHere as error:
+        row["not here"] = brief(error)
+    except TimeoutError:
+        row["not here"] = f"more than {LIMIT} seconds"
+    except Exception as error:
+        row["refused"] = f"{type(error).__name__}: {brief(error)}"
+    finally:
+        signal.alarm(0)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def brief(error: Exception) -> str:
+    """The first line, not too long."""
+    return next(iter(str(error).splitlines()), "")[:160]
+
+
+def late(*_: object) -> None:
+    raise TimeoutError
+
+
+def main(words: list[str]) -> int:
+    """All cases that hold a word; the table is written."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, late)
+    start = time.perf_counter()
+    cases = [*zoo_modules.cases(), *zoo_transformers.cases(), *zoo_vision.cases()]
+    wanted = [c for c in cases if not words or any(w in f"{c.family} {c.name}" for w in words)]
+    rows = []
+    for k, case in enumerate(wanted):
+        for training in (True, False):
+            row = row_of(case, training)
+            rows.append(row)
+            told = row.get("not here") or row.get("refused") or f"{row['worst']:.0e}"
+            line = (
+                f"{k + 1}/{len(wanted)} {zoo_report.name(row)}: {zoo_report.outcome(row)}, {told}"
+            )
+            print(line, f"{time.perf_counter() - start:.0f} s", flush=True)
+    results = {
+        "machine": zoo_report.machine(),
+        "tolerance": zoo_oracle.TOLERANCE,
+        "floor": zoo_oracle.FLOOR,
+        "rows": rows,
+    }
+    print("\n".join(zoo_report.summary(rows)))
+    zoo_report.write(results, not words)
+    return int(any(zoo_report.outcome(row) in ("wrong", "refused") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

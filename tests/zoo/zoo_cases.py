@@ -1,0 +1,101 @@
+"""What a case of the zoo is: how a model is made, its inputs, and the losses of its samples."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+N = 6
+
+
+class Case(NamedTuple):
+    """A model of the zoo.
+
+    Attributes:
+        family: ``"torch.nn"``, ``"timm"``, ``"torchvision"`` or ``"transformers"``.
+        name: of the model, within its family.
+        make: returns the model and a function that runs it, in the mode it then is in, and returns
+            one output with ``axis`` for its samples.
+        axis: where the samples are in the output.
+    """
+
+    family: str
+    name: str
+    make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]
+    axis: int = 0
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def each_of(names: tuple[str, ...], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same settings for several models."""
+    return dict.fromkeys(names, settings)
+
+
+def losses_of(output: Tensor, axis: int) -> Tensor:
+    """Squared distance of each sample's outputs to fixed random targets: ``[N]``."""
+    if output.shape[axis] != N:
+        raise ValueError(f"output: expected {N} samples in {tuple(output.shape)}")
+    rows = output.movedim(axis, 0).reshape(N, -1)
+    generator = torch.Generator().manual_seed(2)
+    target = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+    return (rows - target).square().mean(1)
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The first tensor of floats in what a model returns."""
+    found = first_tensor(output)
+    if found is None:
+        raise ValueError("output: expected a tensor of floats, got none")
+    return found
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The first tensor of floats with a graph, or None."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.requires_grad else None
+    parts = output.values() if hasattr(output, "values") else output
+    if not isinstance(output, (list, tuple)) and not hasattr(output, "values"):
+        return None
+    return next((t for t in map(first_tensor, parts) if t is not None), None)
+
+
+@cache
+def torchvision_can_be_imported() -> bool:
+    """Whether `import torchvision` works here, after what it misses is defined.
+
+    Where its compiled part does not fit the torch that is here, two ops that it looks up at import
+    are not there. timm imports it, and uses neither.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = Path(spec.submodule_search_locations[0])
+    try:
+        for library in folder.glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        define_ops()
+    importlib.import_module("torchvision")
+    return True
+
+
+def define_ops() -> None:
+    """The two ops, where nobody has defined them yet."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _defined.append(library)
+
+
+_defined: list[Any] = []  # for as long as this module lives

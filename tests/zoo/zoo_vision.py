@@ -1,0 +1,141 @@
+"""Families of timm and torchvision: a small model of each, with random weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo_cases import Case, N, each_of, tensor_of, torchvision_can_be_imported, words
+
+# One of nearly every family, the small ones first: where time is short, the large ones are not run.
+TIMM = words(
+    "test_vit test_vit_relpos test_resnet test_convnext test_convnext2 test_byobnet "
+    "test_efficientnet test_efficientnet_evos test_nfnet test_mambaout beit_base_patch16_224 "
+    "deit_tiny_patch16_224 eva02_tiny_patch14_224 cait_xxs24_224 vit_relpos_small_patch16_224 "
+    "swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_ns_224 davit_tiny "
+    "focalnet_tiny_srf samvit_base_patch16 hiera_tiny_224 twins_svt_small twins_pcpvt_small "
+    "tnt_s_legacy_patch16_224 xcit_nano_12_p16_224 convmixer_768_32 mixer_s32_224 resmlp_12_224 "
+    "gmlp_ti16_224 volo_d1_224 mvitv2_tiny convit_tiny lcnet_050 mobilenetv3_small_050 "
+    "tinynet_e mobilevit_xxs mobilevitv2_050 ghostnet_050 repghostnet_050 edgenext_xx_small "
+    "dla46x_c ese_vovnet19b_slim_dw efficientvit_b0 efficientvit_m0 mnasnet_small "
+    "mobilenetv4_conv_small regnetx_002 regnety_002 cspnext_tiny cs3darknet_focus_s iformer_t "
+    "fasternet_t0 starnet_s050 lcnetv2_small swiftformer_xs efficientformerv2_s0 "
+    "inception_next_atto fastvit_t8 convnext_atto convnextv2_atto pvt_v2_b0 mobileone_s1 "
+    "repvit_m0_9 pit_ti_224 tiny_vit_5m_224 cpubone_nano shvit_s1 efficientvim_m1 rexnet_100 "
+    "coat_tiny levit_128s hardcorenas_b hgnetv2_b0 crossvit_9_240 densenet121 dpn68 "
+    "botnet26t_256 visformer_tiny coatnet_pico_rw_224 resnetv2_18 legacy_seresnet18 skresnet18 "
+    "hrnet_w18_small poolformer_s12 efficientformer_l1 gcvit_xxtiny lambda_resnet26t"
+)
+# Most vision transformers are made thinner and shallower.
+SHALLOW = {"depths": (1, 1, 1, 1)}
+THIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+OWN: dict[str, dict[str, Any]] = {
+    **each_of(
+        ("beit_base_patch16_224", "deit_tiny_patch16_224", "eva02_tiny_patch14_224",
+         "cait_xxs24_224", "vit_relpos_small_patch16_224", "samvit_base_patch16",
+         "xcit_nano_12_p16_224"),
+        THIN,
+    ),
+    **each_of(
+        ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"),
+        {"embed_dim": 24, "num_heads": (1, 2, 4, 8), **SHALLOW},
+    ),
+    "davit_tiny": {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), **SHALLOW},
+    "focalnet_tiny_srf": {"embed_dim": 24, **SHALLOW},
+    "hiera_tiny_224": {"embed_dim": 24, "stages": (1, 1, 2, 1)},
+    "twins_svt_small": {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), **SHALLOW},
+    "twins_pcpvt_small": {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), **SHALLOW},
+    "tnt_s_legacy_patch16_224": {"depth": 2, "embed_dim": 48},
+    "convmixer_768_32": {"depth": 2, "dim": 32},
+    **each_of(("mixer_s32_224", "resmlp_12_224", "gmlp_ti16_224"),
+                    {"num_blocks": 2, "embed_dim": 48}),
+    "volo_d1_224": {"layers": (1, 1, 1, 1), "embed_dims": (24, 48, 48, 48),
+                    "num_heads": (2, 4, 4, 4)},
+    "mvitv2_tiny": {"embed_dim": 24, **SHALLOW},
+    "convit_tiny": {"depth": 12, "embed_dim": 48},
+}  # fmt: skip
+TORCHVISION = words(
+    "squeezenet1_1 shufflenet_v2_x0_5 mnasnet0_5 mobilenet_v3_small mobilenet_v2 "
+    "efficientnet_b0 regnet_x_400mf regnet_y_400mf densenet121 googlenet resnet18 "
+    "lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large s3d mc3_18 swin_t convnext_tiny "
+    "resnet50"
+)
+VIDEO = {"s3d": (16, 64), "mc3_18": (8, 32)}  # frames, and their size
+# Of those that go down by 32, what is left is then 2 x 2.
+SIZES = (64, 96, 128, 224, 256)
+LARGEST = 13_000_000  # parameters: the gradients of all samples are held in float64
+
+
+def first_that_runs(make: Callable[[int], nn.Module]) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model and images of the smallest size that it takes."""
+    reason: Exception | None = None
+    for size in SIZES:
+        try:
+            model = make(size)
+            too_large(model)
+            x = torch.randn(N, 3, size, size)
+            with torch.no_grad():
+                model.eval()(x[:2])
+        except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:  # noqa: PERF203
+            reason = reason or error
+        else:
+            return model, partial(run_on, model, x)
+    raise ValueError(f"takes none of the sizes {SIZES}: {reason}")
+
+
+def run_on(model: nn.Module, x: Tensor) -> Tensor:
+    return tensor_of(model(x))
+
+
+def too_large(model: nn.Module) -> None:
+    count = sum(p.numel() for p in model.parameters())
+    if count > LARGEST:
+        raise TooLarge(f"{count / 1e6:.0f} million parameters")
+
+
+class TooLarge(Exception):
+    """A model of more parameters than the zoo takes."""
+
+
+def from_timm(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    torchvision_can_be_imported()
+    timm = importlib.import_module("timm")
+
+    def make(size: int) -> nn.Module:
+        try:
+            return timm.create_model(name, num_classes=5, img_size=size, **OWN.get(name, {}))
+        except TypeError:  # a model for images of any size
+            return timm.create_model(name, num_classes=5, **OWN.get(name, {}))
+
+    return first_that_runs(make)
+
+
+def from_torchvision(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    if not torchvision_can_be_imported():
+        raise ModuleNotFoundError("No module named 'torchvision'")
+    models = importlib.import_module("torchvision.models")
+    given: dict[str, Any] = {"weights": None, "num_classes": 5}
+    if name == "googlenet":
+        given["init_weights"] = False
+    if name.endswith("v3_large"):
+        given["weights_backbone"] = None
+
+    if name not in VIDEO:
+        return first_that_runs(lambda size: models.get_model(name, **given))
+    model = models.get_model(name, **given)
+    too_large(model)
+    frames, size = VIDEO[name]
+    x = torch.randn(N, 3, frames, size, size)
+    return model, lambda: tensor_of(model(x))
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    out = [Case("timm", name, partial(from_timm, name)) for name in TIMM]
+    return out + [
+        Case("torchvision", name, partial(from_torchvision, name)) for name in TORCHVISION
+    ]
