@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Graph, holds_samples, output_shapes
-from .provenance import Found, Output, Owner, Unclear, completed, compressed, follows, probe
+from .provenance import UNREAD, Found, Output, Owner, Unclear, completed, follows, probe, same
 from .rules import Served, Use, serve
 from .structure import structure
 
@@ -68,11 +68,6 @@ class Boundary:
     mixed: bool
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two maps agree where both know the sample."""
-    return bool(((a == b) | (a < 0) | (b < 0)).all())
-
-
 @dataclass
 class Plan:
     """How the parameters of all graphs of one signature are served.
@@ -85,9 +80,10 @@ class Plan:
             are known by position and number of the output.
         dynamic: whether values choose or mix rows above a use, so that the next graph of the same
             signature may be another.
-        zero: whether a gradient was zero everywhere at a use, so that its samples are not known:
-            its own gradients may not be zero.
-        silent: whether a gradient that was zero, there or in part, left something unknown.
+        zero: whether a gradient was zero at a use, everywhere or in rows that no pattern fills, so
+            that its samples are not known: its own gradients may not be zero.
+        silent: whether a gradient that was zero or unreadable, at least in part, left something
+            unknown.
     """
 
     places: dict[int, list[Place]] = field(default_factory=dict)
@@ -120,8 +116,9 @@ class Planner:
         losses: ``[N]``.
         graph: below them.
         parameters: those to serve.
-        past_zero: look for boundaries above operations whose output gradient is zero everywhere,
-            too. Zero is right for every sample, but its derivative is not.
+        past_zero: look for boundaries above operations whose output gradient is zero, everywhere
+            or in rows that no pattern fills, too. Zero is right for every sample, but its
+            derivative is not.
     """
 
     def __init__(
@@ -134,6 +131,7 @@ class Planner:
     ) -> None:
         self.losses, self.graph, self.parameters = losses, graph, parameters
         self.past_zero = past_zero
+        self.unread = False  # whether a boundary lies higher, since a probe could not read rows
         self.found: Found = {}
         root = losses.grad_fn
         assert root is not None
@@ -193,10 +191,12 @@ class Planner:
             made.dynamic = not self._by_structure(_nodes(found))
         uses = _nodes(found)
         at_uses = [value for out, value in self.found.items() if out.node in uses]
-        made.zero = Unclear(mixes=False) in at_uses
-        made.silent = made.zero or (
-            made.dynamic and any(isinstance(v, Owner) and bool((v.ids < 0).any()) for v in at_uses)
+        made.dynamic |= self.unread  # the next graph may be readable
+        made.zero = Unclear(mixes=False) in at_uses or (
+            made.dynamic and any(self._lost(value, zero=True) for value in at_uses)
         )
+        unknown = any(isinstance(v, Owner) and bool((v.ids < 0).any()) for v in at_uses)
+        made.silent = made.zero or self.unread or (made.dynamic and unknown)
         for node in uses:
             for nr in range(len(output_shapes(node))):
                 if isinstance(owner := self.found.get(Output(node, nr)), Owner):
@@ -259,7 +259,7 @@ class Planner:
     def _agree(self, out: Output, seen: Tensor, ids: Tensor) -> bool:
         """Whether what was probed fits these owners. It may be of whole rows, or columns, with a
         single entry that is not zero; then the entries themselves decide."""
-        return _same(seen, ids) or follows(self.losses, out, ids)
+        return same(seen, ids) or follows(self.losses, out, ids)
 
     def _mixes(self, node: Node | None, nr: int) -> bool:
         """Whether the samples meet below a tensor; they only share it if it was made without."""
@@ -290,7 +290,32 @@ class Planner:
             if shape is not None and (output := Output(node, nr)) not in self.found
         ]
         if outputs:
-            self.found.update(probe(self.losses, self.graph, outputs))
+            found = probe(self.losses, self.graph, outputs)
+            self.found.update(found | self._settled(found))
+
+    def _lost(self, value: Owner | Unclear | None, zero: bool) -> bool:
+        """Whether the sample of some rows, also of such as are ``zero``, stays unknown."""
+        if not isinstance(value, Owner) or not bool((value.ids < 0).any()):
+            return False
+        ids = completed(value.ids, len(self.losses))
+        return bool((ids < 0).any() if zero else (ids == UNREAD).any())
+
+    def _settled(self, found: Found) -> Found:
+        """For gradients with rows that no probe can read and no pattern fills: the owners by
+        structure, or none, so that a boundary is looked for above."""
+        lost = {out: value for out, value in found.items() if self._lost(value, self.past_zero)}
+        owners = structure(self.losses, self.graph, {out.node for out in lost}) if lost else None
+        made: Found = {}
+        for out, value in lost.items():
+            assert isinstance(value, Owner)
+            unread = bool((value.ids == UNREAD).any())
+            made[out] = Unclear(mixes=unread)
+            if owners is not None and (ids := owners.get(out)) is not None:
+                ids = ids.to(self.losses.device)
+                if self._agree(out, value.ids, ids):
+                    made[out], unread = Owner(ids), False
+            self.unread |= unread
+        return made
 
     def _clean(self, node: Node) -> bool:
         """Whether no entry of a gradient at its outputs mixes samples."""
@@ -305,7 +330,7 @@ class Planner:
         value = self.found.get(Output(node, nr))
         if not isinstance(value, Owner):
             return None
-        return completed(compressed(value.ids), len(self.losses))
+        return completed(value.ids, len(self.losses))
 
     def _boundaries(
         self, leaf: Node, through: set[Node], passed: set[Node]

@@ -9,7 +9,7 @@ entry. An entry whose mantissa has changed depends on several samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from .plain import without_autocast
 _SMALL = 1 << 16  # entries of a gradient that are looked at one by one
 # Powers of two that a loss can be scaled by without overflow or underflow of common gradients
 _BASE = {torch.float16: 8, torch.bfloat16: 128, torch.float32: 128, torch.float64: 1024}
+_TARGET = {False: 0, True: 8}  # exponent of the largest gradient, without and with float16
+UNREAD = -2
 
 
 class Output(NamedTuple):
@@ -40,7 +42,7 @@ class Owner:
 
     Attributes:
         ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so that its
-            sample is unknown.
+            sample is unknown; `UNREAD` where it is not zero, but too small or not finite.
     """
 
     ids: Tensor
@@ -60,8 +62,8 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
     """The `Owner` of each output gradient, or the reason why there is none.
 
     Runs ``1 + ceil(log_base N)`` backwards that compute no gradient below ``outputs``; base is 128
-    in float32. Where gradients are far from 1, a further one finds a power of two to begin with.
-    The graph is kept.
+    in float32. Where gradients are far from 1, a further one finds a power of two to begin with;
+    where they are far from each other, the faint ones are read at another power. The graph is kept.
 
     Args:
         losses: ``[N]``.
@@ -77,43 +79,89 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
     digits = max(1, math.ceil(math.log(max(samples, 2), base) - 1e-9))
     number = torch.arange(samples, device=losses.device)
     half = any(dtype == torch.float16 for node in graph.nodes for dtype in output_dtypes(node))
-    start = torch.ones_like(losses)
-    first = _profiles(losses, graph, outputs, start)
+    one = torch.ones_like(losses)
+
+    def scaled(shift: int, looked_at: Sequence[Output]) -> list[list[Tensor] | None]:
+        weight = torch.ldexp(one, torch.full_like(number, shift))
+        return _profiles(losses, graph, looked_at, weight)
+
+    def read(
+        shift: int, looked_at: Sequence[Output], first: Sequence[list[Tensor] | None]
+    ) -> list[_Reading | None]:
+        readings = [None if profile is None else _Reading(profile, half) for profile in first]
+        for digit in range(digits):
+            exponent = (number // base**digit) % base - base // 2 + shift
+            second = _profiles(losses, graph, looked_at, torch.ldexp(one, exponent))
+            for reading, profile in zip(readings, second, strict=True):
+                if reading is not None and profile is not None:
+                    reading.digit(profile, base, base**digit)
+        return readings
+
+    shift, unscaled = 0, scaled(0, outputs)
+    first = unscaled
     for _ in range(3):
-        if not (shift := _shift(first, half)):
+        if not (more := _shift(first, half)):
             break
-        start = torch.ldexp(start, torch.full_like(number, shift))
-        first = _profiles(losses, graph, outputs, start)
-    read = [_Reading.of(profile, half) for profile in first]
-    for digit in range(digits):
-        exponent = (number // base**digit) % base - base // 2
-        second = _profiles(losses, graph, outputs, torch.ldexp(start, exponent))
-        for reading, profile in zip(read, second, strict=True):
-            if reading is not None and profile is not None:
-                reading.digit(profile, base, base**digit)
+        shift += more
+        first = scaled(shift, outputs)
+    found = {
+        out: reading
+        for out, reading in zip(outputs, read(shift, outputs, first), strict=True)
+        if reading is not None
+    }
+    raw = {out: profile for out, profile in zip(outputs, unscaled, strict=True) if profile}
+    for _ in range(3):
+        faint = {
+            out: size
+            for out, reading in found.items()
+            if out in raw and (size := reading.faint(raw[out], samples))
+        }
+        if not faint:
+            break
+        shift = _TARGET[half] - math.frexp(max(faint.values()))[1]
+        again = read(shift, list(faint), scaled(shift, list(faint)))
+        for out, reading in zip(faint, again, strict=True):
+            if reading is not None:
+                found[out].add(reading)
     return {
-        out: None if reading is None else reading.result(samples)
-        for out, reading in zip(outputs, read, strict=True)
+        out: found[out].result(raw.get(out), samples, partial(follows, losses, out))
+        if out in found
+        else None
+        for out in outputs
     }
 
 
 def follows(losses: Tensor, output: Output, ids: Tensor) -> bool:
     """Whether each entry of an output gradient belongs to the sample that ``ids``, broadcastable to
-    it, says; -1 for none. Takes two backwards."""
-    exponent = torch.arange(len(losses), device=losses.device) % 7 - 3
-    grads = []
-    for weight in (torch.ones_like(losses), torch.ldexp(torch.ones_like(losses), exponent)):
-        with without_autocast(losses):
-            grad: Any
-            (grad,) = torch.autograd.grad(
-                losses, [GradientEdge(*output)], weight, retain_graph=True, allow_unused=True
-            )
-        if grad is None:
-            return True
-        grads.append((grad.to_dense() if grad.is_sparse else grad).detach())
-    scale = torch.where(ids >= 0, torch.ldexp(torch.ones(()), exponent[ids.clamp(min=0)]), 0)
-    expected = grads[0] * scale.to(grads[0].dtype)
-    return torch.allclose(grads[1], expected, rtol=1e-2, atol=0, equal_nan=True)
+    it, says; -1 for none, `UNREAD` for any. Takes ``1 + ceil(log_7 N)`` backwards."""
+    number = torch.arange(len(losses), device=losses.device)
+    one, known = torch.ones_like(losses), ids.clamp(min=0)
+    first = _gradient(losses, output, one)
+    weight = 1
+    while first is not None and weight < max(len(losses), 2):
+        exponent = number // weight % 7 - 3
+        second = _gradient(losses, output, torch.ldexp(one, exponent))
+        assert second is not None
+        scale = torch.where(ids >= 0, torch.exp2(exponent[known].float()), 0).to(first.dtype)
+        expected = torch.where(ids == UNREAD, second, first * scale)
+        if not torch.allclose(second, expected, rtol=1e-2, atol=0, equal_nan=True):
+            return False
+        weight *= 7
+    return True
+
+
+def _gradient(losses: Tensor, output: Output, weight: Tensor) -> Tensor | None:
+    grad: Any
+    with without_autocast(losses):
+        (grad,) = torch.autograd.grad(
+            losses, [GradientEdge(*output)], weight, retain_graph=True, allow_unused=True
+        )
+    return None if grad is None else (grad.to_dense() if grad.is_sparse else grad).detach()
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two maps agree where both know the sample."""
+    return bool(((a == b) | (a < 0) | (b < 0)).all())
 
 
 class _Reading:
@@ -123,18 +171,14 @@ class _Reading:
         self.profile, self.half = profile, half
         self.there = [torch.isfinite(x) & (x != 0) for x in profile]
         self.ids: list[Tensor | None] = [torch.zeros_like(x, dtype=torch.int64) for x in profile]
-        self.zero = not any(bool((x != 0).any()) for x in profile)
-
-    @classmethod
-    def of(cls, profile: list[Tensor] | None, half: bool) -> _Reading | None:
-        return None if profile is None else cls(profile, half)
+        self.seen = [x != 0 for x in profile]
 
     def digit(self, scaled: list[Tensor], base: int, weight: int) -> None:
         """Read one digit of each entry's sample from the gradient of the scaled losses."""
         for k, (a, b, there) in enumerate(zip(self.profile, scaled, self.there, strict=True)):
             if (ids := self.ids[k]) is None:
                 continue
-            self.zero = self.zero and not bool((b != 0).any())
+            self.seen[k] = self.seen[k] | (b != 0)
             # Below the smallest normal number bits are lost, and nothing can be read
             tiny = torch.finfo(torch.float16 if self.half else a.dtype).tiny
             floor = tiny * (16 if self.half else 4096)
@@ -143,15 +187,52 @@ class _Reading:
             value = None if bool(appeared.any()) else _exponents(a, b, there, base, self.half)
             self.ids[k] = None if value is None else ids + value * weight
 
-    def result(self, samples: int) -> Owner | Unclear:
-        if self.zero:
+    def add(self, other: _Reading) -> None:
+        """Take over what another reading, at another power of two, could read."""
+        for k, (ids, more) in enumerate(zip(self.ids, other.ids, strict=True)):
+            if ids is not None and more is not None:
+                self.ids[k] = torch.where(self.there[k], ids, more)
+                self.there[k] = self.there[k] | other.there[k]
+
+    def faint(self, raw: list[Tensor], samples: int) -> float:
+        """The largest finite size that could not be read; ``raw`` is the unscaled profile."""
+        if not (readable := self._readable(samples)):
+            return 0.0
+        k = readable[0]
+        size = torch.where(self.there[k] | ~torch.isfinite(raw[k]), 0, raw[k])
+        return float(size.max()) if size.numel() else 0.0
+
+    def _readable(self, samples: int) -> list[int]:
+        """The profiles whose entries do not mix samples, the best first. A large gradient hides
+        the small ones that it is summed with: where single entries were read, they decide."""
+        found = [
+            k
+            for k, (ids, there) in enumerate(zip(self.ids, self.there, strict=True))
+            if ids is not None and not bool(((ids >= samples) & there).any())
+        ]
+        if 2 in found:
+            entries = self._known(2, -1)
+            found = [k for k in found if same(self._known(k, -1), entries)]
+        return found
+
+    def _known(self, k: int, unknown: Tensor | int) -> Tensor:
+        ids = self.ids[k]
+        assert ids is not None
+        return torch.where(self.there[k], ids, unknown)
+
+    def result(
+        self, raw: list[Tensor] | None, samples: int, fits: Callable[[Tensor], bool]
+    ) -> Owner | Unclear:
+        """``fits`` tells by the gradient's entries whether these owners are right."""
+        seen = self.seen
+        if raw is not None:
+            seen = [now | (before != 0) for now, before in zip(seen, raw, strict=True)]
+        if not any(bool(x.any()) for x in seen):
             return Unclear(mixes=False)
-        for ids, there in zip(self.ids, self.there, strict=True):
-            if ids is not None and not bool(((ids >= samples) & there).any()):
-                if not bool(there.any()):
-                    return Unclear(mixes=False)
-                return Owner(torch.where(there, ids, -1))
-        return Unclear(mixes=True)
+        found = [self._known(k, torch.where(seen[k], UNREAD, -1)) for k in self._readable(samples)]
+        if len(found) == len(self.profile) == 2 and samples > 1:
+            found = [ids for ids in found if fits(ids)]
+        return Owner(found[0]) if found else Unclear(mixes=True)
 
 
 def _profiles(
@@ -227,7 +308,7 @@ def _shift(profiles: Sequence[list[Tensor] | None], half: bool) -> int:
     if largest in (0.0, math.inf):
         return 0
     exponent = math.frexp(largest)[1]
-    target, window = (8, 3) if half else (0, 30)
+    target, window = _TARGET[half], 3 if half else 30
     return target - exponent if abs(target - exponent) > window else 0
 
 
@@ -249,20 +330,21 @@ def compressed(ids: Tensor) -> Tensor:
         if ids.shape[dim] == 1:
             continue
         most = ids.amax(dim, keepdim=True)
-        if bool(((ids == most) | (ids < 0)).all()):
+        if bool(((ids == most) | (ids == -1)).all()):
             ids = most
     return ids
 
 
 def completed(ids: Tensor, samples: int) -> Tensor:
-    """Fill in the samples of rows without gradient, -1, where a regular pattern fits the others:
-    whatever they are, nothing is added there."""
+    """Drop dimensions as in `compressed`, and fill in the samples of rows that are not known where
+    a regular pattern fits the others: where they are without gradient nothing is added there."""
+    ids = compressed(ids)
     unknown = ids < 0
     count = ids.numel()
-    if count % samples or not bool(unknown.any()):
+    if count % samples or not bool(unknown.any()) or bool(unknown.all()):
         return ids
     place = torch.arange(count, device=ids.device).view(ids.shape)
     for regular in (place // (count // samples), place % samples):
         if bool(((ids == regular) | unknown).all()):
-            return regular
+            return compressed(regular)
     return ids
