@@ -171,14 +171,15 @@ class _Reading:
         self.profile, self.half = profile, half
         self.there = [torch.isfinite(x) & (x != 0) for x in profile]
         self.ids: list[Tensor | None] = [torch.zeros_like(x, dtype=torch.int64) for x in profile]
-        self.seen = [x != 0 for x in profile]
+        self.scaled: list[list[Tensor]] = []
+        self.readable: list[int] | None = None
 
     def digit(self, scaled: list[Tensor], base: int, weight: int) -> None:
         """Read one digit of each entry's sample from the gradient of the scaled losses."""
+        self.scaled.append(scaled)
         for k, (a, b, there) in enumerate(zip(self.profile, scaled, self.there, strict=True)):
             if (ids := self.ids[k]) is None:
                 continue
-            self.seen[k] = self.seen[k] | (b != 0)
             # Below the smallest normal number bits are lost, and nothing can be read
             tiny = torch.finfo(torch.float16 if self.half else a.dtype).tiny
             floor = tiny * (16 if self.half else 4096)
@@ -189,6 +190,7 @@ class _Reading:
 
     def add(self, other: _Reading) -> None:
         """Take over what another reading, at another power of two, could read."""
+        self.readable = None
         for k, (ids, more) in enumerate(zip(self.ids, other.ids, strict=True)):
             if ids is not None and more is not None:
                 self.ids[k] = torch.where(self.there[k], ids, more)
@@ -196,15 +198,17 @@ class _Reading:
 
     def faint(self, raw: list[Tensor], samples: int) -> float:
         """The largest finite size that could not be read; ``raw`` is the unscaled profile."""
-        if not (readable := self._readable(samples)):
-            return 0.0
-        k = readable[0]
-        size = torch.where(self.there[k] | ~torch.isfinite(raw[k]), 0, raw[k])
-        return float(size.max()) if size.numel() else 0.0
+        for k in self._readable(samples)[:1]:
+            if not bool(self.there[k].all()):
+                size = torch.where(self.there[k] | ~torch.isfinite(raw[k]), 0, raw[k])
+                return float(size.max())
+        return 0.0
 
     def _readable(self, samples: int) -> list[int]:
-        """The profiles whose entries do not mix samples, the best first. A large gradient hides
-        the small ones that it is summed with: where single entries were read, they decide."""
+        """The profiles whose entries do not mix samples. A large gradient hides the small ones that
+        it is summed with: where single entries were read, they decide."""
+        if self.readable is not None:
+            return self.readable
         found = [
             k
             for k, (ids, there) in enumerate(zip(self.ids, self.there, strict=True))
@@ -212,7 +216,9 @@ class _Reading:
         ]
         if 2 in found:
             entries = self._known(2, -1)
-            found = [k for k in found if same(self._known(k, -1), entries)]
+            first = next(k for k in found if k == 2 or same(self._known(k, -1), entries))
+            found = [first]
+        self.readable = found
         return found
 
     def _known(self, k: int, unknown: Tensor | int) -> Tensor:
@@ -220,16 +226,25 @@ class _Reading:
         assert ids is not None
         return torch.where(self.there[k], ids, unknown)
 
+    def _owners(self, k: int, raw: list[Tensor] | None) -> Tensor:
+        if bool(self.there[k].all()):
+            return self._known(k, -1)
+        return self._known(k, torch.where(self._seen(k, raw), UNREAD, -1))
+
+    def _seen(self, k: int, raw: list[Tensor] | None) -> Tensor:
+        """Where a gradient is not zero, at one power of two at least."""
+        seen = self.profile[k] != 0
+        for profile in [*self.scaled, *([raw] if raw is not None else [])]:
+            seen = seen | (profile[k] != 0)
+        return seen
+
     def result(
         self, raw: list[Tensor] | None, samples: int, fits: Callable[[Tensor], bool]
     ) -> Owner | Unclear:
         """``fits`` tells by the gradient's entries whether these owners are right."""
-        seen = self.seen
-        if raw is not None:
-            seen = [now | (before != 0) for now, before in zip(seen, raw, strict=True)]
-        if not any(bool(x.any()) for x in seen):
+        if not bool(self._seen(0, raw).any()):
             return Unclear(mixes=False)
-        found = [self._known(k, torch.where(seen[k], UNREAD, -1)) for k in self._readable(samples)]
+        found = [self._owners(k, raw) for k in self._readable(samples)]
         if len(found) == len(self.profile) == 2 and samples > 1:
             found = [ids for ids in found if fits(ids)]
         return Owner(found[0]) if found else Unclear(mixes=True)
