@@ -71,14 +71,17 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
         outputs: where to look.
     """
     samples = losses.shape[0]
+    through = {dtype for node in graph.nodes for dtype in output_dtypes(node) if dtype in _BASE}
+    half = torch.float16 in through
     dtypes = {dtype for out in outputs for dtype in output_dtypes(out.node) if dtype in _BASE}
-    dtypes.add(losses.dtype)
+    dtypes |= {losses.dtype} | through - {torch.float16}
     # No larger than needed: the smaller the powers, the smaller the gradients that can be read
     most = 1 << max(1, (samples - 1).bit_length())
     base = min(most, *(_BASE.get(dtype, 8) for dtype in dtypes))
     digits = max(1, math.ceil(math.log(max(samples, 2), base) - 1e-9))
     number = torch.arange(samples, device=losses.device)
-    half = any(dtype == torch.float16 for node in graph.nodes for dtype in output_dtypes(node))
+    # Below the smallest normal number of any operation above bits are lost, and nothing can be read
+    floor = max(torch.finfo(dtype).tiny for dtype in through | dtypes) * (16 if half else 4096)
     one = torch.ones_like(losses)
 
     def scaled(shift: int, looked_at: Sequence[Output]) -> list[list[Tensor] | None]:
@@ -88,7 +91,9 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
     def read(
         shift: int, looked_at: Sequence[Output], first: Sequence[list[Tensor] | None]
     ) -> list[_Reading | None]:
-        readings = [None if profile is None else _Reading(profile, half) for profile in first]
+        readings = [
+            None if profile is None else _Reading(profile, half, floor) for profile in first
+        ]
         for digit in range(digits):
             exponent = (number // base**digit) % base - base // 2 + shift
             second = _profiles(losses, graph, looked_at, torch.ldexp(one, exponent))
@@ -167,8 +172,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 class _Reading:
     """What is known of one output gradient, in each of its profiles."""
 
-    def __init__(self, profile: list[Tensor], half: bool) -> None:
-        self.profile, self.half = profile, half
+    def __init__(self, profile: list[Tensor], half: bool, floor: float) -> None:
+        self.profile, self.half, self.floor = profile, half, floor
         self.there = [torch.isfinite(x) & (x != 0) for x in profile]
         self.ids: list[Tensor | None] = [torch.zeros_like(x, dtype=torch.int64) for x in profile]
         self.scaled: list[list[Tensor]] = []
@@ -180,9 +185,7 @@ class _Reading:
         for k, (a, b, there) in enumerate(zip(self.profile, scaled, self.there, strict=True)):
             if (ids := self.ids[k]) is None:
                 continue
-            # Below the smallest normal number bits are lost, and nothing can be read
-            tiny = torch.finfo(torch.float16 if self.half else a.dtype).tiny
-            floor = tiny * (16 if self.half else 4096)
+            floor = max(self.floor, torch.finfo(a.dtype).tiny * 4096)
             there = self.there[k] = there & torch.isfinite(b) & (a >= floor) & (b >= floor)
             appeared = (a == 0) & (b >= floor * 2.0 ** (base // 2)) & torch.isfinite(b)
             value = None if bool(appeared.any()) else _exponents(a, b, there, base, self.half)

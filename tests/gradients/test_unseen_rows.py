@@ -48,6 +48,17 @@ def test_samples_of_very_different_size(scale: tuple[float, ...]) -> None:
     compare(losses_of(layer, scale), layer.weight)
 
 
+@pytest.mark.parametrize("seed", [8, 11, 27])
+def test_rows_that_a_narrower_dtype_above_has_rounded(seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = nn.Parameter(torch.randn(6, 5))
+    rows = (torch.randn(40, 5) @ weight.t()).index_select(0, torch.randperm(40))
+    scale = 10 ** torch.empty(20).uniform_(-30, 30).float()
+    each = rows.float().sin().sum(1)
+    losses = torch.zeros(20, dtype=torch.float32).index_add(0, torch.randint(20, (40,)), each)
+    compare(losses * scale, weight)
+
+
 def test_two_rows_of_which_one_cannot_be_read() -> None:
     layer = nn.Linear(3, 3).float()
     rows = layer(torch.randn(2, 3, dtype=torch.float32)).index_select(0, torch.tensor([1, 0]))
