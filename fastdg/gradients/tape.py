@@ -248,8 +248,8 @@ class Tape:
             else f"no rule knows how {', '.join(where)} uses them"
         )
         advice = (
-            "Batch norm in training mixes samples: eval() on the norms, or one forward for each "
-            "domain with final=False, makes it fast"
+            "One forward for each domain with final=False makes it fast, and so does eval() on the "
+            "norms where a batch norm in training mixes them"
             if mixed
             else "fastdg.explain(losses, params=...) shows the price of each"
         )
