@@ -31,10 +31,8 @@ def row_of(case: Case, training: bool) -> dict[str, Any]:
     try:
         result = zoo_oracle.run(case, training)
         row |= result._asdict() | {"wrong": result.wrong}
-    except zoo_oracle.NotHere as error:
+    except (zoo_oracle.NotHere, TimeoutError) as error:
         row["not here"] = brief(error)
-    except TimeoutError:
-        row["not here"] = f"more than {LIMIT} seconds"
     except Exception as error:
         row["refused"] = f"{type(error).__name__}: {brief(error)}"
     finally:
@@ -49,7 +47,7 @@ def brief(error: Exception) -> str:
 
 
 def late(*_: object) -> None:
-    raise TimeoutError
+    raise TimeoutError(f"more than {LIMIT} seconds")
 
 
 def main(words: list[str]) -> int:
@@ -60,24 +58,20 @@ def main(words: list[str]) -> int:
     start = time.perf_counter()
     cases = [*zoo_modules.cases(), *zoo_transformers.cases(), *zoo_vision.cases()]
     wanted = [c for c in cases if not words or any(w in f"{c.family} {c.name}" for w in words)]
+    settings = {"models": len(cases), "tolerance": zoo_oracle.TOLERANCE, "floor": zoo_oracle.FLOOR}
+    known = {(case.family, case.name) for case in cases}
     rows = []
     for k, case in enumerate(wanted):
         for training in (True, False):
             row = row_of(case, training)
             rows.append(row)
+            zoo_report.add(row, settings, known)
             told = row.get("not here") or row.get("refused") or f"{row['worst']:.0e}"
             line = (
                 f"{k + 1}/{len(wanted)} {zoo_report.name(row)}: {zoo_report.outcome(row)}, {told}"
             )
             print(line, f"{time.perf_counter() - start:.0f} s", flush=True)
-    results = {
-        "machine": zoo_report.machine(),
-        "tolerance": zoo_oracle.TOLERANCE,
-        "floor": zoo_oracle.FLOOR,
-        "rows": rows,
-    }
     print("\n".join(zoo_report.summary(rows)))
-    zoo_report.write(results, not words)
     return int(any(zoo_report.outcome(row) in ("wrong", "refused") for row in rows))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastdg.files import locked
+
 HERE = Path(__file__).parent
 COMMAND = "OMP_NUM_THREADS=1 python tests/zoo"
 HEAD = """# The zoo
@@ -29,9 +31,11 @@ whose names hold one of them and replaces their rows. `test_zoo.py` runs a few.
 The error of a statistic of a parameter is the norm of the difference, relative to the norm of that
 parameter's per-sample gradients (to its square for a variance), or to {floor:g} of the largest such
 norm of the model where that is more: a bias before a batch norm has a gradient of nothing but
-rounding. *small* counts the parameters of which this is so. A case is wrong where an error is above
-{tolerance:g}. *rules* counts the parameters served by a rule, *pulled* by a rule and a backward of
-what makes the tensor, *slow* by a call of autograd for each domain or each sample.
+rounding. *small* counts the parameters of which this is so, whose comparison is less sharp. In
+timm and torchvision, parameters that start at zero or nearly, as layer scales, are drawn: they
+would hide what lies below them. A case is wrong where an error is above {tolerance:g}. *rules*
+counts the parameters served by a rule, *pulled* by a rule and a backward of what makes the tensor,
+*slow* by a call of autograd for each domain or each sample.
 """
 
 
@@ -75,6 +79,9 @@ def render(results: dict[str, Any]) -> str:
         )
     ]
     parts += ["## Summary", "", *summary(rows), ""]
+    ran = len({(row["family"], row["name"]) for row in rows})
+    if ran < results["models"]:
+        parts.append(f"{results['models'] - ran} of the {results['models']} models were not run.\n")
     parts.append(", ".join(f"{k} {v}" for k, v in results["machine"].items()) + ".\n")
     for title, key in (("Refused", "refused"), ("Not here", "not here")):
         some = [f"- {name(row)}: {row[key]}" for row in rows if outcome(row) == key]
@@ -82,7 +89,7 @@ def render(results: dict[str, Any]) -> str:
             parts += [f"## {title}", "", *some, ""]
     parts += ["## All", "", "| model | mode | parameters | rules | pulled | slow | small | error |",
               "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in rows:
+    for row in sorted(rows, key=name):
         if outcome(row) in ("right", "wrong"):
             counts = (row[k] for k in ("parameters", "rules", "pulled", "slow", "small"))
             error = f"{row['worst']:.0e}" + (f" **wrong**: {row['where']}" if row["wrong"] else "")
@@ -114,13 +121,18 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(results: dict[str, Any], whole: bool) -> None:
-    """Both files; where not all was run, beside the rows of the other cases that are there."""
+def add(new: dict[str, Any], settings: dict[str, Any], known: set[tuple[str, str]]) -> None:
+    """Replace or add the row of a case, in both files; several runs may do so at once.
+
+    Rows of models that are not ``known`` any more, by family and name, are dropped.
+    """
     path = HERE / "results.json"
-    if not whole and path.exists():
-        old = json.loads(path.read_text())["rows"]
-        new = {name(row): row for row in results["rows"]}
-        rows = [new.pop(name(row), row) for row in old]
-        results = results | {"rows": rows + list(new.values())}
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "README.md").write_text(render(results))
+    with locked(path):
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [row for row in rows if (row["family"], row["name"]) in known]
+        names = [name(row) for row in rows]
+        k = names.index(name(new)) if name(new) in names else len(rows)
+        rows[k : k + 1] = [new]
+        results = {"machine": machine(), **settings, "rows": rows}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (HERE / "README.md").write_text(render(results))

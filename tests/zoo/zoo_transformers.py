@@ -79,7 +79,8 @@ IMAGE = words(
 OWN: dict[str, dict[str, Any]] = {
     **each_of(
         ("convnext", "convnextv2", "focalnet"),
-        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 4, "embed_dim": 8},
+        {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "patch_size": 4, "embed_dim": 8,
+         "num_hidden_layers": None},
     ),
     **each_of(
         ("bit", "resnet", "regnet"),
@@ -158,7 +159,8 @@ def from_both(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def from_image(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    return made(kind, pixel_values=torch.randn(N, 3, PIXELS, PIXELS))
+    size, *_ = OWN.get(kind, {}).get("image_size", [PIXELS])
+    return made(kind, pixel_values=torch.randn(N, 3, size, size))
 
 
 def cases() -> list[Case]:
