@@ -1,8 +1,8 @@
 """What every test relies on: a fixed seed, poisoned scratch memory, data where there is some."""
 
-import importlib.util
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch.autograd import Variable
 
+sys.path.append(str(Path(__file__).parent))  # tests are no package (import-mode=importlib)
+
+from torchvision_ops import fit_torchvision
+
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import: kernels then run on CPU tensors, interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,28 +24,7 @@ if not torch.cuda.is_available():
     torch.use_deterministic_algorithms(True)
 
 
-def _fit_torchvision() -> Any:
-    """Let `import torchvision` work beside a torch that its compiled part was not built for.
-
-    Python looks up two of its ops at import; timm and transformers import it for their models,
-    which use neither.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    try:
-        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-            torch.ops.load_library(library)
-            return None
-    except OSError:
-        pass
-    ops = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return ops
-
-
-_torchvision_ops = _fit_torchvision()  # for as long as it lives
+fit_torchvision()
 
 
 @pytest.fixture(autouse=True)

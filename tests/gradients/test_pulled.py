@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
+from functions import Scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,25 +109,13 @@ def test_what_was_computed_for_a_partition_is_not_returned_for_a_later_one() -> 
     assert seen
 
 
-class Gain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        return x * gain
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain = ctx.saved_tensors
-        return delta * gain, (delta * x).sum(0)
-
-
 def test_a_function_whose_other_input_comes_from_the_same_parameter() -> None:
     model = Derived()
     gain = model.weight[0]
-    compare(Gain.apply((torch.randn(N, C) + gain).tanh(), gain).sin().sum(1), {"w": model.weight})
+    compare(Scale.apply((torch.randn(N, C) + gain).tanh(), gain).sin().sum(1), {"w": model.weight})
     vector = nn.Parameter(torch.randn(C))
     h = (torch.randn(N, C) + vector).tanh()
-    compare(Gain.apply(h, vector).sin().sum(1), {"vector": vector})
+    compare(Scale.apply(h, vector).sin().sum(1), {"vector": vector})
 
 
 @pytest.mark.parametrize("samples", [2, 3])

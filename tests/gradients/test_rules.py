@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functions import Scale
 from oracle import DOMAINS, NUM_DOMAINS, SLOW, assert_close, assert_statistics, scalar_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -245,18 +246,6 @@ def test_rules_hold_no_graph(batches: bool) -> None:
 
 
 # -- rules of users --
-
-
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gain):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, gain)
-        return x * gain
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, gain = ctx.saved_tensors
-        return grad * gain, (grad * x).sum(0)
 
 
 @pytest.fixture

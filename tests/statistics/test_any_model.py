@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from functions import Scale
 from oracle import DOMAINS, SLOW, assert_close, assert_statistics, one_by_one, trainable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -417,17 +418,6 @@ def test_checkpoints_inside_others() -> None:
 
 
 def test_custom_function() -> None:
-    class Scale(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, gain):  # type: ignore[no-untyped-def]
-            ctx.save_for_backward(x, gain)
-            return x * gain
-
-        @staticmethod
-        def backward(ctx, grad):  # type: ignore[no-untyped-def]
-            x, gain = ctx.saved_tensors
-            return grad * gain, (grad * x).sum(0)
-
     class Gain(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -67,35 +63,3 @@ def first_tensor(output: Any) -> Tensor | None:
     if not isinstance(output, (list, tuple)) and not hasattr(output, "values"):
         return None
     return next((t for t in map(first_tensor, parts) if t is not None), None)
-
-
-@cache
-def torchvision_can_be_imported() -> bool:
-    """Whether `import torchvision` works here, after what it misses is defined.
-
-    Where its compiled part does not fit the torch that is here, two ops that it looks up at import
-    are not there. timm imports it, and uses neither.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    folder = Path(spec.submodule_search_locations[0])
-    try:
-        for library in folder.glob("_C*.so"):
-            torch.ops.load_library(library)
-    except OSError:
-        define_ops()
-    importlib.import_module("torchvision")
-    return True
-
-
-def define_ops() -> None:
-    """The two ops, where nobody has defined them yet."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _defined.append(library)
-
-
-_defined: list[Any] = []  # for as long as this module lives

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from oracle import one_by_one, trainable
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from zoo_cases import Case, losses_of
@@ -62,19 +63,6 @@ class InFloat64(TorchFunctionMode):
         return func(*args, **{k: torch.float64 if a is torch.float32 else a for k, a in given})
 
 
-def one_by_one(losses: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """Per-sample gradients ``[N, *shape]``; zeros where a sample has none."""
-    rows = [
-        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for loss in losses
-    ]
-
-    def dense(row: Tensor | None, like: Tensor) -> Tensor:
-        return torch.zeros_like(like) if row is None else row.to_dense()
-
-    return [torch.stack([dense(row[k], p) for row in rows]) for k, p in enumerate(parameters)]
-
-
 def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int]:
     """How many parameters are served by rules, pulled, and slow."""
     rules = pulled = slow = 0
@@ -99,8 +87,7 @@ def error_of(got: Tensor, expected: Tensor, size: float) -> float:
 def compare(losses: Tensor, model: nn.Module) -> tuple[float, str, int, int]:
     """The largest relative error and where, how many parameters have gradients, and how many of
     these are below the floor."""
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    truth = dict(zip(parameters, one_by_one(losses, list(parameters.values())), strict=True))
+    truth = one_by_one(losses, trainable(model))
     if not all(bool(g.isfinite().all()) for g in truth.values()):
         raise NotHere("plain autograd's gradients are not finite")
     with warnings.catch_warnings():

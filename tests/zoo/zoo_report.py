@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastdg.experiments.machine import processor
 from fastdg.files import locked
 
 HERE = Path(__file__).parent
@@ -45,17 +46,7 @@ def machine() -> dict[str, str]:
     for name in ("timm", "torchvision", "transformers"):
         here = importlib.util.find_spec(name)
         versions[name] = importlib.metadata.version(name) if here else "not installed"
-    return {"processor": processor(), **versions}
-
-
-def processor() -> str:
-    """Its name, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, 1 thread" if names else platform.machine()
+    return {"processor": f"{processor()}, 1 thread", **versions}
 
 
 def outcome(row: dict[str, Any]) -> str:

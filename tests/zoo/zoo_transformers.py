@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_cases import Case, N, each_of, tensor_of, torchvision_can_be_imported, words
+from zoo_cases import Case, N, each_of, tensor_of, words
 
 VOCABULARY, TOKENS, PIXELS = 40, 8, 32
 # What configurations call the same things; a model is given those that its configuration has.
@@ -124,7 +124,6 @@ def can_be_set(config: Any, name: str) -> bool:
 
 def small(kind: str, size: int = PIXELS) -> Any:
     """A small configuration of a kind."""
-    torchvision_can_be_imported()
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     known = transformers.AutoConfig.for_model(kind)

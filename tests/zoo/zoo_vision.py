@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo_cases import Case, N, each_of, tensor_of, torchvision_can_be_imported, words
+from zoo_cases import Case, N, each_of, tensor_of, words
 
 # One of nearly every family, the small ones first: where time is short, the large ones are not run.
 TIMM = words(
@@ -116,7 +116,6 @@ class TooLarge(Exception):
 
 
 def from_timm(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    torchvision_can_be_imported()
     timm = importlib.import_module("timm")
 
     def make(size: int) -> nn.Module:
@@ -134,8 +133,6 @@ def from_timm(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def from_torchvision(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    if not torchvision_can_be_imported():
-        raise ModuleNotFoundError("No module named 'torchvision'")
     models = importlib.import_module("torchvision.models")
     given: dict[str, Any] = {"weights": None, "num_classes": 5}
     if name == "googlenet":

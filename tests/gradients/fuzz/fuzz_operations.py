@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from functions import Scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -93,18 +93,6 @@ def _folded(s: Step, h: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         order = s.order(n * t)
         return run(h.reshape(n * t, c)[order])[order.argsort()].view(n, t, c)
     return torch.stack([run(part) for part in h.unbind(1)], 1)
-
-
-class Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gain)
-        return x * gain
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain = ctx.saved_tensors
-        return delta * gain, (delta * x).flatten(0, -2).sum(0)
 
 
 def _attention(s: Step, h: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from fuzz_operations import HEADS, OPERATIONS, C, Step, Weights
+from oracle import one_by_one
 from torch import Tensor
 
 import fastdg
@@ -79,7 +79,7 @@ def differing(case: Case) -> str | None:
 def _differing(weights: Weights, losses: Tensor, domains: Tensor, twice: bool) -> str | None:
     named = {name: p for name, p in weights.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    each = _one_by_one(losses, named, twice)
+    each = one_by_one(losses, named, twice)
     derivatives: Sequence[Tensor] = ()
     if twice:
         try:
@@ -90,7 +90,7 @@ def _differing(weights: Weights, losses: Tensor, domains: Tensor, twice: bool) -
                 materialize_grads=True,
             )
         except NotImplementedError:  # nor has plain autograd a second derivative
-            twice, each = False, _one_by_one(losses, named, False)
+            twice, each = False, one_by_one(losses, named, False)
     moments = fastdg.domain_moments(
         losses, domains, params=named, num_domains=3, create_graph=twice
     )
@@ -119,20 +119,6 @@ def _differing(weights: Weights, losses: Tensor, domains: Tensor, twice: bool) -
         if not off <= (1e-5 if weights.rounded else 1e-8) * size:
             return f"{what}: off by {off:.1e} of {size:.1e}"
     return None
-
-
-def _one_by_one(losses: Tensor, named: dict[str, Tensor], twice: bool) -> dict[str, Tensor]:
-    rows = [
-        torch.autograd.grad(
-            loss,
-            list(named.values()),
-            retain_graph=True,
-            create_graph=twice,
-            materialize_grads=True,
-        )
-        for loss in losses
-    ]
-    return {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(named)}
 
 
 def _scalar(variances: Sequence[Tensor]) -> Tensor:
@@ -170,16 +156,7 @@ def smallest(case: Case) -> Case:
     return case
 
 
-@pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
-
-
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", range(BEGIN, BEGIN + MODELS, GROUP))
 def test_random_models(first: int) -> None:
     for seed in range(first, min(first + GROUP, BEGIN + MODELS)):
