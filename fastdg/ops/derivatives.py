@@ -3,12 +3,13 @@
 ``torch.library.register_autograd`` serves autograd and ``torch.compile``. The transforms of
 ``torch.func`` and forward-mode differentiation do not see what is registered there: inside them
 an op is called through a `torch.autograd.Function` of the same formulas. So it is in eager code,
-where the way through the dispatcher takes longer than a small op does.
+where the way through the dispatcher takes longer than a small op does: by another one, as torch
+binds the arguments of those with a ``setup_context`` to their signature, which takes as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ _EAGER: dict[str, type[torch.autograd.Function]] = {}
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give op ``name``, which returns tensors and no lists of them, a derivative; ``setup`` and
     ``backward`` as in ``register_autograd``."""
-    _EAGER[name] = _eager(name, *_register(name, setup, backward))
+    _EAGER[name] = _register(name, setup, backward)
 
 
 def _register(
     name: str, setup: Callable[..., None], backward: Callable[..., Any]
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Register a derivative; returns both functions on the backend of the forward."""
+) -> type[torch.autograd.Function]:
+    """Register a derivative; returns the function for eager code."""
 
     def setup_here(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.backend = forced_backend()
@@ -46,8 +47,8 @@ def _register(
     torch.library.register_autograd(
         f"fastdg::{name}", backward_there, setup_context=setup_here, lib=library
     )
-    _FUNCTIONS[name] = _function(name, setup_here, backward_there)
-    return setup_here, backward_there
+    eager, _FUNCTIONS[name] = _functions(name, setup_here, backward_there)
+    return eager
 
 
 def not_differentiable(name: str, instead: str) -> None:
@@ -72,15 +73,12 @@ def call(name: str, *args: Any) -> Any:
                 f"fastdg::{name} changes its arguments: call it outside the transforms of "
                 "torch.func and outside forward-mode differentiation"
             )
-        flat, spec = pytree.tree_flatten(args)
-        return _FUNCTIONS[name].apply(spec, *flat)
+        return _applied(_FUNCTIONS[name], args)
     if _plain(args):
         if not torch.is_grad_enabled():
             return OPS[name](*args)
         if name in _EAGER:
-            sizes = [_tensors(arg) for arg in args]
-            flat = [x for arg, n in zip(args, sizes, strict=True) for x in (arg if n else [arg])]
-            return _EAGER[name].apply(*flat, sizes)
+            return _applied(_EAGER[name], args)
     op = getattr(torch.ops.fastdg, name)
     if torch.compiler.is_compiling():
         return op(*args)
@@ -111,72 +109,65 @@ def _tensors(arg: Any) -> int:
     return len(arg) if isinstance(arg, list) and arg and isinstance(arg[0], Tensor) else 0
 
 
-def _eager(
+def _applied(function: type[torch.autograd.Function], args: Sequence[Any]) -> Any:
+    """``function`` of the arguments, lists of tensors one by one, and of `_tensors` of each."""
+    sizes = tuple(_tensors(arg) for arg in args)
+    flat = [x for arg, n in zip(args, sizes, strict=True) for x in (arg if n else [arg])]
+    return function.apply(*flat, sizes)
+
+
+def _gathered(given: Sequence[Any]) -> tuple[list[Any], Sequence[int]]:
+    """From what `_applied` gives, the arguments and `_tensors` of each."""
+    *flat, sizes = given
+    rest = iter(flat)
+    return [[next(rest) for _ in range(n)] if n else next(rest) for n in sizes], sizes
+
+
+def _functions(
     name: str, setup: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    """Op ``name`` on its arguments, lists of tensors one by one, and `_tensors` of each."""
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """Op ``name`` for eager code, and for transforms; to be `_applied`."""
+
+    class Derivative(torch.autograd.Function):
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            flat: list[Any] = []
+            for found, n in zip(backward(ctx, *grads), ctx.sizes, strict=True):
+                each = isinstance(found, (list, tuple))
+                flat += (found if each else [found] * n) if n else [None if each else found]
+            return (*flat, None)
 
     def forward(ctx: Any, *given: Any) -> Any:
-        *flat, sizes = given
-        rest = iter(flat)
-        args = [[next(rest) for _ in range(n)] if n else next(rest) for n in sizes]
+        args, ctx.sizes = _gathered(given)
         output = OPS[name](*args)
-        ctx.sizes = sizes
         setup(ctx, args, output)
         return output
 
-    def backward_flat(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        flat: list[Any] = []
-        for found, n in zip(backward(ctx, *grads), ctx.sizes, strict=True):
-            each = isinstance(found, (list, tuple))
-            flat += (found if each else [found] * n) if n else [None if each else found]
-        return (*flat, None)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_flat)}
-    # Its node is called as that of `register_autograd`, so that rules know both
-    title = f"GeneratedBackwardFor_fastdg_{name}_default"
-    return type(title, (torch.autograd.Function,), methods)
-
-
-def _function(
-    name: str, setup: Callable[..., None], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
-    """Op ``name`` on arguments that `torch.utils._pytree` has flattened."""
-
-    class Function(torch.autograd.Function):
+    class Transformed(Derivative):
         @staticmethod
-        def forward(spec: pytree.TreeSpec, *flat: Any) -> Any:
-            output = getattr(torch.ops.fastdg, name)(*pytree.tree_unflatten(flat, spec))
+        def forward(*given: Any) -> Any:
+            output = getattr(torch.ops.fastdg, name)(*_gathered(given)[0])
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            spec, *flat = inputs
-            args = pytree.tree_unflatten(flat, spec)
-            ctx.leaves = [len(pytree.tree_leaves(arg)) for arg in args]
+            args, ctx.sizes = _gathered(inputs)
             setup(ctx, args, output)
 
         @staticmethod
-        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            flat: list[Any] = [None]
-            for found, leaves in zip(backward(ctx, *grads), ctx.leaves, strict=True):
-                flat += found if isinstance(found, (list, tuple)) else [found] * leaves
-            return tuple(flat)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[Any, ...], spec: Any, *flat: Any) -> tuple[Any, Any]:
+        def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
             rows = [
-                Function.apply(
-                    spec,
+                Transformed.apply(
                     *(
-                        x if d is None else x.select(d, i)
-                        for x, d in zip(flat, in_dims[1:], strict=True)
-                    ),
+                        x.select(d, i) if isinstance(d, int) else x
+                        for x, d in zip(given, in_dims, strict=True)
+                    )
                 )
                 for i in range(info.batch_size)
             ]
             output = pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
             return output, pytree.tree_map(lambda part: 0, output)
 
-    Function.__name__ = name
-    return Function
+    # Its node is called as that of `register_autograd`, so that rules know both
+    title = f"GeneratedBackwardFor_fastdg_{name}_default"
+    return type(title, (Derivative,), {"forward": staticmethod(forward)}), Transformed

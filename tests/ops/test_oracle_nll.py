@@ -206,3 +206,17 @@ def test_every_instruction_set(isa: str) -> None:
             assert got[0].stride() == x.stride()
     finally:
         cpp.set_instruction_set(before)
+
+
+@pytest.mark.parametrize("asked", range(3), ids=["features", "oracle", "bias"])
+def test_one_gradient_inside_of_a_transform(asked: int) -> None:
+    """As outside of it: which arguments want a gradient is told by their places."""
+    given = [torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(4)]
+    x = given[asked].clone().requires_grad_()
+
+    def total(x: Tensor) -> Tensor:
+        return ops.oracle_nll(*given[:asked], x, *given[asked + 1 :]).sum()
+
+    (expected,) = torch.autograd.grad(total(x), x)
+    assert float(expected.norm()) > 0.1
+    torch.testing.assert_close(torch.func.grad(total)(given[asked]), expected)
