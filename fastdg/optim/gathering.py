@@ -146,13 +146,17 @@ class _Small:
         self.entries = 0
         self.made: dict[Tensor, list[Tensor]] = {}
 
-    def add(self, p: Tensor, factor: Dense) -> None:
+    def takes(self, p: Tensor, factor: Factor) -> bool:
+        """Whether these gradients are small, and are in `rows` then."""
+        if not isinstance(factor, Dense) or factor.grads[:1].numel() > SMALL:
+            return False
         if self.waiting and self.waiting[0][1].grads.dtype != factor.grads.dtype:
             self._flush()
         self.waiting.append((p, factor))
         self.entries += factor.grads.numel()
         if self.entries > WAITING:
             self._flush()
+        return True
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
         """Parameter -> its E gradients."""
@@ -187,8 +191,7 @@ class Swept(Own):
         parts, small = self.batch.partition, _Small(self.batch.partition)
 
         def rows(p: Tensor, factor: Factor) -> list[Tensor]:
-            if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
-                small.add(p, factor)
+            if small.takes(p, factor):
                 return []  # for its place among the parameters
             return list(factor.domain(parts).unbind())
 
@@ -203,8 +206,7 @@ class Swept(Own):
         parts, small = self.batch.partition, _Small(self.batch.partition)
 
         def combined(p: Tensor, factor: Factor) -> Agreement | None:
-            if isinstance(factor, Dense) and factor.grads[:1].numel() <= SMALL:
-                small.add(p, factor)
+            if small.takes(p, factor):
                 return None
             return factor.agreement(parts, weights, threshold, steepness)
 
