@@ -82,7 +82,7 @@ std::vector<int64_t> output_shape(const Outer& p, const Partition& partition, co
 
 std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, const Tensor& order,
                                          const Tensor& offsets, Window window) {
-  const Outer p = outer_problem(a, delta, window, true);
+  const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, output_shape(p, partition, delta));
   Tensor variance = allocate(a, output_shape(p, partition, delta));
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
 
 Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, const Tensor& offsets,
                     Window window) {
-  const Outer p = outer_problem(a, delta, window, true);
+  const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, output_shape(p, partition, delta));
   run(p, partition, floats(mean), nullptr);

@@ -18,7 +18,8 @@ from ..statistics.factors import Factor, total
 from .errors import in_words
 from .graph import Graph, output_shapes
 from .plain import without_autocast
-from .plan import Place, Plan, Planner
+from .plan import Place, Plan
+from .planner import Planner
 from .pulled import Part, Pull, Pulled
 from .reading import Reader
 from .release import release

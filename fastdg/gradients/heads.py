@@ -14,7 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 from .engine import Forward
 from .graph import Graph, output_dtypes, output_shapes, signed
 from .layout import Layout, lead
-from .plan import MOVES, Planner
+from .plan import MOVES
+from .planner import Planner
 
 _ELEMENTWISE = ("AddBackward0", "MulBackward0", "SubBackward0", "DivBackward0")
 _KEPT = 64

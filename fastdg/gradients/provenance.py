@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,42 +19,13 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ..carried import continued
 from .graph import Graph, output_dtypes
+from .owners import UNREAD, Found, Output, Owner, Unclear, same
 from .plain import without_autocast
 
 _SMALL = 1 << 16  # entries of a gradient that are looked at one by one
 # Powers of two that a loss can be scaled by without overflow or underflow of common gradients
 _BASE = {torch.float16: 8, torch.bfloat16: 128, torch.float32: 128, torch.float64: 1024}
 _TARGET = {False: 0, True: 8}  # exponent of the largest gradient, without and with float16
-UNREAD = -2
-
-
-class Output(NamedTuple):
-    """Output ``nr`` of the operation behind ``node``."""
-
-    node: Node
-    nr: int
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The sample of each entry of an output gradient.
-
-    Attributes:
-        ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so that its
-            sample is unknown; `UNREAD` where it is not zero, but too small or not finite.
-    """
-
-    ids: Tensor
-
-
-class Unclear(NamedTuple):
-    """Why an output gradient has no `Owner`: it ``mixes`` samples, or it is zero everywhere."""
-
-    mixes: bool
-
-
-# None: no gradient arrives there at all
-Found = dict[Output, Owner | Unclear | None]
 
 
 def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
@@ -162,11 +132,6 @@ def _gradient(losses: Tensor, output: Output, weight: Tensor) -> Tensor | None:
             losses, [GradientEdge(*output)], weight, retain_graph=True, allow_unused=True
         )
     return None if grad is None else (grad.to_dense() if grad.is_sparse else grad).detach()
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two maps agree where both know the sample."""
-    return bool(((a == b) | (a < 0) | (b < 0)).all())
 
 
 class _Reading:
@@ -340,29 +305,3 @@ def _exponents(a: Tensor, b: Tensor, there: Tensor, base: int, half: bool) -> Te
     value = exponent.long() + base // 2
     bad = ((torch.ldexp(ratio, -exponent) - 1).abs() > slack) | (value < 0) | (value >= base)
     return None if bool((bad & there).any()) else torch.where(there, value, 0)
-
-
-def compressed(ids: Tensor) -> Tensor:
-    """Drop dimensions along which the sample does not change, where it is known."""
-    for dim in range(ids.dim()):
-        if ids.shape[dim] == 1:
-            continue
-        most = ids.amax(dim, keepdim=True)
-        if bool(((ids == most) | (ids == -1)).all()):
-            ids = most
-    return ids
-
-
-def completed(ids: Tensor, samples: int) -> Tensor:
-    """Drop dimensions as in `compressed`, and fill in the samples of rows that are not known where
-    a regular pattern fits the others: where they are without gradient nothing is added there."""
-    ids = compressed(ids)
-    unknown = ids < 0
-    count = ids.numel()
-    if count % samples or not bool(unknown.any()) or bool(unknown.all()):
-        return ids
-    place = torch.arange(count, device=ids.device).view(ids.shape)
-    for regular in (place // (count // samples), place % samples):
-        if bool(((ids == regular) | unknown).all()):
-            return compressed(regular)
-    return ids

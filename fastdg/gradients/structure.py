@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from .carry import CARRY, Ids, Unknown
 from .graph import Graph, output_shapes
-from .provenance import Output
+from .owners import Output
 
 
 def structure(losses: Tensor, graph: Graph, uses: Iterable[Node]) -> Mapping[Output, Ids] | None:

@@ -12,7 +12,7 @@ from oracle import DOMAINS, SLOW, assert_close, assert_statistics, one_by_one, t
 from torch import Tensor, nn
 
 import fastdg
-from fastdg.gradients import engine, plan
+from fastdg.gradients import engine, planner
 
 N = 6
 
@@ -21,13 +21,13 @@ N = 6
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Filled with the number of outputs that each probe looks at; no plan is remembered before."""
     seen: list[int] = []
-    probe = plan.probe
+    probe = planner.probe
 
     def counted(losses: Tensor, graph: object, outputs: list[object]) -> object:
         seen.append(len(outputs))
         return probe(losses, graph, outputs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(plan, "probe", counted)
+    monkeypatch.setattr(planner, "probe", counted)
     monkeypatch.setattr(engine, "_plans", OrderedDict())
     return seen
 

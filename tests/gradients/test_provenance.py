@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdg.gradients.graph import Graph
-from fastdg.gradients.provenance import (
-    Found,
-    Output,
-    Owner,
-    Unclear,
-    completed,
-    compressed,
-    probe,
-)
+from fastdg.gradients.owners import Found, Output, Owner, Unclear, completed, compressed
+from fastdg.gradients.provenance import probe
 
 
 def found_at(losses: Tensor, *tensors: Tensor) -> list[Owner | Unclear | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdg
-from fastdg.gradients import engine, plan, rules
+from fastdg.gradients import engine, planner, rules
 from fastdg.gradients.rules import RULES
 
 N = 6
@@ -214,7 +214,7 @@ def test_the_universal_way_and_autograd(name: str, monkeypatch: pytest.MonkeyPat
 def test_every_rule_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rule serves in some of the cases above, but those that a CPU never needs."""
     used: set[tuple[str, int]] = set()
-    serve = plan.serve
+    serve = planner.serve
 
     def seen(use: rules.Use) -> rules.Served | None:
         served = serve(use)
@@ -222,7 +222,7 @@ def test_every_rule_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
             used.add((use.node.name(), use.slot))
         return served
 
-    monkeypatch.setattr(plan, "serve", seen)
+    monkeypatch.setattr(planner, "serve", seen)
     monkeypatch.setattr(engine, "_plans", OrderedDict())
     for name in USES:
         model, losses_of = model_of(name)

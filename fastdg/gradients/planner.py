@@ -1,0 +1,315 @@
+"""Finds how each parameter of a graph is served: where it meets samples, and by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .graph import Graph, holds_samples, output_shapes
+from .owners import UNREAD, Found, Output, Owner, Unclear, completed, same
+from .plan import COPIES, MOVES, Boundary, Place, Plan
+from .provenance import follows, probe
+from .rules import Served, Use, serve
+from .structure import structure
+
+
+def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:
+    return dict.fromkeys(node for of_one in found.values() for node, _, _ in of_one)
+
+
+class Planner:
+    """Finds the boundaries of parameters.
+
+    A boundary of a parameter is the first operation on a way from it to the losses whose output
+    gradient belongs to samples entry by entry. What lies below is shared by the samples, or mixes
+    them: it is linear in the gradients that arrive at its boundaries.
+
+    Args:
+        losses: ``[N]``.
+        graph: below them.
+        parameters: those to serve.
+        past_zero: look for boundaries above operations whose output gradient is zero, everywhere
+            or in rows that no pattern fills, too. Zero is right for every sample, but its
+            derivative is not.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        graph: Graph,
+        parameters: Sequence[Tensor],
+        *,
+        past_zero: bool = False,
+    ) -> None:
+        self.losses, self.graph, self.parameters = losses, graph, parameters
+        self.past_zero = past_zero
+        self.unread = False  # whether a boundary lies higher, since a probe could not read rows
+        self.found: Found = {}
+        root = losses.grad_fn
+        assert root is not None
+        self.root = root
+        own = Owner(torch.arange(losses.shape[0], device=losses.device))
+        self.found[Output(root, losses.output_nr)] = own
+
+    def boundaries(self) -> dict[int, list[tuple[Node, int, bool]]]:
+        """Position of a parameter -> ``(node, slot, direct)`` of its boundaries; direct: nothing
+        but moves and casts lies between. Probes as far as needed."""
+        leaves = {
+            i: leaf
+            for i, p in enumerate(self.parameters)
+            if (leaf := self.graph.leaves.get(id(p))) is not None
+        }
+        first = dict.fromkeys(node for leaf in leaves.values() for node, _ in self._readers(leaf))
+        beyond = {reader: None for node in first for reader, _ in self._beyond(node)}
+        self._probe(first | beyond)
+        stay = [node for node in first | beyond if not self._clean(node)]
+        if mixed := [node for node in stay if node.name() not in COPIES]:
+            self._probe(self.graph.above(mixed))
+        return {i: self._apart([leaf])[0] for i, leaf in leaves.items()}
+
+    def _apart(self, leaves: Sequence[Node]) -> list[list[tuple[Node, int, bool]]]:
+        """The boundaries of tensors that are pulled together, none below another: what is pulled
+        from the upper one would pass the lower one as well."""
+        through: set[Node] = set()
+        while True:
+            passed: set[Node] = set()
+            found = [self._boundaries(leaf, through, passed) for leaf in leaves]
+            nested = self._below(passed, {node for of_one in found for node, _, _ in of_one})
+            if not nested:
+                return found
+            through |= nested
+            self._probe(self.graph.above(nested))
+
+    def _below(self, passed: set[Node], boundaries: set[Node]) -> set[Node]:
+        """The boundaries that lie below an operation through which another one is pulled, however
+        many operations are between."""
+        if len(boundaries) < 2 or passed.isdisjoint(self.graph.above(boundaries)):
+            return set()
+        return {node for node in boundaries if not passed.isdisjoint(self.graph.above([node]))}
+
+    def plan(self) -> Plan:
+        """Find the boundaries, and ask the rules."""
+        made = Plan()
+        found = self.boundaries()
+        made.dynamic = not self._by_structure(_nodes(found))
+        made.pulled = [
+            i
+            for i, of_one in found.items()
+            if any(self._place(i, node, slot, direct) is None for node, slot, direct in of_one)
+        ]
+        together = self._apart([self._leaf(i) for i in made.pulled])
+        if together != [found[i] for i in made.pulled]:
+            found |= zip(made.pulled, together, strict=True)
+            made.dynamic = not self._by_structure(_nodes(found))
+        uses = _nodes(found)
+        at_uses = [value for out, value in self.found.items() if out.node in uses]
+        made.dynamic |= self.unread  # the next graph may be readable
+        made.zero = Unclear(mixes=False) in at_uses or (
+            made.dynamic and any(self._lost(value, zero=True) for value in at_uses)
+        )
+        unknown = any(isinstance(v, Owner) and bool((v.ids < 0).any()) for v in at_uses)
+        made.silent = made.zero or self.unread or (made.dynamic and unknown)
+        for node in uses:
+            for nr in range(len(output_shapes(node))):
+                if isinstance(owner := self.found.get(Output(node, nr)), Owner):
+                    made.owners[self.graph.position[node], nr] = owner.ids
+        slots_of: dict[Node, set[int]] = {}
+        for i, of_one in found.items():
+            if i in made.pulled:
+                for node, slot, _ in of_one:
+                    slots_of.setdefault(node, set()).add(slot)
+                continue
+            places = [self._place(i, node, slot, direct) for node, slot, direct in of_one]
+            made.places[i] = [place for place in places if place is not None]
+        for node, slots in slots_of.items():
+            owners = tuple(self._owner(node, nr) for nr in range(len(output_shapes(node))))
+            mixed = any(self._mixes(*node.next_functions[slot]) for slot in slots)
+            where = self.graph.position[node]
+            ruled = tuple(self._serve(node, slot, (), None) for slot in sorted(slots))
+            made.boundaries.append(
+                Boundary(where, tuple(sorted(slots)), ruled, owners, node.name(), mixed)
+            )
+        return made
+
+    def _by_structure(self, uses: Iterable[Node]) -> bool:
+        """Whether the operations alone say which rows belong to which sample at these uses, and
+        what was probed does not contradict; these owners then take the place of the probed ones,
+        which know nothing of rows without gradient."""
+        uses = list(uses)
+        owners = structure(self.losses, self.graph, uses)
+        if owners is None:
+            return False
+        sure: Found = {}
+        for node in uses:
+            for nr in range(len(output_shapes(node))):
+                out = Output(node, nr)
+                seen = self.found.get(out)
+                if out not in owners:
+                    if seen is not None and seen != Unclear(mixes=False):
+                        return False
+                    continue
+                ids = owners[out]
+                if ids is None or seen == Unclear(mixes=True):
+                    return False
+                ids = ids.to(self.losses.device)
+                if isinstance(seen, Owner) and not self._agree(out, seen.ids, ids):
+                    return False
+                sure[out] = Owner(ids)
+        self.found.update(sure)
+        return True
+
+    def contradicts(self, plan: Plan) -> str | None:
+        """After `plan`: an operation whose rows belong to other samples than in an earlier plan of
+        this signature."""
+        for (where, nr), ids in plan.owners.items():
+            node = self.graph.nodes[where]
+            seen = self.found.get(Output(node, nr))
+            if isinstance(seen, Owner) and not self._agree(Output(node, nr), seen.ids, ids):
+                return node.name()
+        return None
+
+    def _agree(self, out: Output, seen: Tensor, ids: Tensor) -> bool:
+        """Whether what was probed fits these owners. It may be of whole rows, or columns, with a
+        single entry that is not zero; then the entries themselves decide."""
+        return same(seen, ids) or follows(self.losses, out, ids)
+
+    def _mixes(self, node: Node | None, nr: int) -> bool:
+        """Whether the samples meet below a tensor; they only share it if it was made without."""
+        if node is None or self.found.get(Output(node, nr)) != Unclear(mixes=True):
+            return False
+        return holds_samples(node, self.losses.shape[0])
+
+    def _readers(self, node: Node) -> Iterator[tuple[Node, int]]:
+        """Operations that read a tensor, through such as only move or cast its entries."""
+        for consumer, slot, _ in self.graph.consumers[node]:
+            if consumer.name() in MOVES and consumer is not self.root:
+                yield from self._readers(consumer)
+            else:
+                yield consumer, slot
+
+    def _beyond(self, node: Node) -> Iterator[tuple[Node, int]]:
+        """What reads a tensor through an operation that repeats it, perhaps for each sample."""
+        if node.name() in COPIES and node is not self.root:
+            for reader, slot in self._readers(node):
+                yield reader, slot
+                yield from self._beyond(reader)
+
+    def _probe(self, nodes: Iterable[Node]) -> None:
+        outputs = [
+            output
+            for node in nodes
+            for nr, shape in enumerate(output_shapes(node))
+            if shape is not None and (output := Output(node, nr)) not in self.found
+        ]
+        if outputs:
+            found = probe(self.losses, self.graph, outputs)
+            self.found.update(found | self._settled(found))
+
+    def _lost(self, value: Owner | Unclear | None, zero: bool) -> bool:
+        """Whether the sample of some rows, also of such as are ``zero``, stays unknown."""
+        if not isinstance(value, Owner) or not bool((value.ids < 0).any()):
+            return False
+        ids = completed(value.ids, len(self.losses))
+        return bool((ids < 0).any() if zero else (ids == UNREAD).any())
+
+    def _settled(self, found: Found) -> Found:
+        """For gradients with rows that no probe can read and no pattern fills: the owners by
+        structure, or none, so that a boundary is looked for above."""
+        lost = {out: value for out, value in found.items() if self._lost(value, self.past_zero)}
+        owners = structure(self.losses, self.graph, {out.node for out in lost}) if lost else None
+        made: Found = {}
+        for out, value in lost.items():
+            assert isinstance(value, Owner)
+            unread = bool((value.ids == UNREAD).any())
+            made[out] = Unclear(mixes=unread)
+            if owners is not None and (ids := owners.get(out)) is not None:
+                ids = ids.to(self.losses.device)
+                if self._agree(out, value.ids, ids):
+                    made[out], unread = Owner(ids), False
+            self.unread |= unread
+        return made
+
+    def _clean(self, node: Node) -> bool:
+        """Whether no entry of a gradient at its outputs mixes samples."""
+        unclear = (Unclear(mixes=True), Unclear(mixes=False))[: 1 + self.past_zero]
+        return not any(
+            self.found.get(Output(node, nr)) in unclear
+            for nr, shape in enumerate(output_shapes(node))
+            if shape is not None
+        )
+
+    def _owner(self, node: Node, nr: int) -> Tensor | None:
+        value = self.found.get(Output(node, nr))
+        if not isinstance(value, Owner):
+            return None
+        return completed(value.ids, len(self.losses))
+
+    def _boundaries(
+        self, leaf: Node, through: set[Node], passed: set[Node]
+    ) -> list[tuple[Node, int, bool]]:
+        """``(node, slot, direct)`` of each boundary; direct: only moves and casts lie between.
+        Nodes of ``through`` are none; those that lie below a boundary are added to ``passed``."""
+        found: dict[tuple[Node, int], bool] = {}
+        seen: set[Node] = set()
+        pending = [(node, slot, True) for node, slot in self._readers(leaf)]
+        while pending:
+            node, slot, direct = pending.pop()
+            if node is self.root or (self._clean(node) and node not in through):
+                found[node, slot] = found.get((node, slot), True) and direct
+            elif node not in seen:
+                seen.add(node)
+                if direct and node.name() in COPIES:
+                    pending += [(reader, s, True) for reader, s in self._readers(node)]
+                    continue
+                passed.add(node)
+                readers = self.graph.consumers[node]
+                pending += [(consumer, s, False) for consumer, s, _ in readers]
+        return [(node, slot, direct) for (node, slot), direct in found.items()]
+
+    def _leaf(self, i: int) -> Node:
+        return self.graph.leaves[id(self.parameters[i])]
+
+    def _place(self, i: int, node: Node, slot: int, direct: bool) -> Place | None:
+        """How a rule serves the use of parameter ``i`` itself, if one does."""
+        leaf = self._leaf(i)
+        chain: list[str] = []
+        below, _ = node.next_functions[slot]
+        while below is not leaf:
+            moves = direct and below is not None and below.name() in MOVES | COPIES
+            if below is None or not moves or len(output_shapes(below)) > 1:
+                return None
+            chain.append(below.name())
+            below, _ = below.next_functions[0]
+        served = self._serve(node, slot, tuple(chain), tuple(self.parameters[i].shape))
+        return None if served is None else Place(self.graph.position[node], served, node.name())
+
+    def _serve(
+        self, node: Node, slot: int, chain: tuple[str, ...], parameter: tuple[int, ...] | None
+    ) -> Served | None:
+        """Ask the rules for the tensor at a slot, or for a parameter of that shape behind it."""
+        shapes, owner = output_shapes(node), self._owner(node, 0)
+        output = shapes[0]
+        below, nr = node.next_functions[slot]
+        # A rule is given the gradient at output 0 alone, so no other one may have one
+        others = any(self.found.get(Output(node, k)) is not None for k in range(1, len(shapes)))
+        if others or owner is None or output is None or below is None:
+            return None
+        variable = getattr(below, "variable", None)
+        shape = tuple(variable.shape) if variable is not None else output_shapes(below)[nr]
+        if shape is None:
+            return None
+        return serve(
+            Use(
+                node=node,
+                slot=slot,
+                chain=chain,
+                shape=shape,
+                owner=owner,
+                output=output,
+                samples=self.losses.shape[0],
+                parameter=shape if parameter is None else parameter,
+            )
+        )
