@@ -248,8 +248,8 @@ class Tape:
             else f"no rule knows how {', '.join(where)} uses them"
         )
         advice = (
-            "One forward for each domain with final=False makes it fast, and so does eval() on the "
-            "norms where a batch norm in training mixes them"
+            "Two ways make it fast: one forward for each domain with final=False, or, where a "
+            "batch norm in training mixes them, eval() on the norms"
             if mixed
             else "fastdg.explain(losses, params=...) shows the price of each"
         )
