@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdg
+from fastdg.core.batch import Batch
+from fastdg.core.optimizer import DomainOptimizer
 from fastdg.files import replace
-from fastdg.optim.batch import Batch
-from fastdg.optim.wrapper import DomainOptimizer
 from fastdg.statistics.factors import Factor
 
 Run = Callable[[], None]

@@ -2,27 +2,27 @@
 plain training."""
 
 from . import func, ops
+from .algorithms.erm import ERM
+from .algorithms.fish import Fish
+from .algorithms.fishr import Fishr
+from .algorithms.gram_surgery import GramSurgery
+from .algorithms.iga import IGA
+from .algorithms.invariance import GroupDRO, VREx
+from .algorithms.irm import IRM
+from .algorithms.masking import ANDMask, SANDMask
+from .algorithms.miro import MIRO
+from .algorithms.rise import RISE, mix_students, mix_teachers
+from .algorithms.surgery import AgrRand, AgrSum, PCGrad
+from .algorithms.swad import SWAD
+from .core.compiled import compiled
+from .core.optimizer import DomainOptimizer
 from .domain_ids import DomainIds
 from .gradients.rules import register_rule
 from .gradients.tape import Tape
 from .models.unet import UNetMasker
 from .ops import backends, use_backend
-from .optim.adios import ADIOS
-from .optim.compiled import compiled
-from .optim.contrast import BYOL, Objective, SimCLR, SimSiam
-from .optim.erm import ERM
-from .optim.fish import Fish
-from .optim.fishr import Fishr
-from .optim.gram_surgery import GramSurgery
-from .optim.iga import IGA
-from .optim.invariance import GroupDRO, VREx
-from .optim.irm import IRM
-from .optim.masking import ANDMask, SANDMask
-from .optim.miro import MIRO
-from .optim.rise import RISE, mix_students, mix_teachers
-from .optim.surgery import AgrRand, AgrSum, PCGrad
-from .optim.swad import SWAD
-from .optim.wrapper import DomainOptimizer
+from .selfsup.adios import ADIOS
+from .selfsup.objectives import BYOL, Objective, SimCLR, SimSiam
 from .statistics.api import (
     check,
     domain_gradients,

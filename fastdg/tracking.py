@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .optim.chain import chain
+from .core.nesting import chain
 
 PREFIX = "fastdg"
 

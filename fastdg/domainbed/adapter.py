@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
-from ..optim.wrapper import DomainOptimizer
+from ..core.optimizer import DomainOptimizer
 from .resume import Journal
 
 Minibatches = Sequence[tuple[Tensor, Tensor]]

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..optim.fish import Fish
-from ..optim.fishr import Fishr
-from ..optim.iga import IGA
-from ..optim.invariance import GroupDRO, VREx
-from ..optim.irm import IRM
-from ..optim.masking import ANDMask, SANDMask
-from ..optim.miro import MIRO
-from ..optim.surgery import AgrRand, AgrSum, PCGrad
-from ..optim.wrapper import DomainOptimizer
+from ..algorithms.fish import Fish
+from ..algorithms.fishr import Fishr
+from ..algorithms.iga import IGA
+from ..algorithms.invariance import GroupDRO, VREx
+from ..algorithms.irm import IRM
+from ..algorithms.masking import ANDMask, SANDMask
+from ..algorithms.miro import MIRO
+from ..algorithms.surgery import AgrRand, AgrSum, PCGrad
+from ..core.optimizer import DomainOptimizer
 from ..text import PHOTOS
 from .adapter import Adapter, Entry, Minibatches
 from .rise import RISEAdapter, rise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..optim.rise import RISE
+from ..algorithms.rise import RISE
 from ..text import text_tables
 from .adapter import Adapter
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
-from fastdg.optim import exchange
+from fastdg.distributed import exchange
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, domains
 DOMAINS = 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from fastdg.optim.chain import terms_of
+from fastdg.core.nesting import terms_of
 
 BEFORE = 3  # steps
 

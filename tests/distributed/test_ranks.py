@@ -121,7 +121,7 @@ TENSORS = len(list(Net().parameters()))
 D, W = DOMAINS, 3
 OTHERS = -(-P // W) * (W - 1)  # of P in W pieces of one length, those of other ranks
 LOSSES = 2 * (D + 1)
-# What rank 0 gives to each kind of collective in a step: the table in `fastdg.optim.ranks`
+# What rank 0 gives to each kind of collective in a step: the table in `fastdg.distributed.ranks`
 NUMBERS = {
     ("VREx", "mixed"): {"all_reduce": LOSSES, "reducer": 2 * P},
     ("GroupDRO", "own"): {"all_reduce": LOSSES, "reducer": 2 * P},

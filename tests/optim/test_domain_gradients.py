@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import fastdg
+from fastdg.core import domain_gradients
 from fastdg.experiments.memory import measured
 from fastdg.ops.registry import OPS
-from fastdg.optim import domain_gradients
 
 ORDERED = ("PCGrad", "PCGrad-shared")  # draw one order of those present, or of all
 every = pytest.mark.parametrize("name", CASES)

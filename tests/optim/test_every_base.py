@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 import fastdg
-from fastdg.optim.base_state import renew
+from fastdg.core.base_state import renew
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages in their own code
 

@@ -219,7 +219,7 @@ def test_micro_batches_of_a_domain() -> None:
 
 @pytest.mark.gpu
 def test_mixed_batches_on_a_device_are_asserted_there() -> None:
-    from fastdg.optim.closures import check_same
+    from fastdg.core.closures import check_same
 
     same = torch.zeros(4, dtype=torch.int64, device="cuda")
     torch.cuda.set_sync_debug_mode("error")

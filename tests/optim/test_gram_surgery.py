@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.optim import domain_gradients, gram_surgery
+from fastdg.algorithms import gram_surgery
+from fastdg.core import domain_gradients
 
 A = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
 

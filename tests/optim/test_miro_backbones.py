@@ -17,8 +17,8 @@ from torch.optim import SGD
 from torch.utils import _pytree as pytree
 
 import fastdg
-from fastdg.optim.backbones import preset_of
-from fastdg.optim.features import Oracle
+from fastdg.capture.backbones import preset_of
+from fastdg.capture.feature_maps import Oracle
 
 Make = Callable[[Any], nn.Module]
 FIRST, LAST = "first", "last"  # where a map has its channels

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.optim.backbones import preset_of
+from fastdg.capture.backbones import preset_of
 
 
 def tree(*names: str) -> nn.Module:

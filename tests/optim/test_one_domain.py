@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import fastdg
-from fastdg.optim import one_domain
+from fastdg.core import one_domain
 
 COMPARE: dict[str, Callable[..., Any]] = {
     "Fishr": lambda o, **n: fastdg.Fishr(o, anneal_steps=3, **n),

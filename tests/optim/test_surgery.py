@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.optim.surgery import projected
+from fastdg.algorithms.surgery import projected
 
 
 @given(tables())

@@ -1,0 +1,46 @@
+"""ERM: plain training, in the loop of the algorithms."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from ..core.hyper import Common
+from ..core.weighted import MeanLoss
+
+
+class ERM(MeanLoss):
+    r"""Empirical risk minimisation, the baseline: ``objective = mean loss``.
+
+    .. math:: \nabla = \tfrac1N \sum_i \nabla \ell_i
+
+    The gradient is that of ``losses.mean().backward()``, from one plain backward. What the
+    loop does beside (micro-batches, a ``GradScaler``, several ranks, closures,
+    checkpoints) it does as with every algorithm, so that the comparison changes one line.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` that steps without a closure, or a term.
+        num_domains: D, for ``statistics``; default: as many as the batch has.
+        model: its parameters' names are used in messages.
+
+    ``statistics`` holds ``loss`` (0-dim), ``domain_loss`` (``[D]``, NaN for an empty domain) and
+    ``domain_count`` (``[D]``).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Vapnik: Statistical Learning Theory, 1998. Gulrajani, Lopez-Paz: In Search of Lost Domain
+        Generalization, ICLR 2021, for how far it goes.
+
+    Example:
+        >>> opt = fastdg.ERM(torch.optim.Adam(model.parameters()), num_domains=3)
+        >>> losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
+    """
+
+    prefix = "erm"
+    penalises = False
+
+    def __init__(self, base: Optimizer, **common: Unpack[Common]) -> None:
+        super().__init__(base, params="all", **common)

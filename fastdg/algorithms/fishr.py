@@ -1,0 +1,274 @@
+"""Fishr: match the variances of per-sample gradients across domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from .. import ops
+from ..core import checkpoint
+from ..core.annealed import Annealed
+from ..core.base_optimizer import accumulate
+from ..core.batch import Batch, descend, moments, scaled, total_loss
+from ..core.hyper import Common, Setting, check_decay, check_reduction, checked
+from ..core.nesting import terms_of
+from ..core.weighted import Losses
+from ..distributed.sharding import local
+from ..statistics.api import moments_of
+from ..statistics.factors import accumulated
+from ..statistics.moments import DomainMoments, merge, rows
+from ..statistics.selection import Selection, select
+from ..warn import warn_user
+
+
+class Fishr(Annealed):
+    r"""Invariant gradient variances: ``objective = mean loss + w * penalty``.
+
+    .. math::
+        g_i &= \nabla_{\text{params}}\,\ell_i, \qquad
+        v_d = \tfrac1{n_d}\sum_{i\in d}(g_i-\bar g_d)^2 \\
+        u_d &= v_d + \tfrac{\gamma}{1-\gamma} m_d, \qquad
+        m_d \leftarrow \gamma m_d + (1-\gamma) v_d \\
+        \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
+
+    The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0,
+    reset_base=False`` are those of the paper's ColoredMNIST script, which averages its two
+    environments' mean losses equally, whatever their sizes. Here, as in DomainBed, each sample
+    counts the same in the loss, so the two agree on environments of one size. The penalty counts
+    each domain the same in all three.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` that steps without a closure.
+        params: ``"head"`` (those of the last layer before the losses, as in the paper; a criterion
+            with parameters of its own is none), ``"all"``, a list of names or parameters,
+            or a predicate ``(name, parameter)``.
+        penalty_weight: w from step ``anneal_steps`` on.
+        anneal_steps: steps before that, with ``pre_anneal_weight``.
+        ema: decay :math:`\gamma` of the variances' history m in [0, 1), or None for no history.
+            The history moves in `step` and is kept in ``state_dict``.
+        reduction: ``"mean"`` over parameters and domains, or ``"sum"`` over both.
+        pre_anneal_weight: w before ``anneal_steps``. With 0 the statistics and the history are
+            computed all the same, at the price of a plain step.
+        reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
+        num_domains: D; default: as many as have been seen. A domain without samples in a batch
+            takes no part in its penalty, and its history rests. One sample alone has variance 0,
+            one domain alone has penalty 0.
+        model: its parameters' names are those of messages, and of ``params``.
+        check: has no effect any more.
+
+    The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
+    ``fishr_penalty_weight`` and so on): like lr they are saved, restored by loading, and scheduled.
+
+    ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN
+    for an empty domain) and ``domain_count`` (``[D]``). NaN losses give a NaN penalty and NaN
+    gradients, as they do without the wrapper; the history is safe if `step` is skipped.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Reference:
+        Rame, Dancette, Cord: Fishr: Invariant Gradient Variances for Out-of-Distribution
+        Generalization, ICML 2022.
+
+    Example:
+        >>> opt = fastdg.Fishr(torch.optim.Adam(model.parameters()), num_domains=3)
+        >>> losses = F.cross_entropy(model(x), y, reduction="none")
+        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
+    """
+
+    prefix = "fishr"
+    tensors = ("ema",)
+    compares = True
+
+    ema: Setting[float | None] = Setting(check_decay)
+    reduction: Setting[str] = Setting(check_reduction)
+    _resumed = False  # with a history that was loaded and has not moved yet
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        params: Selection = "head",
+        penalty_weight: float = 1000.0,
+        anneal_steps: int = 1500,
+        ema: float | None = 0.95,
+        reduction: Literal["mean", "sum"] = "mean",
+        pre_anneal_weight: float = 0.0,
+        reset_base: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        given = checked(
+            type(self),
+            {
+                "penalty_weight": penalty_weight,
+                "anneal_steps": anneal_steps,
+                "ema": ema,
+                "reduction": reduction,
+                "pre_anneal_weight": pre_anneal_weight,
+                "reset_base": reset_base,
+            },
+        )
+        super().__init__(base, params=params, settings=given, **common)
+
+    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
+        weight, whole = self._weight(), self._whole
+        domains = max(whole.counts.shape[1], *map(len, self._kept["ema"].values()), 0)
+        losses = Losses.of(staged, whole, domains)
+        if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
+            for batch in staged:
+                batch.resolved.refuse_single_derivatives()
+        terms = any(batch.terms is not None for batch in staged)
+        looked = [batch.resolved for batch in staged]
+        plain = not (terms or any(r.hooked or r.sparse for r in looked))
+        if weight == 0 and self.params != "head" and plain:
+            found = self._moments_and_gradient(staged)
+            penalty = self._penalty(found, staged)
+        else:
+            create_graph = weight > 0
+            found = whole.moments(merge([moments(b, create_graph) for b in staged]))
+            penalty = self._penalty(found, staged)
+            own = total_loss(staged) / whole.samples
+            # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
+            descend(own + weight * penalty if weight > 0 else own, staged, whole)
+        variance = {name: v.detach() for name, v in found.variance.items()}
+        self._pending = variance, found.present, _parameters(staged)
+        penalty = penalty.detach()
+        self._statistics = {
+            **losses.statistics(),
+            "penalty": penalty,
+            "objective": losses.mean + weight * penalty if weight > 0 else losses.mean,
+        }
+        return losses.mean
+
+    def _moments_and_gradient(self, staged: Sequence[Batch]) -> DomainMoments:
+        """Both from one backward: the gradient is the mean of the domains', weighted by count."""
+        parts: list[DomainMoments] = []
+        rest: dict[Tensor, Tensor] = {}
+        for batch in staged:
+            others = batch.resolved.rest
+            found, grads = moments_of(
+                batch.resolved,
+                batch.partition,
+                create_graph=False,
+                retain_graph=False,
+                extra=others,
+                scale=batch.scale,
+            )
+            parts.append(found)
+            for p, grad in zip(others, grads, strict=True):
+                if grad is not None:
+                    rest[p] = rest[p] + grad if p in rest else grad
+        found, named = self._whole.moments(merge(parts)), _parameters(staged)
+        shares: dict[torch.dtype, Tensor] = {}
+        for name, mean in found.mean.items():
+            if (share := shares.get(mean.dtype)) is None:
+                share = found.count.to(mean.dtype) / self._whole.samples
+                shares[mean.dtype] = share
+            p = named[name]
+            own = share @ mean.reshape(len(share), p.numel())
+            accumulate(p, scaled(own.view(p.shape), staged))
+        for p, grad in self._whole.rest(rest).items():
+            accumulate(p, scaled(grad / self._whole.samples, staged))
+        return found
+
+    def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:
+        history: list[Tensor] = []
+        decay = 0.0
+        if self.ema is not None:
+            decay = self.ema / (1 - self.ema)
+            named = _parameters(staged)
+            for name, v in moments.variance.items():
+                ema = self._kept["ema"].get(named[name], v[:0].detach())
+                # Domains beyond this batch's take no part; those not seen before have no history
+                history.append(rows(ema[: len(v)], len(v)))
+        gap = ops.variance_gap(list(moments.variance.values()), history, moments.present, decay)
+        if self.reduction == "sum":
+            return gap
+        numel = sum(v[0].numel() for v in moments.variance.values())
+        return gap / (numel * moments.present.sum().clamp(min=1))
+
+    def _commit(self) -> None:
+        variance, present, named = self._pending
+        if self.ema is None:
+            return
+        kept = self._kept["ema"]
+        if self._resumed and (new := [name for name in variance if named[name] not in kept]):
+            more = f" and of {len(new) - 1} more" if new[1:] else ""
+            warn_user(
+                f"the loaded state has no Fishr history of {new[0]}{more}, which starts from 0 "
+                f"now: was it saved with other params than {self.params!r}?",
+            )
+        self._resumed = False
+        if self.steps == 1:  # which parameters it is about was guessed before the first forward
+            for p in kept.keys() - set(named.values()):
+                del kept[p]
+                self.state[p].pop("fishr_ema", None)
+        rates: dict[torch.dtype, Tensor] = {}
+        for name, v in variance.items():
+            p = named[name]
+            if p not in kept:
+                kept[p] = torch.zeros_like(v)
+            elif len(kept[p]) < len(v):  # domains not seen before
+                kept[p] = rows(kept[p], len(v))
+            if (rate := rates.get(v.dtype)) is None:
+                rate = rates[v.dtype] = (1 - self.ema) * present.to(v.dtype)
+            kept[p][: len(v)].lerp_(v, rate.view(-1, *[1] * (v.dim() - 1)))
+
+    def _new(self) -> checkpoint.Kept:
+        if self.ema is None or self.num_domains is None:
+            return {}
+        terms = {p for term in terms_of(self) for m in term.modules() for p in m.parameters()}
+        named = {name: p for p, name in self._names.items() if p not in terms}
+        chosen = select(self.params, named)
+        found = [p for name, p in named.items() if chosen(name, p)]
+        if self.params == "head":  # as far as it can be told: the last weight, and its bias
+            alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
+            found = found[-1:] if alone else found[-2:]
+        D = self.num_domains
+        made = {p: accumulated(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
+        return {"ema": made}
+
+    def _taken(self) -> None:
+        super()._taken()
+        self._resumed = bool(self._kept["ema"])
+
+    def _admit(
+        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        steps = groups[0].get("fishr_steps", 0)
+        decay = groups[0].get("fishr_ema", self._given["ema"])
+        if steps and decay is not None and not kept["ema"]:
+            raise ValueError(
+                f"state_dict: it comes from a Fishr run of {steps} steps but has no fishr_ema "
+                "tensors, so the history would silently start anew. torch.distributed.checkpoint "
+                "fills in only what the optimizer already has: give num_domains= (and params=, "
+                "unless the head is the optimizer's last layer), or run one backward and step "
+                "before loading; or set fishr_ema to None in its param_groups"
+            )
+        for p, ema in kept["ema"].items():
+            if self.num_domains is not None and len(ema) != self.num_domains:
+                raise ValueError(
+                    f"state_dict: its history has {len(ema)} domains, but num_domains is "
+                    f"{self.num_domains}"
+                )
+            if ema.shape[1:] != p.shape:
+                raise ValueError(
+                    f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "
+                    f"a domain, but the parameter has shape {tuple(p.shape)}"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        own = ("penalty_weight", "anneal_steps", "ema", "reduction", "pre_anneal_weight")
+        return {
+            **super().settings(),
+            **{name: getattr(self, name) for name in (*own, "reset_base")},
+        }
+
+
+def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
+    return {name: p for batch in staged for name, p in batch.resolved.chosen.items()}

@@ -1,0 +1,287 @@
+"""What a wrapper has to know of the optimizer that it wraps."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from ..distributed.sharding import like_parameter
+from ..statistics.selection import Selection, select
+from .base_state import carried, forwarded
+
+
+class Wrapping(Optimizer):
+    """An optimizer whose groups, state and defaults are those of ``base``, by reference."""
+
+    base: Optimizer
+    prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
+    _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _scaler: GradScaler | None  # by whose factor it is too large
+    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
+    _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    # A parameter, and the .grad it was given
+    _left: tuple[Tensor, weakref.ref[Tensor]] | None = None
+    _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
+    _reads_grad = False  # in `_prepare`
+    role = "algorithm"  # or "term", which others may go around, or "average", outermost
+    # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
+    # patch onto the instance.
+    _transient: tuple[str, ...] = (
+        "_tape",
+        "_staged",
+        "_told",
+        "_ready",
+        "_left",
+        "_stepping",
+        "_pending",
+        "_statistics",
+        "_scale",
+        "_scaler",
+        "_model",
+        "_loaded",
+        "_loaded_groups",
+        "_group",
+        "_ranks",
+        "_whole",
+        "_one_domain",
+    )
+    _patched = ("step", "_opt_called")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Lightning hands out objects that hold one of ours and imitate its class by inheriting from
+        # it: whatever they have not of their own has to be that of the one they hold.
+        imitation = cls.__bases__[0]
+        if isinstance(getattr(imitation, "optimizer", None), property):
+            for name in dir(cls):
+                if not name.startswith("__") and not hasattr(imitation, name):
+                    setattr(cls, name, _held(name))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def _size(self) -> int:
+        return sum(len(group["params"]) for group in self.param_groups)
+
+    def _leave(self) -> None:
+        """What is in .grad now is this wrapper's, for its next step."""
+        self._ready = True
+        parameters = (p for group in self.param_groups for p in group["params"])
+        self._left = next(
+            ((p, weakref.ref(p.grad)) for p in parameters if p.grad is not None), None
+        )
+
+    def _is_there(self) -> bool:
+        """Whether what `backward` has left is in .grad still: others may have cleared it."""
+        if not self._ready or self._left is None:
+            return False
+        p, grad = self._left
+        return p.grad is not None and p.grad is grad()
+
+    def _done(self) -> None:
+        """The gradient that `backward` has left is used, or not wanted."""
+        self._ready, self._left, self._scaler, self._pending = False, None, None, None
+
+    def _step_base(self, *args: Any) -> Any:
+        """A step of the optimizer inside."""
+        self._stepping = True
+        try:
+            return self.base.step(*args)
+        finally:
+            self._stepping = False
+
+    def _skip(self) -> None:
+        """Called in place of a step that a GradScaler skips: own state stays as it is."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = (*self._transient, *self._patched)
+        kept = {k: v for k, v in self.__dict__.items() if k not in dropped and "hook" not in k}
+        return {**kept, "base": carried(self.base)}
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if "base" not in self.__dict__:
+                raise AttributeError(name)
+            try:
+                return forwarded(self.base, name)
+            except AttributeError:
+                message = f"{type(self).__name__!r} object has no attribute {name!r}"
+                raise AttributeError(message) from None
+
+    def settings(self) -> dict[str, Any]:
+        """The wrapper's own settings, for ``repr`` and logs."""
+        return {}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
+        # torch shows all that a group has; of this wrapper's, the settings stand above already
+        own = rf"\n *{self.prefix}_(?!steps:)\w+: .*(?:\n(?! *\w+: | *Parameter Group|\)| *$).*)*"
+        inner = re.sub(own, "", repr(self.base), flags=re.MULTILINE).replace("\n", "\n  ")
+        return f"{type(self).__name__}({shown}\n  {inner}\n)"
+
+
+def _held(name: str) -> property:
+    """The attribute of that name of the optimizer that an imitation holds."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+    )
+
+
+def check_base(base: Any, name: str) -> None:
+    """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"base: expected a torch.optim.Optimizer, got {type(base).__name__}; wrap one: "
+            f"fastdg.{name}(torch.optim.Adam(model.parameters()))"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base: {type(base).__name__} evaluates the model several times a step, which a "
+            "wrapped backward cannot follow; use an optimizer that steps without a closure"
+        )
+
+
+def check_extent(num_domains: Any, model: Any) -> None:
+    """Raise unless these are a number of domains and a model, or None."""
+    integer = isinstance(num_domains, int) and not isinstance(num_domains, bool)
+    if num_domains is not None and (not integer or num_domains < 1):
+        raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def check_result(result: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What a closure returned, if it is ``(losses, domains)``, with the further inputs of
+    `backward` as a third or without."""
+    if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], dict):
+        return result
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            "closure: expected it to return (losses, domains) and to leave backward to step, or to "
+            f"call opt.backward(losses, domains) itself, got {type(result).__name__}"
+        )
+    return *result, {}
+
+
+def names_of(
+    groups: Sequence[dict[str, Any]], model: nn.Module | None, known: Mapping[Tensor, str]
+) -> dict[Tensor, str]:
+    """Parameter -> its name: the model's, or as known, or the optimizer's, or its place there."""
+    given = {p: name for name, p in model.named_parameters()} if model is not None else {}
+    names: dict[Tensor, str] = {}
+    taken: set[str] = set()
+    for g, group in enumerate(groups):
+        texts = group.get("param_names") or [None] * len(group["params"])
+        for i, (p, text) in enumerate(zip(group["params"], texts, strict=True)):
+            name = given.get(p, known.get(p, text))
+            if name is None or name in taken:  # two models may use the same names
+                name = f"param_groups[{g}][{i}]"
+            names[p] = name
+            taken.add(name)
+    return names
+
+
+def check_params(
+    params: Selection,
+    names: Mapping[Tensor, str],
+    groups: Sequence[dict[str, Any]],
+    model: nn.Module | None,
+) -> None:
+    """Raise unless ``params`` can be made out among the optimizer's parameters."""
+    if model is not None and not any(p in names for p in model.parameters()):
+        raise ValueError(
+            f"model: none of the parameters of this {type(model).__name__} is one of the "
+            "optimizer's; was the model copied or made anew after the optimizer?"
+        )
+    texts = [item for item in params if isinstance(item, str)] if isinstance(params, list) else []
+    if texts and model is None and "param_names" not in groups[0]:
+        raise ValueError(
+            f"params: names ({texts[0]!r}) are known only with model=, or if the optimizer was "
+            "made from model.named_parameters(); or pass the parameters themselves"
+        )
+    if not callable(params):
+        select(params, {name: p for p, name in names.items()})
+
+
+def accumulate(p: Tensor, grad: Tensor) -> None:
+    """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
+    grad = like_parameter(p, grad.to(p.dtype))
+    if p.grad is None:
+        if grad.layout == torch.strided and grad.stride() != p.stride():
+            grad = torch.empty_like(p).copy_(grad)
+        p.grad = grad
+    elif p.grad.is_sparse:
+        p.grad = p.grad + grad
+    else:
+        with torch.no_grad():
+            p.grad.add_(grad)
+
+
+def deliver(p: Tensor, grad: Tensor) -> None:
+    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
+    for hook in list((p._backward_hooks or {}).values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    accumulate(p, grad)
+    for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):
+        hook(p)
+
+
+@contextmanager
+def all_or_nothing(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
+    """What is written to ``.grad`` inside is added to what was there, unless it fails.
+
+    ``copied``: whether that lies in memory which is written to inside, too, as it may if
+    DistributedDataParallel has made it.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    before = [(p, p.grad) for p in parameters if p.grad is not None]
+    if copied:
+        before = [(p, grad.clone()) for p, grad in before]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = None
+        for p, grad in before:
+            p.grad = grad
+        raise
+    for p, grad in before:
+        added, p.grad = p.grad, grad
+        if added is not None:
+            accumulate(p, added)

@@ -1,0 +1,246 @@
+"""Loading a state: the wrapper's own part of it goes to the wrapper, the rest to what it wraps.
+
+And what else is done to the wrapped optimizer that its wrapper has to know of.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..statistics.factors import accumulated
+from ..warn import warn_user
+from . import errors
+from .base_optimizer import Wrapping
+from .base_state import is_standard, own_part
+from .nesting import chain, innermost
+
+if TYPE_CHECKING:
+    from .state import Stateful
+
+Kept = dict[str, dict[Tensor, Tensor]]
+
+
+class Loading:
+    """Hooks of the wrapped optimizer, so that a state loaded into it reaches its wrapper too, and
+    it is not stepped behind the wrapper's back.
+
+    They know the wrapper by a weak reference, and a copy of them knows none: a wrapper lives as
+    long as its user wants, and one that is copied hooks itself onto its own optimizer.
+    """
+
+    def __init__(self, wrapper: Stateful | None = None) -> None:
+        self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loading, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
+        return Loading()
+
+    def _idle(self) -> Stateful | None:
+        wrapper = self.wrapper() if self.wrapper is not None else None
+        return None if wrapper is None or wrapper._loading else wrapper
+
+    def saving(self, base: Optimizer) -> None:
+        wrapper = self.wrapper() if self.wrapper is not None else None
+        if wrapper is not None:
+            wrapper._remember()
+
+    def before(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        wrapper = self._idle()
+        if wrapper is None:
+            return None
+        state_dict = prepared(wrapper, state_dict)
+        rest = wrapper._take(state_dict)
+        check_whole(wrapper, state_dict, rest)
+        return rest
+
+    def after(self, base: Optimizer) -> None:
+        wrapper = self._idle()
+        if wrapper is not None:
+            wrapper._taken()
+            for hook in wrapper._optimizer_load_state_dict_post_hooks.values():
+                hook(wrapper)
+
+    def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
+        wrapper = self._idle()
+        if wrapper is not None and not wrapper._stepping and wrapper._is_there():
+            raise errors.stepped_inside(type(wrapper).__name__, type(base).__name__)
+
+
+def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state as the hooks that ``opt`` calls before it loads one leave it."""
+    state_dict = dict(state_dict)
+    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
+        changed = hook(opt, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
+
+
+def attach(wrapper: Any) -> None:
+    """Follow what is done to ``wrapper.base``, for as long as the wrapper lives."""
+    hooks = Loading(wrapper)
+    for table, hook in (
+        ("state_dict_pre", hooks.saving),
+        ("load_state_dict_pre", hooks.before),
+        ("load_state_dict_post", hooks.after),
+        ("step_pre", hooks.stepping),
+    ):
+        # An optimizer around another one may never call Optimizer.__init__, and have none
+        if hasattr(wrapper.base, f"_optimizer_{table}_hooks"):
+            handle = getattr(wrapper.base, f"register_{table}_hook")(hook)
+            weakref.finalize(wrapper, handle.remove).atexit = False
+
+
+def split(
+    state: Mapping[Any, dict[str, Any]], named: Mapping[Any, Tensor], own: Mapping[str, str]
+) -> tuple[Kept, dict[Any, Any]]:
+    """The wrapper's tensors, copied and in the dtype they were saved in, and the rest.
+
+    Args:
+        state: of a state dict.
+        named: id there -> parameter.
+        own: key of the wrapper's in an entry -> the tensor's name.
+    """
+    kept: Kept = {name: {} for name in own.values()}
+    rest: dict[Any, Any] = {}
+    for i, entry in state.items():
+        if i in named:
+            p = named[i]
+            for key in own.keys() & entry.keys():
+                if isinstance(entry[key], Tensor):  # what was not saved may come as {}
+                    kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
+            entry = {key: value for key, value in entry.items() if key not in own}
+        if entry:
+            rest[i] = entry
+    return kept, rest
+
+
+def catch_up(wrapper: Stateful) -> None:
+    """Notice a state that was loaded into the wrapped optimizer, if that calls no hooks.
+
+    Raises:
+        ValueError: the state lacks tensors that the wrapper should have.
+    """
+    if wrapper._group is wrapper.param_groups[0]:
+        return
+    if isinstance(wrapper.base, Wrapping):
+        catch_up(wrapper.base)  # type: ignore[arg-type]
+    saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
+    pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
+    groups = [{**live, "params": group["params"]} for group, live in pairs]
+    wrapper._take({"state": saved["state"], "param_groups": groups})
+    wrapper._taken()
+
+
+def check_whole(
+    wrapper: Stateful,
+    state_dict: Mapping[str, Any],
+    rest: Mapping[str, Any],
+) -> None:
+    """Warn if ``state_dict``, of which the wrapped optimizer gets ``rest``, lacks what that one
+    saves; raise ValueError if it cannot go on without."""
+    groups = own_part(state_dict, wrapper.param_groups)["param_groups"]
+    if isinstance(wrapper.base, Wrapping) or not groups[0].get(f"{wrapper.prefix}_steps"):
+        return
+    now = wrapper.base.state_dict()
+    lacking = [repr(key) for key in now if key not in state_dict]
+    refused = bool(lacking) and not is_standard(now)
+    others = tuple(f"{prefix}_" for prefix, _ in _prefixes(Wrapping))
+    entries = now["state"].values() if is_standard(now) else ()
+    if not rest.get("state") and any(
+        not str(key).startswith(others) for entry in entries for key in entry
+    ):
+        lacking.append("the state of all parameters")
+        refused = True
+    message = (
+        f"state_dict: it comes from a run but lacks {', '.join(lacking)}, which "
+        f"{type(wrapper.base).__name__} saves. torch.distributed.checkpoint loses it: save "
+        "opt.state_dict() with torch.save."
+    )
+    if refused:
+        raise ValueError(message)
+    if lacking:
+        warn_user(message)
+
+
+def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:
+    """Give the wrapper's tensors of a new run to those of ``parameters`` that lack them.
+
+    torch.distributed.checkpoint, which loads into what an optimizer already has, makes a step with
+    gradients of zeros before. The wrapped optimizer has state of its own for ``parameters``, or
+    needs none: an entry of ours alone would pass for it.
+    """
+    there = set(parameters)
+    for name, tensors in wrapper._new().items():
+        for p in there & tensors.keys() - wrapper._kept[name].keys():
+            wrapper._kept[name][p] = tensors[p]
+    for p, key, tensor in wrapper._own_tensors():
+        if p in there:
+            wrapper.state[p][key] = tensor
+
+
+def adopt(wrapper: Stateful) -> None:
+    """Take over what an optimizer that was wrapped before, or is born with state, has."""
+    for p in wrapper._names:
+        for name in wrapper.tensors:
+            if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
+                wrapper._kept[name][p] = accumulated(tensor)
+    begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
+
+
+def without_others(wrapper: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state without what wrappers that are not in this chain have left in it.
+
+    Raises:
+        ValueError: another algorithm has saved it.
+    """
+    for hook in wrapper._optimizer_load_state_dict_pre_hooks.values():
+        hooks = getattr(hook, "__self__", None)
+        if isinstance(hooks, Loading) and hooks.wrapper is not None and hooks.wrapper() is not None:
+            return state_dict  # the wrapper outside has seen to it
+    links = list(chain(wrapper))
+    here = {link.prefix for link in links}
+    groups, known = state_dict["param_groups"], dict(_prefixes(Wrapping))
+    away = {x: known[x] for x in known.keys() - here if f"{x}_steps" in groups[0]}
+    if not away:
+        return state_dict
+    names = " and ".join(sorted(kind.__name__ for kind in away.values()))
+    own = [link for link in links if link.role == "algorithm"] or links
+    if any(kind.role == "algorithm" for kind in away.values()) and not any(
+        f"{link.prefix}_steps" in groups[0] for link in own
+    ):
+        name, inner = type(own[0]).__name__, type(innermost(wrapper)).__name__
+        raise ValueError(
+            f"state_dict: it was saved by {names}, and here is {name}, which could go on with the "
+            f"part of the {inner} only. If that is what you want, load it into the {inner} before "
+            f"it is wrapped; to go on with that run, wrap the {inner} in what saved it"
+        )
+    warn_user(
+        f"state_dict: what {names} kept in it is left out, since there is no such wrapper here",
+    )
+    marks = tuple(f"{prefix}_" for prefix in away)
+
+    def rest(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if not str(key).startswith(marks)}
+
+    state = {i: rest(entry) for i, entry in state_dict["state"].items()}
+    return {
+        **state_dict,
+        "state": {i: entry for i, entry in state.items() if entry},
+        "param_groups": [rest(group) for group in groups],
+    }
+
+
+def _prefixes(kind: type[Wrapping]) -> Iterator[tuple[str, type[Wrapping]]]:
+    """Prefix of the keys -> the wrapper, of all that there are; of several the one that others are
+    made from."""
+    for sub in kind.__subclasses__():
+        yield from _prefixes(sub)
+    if hasattr(kind, "prefix"):
+        yield kind.prefix, kind

@@ -1,0 +1,191 @@
+"""Common base of the algorithms that look at the domains' gradients of all parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from ..distributed.exchange import Shared
+from ..domains import Partition, partition, readable
+from ..gradients.tape import Resolved
+from ..statistics.moments import rows
+from .base_optimizer import deliver
+from .batch import scaled
+from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
+from .global_batch import Whole
+from .hyper import Common
+from .optimizer import DomainOptimizer
+
+Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
+Statistics = dict[str, Tensor]
+
+
+class Masked(NamedTuple):
+    """The domains' gradients combined where their signs agree.
+
+    Attributes:
+        combined: weighted sum times the mask, of each parameter.
+        mean: mean of the mask over each of them, ``[P]``.
+        size: mean of ``combined.abs()`` over all entries that agree, 0-dim; 0 where none does.
+        statistics: what there is to say of it.
+    """
+
+    combined: Combined
+    mean: Tensor
+    size: Tensor
+    statistics: Statistics
+
+
+class DomainGradientOptimizer(DomainOptimizer):
+    r"""Base of the algorithms that make one gradient of the domains' own,
+    :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of all parameters of the optimizer.
+
+    A mixed batch takes one backward. With ``final=False`` the gradients of a micro-batch are taken
+    at once and its graph is freed; the final call merges all of them, weighted by the number of
+    samples. A micro-batch of one domain alone costs one ordinary backward, whatever its samples do
+    with each other; batch norm in training mode has the domain's own statistics there. Ids on the
+    CPU tell what is alone without a wait.
+
+    A parameter has a gradient of zeros in a domain that does not use it, and none if no domain
+    does. Hooks of parameters see the gradient that the algorithm has made. What requires a
+    gradient but is not the optimizer's gets that of the mean loss.
+
+    Args:
+        base: the optimizer to wrap.
+        num_domains: number of training domains D; default: as many as the batch has.
+        model: its parameters' names are those of messages.
+        check: has no effect any more.
+        settings: the algorithm's own, checked; each is a `Setting` of the class.
+    """
+
+    compares, penalises = True, False
+    _way_out = (
+        "run the model on each domain by itself, with backward(losses, domains, final=False) for "
+        "all but the last; or freeze these parameters"
+    )
+    _measured: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # see `_sizes`
+    _transient = (*DomainOptimizer._transient, "_measured")
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        settings: dict[str, Any],
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(base, params="all", settings=settings, **common)
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the optimizer's parameters, in its order."""
+        return list(self._names.values())
+
+    @abstractmethod
+    def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
+        """The gradient to step along, and the algorithm's own statistics."""
+
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> DomainBatch:
+        total = losses if terms is None else losses + terms
+        parts = partition(domains, losses, self.num_domains)
+        extent = parts.num_domains
+
+        def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
+            return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
+
+        resolved = None
+        if self.num_domains is not None and not readable(domains):
+            resolved = self._tape.resolve(total, warn=False)
+            if not resolved.slow:
+                return made(parts, resolved, list(range(extent)))
+            # One wait for the device, and it may turn out to be one domain's forward
+        present, rows = torch.unique(domains.detach().long(), return_inverse=True)
+        ids: list[int] = present.tolist()
+        if len(ids) < extent:
+            parts = partition(rows, losses, len(ids))
+        if len(ids) == 1:
+            return made(parts, self._tape.reached(total), ids)
+        if resolved is None:
+            resolved = self._tape.resolve(total, warn=False)
+        self._tape.warn(resolved)
+        return made(parts, resolved, ids)
+
+    def _meet(self, staged: Sequence[Any]) -> Whole:
+        *earlier, batch = staged
+        count = spread(batch.partition.count, batch.ids, batch.extent, 0)
+        samples = len(batch.losses) + sum(gathered.samples for gathered in earlier)
+        for gathered in earlier:
+            before = gathered.spread(gathered.count, 0)
+            domains = max(len(count), len(before))
+            count = rows(count, domains) + rows(before, domains)
+        others = [p.shape for p in batch.resolved.rest]
+        return self._ranks.meet(count, samples, others)
+
+    def _defer(self) -> None:
+        *earlier, batch = self._staged
+        with torch.no_grad():
+            self._staged = [Gathered.of(earlier, batch)]
+
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        *earlier, batch = staged
+        with torch.no_grad():
+            one = not earlier and not batch.alone
+            own = Swept(batch) if one else Gathered.of(earlier, batch)
+            several = self._ranks.size > 1
+            gradients = Shared(own, self._whole, self._names) if several else own
+            combined, statistics = self._surgery(gradients)
+            for p in self._names:
+                if p in combined:
+                    grad = scaled(combined.pop(p), staged)
+                    deliver(p, grad.to_sparse(1) if p in gradients.sparse else grad)
+            for p, grad in gradients.rest.items():
+                deliver(p, scaled(grad / gradients.samples, staged))
+            loss = gradients.losses.sum() / gradients.samples
+            self._statistics = {
+                "loss": loss,
+                "domain_loss": gradients.spread(gradients.losses / gradients.count, torch.nan),
+                "domain_count": gradients.spread(gradients.count, 0),
+                **statistics,
+            }
+        return loss
+
+    def _masked(
+        self, gradients: Gradients, reduction: str, threshold: float, steepness: float = torch.inf
+    ) -> Masked:
+        """What `fastdg.ops.agreement` makes of them all; one domain alone agrees with itself."""
+        if len(gradients.ids) == 1:
+            threshold, steepness = 0.0, torch.inf
+        found = gradients.agreement(gradients.weights(reduction), threshold, steepness)
+        order = [p for p in self._names if p in found]
+        agreeing, magnitude = (
+            torch.stack([getattr(found[p], name) for p in order]).to(gradients.losses.dtype)
+            for name in ("agreeing", "magnitude")
+        )
+        numel = self._sizes(order, agreeing)
+        mean = agreeing / numel
+        places = [i for i, p in enumerate(self._names) if p in found]
+        statistics = {
+            "agreeing": agreeing.sum() / numel.sum(),
+            "agreeing_by_parameter": spread(mean, places, len(self._names), torch.nan),
+        }
+        size = magnitude.sum() / agreeing.sum().clamp(min=1)
+        return Masked({p: found[p].combined for p in order}, mean, size, statistics)
+
+    def _sizes(self, order: list[Tensor], like: Tensor) -> Tensor:
+        """``numel`` of each parameter; the same tensor as long as they are the same."""
+        before, sizes = self._measured
+        same = len(before) == len(order) and all(p is q for p, q in zip(before, order, strict=True))
+        if not same or (sizes.dtype, sizes.device) != (like.dtype, like.device):
+            made = torch.tensor([p.numel() for p in order], dtype=like.dtype, device="cpu")
+            sizes = moved(made, like.device)
+            self._measured = order, sizes
+        return sizes
+
+    def settings(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self._given if name != "steps"}
+        return {**own, "num_domains": self.num_domains}

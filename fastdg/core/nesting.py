@@ -1,0 +1,115 @@
+"""Wrappers in wrappers: terms around the optimizer, one algorithm around them, SWAD outermost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .base_optimizer import Wrapping
+from .batch import Added
+from .global_batch import Whole
+
+if TYPE_CHECKING:
+    from .term import Term
+
+Told = tuple[int, Tensor, Mapping[str, Tensor]]  # samples, mean of what was added, statistics
+
+
+def chain(opt: Optimizer) -> Iterator[Wrapping]:
+    """``opt`` and every wrapper inside it, from the outermost on."""
+    while isinstance(opt, Wrapping):
+        yield opt
+        opt = opt.base
+
+
+def innermost(opt: Optimizer) -> Optimizer:
+    """The plain optimizer inside all wrappers."""
+    while isinstance(opt, Wrapping):
+        opt = opt.base
+    return opt
+
+
+def terms_of(opt: Optimizer) -> list[Term]:
+    """The terms among ``opt`` and the wrappers inside it, from the outermost on."""
+    return [link for link in chain(opt) if link.role == "term"]  # type: ignore[misc]
+
+
+def check_order(outer: Wrapping, base: Any) -> None:
+    """Raise TypeError if ``outer`` cannot go around ``base``."""
+    if not isinstance(base, Wrapping) or base.role == "term":
+        return
+    if outer.role == "average" and base.role == "algorithm":
+        return
+    name, inner = type(outer).__name__, type(base).__name__
+    if outer.role == base.role == "average":
+        advice = "one average of the weights is enough; "
+        shown = f"give {name} what is inside"
+    elif base.role == "average":
+        advice = f"{inner} averages what all others have made and goes outermost: "
+        shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), model)"
+    elif outer.role == "term":
+        advice = f"{inner} is an algorithm and goes around the terms: "
+        shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), ...)"
+    else:
+        advice = "two algorithms do not nest, since each makes the one gradient to step along; "
+        shown = f"give {name} the optimizer inside"
+    what = f"another {inner}" if name == inner else inner
+    raise TypeError(f"base: {name} cannot go around {what}: {advice}{shown}")
+
+
+def added_by(
+    terms: Sequence[Term], losses: Tensor, inputs: Mapping[str, Any], name: str
+) -> Added | None:
+    """What ``terms`` add to these losses; each is handed those of the inputs that it takes.
+
+    Raises:
+        TypeError: no term takes one of the inputs, or one that a term needs is missing.
+    """
+    known = {key for term in terms for key in term.inputs()}
+    for key in inputs:
+        if key not in known:
+            takes = [f"{key!r} ({type(t).__name__})" for t in terms for key in t.inputs()]
+            raise TypeError(
+                f"{name}.backward: nothing here takes an input {key!r}; known are "
+                f"{', '.join(takes) or 'none'}"
+            )
+    found = [term.added(losses, inputs) for term in terms]
+    if not found:
+        return None
+    values = [part.values for part in found]
+    statistics = {key: value for part in found for key, value in part.statistics.items()}
+    return Added(values[0] if len(values) == 1 else torch.stack(values).sum(0), statistics)
+
+
+def told(added: Added) -> Told:
+    """What to keep for the statistics once the graph is gone."""
+    values = added.values.detach()
+    return len(values), values.mean(), added.statistics
+
+
+def merged(
+    parts: Sequence[Told], statistics: Mapping[str, Tensor], whole: Whole
+) -> dict[str, Tensor]:
+    """An algorithm's statistics and the terms', of all micro-batches; their means are in the
+    objective."""
+    if not parts:
+        return dict(statistics)
+    shares = [count / whole.samples for count, _, _ in parts]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        if shares == [1]:
+            return values[0]
+        return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0)
+
+    keys = list(parts[0][2])
+    means = [mean([told[key] for _, _, told in parts]) for key in keys]
+    added, *means = whole.total([mean([value for _, value, _ in parts]), *means])
+    return {
+        **statistics,
+        "objective": statistics.get("objective", statistics["loss"]) + added,
+        **dict(zip(keys, means, strict=True)),
+    }

@@ -1,0 +1,99 @@
+"""Algorithms that draw random numbers, from a generator that checkpoints keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import Unpack
+
+from .domain_gradients import DomainGradientOptimizer
+from .hyper import Common
+
+
+class DrawingOptimizer(DomainGradientOptimizer):
+    """Keeps the state of ``generator`` in ``param_groups[0]``, so that a run resumes bit for bit.
+
+    Args:
+        base: the optimizer to wrap.
+        generator: where random numbers come from; None: torch's global generator, the state of
+            which is the user's to keep.
+        num_domains, model, check, settings: as in `DomainGradientOptimizer`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        generator: torch.Generator | None,
+        settings: dict[str, Any],
+        **common: Unpack[Common],
+    ) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+            )
+        self.generator = generator
+        given = {**settings, "generator": self._generator_state()}
+        super().__init__(base, settings=given, **common)
+
+    def _generator_state(self) -> Tensor | None:
+        return None if self.generator is None else self.generator.get_state()
+
+    def _source(self, device: torch.device) -> torch.Generator | None:
+        """What to draw from on ``device``; on several ranks all draw what rank 0 would alone."""
+        own, ranks = self.generator, self._ranks
+        if ranks.size == 1:
+            return own
+        on_cpu = device.type == "cpu"
+        default = torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
+        state = ranks.of_first((own or default).get_state())
+        if own is None and ranks.rank == 0:
+            return None
+        source = own or torch.Generator(device)
+        source.set_state(state)
+        return source
+
+    def _remember(self) -> None:
+        """Write down how far the generator has come; to be called whenever it was drawn from."""
+        self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()
+
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        if self._pending is None and self._scaler is not None:
+            self._pending = self._generator_state()
+        return super()._gradient(staged)
+
+    def _skip(self) -> None:
+        if self.generator is not None:
+            self.generator.set_state(self._pending)
+            self._remember()
+
+    def _taken(self) -> None:
+        super()._taken()
+        state = self.param_groups[0][f"{self.prefix}_generator"]
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state.cpu())
+
+    def _admit(
+        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        super()._admit(kept, groups)
+        state = groups[0].get(f"{self.prefix}_generator")
+        if state is None:
+            return
+        if self.generator is None:
+            raise ValueError(
+                f"state_dict: it has the state of a generator, but this {type(self).__name__} has "
+                "none, so its run would not go on as it was; pass generator=torch.Generator()"
+            )
+        if len(state) != len(self.generator.get_state()):
+            raise ValueError(
+                "state_dict: its generator was not one of the device "
+                f"{str(self.generator.device)!r}, as the one given here is"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        return {k: v for k, v in super().settings().items() if k != "generator"}

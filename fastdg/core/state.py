@@ -1,0 +1,133 @@
+"""A wrapper's own state, inside that of the optimizer it wraps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import base_state, checkpoint
+from .base_optimizer import Wrapping
+from .checkpoint import Kept
+from .nesting import chain
+
+
+class Stateful(Wrapping):
+    """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
+
+    Own tensors are copied and loaded in the dtype that they have, whatever that of the parameter.
+    """
+
+    tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
+    _names: dict[Tensor, str]
+    _kept: Kept
+    _loaded_groups: Sequence[dict[str, Any]] = ()
+    _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
+    _loading = False
+
+    def _clear(self) -> None:
+        """Forget what was staged, and what belongs to the run so far."""
+
+    def _new(self) -> Kept:
+        """Own tensors as a new run has them, if their shapes are known before any forward."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's own ``state_dict()`` with the wrapper's state in it.
+
+        Where that is not laid out as PyTorch's are, the wrapper's lies under ``"fastdg"``.
+
+        Raises:
+            RuntimeError: torch.distributed.checkpoint asks for it, and would lose a part.
+        """
+        checkpoint.catch_up(self)
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._remember()
+        prefixes = tuple(f"{link.prefix}_" for link in chain(self))
+        name = type(self.base).__name__
+        saved = self.base.state_dict()
+        state = base_state.with_own(
+            saved, self.param_groups, list(self._own_tensors()), prefixes, name
+        )
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def _remember(self) -> None:
+        """Write down in ``param_groups`` what is kept elsewhere, before it is saved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this wrapper, or by the bare wrapped optimizer.
+
+        From the latter the wrapper's own state starts anew, with the constructor's settings.
+        Loading through ``opt.base`` does the same.
+
+        Raises:
+            ValueError: the state was saved with another number of domains, or lacks tensors it
+                should have. Nothing is changed then.
+        """
+        state_dict = checkpoint.prepared(self, state_dict)
+        rest = self._take(state_dict)
+        checkpoint.check_whole(self, state_dict, rest)
+        self._loading = True  # so that the hooks of `loading` do not take it again
+        try:
+            self.base.load_state_dict(rest)
+        finally:
+            self._loading = False
+        self._taken()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What the wrapped optimizer shall load of this state; the wrapper's own is set aside."""
+        part = base_state.own_part(state_dict, self.param_groups)
+        part = checkpoint.without_others(self, part)
+        groups = part["param_groups"]
+        named = base_state.by_id(groups, (p for g in self.param_groups for p in g["params"]))
+        own = {f"{self.prefix}_{name}": name for name in self.tensors}
+        # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
+        self._loaded, rest = checkpoint.split(part["state"], named, own)
+        if sum(len(group["params"]) for group in groups) == self._size():  # or it is refused there
+            self._admit(self._loaded, groups)
+        self._loaded_groups = groups
+        if base_state.KEY in state_dict and not isinstance(self.base, Wrapping):
+            return {key: value for key, value in state_dict.items() if key != base_state.KEY}
+        return base_state.with_part(state_dict, {**part, "state": rest})
+
+    def _taken(self) -> None:
+        """The wrapped optimizer has loaded its part: now the wrapper does."""
+        self._kept, self._loaded = self._loaded, {}
+        mark = f"{self.prefix}_"
+        # Each optimizer has its own way to load its groups: the wrapper's keys are set again
+        for group, loaded in zip(self.param_groups, self._loaded_groups, strict=False):
+            for key in [key for key in group if key.startswith(mark) and key not in loaded]:
+                del group[key]
+            group.update({k: copy.deepcopy(v) for k, v in loaded.items() if k.startswith(mark)})
+        self._loaded_groups = ()
+        for p, name, tensor in self._own_tensors():
+            if self.state.get(p):  # an entry of ours alone would pass for the wrapped optimizer's
+                self.state[p][name] = tensor
+        self._clear()
+        self._fill()
+        self._group = self.param_groups[0]
+
+    def _admit(
+        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        """Refuse a state that does not fit, before anything is changed."""
+
+    def _fill(self) -> None:
+        """Give the first group what it lacks of the wrapper's settings and counters."""
+        for name, value in self._given.items():
+            self.param_groups[0].setdefault(f"{self.prefix}_{name}", value)
+
+    def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        for name, tensors in self._kept.items():
+            for p, tensor in tensors.items():
+                yield p, f"{self.prefix}_{name}", tensor
+        if isinstance(self.base, Stateful):  # a term
+            yield from self.base._own_tensors()

@@ -1,0 +1,1 @@
+"""Several ranks, DistributedDataParallel and FSDP2: process groups and tensors."""

@@ -1,1 +1,0 @@
-"""One room per algorithm; each is a wrapper around any ``torch.optim`` optimizer."""

@@ -1,0 +1,1 @@
+"""Self-supervised learning: no domains, so no wrapper of these knows any."""

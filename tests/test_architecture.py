@@ -1,0 +1,174 @@
+"""The shape of the package: imports run one way, and no file or folder grows too large.
+
+`TYPE_CHECKING` imports count. The lists of exceptions may only shrink.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import fastdg
+import fastdg.kernels
+
+ROOT = Path(fastdg.__file__).parent
+# A layer imports itself and layers below it. Files that stand alone in fastdg/ are not listed.
+LAYERS = (
+    {"studies", "domainbed", "experiments", "report", "cli", "examples", "data"},
+    {"algorithms", "selfsup", "averaging"},
+    {"core"},
+    {"distributed", "capture"},
+    {"statistics"},
+    {"gradients"},
+    {"ops", "kernels"},
+)
+LINES, ALGORITHM_LINES, FILES = 350, 120, 20
+UPWARD: set[tuple[str, str]] = {
+    ("distributed.exchange", "core.gathering"),
+    ("distributed.exchange", "core.global_batch"),
+    ("distributed.handshake", "core.nesting"),
+    ("distributed.ranks", "core.global_batch"),
+    ("gradients.engine", "statistics.factors"),
+    ("gradients.pulled", "statistics.factors"),
+    ("gradients.rules", "statistics.factors"),
+    ("gradients.rules.broadcast", "statistics.factors"),
+    ("gradients.rules.convolution", "statistics.factors"),
+    ("gradients.rules.linear", "statistics.factors"),
+    ("gradients.rules.lookup", "statistics.factors"),
+    ("gradients.rules.norm", "statistics.factors"),
+    ("gradients.tape", "statistics.advice"),
+    ("gradients.tape", "statistics.factors"),
+    ("gradients.tape", "statistics.selection"),
+}
+LONG: set[str] = {
+    "algorithms.fish",
+    "algorithms.miro",
+    "algorithms.rise",
+    "core.optimizer",
+    "ops.checks",
+    "statistics.api",
+    "statistics.factors",
+    "statistics.stream",
+}
+LONG_ALGORITHMS: set[str] = {
+    "algorithms.fish",
+    "algorithms.fishr",
+    "algorithms.gram_surgery",
+    "algorithms.iga",
+    "algorithms.invariance",
+    "algorithms.irm",
+    "algorithms.masking",
+    "algorithms.miro",
+    "algorithms.rise",
+    "algorithms.surgery",
+    "algorithms.swad",
+}
+CIRCULAR: set[str] = {
+    "core.amp",
+    "core.batch",
+    "core.checkpoint",
+    "core.global_batch",
+    "core.nesting",
+    "core.one_domain",
+    "core.optimizer",
+    "core.state",
+    "core.term",
+    "core.weighted",
+    "distributed.handshake",
+    "distributed.ranks",
+    "domainbed.adapter",
+    "domainbed.resume",
+    "gradients.rules",
+    "gradients.rules.broadcast",
+    "gradients.rules.convolution",
+    "gradients.rules.linear",
+    "gradients.rules.lookup",
+    "gradients.rules.norm",
+    "kernels",
+    "kernels.oracle_nll",
+    "kernels.outer_agreement",
+    "kernels.text_distance",
+    "ops.agreement",
+    "ops.backends",
+    "ops.combine",
+    "ops.derivatives",
+    "ops.oracle_nll",
+    "ops.registry",
+    "ops.text_distance",
+}
+FULL: set[str] = {"core"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name of every module of the package -> its file."""
+    found = {}
+    folders = {"fastdg": ROOT} | {"fastdg.kernels": Path(p) for p in fastdg.kernels.__path__}
+    for name, folder in folders.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join([name, *parts])] = file
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules of the package that a module imports, anywhere in its text."""
+    file = MODULES[name]
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                if inner in MODULES or base in MODULES:
+                    yield inner if inner in MODULES else base
+
+
+GRAPH = {name: {to for to in imports(name) if to != name} for name in MODULES}
+
+
+def layer(name: str) -> int | None:
+    folder = f"{name}.".split(".")[1]
+    return next((i for i, names in enumerate(LAYERS) if folder in names), None)
+
+
+def short(name: str) -> str:
+    return name.removeprefix("fastdg.")
+
+
+def test_imports_run_downwards():
+    upward = {
+        (short(name), short(to))
+        for name, found in GRAPH.items()
+        for to in found
+        if (own := layer(name)) is not None and (other := layer(to)) is not None and other < own
+    }
+    assert upward == UPWARD
+
+
+def test_no_module_imports_itself_through_others():
+    reached = {name: set(found) for name, found in GRAPH.items()}
+    for middle in GRAPH:
+        for found in reached.values():
+            if middle in found:
+                found |= reached[middle]
+    assert {short(name) for name in GRAPH if name in reached[name]} == CIRCULAR
+
+
+def test_no_file_is_too_long():
+    lines = {short(name): len(file.read_text().splitlines()) for name, file in MODULES.items()}
+    assert {name for name, n in lines.items() if n > LINES} == LONG
+    found = {name for name, n in lines.items() if n > ALGORITHM_LINES}
+    assert {name for name in found if name.startswith("algorithms.")} == LONG_ALGORITHMS
+
+
+def test_no_folder_is_too_full():
+    files = [file.parent for file in MODULES.values() if file.name != "__init__.py"]
+    assert {folder.name for folder in files if files.count(folder) > FILES} == FULL
