@@ -103,8 +103,8 @@ FULL: set[str] = {"core"}
 def modules() -> dict[str, Path]:
     """Dotted name of every module of the package -> its file."""
     found = {}
-    folders = {"fastdg": ROOT} | {"fastdg.kernels": Path(p) for p in fastdg.kernels.__path__}
-    for name, folder in folders.items():
+    kernels = [("fastdg.kernels", Path(path)) for path in fastdg.kernels.__path__]
+    for name, folder in [("fastdg", ROOT), *kernels]:
         for file in folder.rglob("*.py"):
             parts = file.relative_to(folder).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
