@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ..carried import continued
 from ..domains import tracing
-from ..statistics.factors import Factor, total
+from ..statistics.factors import Factor, refuse_complex, total
 from .errors import in_words
 from .graph import Graph, output_shapes
 from .plain import without_autocast
@@ -82,6 +82,8 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
         return Forward(losses, graph, names, parameters, kept)
     plan, uses = kept, uses + 1
     if plan is None or uses & (uses - 1) == 0:  # at uses 1, 2, 4, 8, ...
+        for p in parameters:
+            refuse_complex(p)
         with in_words():
             planner = Planner(losses, graph, parameters)
             plan = planner.plan()

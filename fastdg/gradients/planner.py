@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import Graph, holds_samples, output_shapes
+from .graph import Graph, holds_samples, output_dtypes, output_shapes
 from .owners import UNREAD, Found, Output, Owner, Unclear, completed, same
 from .plan import COPIES, MOVES, Boundary, Place, Plan
 from .provenance import follows, probe
@@ -296,6 +296,9 @@ class Planner:
         # A rule is given the gradient at output 0 alone, so no other one may have one
         others = any(self.found.get(Output(node, k)) is not None for k in range(1, len(shapes)))
         if others or owner is None or output is None or below is None:
+            return None
+        dtype = output_dtypes(node)[0]
+        if dtype is not None and dtype.is_complex:  # conjugates, and real parts of real operands
             return None
         variable = getattr(below, "variable", None)
         shape = tuple(variable.shape) if variable is not None else output_shapes(below)[nr]

@@ -267,7 +267,7 @@ def _profile(grad: Tensor) -> list[Tensor]:
     if grad.is_sparse:
         grad = grad.to_dense()
     if grad.is_complex():
-        grad = torch.view_as_real(grad).abs().sum(-1)
+        grad = torch.view_as_real(grad.resolve_conj()).abs().sum(-1)
     if grad.dtype in (torch.float16, torch.bfloat16):
         grad = grad.float()
     if grad.dim() < 2:

@@ -45,8 +45,9 @@ def floating(name: str, x: Any, like: Tensor | None = None, of: str = "") -> Non
             f"{name}: expected a dense floating-point tensor, got {x.layout}. Use .to_dense()."
         )
     if not x.is_floating_point():
+        real = "torch.view_as_real()" if x.is_complex() else ".float()"
         raise TypeError(
-            f"{name}: expected a dense floating-point tensor, got {x.dtype}. Use .float()."
+            f"{name}: expected a dense floating-point tensor, got {x.dtype}. Use {real}."
         )
     assert like is not None
     raise ValueError(

@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import ops
 from ..domains import Partition, single
 from ..ops.window import unfold
-from .advice import LEAVE_OUT
 
 CACHED = 1 << 15  # entries that stay in a core's cache
 _EXACT = (torch.float32, torch.float64)
@@ -31,12 +30,17 @@ def accumulated(x: Tensor) -> Tensor:
     """
     if x.dtype in _EXACT:
         return x
+    refuse_complex(x)
+    return x.to(torch.float32)
+
+
+def refuse_complex(x: Tensor) -> None:
+    """Raise if a parameter, or its gradient, is complex."""
     if x.is_complex():
         raise TypeError(
-            f"params: expected layers with real parameters and gradients, got {x.dtype}; "
-            f"{LEAVE_OUT}"
+            f"params: expected real parameters, got {x.dtype}. Keep real and imaginary part in a "
+            "real parameter and read it by torch.view_as_complex in the forward, or freeze this one"
         )
-    return x.to(torch.float32)
 
 
 def flat(grads: Tensor) -> Tensor:

@@ -118,6 +118,26 @@ def test_a_function_whose_other_input_comes_from_the_same_parameter() -> None:
     compare(Scale.apply(h, vector).sin().sum(1), {"vector": vector})
 
 
+# Complex operations that real parameters reach, on h [N, 2, C]
+COMPLEX: dict[str, Callable[[Derived, Tensor], Tensor]] = {
+    "a real factor": lambda m, h: h * m.table,
+    "a real divisor": lambda m, h: h / m.table,
+    "a real bias": lambda m, h: torch.addcmul(m.table, m.table, h) - m.table,
+    "a phase": lambda m, h: h * torch.exp(1j * m.table),
+    "a filter": lambda m, h: h * torch.view_as_complex(torch.stack([m.table, m.a], -1)),
+    "a cast weight": lambda m, h: h @ m.weight.to(h.dtype),
+    "a conjugate weight": lambda m, h: h @ torch.complex(m.weight, m.weight.exp()).mH,
+    "a kernel's spectrum": lambda m, h: h * torch.fft.fft(m.table),
+}
+
+
+@pytest.mark.parametrize("operation", COMPLEX)
+def test_real_parameters_of_complex_operations(operation: str) -> None:
+    model = Derived()
+    f = COMPLEX[operation](model, torch.fft.fft(torch.randn(N, 2, C)))
+    compare(f.conj().exp().imag.sum((1, 2)) + f.abs().sum((1, 2)), dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize("samples", [2, 3])
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("rows", [3, 4, 6])

@@ -206,7 +206,7 @@ def test_complex_layers(check: bool) -> None:
     model = nn.Linear(3, 2).to(torch.complex64)
     with fastdg.record(model, check=check) as tape:
         losses = model(torch.randn(4, 3, dtype=torch.complex64)).abs().square().sum(1)
-    with pytest.raises(TypeError, match="complex64"):
+    with pytest.raises(TypeError, match=r"complex64.*view_as_complex"):
         fastdg.domain_moments(tape, losses, torch.tensor([0, 0, 1, 1]))
 
 
