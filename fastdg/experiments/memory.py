@@ -15,7 +15,9 @@ Result = TypeVar("Result")
 def measured(step: Callable[[], Result]) -> tuple[Result, int]:
     """``step()`` and the most bytes of CPU tensors that it holds at a time, beyond those alive
     before it."""
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [ProfilerActivity.CPU]
+    # acc_events: without it torch 2.10 warns that events are cleared after a cycle, and this is one
+    with _silent(), profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
         result = step()
     results = profiler.profiler.kineto_results
     alive = peak = 0

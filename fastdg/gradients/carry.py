@@ -255,7 +255,7 @@ def _matrix_vector(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape
 
 _ENTRYWISE = (
     *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Addcmul", "Addcdiv", "Lerp", "Where", "Pow"),
-    *("Relu", "Gelu", "Silu", "Mish", "Tanh", "Sigmoid", "Softplus", "Elu", "Celu", "Selu"),
+    *("Relu", "Gelu", "Silu", "Mish", "Tanh", "Sigmoid", "Softplus", "Elu", "Celu"),
     *("LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "LogSigmoid", "Threshold"),
     *("PreluKernel", "RreluWithNoise", "Softshrink", "Hardshrink", "Exp", "Exp2", "Expm1", "Log"),
     *("Log1P", "Log2", "Log10", "Sqrt", "Rsqrt", "Reciprocal", "Abs", "Sgn", "Sin", "Cos", "Tan"),
@@ -283,7 +283,7 @@ _ATTENTION = ("FlashAttention", "FlashAttentionForCpu", "EfficientAttention", "C
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
-    return [f"{name}Backward{n}" for name in names for n in range(4)]
+    return [f"{name}Backward{n}" for name in names for n in range(6)]
 
 
 CARRY: dict[str, Carry] = {

@@ -39,7 +39,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("LogsumexpBackward0", "LinalgVectorNormBackward0", "ProdBackward1"), _DIM),
     **dict.fromkeys(("VarBackward0", "StdBackward0", "VarMeanBackward0", "StdMeanBackward0"), _DIM),
     **dict.fromkeys(("MaxBackward0", "MinBackward0", "MedianBackward1"), _DIM),
-    **dict.fromkeys((f"NormBackward{n}" for n in range(1, 5)), _DIM),
+    **dict.fromkeys(("NormBackward1", "NormBackward3"), _DIM),
 }
 _layout_of_type: dict[type, tuple[str, ...]] = {}
 

@@ -12,20 +12,11 @@ from .rules import Served
 MOVES = frozenset(
     f"{name}Backward{number}"
     for name in (
-        *(
-            "T",
-            "View",
-            "UnsafeView",
-            "ReshapeAlias",
-            "Transpose",
-            "Permute",
-            "Unsqueeze",
-            "Squeeze",
-        ),
-        *("ToCopy", "Alias", "Clone", "Slice", "Select", "Split", "SplitWithSizes"),
-        *("Unbind", "Diagonal", "AsStrided", "Movedim", "Swapaxes", "Narrow"),
+        *("T", "View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Unsqueeze"),
+        *("Squeeze", "ToCopy", "Alias", "Clone", "Slice", "Select", "Split", "SplitWithSizes"),
+        *("Unbind", "Diagonal", "AsStrided"),
     )
-    for number in range(4)
+    for number in range(6)
 )
 
 # They may repeat a tensor for each sample, or a weight for each product of a batch
