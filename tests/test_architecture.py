@@ -58,7 +58,6 @@ LONG_ALGORITHMS: set[str] = {
     "algorithms.iga",
     "algorithms.invariance",
     "algorithms.irm",
-    "algorithms.masking",
     "algorithms.miro",
     "algorithms.rise",
     "algorithms.surgery",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from torch.optim import Optimizer
-from typing_extensions import Unpack
-
-from ..core.hyper import Common
 from ..core.weighted import MeanLoss
 
 
@@ -41,6 +37,3 @@ class ERM(MeanLoss):
 
     prefix = "erm"
     penalises = False
-
-    def __init__(self, base: Optimizer, **common: Unpack[Common]) -> None:
-        super().__init__(base, params="all", **common)

@@ -16,8 +16,8 @@ from ..averaging.buffers import KINDS, Before, Buffers
 from ..core.batch import Batch
 from ..core.checkpoint import Kept
 from ..core.closures import asks_for_domain, check_same, losses_of
-from ..core.hyper import Setting, check_steps, check_switch, check_weight, checked
-from ..core.optimizer import Closure
+from ..core.hyper import NEEDED, check_steps, check_switch, check_weight, hyper, option
+from ..core.optimizer import Closure, DomainOptimizer
 from ..core.weighted import Losses, Weighted
 from ..distributed.sharding import local, sharded
 
@@ -109,10 +109,9 @@ class Fish(Weighted):
     _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_product", "_meta")
     _transient = (*Weighted._transient, *_fleeting)
 
-    _product: Tensor | None
-
-    meta_lr: Setting[float] = Setting(check_weight)
-    meta_steps: Setting[int] = Setting(check_steps)
+    meta_lr: float = hyper(0.5, check_weight)
+    meta_steps: int = hyper(NEEDED, check_steps)
+    inner_product: bool = option(False, check_switch)
 
     def __init__(
         self,
@@ -125,17 +124,25 @@ class Fish(Weighted):
         model: nn.Module | None = None,
     ) -> None:
         check_steps("num_domains", num_domains)
-        check_switch("inner_product", inner_product)
-        steps = num_domains if meta_steps is None else meta_steps
-        given = checked(type(self), {"meta_lr": meta_lr, "meta_steps": steps})
-        self.inner_product = inner_product
         self._network = model  # whose buffers go with this wrapper wherever it is copied
         self._buffers = Buffers(model)
-        super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
-        self._given["position"] = 0
-        self._fill()
+        DomainOptimizer.__init__(
+            self,
+            base,
+            num_domains=num_domains,
+            model=model,
+            meta_lr=meta_lr,
+            meta_steps=num_domains if meta_steps is None else meta_steps,
+            inner_product=inner_product,
+        )
         self._follow()
         self._begin_here()
+
+    def _start(self) -> None:
+        self._product: Tensor | None = None
+
+    def _counters(self) -> dict[str, Any]:
+        return {**super()._counters(), "position": 0}
 
     @property
     def position(self) -> int:
@@ -329,10 +336,6 @@ class Fish(Weighted):
         self._look(self._network)
         self._follow()
         self._begin_here()
-
-    def settings(self) -> dict[str, Any]:
-        own = ("meta_lr", "meta_steps", "inner_product")
-        return {**super().settings(), **{name: getattr(self, name) for name in own}}
 
 
 def _stamp(p: Tensor) -> tuple[int, int]:

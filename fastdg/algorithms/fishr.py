@@ -7,22 +7,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from .. import ops
 from ..core import checkpoint
 from ..core.annealed import Annealed
 from ..core.base_optimizer import accumulate
 from ..core.batch import Batch, descend, moments, scaled, total_loss
-from ..core.hyper import Common, Setting, check_decay, check_reduction, checked
+from ..core.hyper import check_count, check_decay, check_reduction, check_weight, hyper, option
 from ..core.nesting import terms_of
 from ..core.weighted import Losses
 from ..distributed.sharding import local
 from ..statistics.api import moments_of
 from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
-from ..statistics.selection import Selection, select
+from ..statistics.selection import Selection, listed, select
 from ..warn import warn_user
 
 
@@ -85,35 +83,13 @@ class Fishr(Annealed):
     tensors = ("ema",)
     compares = True
 
-    ema: Setting[float | None] = Setting(check_decay)
-    reduction: Setting[str] = Setting(check_reduction)
+    params: Selection = option("head", convert=listed)
+    penalty_weight: float = hyper(1000.0, check_weight)
+    anneal_steps: int = hyper(1500, check_count)
+    ema: float | None = hyper(0.95, check_decay)
+    reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
+    pre_anneal_weight: float = hyper(0.0, check_weight)
     _resumed = False  # with a history that was loaded and has not moved yet
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        params: Selection = "head",
-        penalty_weight: float = 1000.0,
-        anneal_steps: int = 1500,
-        ema: float | None = 0.95,
-        reduction: Literal["mean", "sum"] = "mean",
-        pre_anneal_weight: float = 0.0,
-        reset_base: bool = True,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(
-            type(self),
-            {
-                "penalty_weight": penalty_weight,
-                "anneal_steps": anneal_steps,
-                "ema": ema,
-                "reduction": reduction,
-                "pre_anneal_weight": pre_anneal_weight,
-                "reset_base": reset_base,
-            },
-        )
-        super().__init__(base, params=params, settings=given, **common)
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight, whole = self._weight(), self._whole
@@ -261,13 +237,6 @@ class Fishr(Annealed):
                     f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "
                     f"a domain, but the parameter has shape {tuple(p.shape)}"
                 )
-
-    def settings(self) -> dict[str, Any]:
-        own = ("penalty_weight", "anneal_steps", "ema", "reduction", "pre_anneal_weight")
-        return {
-            **super().settings(),
-            **{name: getattr(self, name) for name in (*own, "reset_base")},
-        }
 
 
 def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:

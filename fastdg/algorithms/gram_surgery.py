@@ -8,13 +8,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..core.checkpoint import Kept
 from ..core.domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from ..core.gathering import DomainBatch, Gradients, spread
-from ..core.hyper import Common, Setting, check_absent, check_switch, checked
+from ..core.hyper import check_absent, check_switch, hyper, needed
 from ..domains import readable, tracing
 from ..warn import warn_user
 from ..weightings import (
@@ -85,24 +83,14 @@ class GramSurgery(DomainGradientOptimizer):
 
     prefix = "gramsurgery"
 
-    absent: Setting[str] = Setting(check_absent)
-    normalize: Setting[bool] = Setting(check_switch)
+    weighting: Weighting = needed(of_gram, kw_only=False)
+    absent: Literal["auto", "zeros", "drop"] = hyper("auto", check_absent)
+    normalize: bool = hyper(False, check_switch)
 
-    def __init__(
-        self,
-        base: Optimizer,
-        weighting: Weighting,
-        *,
-        absent: Literal["auto", "zeros", "drop"] = "auto",
-        normalize: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(type(self), {"absent": absent, "normalize": normalize})
-        self.weighting = of_gram(weighting)
+    def _start(self) -> None:
         self._extent: int | None = None  # domains that the weighting keeps state of
         self._readable = False  # which domains have samples, without a wait for the device
         self._warned = self._warned_lost = False
-        super().__init__(base, settings=given, **common)
 
     # -- weights --
 
@@ -222,6 +210,3 @@ class GramSurgery(DomainGradientOptimizer):
         if state is not None:
             self._extent = state["domains"]
             load_weighting(self.weighting, state["values"], self._home())
-
-    def settings(self) -> dict[str, Any]:
-        return {"weighting": self.weighting, **super().settings()}

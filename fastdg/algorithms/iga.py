@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from .. import ops
 from ..core.batch import Batch, descend, moments
 from ..core.closures import asks_for_domain, check_same, losses_of
 from ..core.errors import refuse_groups, refuse_ranks
-from ..core.hyper import Common, Setting, check_weight, checked
+from ..core.hyper import check_weight, hyper
 from ..core.nesting import terms_of
 from ..core.optimizer import Closure, DomainOptimizer
 from ..core.rerun import Start
@@ -84,17 +81,7 @@ class IGA(DomainOptimizer):
     )
     compares = True
 
-    penalty_weight: Setting[float] = Setting(check_weight)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        penalty_weight: float = 1000.0,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(type(self), {"penalty_weight": penalty_weight})
-        super().__init__(base, params="all", settings=given, **common)
+    penalty_weight: float = hyper(1000.0, check_weight)
 
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         weight = self.penalty_weight
@@ -236,9 +223,6 @@ class IGA(DomainOptimizer):
                 f"({float(total) / count:.6g}, {count} samples). Draw the batch before opt.step, "
                 "and take random numbers from torch's default generators"
             )
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "penalty_weight": self.penalty_weight}
 
 
 @contextmanager

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..core.annealed import Annealed
 from ..core.checkpoint import Kept
-from ..core.hyper import Common, Setting, check_weight, checked
+from ..core.hyper import check_weight, hyper
 from ..core.weighted import Losses, Weighted
 
 
@@ -56,26 +54,7 @@ class VREx(Annealed, Weighted):
     prefix = "vrex"
     compares = True
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        penalty_weight: float = 10.0,
-        anneal_steps: int = 500,
-        pre_anneal_weight: float = 1.0,
-        reset_base: bool = True,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(
-            type(self),
-            {
-                "penalty_weight": penalty_weight,
-                "anneal_steps": anneal_steps,
-                "pre_anneal_weight": pre_anneal_weight,
-                "reset_base": reset_base,
-            },
-        )
-        super().__init__(base, params="all", settings=given, **common)
+    penalty_weight: float = hyper(10.0, check_weight)
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         weight = self._weight()
@@ -129,11 +108,7 @@ class GroupDRO(Weighted):
     tensors = ("q",)
     compares = True
 
-    eta: Setting[float] = Setting(check_weight)
-
-    def __init__(self, base: Optimizer, *, eta: float = 0.01, **common: Unpack[Common]) -> None:
-        given = checked(type(self), {"eta": eta})
-        super().__init__(base, params="all", settings=given, **common)
+    eta: float = hyper(0.01, check_weight)
 
     def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
         q = self._spread(losses.count)
@@ -195,6 +170,3 @@ class GroupDRO(Weighted):
                     f"state_dict: its groupdro_q has {len(q)} domains, but num_domains is "
                     f"{self.num_domains}"
                 )
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "eta": self.eta}

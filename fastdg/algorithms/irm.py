@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..core.annealed import Annealed
 from ..core.batch import Batch, descend
 from ..core.global_batch import Whole
-from ..core.hyper import Common, checked
+from ..core.hyper import check_weight, hyper
 from ..core.nesting import terms_of
 from ..core.optimizer import Closure
 from ..core.weighted import UNSEEN, Losses, check_reached, refuse_again
@@ -84,30 +82,15 @@ class IRM(Annealed):
     """
 
     prefix = "irm"
-    _transient = (*Annealed._transient, "_checked")
-    _logits: Tensor | None = None  # those of the `backward` that is running
-    _checked: bool
+    params = "head"
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        penalty_weight: float = 100.0,
-        anneal_steps: int = 500,
-        pre_anneal_weight: float = 1.0,
-        reset_base: bool = True,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(
-            type(self),
-            {
-                "penalty_weight": penalty_weight,
-                "anneal_steps": anneal_steps,
-                "pre_anneal_weight": pre_anneal_weight,
-                "reset_base": reset_base,
-            },
-        )
-        super().__init__(base, params="head", settings=given, **common)
+    penalty_weight: float = hyper(100.0, check_weight)
+
+    _transient = (*Annealed._transient, "_checked", "_logits")
+
+    def _start(self) -> None:
+        self._logits: Tensor | None = None  # those of the `backward` that is running
+        self._checked = False
 
     def backward(
         self,
@@ -208,7 +191,7 @@ class IRM(Annealed):
 
     def _clear(self) -> None:
         super()._clear()
-        self._checked = False
+        self._checked, self._logits = False, None
 
 
 def check_logits(logits: Any, losses: Tensor) -> None:

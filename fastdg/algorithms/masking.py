@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..core.domain_gradients import Combined, DomainGradientOptimizer, Masked, Statistics
 from ..core.gathering import Gradients
-from ..core.hyper import Common, Setting, check_share, check_steepness, checked
+from ..core.hyper import check_share, check_steepness, hyper
 from ..warn import warn_user
 
 TINY = 1e-10  # DomainBed's, in the division by the mean of a mask
@@ -17,7 +15,7 @@ TINY = 1e-10  # DomainBed's, in the division by the mean of a mask
 class _MaskOptimizer(DomainGradientOptimizer):
     """The masked mean gradient, scaled up for what the mask takes away from each parameter."""
 
-    threshold: Setting[float] = Setting(check_share)
+    threshold: float = hyper(1.0, check_share)
 
     def _rescaled(self, masked: Masked, gradients: Gradients) -> tuple[Combined, Statistics]:
         # One domain's gradient stays as it is
@@ -67,16 +65,6 @@ class ANDMask(_MaskOptimizer):
 
     prefix = "andmask"
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        threshold: float = 1.0,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(type(self), {"threshold": threshold})
-        super().__init__(base, settings=given, **common)
-
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         return self._rescaled(self._masked(gradients, "mean", self.threshold), gradients)
 
@@ -111,19 +99,8 @@ class SANDMask(_MaskOptimizer):
 
     prefix = "sandmask"
 
-    steepness: Setting[float] = Setting(check_steepness)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        threshold: float = 1.0,
-        steepness: float = 10.0,
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(type(self), {"threshold": threshold, "steepness": steepness})
-        super().__init__(base, settings=given, **common)
-        self._warned = False
+    steepness: float = hyper(10.0, check_steepness)
+    _warned = False
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         if self.threshold == 1 and not self._warned:

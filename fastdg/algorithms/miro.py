@@ -28,7 +28,8 @@ from ..capture.graph_notes import Hook, found, leave, recording
 from ..core.base_optimizer import check_base
 from ..core.base_state import own_part, with_part
 from ..core.checkpoint import Kept
-from ..core.hyper import Setting, check_steepness, check_weight, checked
+from ..core.hyper import check_steepness, check_weight, hyper
+from ..core.optimizer import DomainOptimizer
 from ..core.term import Term
 from ..gradients.rules import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
@@ -145,7 +146,7 @@ class MIRO(Term):
     tensors = ("bias",)
     _transient = (*Term._transient, "_forward", "_recognised")
 
-    weight: Setting[float] = Setting(check_weight)
+    weight: float = hyper(0.1, check_weight)
 
     def __init__(
         self,
@@ -161,7 +162,6 @@ class MIRO(Term):
         num_domains: int | None = None,
     ) -> None:
         check_base(base, type(self).__name__)
-        given = checked(type(self), {"weight": weight})
         check_steepness("lr_multiplier", lr_multiplier)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -175,7 +175,7 @@ class MIRO(Term):
         for name, layout in told.items():
             self._encoders[name].layout = layout
         self._join(base)
-        super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
+        DomainOptimizer.__init__(self, base, num_domains=num_domains, model=model, weight=weight)
         self._follow()
 
     @property
@@ -374,5 +374,5 @@ class MIRO(Term):
         self._follow()
 
     def settings(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("layers", "weight", "lr_multiplier")}
-        return {**own, "num_domains": self.num_domains}
+        own = {"layers": self.layers, "lr_multiplier": self.lr_multiplier}
+        return {**own, **super().settings()}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..capture.graph_notes import Hook, found, mark, recording
-from ..core.hyper import Common, Setting, check_steepness, check_weight, checked
+from ..core.hyper import check_steepness, check_weight, hyper
+from ..core.optimizer import DomainOptimizer
 from ..core.term import Term
 from ..domains import readable
 from ..ops import text_distance
@@ -102,10 +102,10 @@ class RISE(Term):
 
     _seen: Forward | None  # the one that waits for its backward
 
-    absolute: Setting[float] = Setting(check_weight)
-    relative: Setting[float] = Setting(check_weight)
-    distillation: Setting[float] = Setting(check_weight)
-    temperature: Setting[float] = Setting(check_steepness)
+    absolute: float = hyper(1.0, check_weight)
+    relative: float = hyper(1.0, check_weight)
+    distillation: float = hyper(0.9, check_weight)
+    temperature: float = hyper(3.0, check_steepness)
 
     def __init__(
         self,
@@ -118,17 +118,10 @@ class RISE(Term):
         relative: float = 1.0,
         distillation: float = 0.9,
         temperature: float = 3.0,
-        **common: Unpack[Common],
+        num_domains: int | None = None,
+        model: nn.Module | None = None,
+        check: bool = True,
     ) -> None:
-        given = checked(
-            type(self),
-            {
-                "absolute": absolute,
-                "relative": relative,
-                "distillation": distillation,
-                "temperature": temperature,
-            },
-        )
         if not isinstance(embedding, nn.Module):
             raise TypeError(
                 "embedding: expected the module whose output the embeddings are, got "
@@ -137,7 +130,17 @@ class RISE(Term):
         self.classes, self.anchors = _units(classes, anchors)
         self.teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
         self.embedding = embedding
-        super().__init__(base, params="all", settings=given, **common)
+        DomainOptimizer.__init__(
+            self,
+            base,
+            num_domains=num_domains,
+            model=model,
+            check=check,
+            absolute=absolute,
+            relative=relative,
+            distillation=distillation,
+            temperature=temperature,
+        )
         self._follow()
 
     def _term(
@@ -288,16 +291,12 @@ class RISE(Term):
         self._follow()
 
     def settings(self) -> dict[str, Any]:
-        return {
+        own = {
             "embedding": type(self.embedding).__name__,
             "classes": len(self.classes),
             "anchors": self.anchors.shape[1],
-            "absolute": self.absolute,
-            "relative": self.relative,
-            "distillation": self.distillation,
-            "temperature": self.temperature,
-            "num_domains": self.num_domains,
         }
+        return {**own, **super().settings()}
 
 
 def _units(classes: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..core.domain_gradients import Combined, DomainGradientOptimizer, Statistics
 from ..core.gathering import Gradients, moved
-from ..core.hyper import Common, Setting, check_reduction, check_switch, checked
+from ..core.hyper import check_reduction, check_switch, hyper
 from ..core.random_state import DrawingOptimizer
 from ..distributed.sharding import own_part
 from ..weightings import Weighting
@@ -57,17 +55,7 @@ class AgrSum(DomainGradientOptimizer):
 
     prefix = "agrsum"
 
-    reduction: Setting[str] = Setting(check_reduction)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        reduction: Literal["mean", "sum"] = "mean",
-        **common: Unpack[Common],
-    ) -> None:
-        given = checked(type(self), {"reduction": reduction})
-        super().__init__(base, settings=given, **common)
+    reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         masked = self._masked(gradients, self.reduction, threshold=1.0)
@@ -101,22 +89,7 @@ class AgrRand(DrawingOptimizer):
 
     prefix = "agrrand"
 
-    reduction: Setting[str] = Setting(check_reduction)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        reduction: Literal["mean", "sum"] = "mean",
-        generator: torch.Generator | None = None,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(
-            base,
-            generator=generator,
-            settings=checked(type(self), {"reduction": reduction}),
-            **common,
-        )
+    reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         masked = self._masked(gradients, self.reduction, threshold=1.0)
@@ -169,24 +142,8 @@ class PCGrad(DrawingOptimizer):
 
     prefix = "pcgrad"
 
-    reduction: Setting[str] = Setting(check_reduction)
-    shared_order: Setting[bool] = Setting(check_switch)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        reduction: Literal["mean", "sum"] = "mean",
-        shared_order: bool = False,
-        generator: torch.Generator | None = None,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(
-            base,
-            generator=generator,
-            settings=checked(type(self), {"reduction": reduction, "shared_order": shared_order}),
-            **common,
-        )
+    reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
+    shared_order: bool = hyper(False, check_switch)
 
     def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
         def weights(gram: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..core import amp, errors
 from ..core.base_optimizer import check_result
 from ..core.base_state import is_new
 from ..core.checkpoint import Kept, begin
-from ..core.hyper import Setting, check_steps, check_weight, checked
+from ..core.hyper import check_steps, check_weight, hyper
 from ..core.nesting import chain, innermost
 from ..core.optimizer import Closure, DomainOptimizer
 from ..gradients.tape import Tape
@@ -109,10 +109,10 @@ class SWAD(Averaged):
     tensors = ("segment", "pending", "average")
     penalises = False
 
-    n_converge: Setting[int] = Setting(check_steps)
-    n_tolerance: Setting[int] = Setting(check_steps)
-    tolerance_ratio: Setting[float] = Setting(check_weight)
-    rule: Setting[str] = Setting(check_rule)
+    n_converge: int = hyper(3, check_steps)
+    n_tolerance: int = hyper(6, check_steps)
+    tolerance_ratio: float = hyper(0.3, check_weight)
+    rule: Literal["paper", "code"] = hyper("paper", check_rule)
 
     def __init__(
         self,
@@ -125,22 +125,23 @@ class SWAD(Averaged):
         rule: Literal["paper", "code"] = "paper",
         num_domains: int | None = None,
     ) -> None:
-        given = checked(
-            type(self),
-            {
-                "n_converge": n_converge,
-                "n_tolerance": n_tolerance,
-                "tolerance_ratio": tolerance_ratio,
-                "rule": rule,
-            },
-        )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self._network = model
-        super().__init__(base, params="all", num_domains=num_domains, model=model, settings=given)
+        DomainOptimizer.__init__(
+            self,
+            base,
+            num_domains=num_domains,
+            model=model,
+            n_converge=n_converge,
+            n_tolerance=n_tolerance,
+            tolerance_ratio=tolerance_ratio,
+            rule=rule,
+        )
         self._share_extent()
-        self._given.update(FRESH)
-        self._fill()
+
+    def _counters(self) -> dict[str, Any]:
+        return {**super()._counters(), **FRESH}
 
     def _share_extent(self) -> None:
         """Tell the wrappers inside the number of domains that was given here."""
@@ -313,7 +314,3 @@ class SWAD(Averaged):
                         f"state_dict: its average of {self._names[p]} has shape {tuple(shape)}, "
                         f"but the parameter has shape {tuple(p.shape)}"
                     )
-
-    def settings(self) -> dict[str, Any]:
-        own = ("n_converge", "n_tolerance", "tolerance_ratio", "rule")
-        return {name: getattr(self, name) for name in own}

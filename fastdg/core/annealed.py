@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .base_state import renew
-from .hyper import Setting, check_count, check_switch, check_weight
+from .hyper import check_count, check_switch, check_weight, hyper
 from .nesting import chain, innermost
 from .optimizer import DomainOptimizer
 
@@ -17,10 +15,10 @@ class Annealed(DomainOptimizer):
     another objective.
     """
 
-    penalty_weight: Setting[float] = Setting(check_weight)
-    anneal_steps: Setting[int] = Setting(check_count)
-    pre_anneal_weight: Setting[float] = Setting(check_weight)
-    reset_base: Setting[bool] = Setting(check_switch)
+    penalty_weight: float
+    anneal_steps: int = hyper(500, check_count)
+    pre_anneal_weight: float = hyper(1.0, check_weight)
+    reset_base: bool = hyper(True, check_switch)
 
     def _weight(self) -> float:
         return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
@@ -28,7 +26,3 @@ class Annealed(DomainOptimizer):
     def _prepare(self) -> None:
         if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
             renew(innermost(self.base), tuple(f"{link.prefix}_" for link in chain(self)))
-
-    def settings(self) -> dict[str, Any]:
-        own = ("penalty_weight", "anneal_steps", "pre_anneal_weight", "reset_base")
-        return {**super().settings(), **{name: getattr(self, name) for name in own}}

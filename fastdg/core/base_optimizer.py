@@ -32,6 +32,13 @@ class Wrapping(Optimizer):
     _left: tuple[Tensor, weakref.ref[Tensor]] | None = None
     _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
+    # Which parameters' per-sample gradients the algorithm looks at: "head" (those of the last layer
+    # before the losses), "all", a list of names or parameters, or a predicate (name, parameter)
+    params: Any = "all"
+    _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
+    _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
+    _statistics: dict[str, Tensor]
+    _told: list[Any]  # what terms have to say of everything staged
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
     # patch onto the instance.

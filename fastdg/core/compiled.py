@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from ..domains import as_ids, check_ids
 from .annealed import Annealed
 from .base_optimizer import accumulate
-from .hyper import Setting
+from .hyper import Hyper, declared
 from .nesting import chain
 from .optimizer import DomainOptimizer
 
@@ -274,8 +274,8 @@ def _settings(link: DomainOptimizer) -> Iterator[Any]:
     """What a graph has burnt in of a wrapper: its settings, and which tensors it keeps."""
     if link.role == "average":  # which a backward passes through
         return
-    for name in link._given:
-        if isinstance(getattr(type(link), name, None), Setting):
+    for name, option in declared(type(link)).items():
+        if isinstance(option, Hyper):
             yield getattr(link, name)
     if isinstance(link, Annealed):
         yield link.steps >= link.anneal_steps

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from ..distributed.exchange import Shared
 from ..domains import Partition, partition, readable
@@ -19,7 +17,6 @@ from .base_optimizer import deliver
 from .batch import scaled
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
 from .global_batch import Whole
-from .hyper import Common
 from .optimizer import DomainOptimizer
 
 Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
@@ -61,7 +58,6 @@ class DomainGradientOptimizer(DomainOptimizer):
         num_domains: number of training domains D; default: as many as the batch has.
         model: its parameters' names are those of messages.
         check: has no effect any more.
-        settings: the algorithm's own, checked; each is a `Setting` of the class.
     """
 
     compares, penalises = True, False
@@ -69,17 +65,11 @@ class DomainGradientOptimizer(DomainOptimizer):
         "run the model on each domain by itself, with backward(losses, domains, final=False) for "
         "all but the last; or freeze these parameters"
     )
-    _measured: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # see `_sizes`
     _transient = (*DomainOptimizer._transient, "_measured")
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        settings: dict[str, Any],
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(base, params="all", settings=settings, **common)
+    def _clear(self) -> None:
+        super()._clear()
+        self._measured: tuple[list[Tensor], Tensor] = [], torch.empty(0)  # see `_sizes`
 
     @property
     def parameter_names(self) -> list[str]:
@@ -185,7 +175,3 @@ class DomainGradientOptimizer(DomainOptimizer):
             sizes = moved(made, like.device)
             self._measured = order, sizes
         return sizes
-
-    def settings(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in self._given if name != "steps"}
-        return {**own, "num_domains": self.num_domains}

@@ -1,4 +1,11 @@
-"""Hyper-parameters that live in ``param_groups``, as those of every torch optimizer do."""
+"""Arguments of a wrapper: declared in one line, checked, shown, saved where they are settings.
+
+    class Penalty(DomainOptimizer):
+        penalty_weight: float = hyper(1.0, check_weight)
+
+makes a keyword of the constructor with a default and a check, an entry of ``param_groups[0]`` that
+checkpoints keep and schedulers change, an attribute, and a part of ``repr``.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +14,119 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, Generic, TypedDict, TypeVar, overload
+from typing import Any
 
-from torch import nn
+import torch
 
-T = TypeVar("T")
-
-
-class Common(TypedDict, total=False):
-    """Keywords that every wrapper takes, whatever its algorithm; see `DomainOptimizer`."""
-
-    num_domains: int | None
-    model: nn.Module | None
-    check: bool
+Check = Callable[[str, Any], Any]
+NEEDED = inspect.Parameter.empty  # an argument without a default
 
 
-COMMON = inspect.signature(
-    lambda *, num_domains=None, model=None, check=True: None  # `Common`, with its defaults
-).parameters
+class Option:
+    """An argument of the constructor that is an attribute of the wrapper.
+
+    Args:
+        default: its value where none is given; `NEEDED`: one has to be.
+        check: raises unless ``(name, value)`` is a good value.
+        convert: value -> the one to keep.
+        positional: whether it may be given by its place after ``base``.
+    """
+
+    def __init__(
+        self,
+        default: Any,
+        check: Check | None = None,
+        convert: Callable[[Any], Any] | None = None,
+        positional: bool = False,
+    ) -> None:
+        self.default, self.convert, self.positional = default, convert, positional
+        self.check = check or _anything
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.annotation = name, owner.__annotations__.get(name, Any)
+
+    def __get__(self, opt: Any, owner: type) -> Any:
+        if opt is None:
+            return self
+        try:
+            return opt.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        self.check(self.name, value)
+        opt.__dict__[self.name] = value if self.convert is None else self.convert(value)
+
+    def parameter(self) -> inspect.Parameter:
+        """As it stands in a signature."""
+        by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        kind = by_place if self.positional else by_name
+        return inspect.Parameter(self.name, kind, default=self.default, annotation=self.annotation)
 
 
-def full_signature(init: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a wrapper's ``__init__``, without self and with `Common` written out."""
-    own = list(inspect.signature(init).parameters.values())[1:]
-    if own and own[-1].annotation == "Unpack[Common]":
-        own[-1:] = COMMON.values()
-    return inspect.Signature(own)
+class Hyper(Option):
+    """A hyper-parameter: an `Option` kept in ``param_groups[0]`` under the wrapper's prefix.
+
+    So it is saved with every checkpoint, restored on load and open to schedulers. Where the group
+    lacks it, the value given to the constructor holds.
+    """
+
+    def __get__(self, opt: Any, owner: type) -> Any:
+        if opt is None:
+            return self
+        return opt.param_groups[0].get(f"{opt.prefix}_{self.name}", opt._given[self.name])
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        self.check(self.name, value)
+        opt.param_groups[0][f"{opt.prefix}_{self.name}"] = value
+
+
+# The return type is Any, so that `weight: float = hyper(1.0, check_weight)` reads as it does in a
+# dataclass; `DomainOptimizer` is one to type checkers.
+def hyper(default: Any, check: Check) -> Any:
+    """Declare a hyper-parameter, see `Hyper`."""
+    return Hyper(default, check)
+
+
+def option(
+    default: Any, check: Check | None = None, convert: Callable[[Any], Any] | None = None
+) -> Any:
+    """Declare an argument that is no hyper-parameter, see `Option`."""
+    return Option(default, check, convert)
+
+
+def needed(convert: Callable[[Any], Any], *, kw_only: bool) -> Any:
+    """Declare an argument without a default, see `Option`; ``kw_only`` tells type checkers."""
+    return Option(NEEDED, None, convert, positional=not kw_only)
+
+
+def declared(kind: type) -> dict[str, Option]:
+    """The arguments that a class declares: its own in their order, then those of its bases."""
+    found: dict[str, Option] = {}
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            if isinstance(value, Option):
+                found.setdefault(name, value)
+    return found
+
+
+def own_signature(init: Callable[..., Any]) -> inspect.Signature:
+    """The signature of an ``__init__``, without self."""
+    return inspect.Signature(list(inspect.signature(init).parameters.values())[1:])
+
+
+def declared_signature(kind: type, common: Iterable[inspect.Parameter]) -> inspect.Signature:
+    """The signature of the constructor of a wrapper that declares its arguments.
+
+    Args:
+        kind: the wrapper.
+        common: ``base``, then the keywords of every wrapper.
+    """
+    base, *rest = common
+    options = declared(kind).values()
+    first = [o.parameter() for o in options if o.positional]
+    keywords = [o.parameter() for o in options if not o.positional]
+    return inspect.Signature([base, *first, *keywords, *rest])
 
 
 def check_keywords(kind: type, given: Iterable[str]) -> None:
@@ -58,43 +152,32 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
         )
 
 
-class Setting(Generic[T]):
-    """An attribute of a wrapper that is kept in ``param_groups[0]`` under the wrapper's prefix.
+def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name, checked, with the defaults of those left out.
 
-    So it is saved with every checkpoint, restored on load and open to schedulers. Where the group
-    lacks it, the value given to the constructor holds.
-
-    Args:
-        check: raises unless ``(name, value)`` is a good value.
+    Raises:
+        TypeError: there are too many, one is missing, or given twice.
+        ValueError: one is no good value.
     """
-
-    def __init__(self, check: Callable[[str, Any], None]) -> None:
-        self.check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, opt: None, owner: type) -> Setting[T]: ...
-
-    @overload
-    def __get__(self, opt: Any, owner: type) -> T: ...
-
-    def __get__(self, opt: Any, owner: type) -> Any:
-        if opt is None:
-            return self
-        return opt.param_groups[0].get(f"{opt.prefix}_{self.name}", opt._given[self.name])
-
-    def __set__(self, opt: Any, value: T) -> None:
-        self.check(self.name, value)
-        opt.param_groups[0][f"{opt.prefix}_{self.name}"] = value
-
-
-def checked(owner: type, given: dict[str, Any]) -> dict[str, Any]:
-    """``given``, if each is a good value of the `Setting` of that name."""
-    for name, value in given.items():
-        getattr(owner, name).check(name, value)
-    return given
+    options = declared(kind)
+    order = [name for name, o in options.items() if o.positional]
+    if len(places) > len(order):
+        raise TypeError(
+            f"{kind.__name__}: takes {1 + len(order)} arguments by their place, got "
+            f"{1 + len(places)}. Pass the others by name."
+        )
+    for name, value in zip(order, places, strict=False):
+        if name in given:
+            raise TypeError(f"{name}: given to {kind.__name__} by its place and by name")
+        given = {**given, name: value}
+    values = {}
+    for name, o in options.items():
+        value = given.get(name, o.default)
+        if value is NEEDED:
+            raise TypeError(f"{name}: {kind.__name__} needs it. Pass {name}=.")
+        o.check(name, value)
+        values[name] = value
+    return values
 
 
 def check_weight(name: str, value: Any) -> None:
@@ -140,6 +223,15 @@ def check_steepness(name: str, value: Any) -> None:
 def check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_generator(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator or None, got {type(value).__name__}")
+
+
+def _anything(name: str, value: Any) -> None:
+    """Of an argument that is checked by what converts it."""
 
 
 def _number(value: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import InitVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,6 @@ from ..gradients.sharded import leaf_of
 from ..gradients.tape import Tape, check_losses
 from ..statistics.api import explain
 from ..statistics.factors import accumulated
-from ..statistics.selection import Selection, listed
 from . import amp, checkpoint, errors
 from .base_optimizer import (
     all_or_nothing,
@@ -34,8 +35,8 @@ from .base_optimizer import (
 from .base_state import is_new
 from .batch import Batch, described
 from .global_batch import Whole
-from .hyper import check_keywords, full_signature
-from .nesting import Told, added_by, chain, check_order, innermost, merged, terms_of, told
+from .hyper import Hyper, bound, check_keywords, declared, declared_signature, needed, own_signature
+from .nesting import added_by, chain, check_order, innermost, merged, terms_of, told
 from .one_domain import OneDomain
 from .state import Stateful
 
@@ -46,42 +47,42 @@ _USED = "fastdg_used"  # on the graph of losses that had their backward
 class DomainOptimizer(Stateful):
     """Base of all wrappers; an algorithm implements `_gradient`, and `_commit` if it keeps state.
 
+    Its arguments an algorithm declares (`fastdg.core.hyper`); an ``__init__`` of its own it needs
+    only to make something of them.
+
     ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies:
     schedulers, checkpoints and ``add_param_group`` work on either.
 
     Args:
         base: the optimizer to wrap (also kept as ``opt.base``).
-        params: which parameters' per-sample gradients the algorithm looks at: ``"head"`` (those of
-            the last layer before the losses), ``"all"``, a list of names or parameters, or a
-            predicate ``(name, parameter)``. Names are those of ``model``, or those the optimizer
-            was given with ``model.named_parameters()``.
         num_domains: number of training domains D; default: as many as have been seen.
         model: its parameters' names are those of messages, and of ``params``.
         check: has no effect any more: which row belongs to which sample is found exactly.
-        settings: the algorithm's own, checked; each is a `Setting` of the class.
+        given: what the class declares.
 
     All that is needed of a forward is in the graph of its losses: no module has a hook. Statistics
     run backward from ``losses.sum()``, so hooks on activations see N times the gradient that
     ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
+    if TYPE_CHECKING:  # the arguments of every wrapper, before those that its class declares
+        base: Optimizer = needed(lambda base: base, kw_only=False)
+        num_domains: int | None = None
+        model: InitVar[nn.Module | None] = None
+        check: bool = True
+
     compares = False  # the domains of a step, so that a step of one domain is plain training
     penalises = True  # adds a term that an optimizer which ascends would turn around
-    _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
-    _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
-
-    _tape: Tape
-    _told: list[Told]  # what terms have to say of everything staged
-    _statistics: dict[str, Tensor]
-    _ranks: Ranks
-    _one_domain: OneDomain
-    _whole: Whole  # what the last final `backward` was of
     looks_at_samples = True  # whether backwards for statistics run before that of the step
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = full_signature(cls.__init__)  # type: ignore[attr-defined]
+        cls.__signature__ = (  # type: ignore[attr-defined]
+            declared_signature(cls, COMMON)
+            if cls.__init__ is DomainOptimizer.__init__
+            else own_signature(cls.__init__)
+        )
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
         check_keywords(cls, keywords)
@@ -90,21 +91,24 @@ class DomainOptimizer(Stateful):
     def __init__(
         self,
         base: Optimizer,
-        *,
-        params: Selection = "head",
+        *places: Any,
         num_domains: int | None = None,
         model: nn.Module | None = None,
         check: bool = True,
-        settings: dict[str, Any] | None = None,
+        **given: Any,
     ) -> None:
         check_order(self, base)
         check_base(base, type(self).__name__)
         errors.refuse_groups(base.param_groups, type(self).__name__, self.penalises)
         check_extent(num_domains, model)
         self.base = base
-        self.params = listed(params)
         self.num_domains = num_domains
         self.check = check
+        values, kinds = bound(type(self), places, given), declared(type(self))
+        hypers = {name: values[name] for name, o in kinds.items() if isinstance(o, Hyper)}
+        for name in values.keys() - hypers.keys():
+            setattr(self, name, values[name])
+        self._start()
         self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
         self._names = names_of(self.param_groups, model, self._known())
         check_params(self.params, self._names, self.param_groups, model)
@@ -112,11 +116,18 @@ class DomainOptimizer(Stateful):
         self._look(model)
         self._clear()
         checkpoint.attach(self)
-        self._given = {"steps": 0, **(settings or {})}
-        self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in (settings or {}).items()})
+        self._given = {"steps": 0, **self._counters(), **hypers}
+        self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in hypers.items()})
         self._fill()
         checkpoint.adopt(self)
         self._group = self.param_groups[0]
+
+    def _start(self) -> None:
+        """Called once, by the constructor, before anything is made of its arguments."""
+
+    def _counters(self) -> dict[str, Any]:
+        """What a new run has in the first group beside the hyper-parameters and ``steps``."""
+        return {}
 
     @property
     def steps(self) -> int:
@@ -171,7 +182,7 @@ class DomainOptimizer(Stateful):
                     self._ranks.part()
                     return accumulated(losses.detach()).mean()
                 (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
-                self._whole = self._meet(staged)
+                self._whole: Whole = self._meet(staged)
                 with all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
             self._statistics = merged(heard, self._statistics, self._whole)
@@ -333,12 +344,12 @@ class DomainOptimizer(Stateful):
         """Look at the optimizer's parameters, some of which have the names of ``model``."""
         self._model = weakref.ref(model) if model is not None else None
         if "_one_domain" not in self.__dict__:
-            self._one_domain = OneDomain()
+            self._one_domain: OneDomain = OneDomain()
         if "_ranks" not in self.__dict__:
             inner = isinstance(self.base, DomainOptimizer)
-            self._ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
+            self._ranks: Ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
         engines = self._ranks.engines  # which do not hold this wrapper
-        self._tape = Tape(self._names, self.params, leaf_of(lambda: list(engines.modules)))
+        self._tape: Tape = Tape(self._names, self.params, leaf_of(lambda: list(engines.modules)))
         self._counted = self._size()
 
     def _known(self) -> dict[Tensor, str]:
@@ -359,10 +370,16 @@ class DomainOptimizer(Stateful):
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""
-        params = self.params
-        if isinstance(params, list):
-            params = [self._names[p] if isinstance(p, Tensor) else p for p in params]
-        return {"params": params, "num_domains": self.num_domains}
+        own = {name: getattr(self, name) for name in declared(type(self))}
+        if isinstance(own.get("params"), list):
+            own["params"] = [self._names[p] if isinstance(p, Tensor) else p for p in self.params]
+        return {**own, "num_domains": self.num_domains}
 
 
+# `base` and the keywords of every wrapper, without self, the places and the rest
+COMMON = [
+    p
+    for p in list(inspect.signature(DomainOptimizer.__init__).parameters.values())[1:]
+    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+]
 DomainOptimizer.__init_subclass__.__func__(DomainOptimizer)  # type: ignore[attr-defined]

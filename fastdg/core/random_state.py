@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from typing_extensions import Unpack
 
 from .domain_gradients import DomainGradientOptimizer
-from .hyper import Common
+from .hyper import check_generator, option
 
 
 class DrawingOptimizer(DomainGradientOptimizer):
@@ -21,24 +19,13 @@ class DrawingOptimizer(DomainGradientOptimizer):
         base: the optimizer to wrap.
         generator: where random numbers come from; None: torch's global generator, the state of
             which is the user's to keep.
-        num_domains, model, check, settings: as in `DomainGradientOptimizer`.
+        num_domains, model, check: as in `DomainGradientOptimizer`.
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *,
-        generator: torch.Generator | None,
-        settings: dict[str, Any],
-        **common: Unpack[Common],
-    ) -> None:
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
-            )
-        self.generator = generator
-        given = {**settings, "generator": self._generator_state()}
-        super().__init__(base, settings=given, **common)
+    generator: torch.Generator | None = option(None, check_generator)
+
+    def _counters(self) -> dict[str, Any]:
+        return {**super()._counters(), "generator": self._generator_state()}
 
     def _generator_state(self) -> Tensor | None:
         return None if self.generator is None else self.generator.get_state()
@@ -96,4 +83,4 @@ class DrawingOptimizer(DomainGradientOptimizer):
             )
 
     def settings(self) -> dict[str, Any]:
-        return {k: v for k, v in super().settings().items() if k != "generator"}
+        return {name: value for name, value in super().settings().items() if name != "generator"}

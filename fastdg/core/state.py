@@ -7,13 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from . import base_state, checkpoint
 from .base_optimizer import Wrapping
 from .checkpoint import Kept
+from .hyper import needed
 from .nesting import chain
 
 
+# To type checkers the arguments that a wrapper declares are the fields of a dataclass
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(needed,))
 class Stateful(Wrapping):
     """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
 
