@@ -17,9 +17,11 @@ constexpr int64_t RANK1_SAMPLES = 64;
 constexpr int64_t COLUMN_BLOCK = 1024;
 constexpr int64_t GRAM_FLOATS = 4096, LEAST_PIECE = 128, LARGEST_PIECE = 256;  // half of that cache
 constexpr int64_t ORACLE_CHANNELS = 1024, ORACLE_POSITIONS = 128;
+constexpr int64_t NORM_POSITIONS = 128;
 
 #include "columns.h"
 #include "dense.h"
+#include "norm.h"
 #include "oracle.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
@@ -45,7 +47,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             text_distance,
                             text_distance_backward,
                             oracle_squares,
-                            oracle_slopes};
+                            oracle_slopes,
+                            norm_sums,
+                            norm_gradient};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

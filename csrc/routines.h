@@ -155,6 +155,31 @@ struct FeatureMaps {
   bool planes;
 };
 
+// A norm's input and the gradient at its result, [N, T, C, S]; see fastdg.ops.norm_gradients. Positions S lie
+// side by side if `planes`, else channels C do; a step leads from one channel, or position, to the next.
+struct Norm {
+  struct Map {
+    const float* data;
+    int64_t sample, row, step;
+
+    const float* at(int64_t n, int64_t t, int64_t channel) const {
+      return data + n * sample + t * row + channel * step;
+    }
+  };
+  struct Statistic {  // [N, T, G], or none
+    const float* data;
+    int64_t sample, row, group;
+
+    float at(int64_t n, int64_t t, int64_t g, float missing) const {
+      return data == nullptr ? missing : data[n * sample + t * row + g * group];
+    }
+  };
+  Map x, delta;
+  Statistic mean, rstd;
+  int64_t samples, rows, channels, positions, groups;
+  bool planes, own;  // own: mean and rstd are those of x
+};
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -187,6 +212,11 @@ struct Routines {
   // Of one sample: the square distance of each channel, and the gap times each channel's slope.
   void (*oracle_squares)(const FeatureMaps&, int64_t sample, float* squares);
   void (*oracle_slopes)(const FeatureMaps&, int64_t sample, const float* slope, float* out);
+  // Of one sample: the gradients of some channels' weight and bias, and their derivative, which begins with
+  // a slope and a shift for each channel.
+  void (*norm_sums)(const Norm&, int64_t sample, Range channels, float* weight, float* bias);
+  void (*norm_gradient)(const Norm&, int64_t sample, const float* slope, const float* shift, float* of_x,
+                        float* of_delta);
 };
 
 const Routines* generic_routines();

@@ -246,22 +246,24 @@ class _Sweep:
         if node in self.factors:
             self._arrive_at_boundary(node, grads)
         delta = grads[0]
+        made: dict[str, Any] = {}
         for (i, place), saved in zip(
             self.uses.get(node, ()), self.saved.pop(node, ()), strict=True
         ):
             self.waiting[i] -= 1
             parts = self.parts.setdefault(i, [])
             if delta is not None:
-                parts.append(place.served.factor(node, saved, delta))
+                parts.append(place.served.factor_beside(node, saved, delta, made))
             if not self.waiting[i] and parts:
                 self.consume(self.forward.names[i], total(self.parts.pop(i)))
 
     def _arrive_at_boundary(self, node: Node, grads: Sequence[Tensor | None]) -> None:
         boundary = self.boundary_of[node]
         saved = self.saved_at.pop(node)
+        made: dict[str, Any] = {}
         for slot, served, given in zip(boundary.slots, boundary.served, saved, strict=True):
             if served is not None and given is not None and grads[0] is not None:
-                self.factors[node][slot] = served.factor(node, given, grads[0])
+                self.factors[node][slot] = served.factor_beside(node, given, grads[0], made)
         if any(served is None for served in boundary.served):
             self.at_boundary[node] = list(grads)
 

@@ -20,6 +20,7 @@ from ..ops.registry import attach  # noqa: E402
 from . import (  # noqa: E402
     launch,
     moments,
+    norm_gradients,
     oracle_nll,
     outer_agreement,
     outer_domain,
@@ -35,6 +36,9 @@ def attach_all() -> None:
     plain, outer = launch.supports, launch.supports_outer
     attach("moments", "triton", moments.moments, plain)
     attach("moments_backward", "triton", moments.moments_backward, plain)
+    norms = norm_gradients
+    attach("norm_gradients", "triton", norms.norm_gradients, norms.supports)
+    attach("norm_gradients_backward", "triton", norms.norm_gradients_backward, norms.supports)
     attach("oracle_nll", "triton", oracle_nll.oracle_nll, oracle_nll.supports)
     attach("oracle_nll_backward", "triton", oracle_nll.oracle_nll_backward, oracle_nll.supports)
     attach("outer_agreement", "triton", outer_agreement.outer_agreement, launch.supports_weighted)

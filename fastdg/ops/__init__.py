@@ -5,6 +5,7 @@ from .combine import combine
 from .gram import gram
 from .meta_step import meta_step
 from .moments import moments
+from .norm_gradients import norm_gradients
 from .oracle_nll import oracle_nll
 from .outer_agreement import outer_agreement
 from .outer_domain import outer_domain
@@ -24,6 +25,7 @@ __all__ = [
     "gram",
     "meta_step",
     "moments",
+    "norm_gradients",
     "oracle_nll",
     "outer_agreement",
     "outer_domain",

@@ -24,6 +24,8 @@ CPP_OPS = (
     *COLUMN_OPS,
     "moments",
     "moments_backward",
+    "norm_gradients",
+    "norm_gradients_backward",
     "oracle_nll",
     "oracle_nll_backward",
     "outer_moments",
@@ -38,7 +40,10 @@ CUDA_OPS = COLUMN_OPS
 
 
 # Ops whose tensors may have other dtypes than the first
-MIXED = ("combine", "agreement", "outer_agreement", "oracle_nll", "oracle_nll_backward")
+MIXED = (
+    *("combine", "agreement", "outer_agreement", "oracle_nll", "oracle_nll_backward"),
+    *("norm_gradients", "norm_gradients_backward"),
+)
 
 
 def _float32(name: str, device: str) -> Supports:

@@ -182,6 +182,14 @@ def oracles(N: int, C: int, P: int, rows: bool = False, oracle: torch.dtype | No
     kernels.oracle_nll.oracle_nll_backward(meta(N), *args, meta(N, C))
 
 
+def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool = False) -> None:
+    x = meta(N, T, C, S, dtype=torch.bfloat16 if half else torch.float32)
+    x = x.mT.contiguous().mT if last else x
+    args = x, x, meta(N, T, G), meta(N, T, G), True
+    kernels.norm_gradients.norm_gradients(*args)
+    kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args)
+
+
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
@@ -222,6 +230,12 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("ResNet map", FP32, lambda: oracles(96, 256, 3136)),
     ("ResNet map", FP32, lambda: oracles(96, 2048, 49, oracle=torch.bfloat16)),
     ("ViT tokens", FP32, lambda: oracles(96, 768, 197, rows=True)),
+    ("layer norm", FP32, lambda: norms(96, 197, 768, 1, 1)),
+    ("layer norm", FP32, lambda: norms(96, 197, 768, 1, 1, half=True)),
+    ("group norm", FP32, lambda: norms(96, 1, 256, 3136, 32)),
+    ("group norm", FP32, lambda: norms(96, 1, 256, 3136, 32, last=True)),
+    ("batch norm", FP32, lambda: norms(96, 1, 2048, 49, 2048)),
+    ("ones", FP32, lambda: norms(1, 1, 1, 1, 1)),
     ("ones", FP32, lambda: oracles(1, 1, 1)),
     ("ones", TF32, lambda: distances(1, 1, 1, 1)),
     ("ones", TF32, lambda: forward(*conv(1, 1, 1, 3, THREE), D=1)),

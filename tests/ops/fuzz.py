@@ -102,6 +102,14 @@ class Draw:
         N, C, P = self.size(0, 4), self.size(0, 20), self.size(0, 20)
         return self.tensor(N, C, P), self.tensor(N, C, P), self.tensor(C)
 
+    def norm(self) -> tuple[Any, ...]:
+        N, T, G, S = self.size(0, 4), self.size(0, 3), self.size(1, 4), self.size(0, 20)
+        shape = N, T, G * self.size(0, 10), self.random.choice((1, S))
+        mean, rstd = self.tensor(N, T, G), self.tensor(N, T, G)
+        given = self.random.choice(((mean, rstd), (None, rstd), (None, None)))
+        own = given[1] is not None and self.random.random() < 0.5
+        return self.tensor(*shape), self.tensor(*shape), *given, own
+
     def texts(self) -> tuple[Tensor, ...]:
         N, E, C, A = self.size(0, 5), self.size(0, 20), self.size(1, 4), self.size(0, 4)
         labels = torch.randint(C, (N,))
@@ -158,6 +166,14 @@ class Draw:
 
     def _variance_gap_backward(self) -> Any:
         return self.tensor(), *self.gap()
+
+    def _norm_gradients(self) -> Any:
+        return self.norm()
+
+    def _norm_gradients_backward(self) -> Any:
+        x, *rest = self.norm()
+        up = [self.tensor(x.shape[0], x.shape[2]) for _ in range(2)]
+        return *up, x, *rest
 
     def _oracle_nll(self) -> Any:
         return self.maps()

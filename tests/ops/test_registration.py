@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,9 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     scale = torch.randn(2, device=device)
     maps = torch.randn(6, 2, 20, device=device, requires_grad=grad)
     tokens = torch.randn(6, 3, 4, device=device).mT.requires_grad_(grad)
+    planes = torch.randn(6, 2, 4, 5, device=device, requires_grad=grad)
+    above = torch.randn(6, 2, 5, 4, device=device).mT
+    given = torch.randn(6, 2, 2, device=device), torch.rand(6, 2, 2, device=device)
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
@@ -59,6 +63,15 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
+        "norm_gradients": (planes, above, *given, True),
+        "norm_gradients, rows": (above.clone().requires_grad_(grad), above, *given, False),
+        "norm_gradients, no mean": (planes, above, None, given[1], True),
+        "norm_gradients, no norm": (planes, above, None, None, False),
+        "norm_gradients_backward": (flat[:, :4], flat[:, 4:8], planes, above, *given, True),
+        "norm_gradients_backward, rows": (
+            *(flat[:, :4], flat[:, 4:8], above.clone(), above, *given),
+            False,
+        ),
         "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
         "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
         "oracle_nll, no maps": (maps.detach(), maps.detach() + 1, scale),
@@ -73,8 +86,8 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
 
 
 def differentiable(name: str) -> bool:
-    once = ("moments", "oracle_nll", "outer_moments", "text_distance", "variance_gap")
-    return name.split(",")[0] in once
+    once = ("moments", "norm_gradients", "oracle_nll", "outer_moments", "text_distance")
+    return name.split(",")[0] in (*once, "variance_gap")
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -107,6 +120,10 @@ def meta_step(parameters: list[Tensor], kept: list[Tensor], rate: float) -> list
     return [length, *parameters, *kept]
 
 
+def norm_gradients(*args: Any) -> tuple[Tensor, Tensor]:
+    return ops.norm_gradients(*args[:-1], own=args[-1])
+
+
 PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "moments": (ops.moments, "moments"),
     "outer_moments": (ops.outer_moments, "outer_moments"),
@@ -114,6 +131,8 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "outer_domain": (ops.outer_domain, "outer_domain"),
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),
+    "norm_gradients": (norm_gradients, "norm_gradients"),
+    "norm_gradients, rows": (norm_gradients, "norm_gradients, rows"),
     "oracle_nll": (ops.oracle_nll, "oracle_nll"),
     "oracle_nll, rows": (ops.oracle_nll, "oracle_nll, rows"),
     "text_distance": (ops.text_distance, "text_distance"),
@@ -284,7 +303,9 @@ def test_a_forced_backend_that_is_not_here_is_an_error(
         ops.moments(torch.randn(4, 3), torch.arange(4), torch.tensor([0, 4]))
 
 
-@pytest.mark.parametrize("name", ["moments", "outer_moments", "variance_gap", "oracle_nll"])
+@pytest.mark.parametrize(
+    "name", ["moments", "outer_moments", "variance_gap", "oracle_nll", "norm_gradients"]
+)
 @pytest.mark.parametrize("drop_lists", [False, True])
 def test_eager_calls_record_what_the_dispatcher_records(name: str, drop_lists: bool) -> None:
     """They go around it: same values, same gradients, a node of the same name."""

@@ -58,6 +58,12 @@ class Served(ABC):
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
         """The per-sample gradients of the parameter, of the shape of the parameter."""
 
+    def factor_beside(
+        self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
+    ) -> Factor:
+        """`factor`, with what the rules of the other inputs of ``node`` leave to one another."""
+        return self.factor(node, saved, delta)
+
 
 Rule = Callable[[Use], Served | None]
 RULES: dict[tuple[str | type, int], Rule] = {}  # by a node's name, or its autograd.Function

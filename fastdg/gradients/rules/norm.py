@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ... import ops
+from ...ops.norm_gradients import dtype_of
 from ...statistics.factors import Dense, Factor, accumulated
 from ..layout import Layout, lead
 from . import Served, Use, plain, rule
 
-Kind = Literal["layer", "group", "batch"]
+Kind = Literal["layer", "rms", "group", "batch"]
 
 
 @dataclass(frozen=True)
@@ -39,59 +40,57 @@ class Affine(Served):
             return ()
         if self.kind == "batch":
             return (node._saved_input, node._saved_running_mean, node._saved_running_var)
+        if self.kind == "rms":
+            return (node._saved_input, node._saved_result1)
         return (node._saved_input, node._saved_result1, node._saved_result2)
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
-        delta = accumulated(delta)
+        return self.factor_beside(node, saved, delta, {})
+
+    def factor_beside(
+        self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
+    ) -> Factor:
         if self.weight:
-            normalised = self._normalised(node, saved)
-            # Memory of the size of an activation is made once, where no derivative looks at it
-            free = not torch.is_grad_enabled() and normalised.dtype == delta.dtype
-            delta = normalised.mul_(delta) if free else delta * normalised
-        if self.trailing:
-            rows = delta.flatten(0, -self.trailing - 1)
+            grads, made["bias"] = self._both(node, saved, delta)
+        elif "bias" in made:  # with the weight's
+            grads = made.pop("bias")
         else:
-            # Positions of one row first: the layout is of the batch dimension alone
-            rows = delta.flatten(2).sum(2) if delta.dim() > 2 else delta
-        return Dense(self.layout.rows(rows).sum(1).reshape(self.layout.samples, *self.parameter))
+            grads = self._rows(accumulated(delta)).sum((1, 3))
+        return Dense(grads.reshape(self.layout.samples, *self.parameter))
 
-    def _normalised(self, node: Any, saved: tuple[Any, ...]) -> Tensor:
-        x, mean, spread = (accumulated(t) for t in saved)
+    def _both(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> tuple[Tensor, Tensor]:
+        x, *statistics = saved
+        dtype = dtype_of(x, delta)
+        x, delta = self._rows(x), self._rows(delta)
         if self.kind == "batch":
-            wide = (-1, *[1] * (x.dim() - 2))
-            mean, scale = mean.to(x.dtype), (spread.to(x.dtype) + node._saved_eps).rsqrt()
-            return _times(x - mean.view(wide), scale.view(wide))
-        if self.kind == "group":
-            groups = x.reshape(x.shape[0], node._saved_group, -1)
-            return _standard(groups, mean.unsqueeze(2), spread.unsqueeze(2), (2,)).view(x.shape)
-        return _standard(x, mean, spread, tuple(range(-self.trailing, 0)))
+            mean, variance = (s.to(dtype).expand(*x.shape[:3]) for s in statistics)
+            return ops.norm_gradients(x, delta, mean, (variance + node._saved_eps).rsqrt())
+        mean, rstd = (None, *statistics) if self.kind == "rms" else statistics
+        given = [None if s is None else self._lines(s.to(dtype)) for s in (mean, rstd)]
+        return ops.norm_gradients(x, delta, *given, own=True)
 
+    def _lines(self, statistic: Tensor) -> Tensor:
+        """Mean or rstd of each row as ``[N, T, G]``."""
+        if self.trailing:
+            statistic = statistic.flatten(0, -self.trailing - 1).flatten(1)
+        return self.layout.rows(statistic)
 
-def _standard(x: Tensor, mean: Tensor, rstd: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``(x - mean) * rstd``; what the operation has saved of mean and rstd carries no graph, so
-    they are made again where the result is differentiated."""
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return _times(x - mean, rstd)
-    centred = x - x.mean(dims, keepdim=True)
-    variance = centred.square().mean(dims, keepdim=True)
-    eps = (rstd.pow(-2) - variance).detach()
-    return centred * (variance + eps).rsqrt()
-
-
-def _times(centred: Tensor, scale: Tensor) -> Tensor:
-    """Their product, in the memory of ``centred`` where no derivative looks at it."""
-    if torch.is_grad_enabled() or centred.dtype != torch.result_type(centred, scale):
-        return centred * scale
-    return centred.mul_(scale)
+    def _rows(self, x: Tensor) -> Tensor:
+        """``x`` as ``[N, T, C, S]``, a view where it can be one."""
+        if self.trailing:
+            rows = x.flatten(0, -self.trailing - 1)
+            return self.layout.rows(rows.flatten(1)).unsqueeze(3)
+        return self.layout.rows(x.flatten(2) if x.dim() > 2 else x.unsqueeze(2))
 
 
 @rule("NativeLayerNormBackward0", slots=[1, 2])
 def layer_norm(use: Use) -> Served | None:
-    trailing = len(use.node._saved_normalized_shape)  # type: ignore[attr-defined]
-    rows = lead(use.owner, use.output, tuple(range(len(use.output) - trailing)))
-    if rows is None or plain(use.chain) or trailing == len(use.output):
-        return None
-    return Affine("layer", Layout.of(rows, use.samples), trailing, use.slot == 1, use.parameter)
+    return _features("layer", use)
+
+
+@rule("FusedRmsNormBackward0", slots=[1])
+def rms_norm(use: Use) -> Served | None:
+    return _features("rms", use)
 
 
 @rule("NativeGroupNormBackward0", slots=[1, 2])
@@ -104,6 +103,14 @@ def batch_norm(use: Use) -> Served | None:
     if use.node._saved_training:  # type: ignore[attr-defined]
         return None
     return _channels("batch", use)
+
+
+def _features(kind: Kind, use: Use) -> Served | None:
+    trailing = len(use.node._saved_normalized_shape)  # type: ignore[attr-defined]
+    rows = lead(use.owner, use.output, tuple(range(len(use.output) - trailing)))
+    if rows is None or plain(use.chain) or trailing == len(use.output):
+        return None
+    return Affine(kind, Layout.of(rows, use.samples), trailing, use.slot == 1, use.parameter)
 
 
 def _channels(kind: Kind, use: Use) -> Served | None:

@@ -1,0 +1,225 @@
+"""``norm_gradients``: each sample's gradients of a norm's weight and bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .derivatives import call, differentiable, not_differentiable
+from .gradients import statistic_dtype
+from .registry import define
+
+
+def dtype_of(x: Tensor, delta: Tensor) -> torch.dtype:
+    """The dtype of the results, and of mean and rstd."""
+    return statistic_dtype(torch.promote_types(x.dtype, delta.dtype))
+
+
+def reference(
+    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = dtype_of(x, delta)
+    x, delta = x.to(dtype), delta.to(dtype)
+    return (normalised(x, mean, rstd) * delta).sum((1, 3)), delta.sum((1, 3))
+
+
+def normalised(x: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:
+    if mean is not None:
+        x = x - spread(mean, x.shape[2])
+    return x if rstd is None else x * spread(rstd, x.shape[2])
+
+
+def spread(statistic: Tensor, channels: int) -> Tensor:
+    """``[N, T, G]`` as ``[N, T, C, 1]``, the same for all channels of a group."""
+    groups = statistic.shape[2]
+    wide = statistic.unsqueeze(3).expand(*statistic.shape, channels // groups)
+    return wide.flatten(2).unsqueeze(3)
+
+
+def averaged(values: Tensor, groups: int) -> Tensor:
+    """``[N, T, C, S]`` as the mean of each group ``[N, T, G]``."""
+    return values.unflatten(2, (groups, values.shape[2] // groups)).mean((3, 4))
+
+
+def reference_backward(
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = grad_weight.dtype
+    normal, channels = normalised(x.to(dtype), mean, rstd), x.shape[2]
+    slope = grad_weight.unsqueeze(1).unsqueeze(3)
+    of_delta = slope * normal + grad_bias.unsqueeze(1).unsqueeze(3)
+    of_x = slope * delta.to(dtype)  # so far that of the normalised input
+    if own:
+        assert rstd is not None
+        groups = rstd.shape[2]
+        through = normal * spread(averaged(of_x * normal, groups), channels)
+        if mean is not None:
+            through = through + spread(averaged(of_x, groups), channels)
+        of_x = of_x - through
+    if rstd is not None:
+        of_x = of_x * spread(rstd, channels)
+    rows = by_rows(x, delta)
+    return gradient_like(x, rows).copy_(of_x), gradient_like(delta, rows).copy_(of_delta)
+
+
+def by_rows(*tensors: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, and not the positions."""
+    return all(
+        (x.shape[2] < 2 or x.stride(2) == 1) and x.shape[3] > 1 and x.stride(3) != 1
+        for x in tensors
+    )
+
+
+def gradient_like(x: Tensor, rows: bool) -> Tensor:
+    """A gradient to be written, in dense memory, positions or channels side by side."""
+    N, T, C, S = x.shape
+    return x.new_empty((N, T, S, C)).transpose(2, 3) if rows else x.new_empty((N, T, C, S))
+
+
+def check(x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool) -> None:
+    checks.floating("x", x)
+    checks.dims("x", x, "[N, T, C, S]", 4)
+    checks.floating("delta", delta)
+    checks.shape("delta", delta, x.shape, "that of x")
+    checks.on_device("delta", delta, x, "x")
+    if rstd is None:
+        if own or mean is not None:
+            raise ValueError(
+                "rstd: expected the reciprocal standard deviation that goes with mean, got none. "
+                "Pass what the norm has saved."
+            )
+        return
+    checks.floating("rstd", rstd)
+    checks.dims("rstd", rstd, "[N, T, G]", 3)
+    groups = rstd.shape[2]
+    if groups < 1 or x.shape[2] % groups:
+        raise ValueError(
+            f"rstd: expected groups that divide {x.shape[2]} channels, got {groups}. Pass a value "
+            "for each group of channels."
+        )
+    for name, statistic in (("rstd", rstd), ("mean", mean)):
+        if statistic is None:
+            continue
+        checks.floating(name, statistic)
+        if statistic.dtype is not dtype_of(x, delta):
+            raise TypeError(
+                f"{name}: expected {dtype_of(x, delta)}, the dtype of the results, got "
+                f"{statistic.dtype}. Use .to()."
+            )
+        checks.shape(name, statistic, (*x.shape[:2], groups), "N, T, G")
+        checks.on_device(name, statistic, x, "x")
+
+
+def check_backward(
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+) -> None:
+    check(x, delta, mean, rstd, own)
+    for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
+        checks.floating(name, grad)
+        if grad.dtype is not dtype_of(x, delta):
+            raise TypeError(
+                f"{name}: expected {dtype_of(x, delta)}, the dtype of the results, got "
+                f"{grad.dtype}. Use .to()."
+            )
+        checks.shape(name, grad, (x.shape[0], x.shape[2]), "N, C")
+        checks.on_device(name, grad, x, "x")
+
+
+def _fake(
+    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+) -> tuple[Tensor, Tensor]:
+    shape, dtype = (x.shape[0], x.shape[2]), dtype_of(x, delta)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(
+    grad_weight: Tensor, grad_bias: Tensor, x: Tensor, delta: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    rows = by_rows(x, delta)
+    return gradient_like(x, rows), gradient_like(delta, rows)
+
+
+define(
+    "norm_gradients(Tensor x, Tensor delta, Tensor? mean, Tensor? rstd, bool own) "
+    "-> (Tensor, Tensor)",
+    reference,
+    _fake,
+    check,
+)
+define(
+    "norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, "
+    "Tensor? mean, Tensor? rstd, bool own) -> (Tensor, Tensor)",
+    reference_backward,
+    _fake_backward,
+    check_backward,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.own = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(
+    ctx: Any, grad_weight: Tensor, grad_bias: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    x, delta, mean, rstd = ctx.saved_tensors
+    args = grad_weight, grad_bias, x, delta, mean, rstd, ctx.own
+    grads = call("norm_gradients_backward", *args)
+    return *grads, None, None, None
+
+
+differentiable("norm_gradients", _setup, _backward)
+not_differentiable(
+    "norm_gradients_backward",
+    "norm_gradients is differentiable once: use its result in one backward",
+)
+
+
+def norm_gradients(
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    *,
+    own: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Gradients of the weight and the bias of a norm, of each sample, from one read of its input.
+
+    .. math:: w_{nc} = \sum_{t,s} \delta_{ntcs}\, (x_{ntcs} - \mu_{ntg})\, r_{ntg}, \qquad
+              b_{nc} = \sum_{t,s} \delta_{ntcs}
+
+    with :math:`g` the group of channel c.
+
+    Args:
+        x: the norm's input ``[N, T, C, S]``, of any strides: S positions of C channels (1 of the
+            features of a layer norm), and T rows of those in each of N samples.
+        delta: gradient at the norm's output, of the shape of ``x``; the dtype may be another.
+        mean: :math:`\mu` ``[N, T, G]``, G a divisor of C; None of a norm that takes none away.
+        rstd: r ``[N, T, G]``; None, together with ``mean``, of a weight without a norm.
+        own: whether mean and rstd are those of ``x`` itself, whose derivative goes through them;
+            else they are constants.
+
+    Returns:
+        ``(weight, bias)``, each ``[N, C]``; float32, or float64 where x or delta are.
+        Differentiable once with respect to x and delta.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device.
+    """
+    return call("norm_gradients", x, delta, mean, rstd, own)

@@ -1,0 +1,186 @@
+"""``norm_gradients``: a norm's weight and bias, by tiles of channels and positions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from ..ops.norm_gradients import by_rows, dtype_of, gradient_like
+from .launch import block, launch, parts
+from .launch import supports as plain
+
+TILE = 1024  # elements of a tile
+
+
+@triton.jit
+def _norm_sums_kernel(
+    x, delta, mean, rstd, weight, bias,
+    T, C, S, size, splits, chunk,
+    x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
+    m_sample, m_row, m_group, r_sample, r_row, r_group,
+    MEAN: tl.constexpr, RSTD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One sample's block of channels over one chunk of all rows' positions."""
+    blocks = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0)
+    sample = (program // (blocks * splits)).to(tl.int64)
+    split = program // blocks % splits
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel, group = c.to(tl.int64)[:, None], (c // size)[:, None]
+    of_weight = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    of_bias = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    first = split * chunk
+    last = tl.minimum(T * S, first + chunk)
+    for begin in range(first, last, BLOCK_P):
+        p = (begin + tl.arange(0, BLOCK_P))[None, :]
+        t, s = p // S, p % S
+        inside = (c < C)[:, None] & (p < last)
+        at = x + sample * x_sample + channel * x_channel + t * x_row + s * x_position
+        h = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        at = delta + sample * d_sample + channel * d_channel + t * d_row + s * d_position
+        d = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            at = mean + sample * m_sample + t * m_row + group * m_group
+            h -= tl.load(at, mask=inside, other=0.0)
+        if RSTD:
+            at = rstd + sample * r_sample + t * r_row + group * r_group
+            h *= tl.load(at, mask=inside, other=0.0)
+        of_weight += d * h
+        of_bias += d
+    at = (sample * splits + split) * C + c
+    tl.store(weight + at, tl.sum(of_weight, 1), mask=c < C)
+    tl.store(bias + at, tl.sum(of_bias, 1), mask=c < C)
+
+
+@triton.jit
+def _norm_gradient_kernel(
+    x, delta, mean, rstd, slope, shift, of_x, of_delta,
+    T, C, S, size, share,
+    x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
+    m_sample, m_row, m_group, r_sample, r_row, r_group,
+    to_sample, to_row, to_channel, to_position,
+    MEAN: tl.constexpr, RSTD: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One group of one row of one sample: its sums first, if they are the input's own, and then
+    the gradients."""
+    groups = C // size
+    program = tl.program_id(0)
+    sample = (program // (T * groups)).to(tl.int64)
+    t, group = (program // groups % T).to(tl.int64), (program % groups).to(tl.int64)
+    x += sample * x_sample + t * x_row
+    delta += sample * d_sample + t * d_row
+    of_x += sample * to_sample + t * to_row
+    of_delta += sample * to_sample + t * to_row
+    centre, scale = 0.0, 1.0
+    if MEAN:
+        centre = tl.load(mean + sample * m_sample + t * m_row + group * m_group)
+    if RSTD:
+        scale = tl.load(rstd + sample * r_sample + t * r_row + group * r_group)
+    level, tilt = 0.0, 0.0
+    if OWN:
+        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        turned = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for first in range(0, size, BLOCK_C):
+            k = first + tl.arange(0, BLOCK_C)
+            c = (group * size + k)[:, None]
+            up = tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
+            for begin in range(0, S, BLOCK_P):
+                s = (begin + tl.arange(0, BLOCK_P))[None, :]
+                inside = (k < size)[:, None] & (s < S)
+                h = tl.load(x + c * x_channel + s * x_position, mask=inside, other=0.0)
+                d = tl.load(delta + c * d_channel + s * d_position, mask=inside, other=0.0)
+                g = up * d.to(tl.float32)
+                total += g
+                turned += g * (h.to(tl.float32) - centre)
+        if MEAN:
+            level = scale * (tl.sum(total) * share)
+        tilt = scale * scale * scale * (tl.sum(turned) * share)
+    for first in range(0, size, BLOCK_C):
+        k = first + tl.arange(0, BLOCK_C)
+        c = (group * size + k)[:, None]
+        up = scale * tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
+        own = tl.load(shift + sample * C + c, mask=(k < size)[:, None], other=0.0)
+        for begin in range(0, S, BLOCK_P):
+            s = (begin + tl.arange(0, BLOCK_P))[None, :]
+            inside = (k < size)[:, None] & (s < S)
+            h = tl.load(x + c * x_channel + s * x_position, mask=inside, other=0.0)
+            d = tl.load(delta + c * d_channel + s * d_position, mask=inside, other=0.0)
+            h = h.to(tl.float32) - centre
+            to = c * to_channel + s * to_position
+            tl.store(of_x + to, up * d.to(tl.float32) - level - tilt * h, mask=inside)
+            tl.store(of_delta + to, up * h + own, mask=inside)
+
+
+def _tile(channels: int, positions: int, rows: bool) -> dict[str, int]:
+    """Long in the direction in which the maps lie."""
+    if rows:
+        wide = block(channels, 256, 1)
+        return {"BLOCK_C": wide, "BLOCK_P": block(positions, TILE // wide, 1)}
+    wide = block(positions, 512, 1)
+    return {"BLOCK_C": block(channels, TILE // wide, 1), "BLOCK_P": wide}
+
+
+def _strides(x: Tensor, statistic: Tensor | None) -> tuple[Tensor, int, int, int]:
+    """A tensor to pass, and its strides: of none, those of a number."""
+    return (x, 0, 0, 0) if statistic is None else (statistic, *statistic.stride())
+
+
+def norm_gradients(
+    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+) -> tuple[Tensor, Tensor]:
+    """See `fastdg.ops.norm_gradients`. Accumulates in fp32, in one pass over both maps."""
+    N, T, C, S = x.shape
+    tile = _tile(C, T * S, S == 1 or by_rows(x, delta))
+    blocks, steps = cdiv(C, tile["BLOCK_C"]), max(1, cdiv(T * S, tile["BLOCK_P"]))
+    splits = parts(N * blocks, steps, N * C, x.device)
+    chunk = cdiv(steps, splits) * tile["BLOCK_P"]
+    weight = x.new_empty((N, splits, C), dtype=dtype_of(x, delta))
+    bias = weight.new_empty(weight.shape)
+    groups = 1 if rstd is None else rstd.shape[2]
+    (m, *m_strides), (r, *r_strides) = _strides(x, mean), _strides(x, rstd)
+    launch(
+        _norm_sums_kernel, N * splits * blocks,
+        x, delta, m, r, weight, bias,
+        T, C, max(1, S), max(1, C // groups), splits, chunk,
+        *x.stride(), *delta.stride(), *m_strides, *r_strides,
+        MEAN=mean is not None, RSTD=rstd is not None, **tile,
+    )  # fmt: skip
+    if splits == 1:
+        return weight.squeeze(1), bias.squeeze(1)
+    return weight.sum(1), bias.sum(1)
+
+
+def norm_gradients_backward(
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `norm_gradients`: both maps read once from memory, once from the caches."""
+    N, T, C, S = x.shape
+    rows = by_rows(x, delta)
+    of_x, of_delta = gradient_like(x, rows), gradient_like(delta, rows)
+    if x.numel() == 0:
+        return of_x, of_delta
+    groups = 1 if rstd is None else rstd.shape[2]
+    (m, *m_strides), (r, *r_strides) = _strides(x, mean), _strides(x, rstd)
+    launch(
+        _norm_gradient_kernel, N * T * groups,
+        x, delta, m, r, grad_weight.contiguous(), grad_bias.contiguous(), of_x, of_delta,
+        T, C, S, C // groups, groups / (C * S),
+        *x.stride(), *delta.stride(), *m_strides, *r_strides, *of_x.stride(),
+        MEAN=mean is not None, RSTD=rstd is not None, OWN=own,
+        **_tile(C // groups, S, S == 1 or rows),
+    )  # fmt: skip
+    return of_x, of_delta
+
+
+def supports(*args: Tensor | bool | None) -> bool:
+    """Maps of two dtypes are fine, and statistics are in fp32."""
+    return all(plain(arg) for arg in args if isinstance(arg, Tensor))

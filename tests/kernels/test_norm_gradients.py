@@ -1,0 +1,100 @@
+"""The kernels of ``norm_gradients`` against float64: interpreted on the CPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+import fastdg.ops  # noqa: F401  (makes the submodule below)
+from fastdg.kernels import norm_gradients
+
+reference = sys.modules["fastdg.ops.norm_gradients"]
+# The interpreter computes with NumPy, which warns of overflow and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# N, T, C, S, G
+SHAPES = [
+    (3, 1, 6, 7, 3),
+    (1, 3, 300, 1, 1),
+    (1, 1, 1, 1, 1),
+    (1, 1, 6, 700, 3),
+    (2, 3, 9, 5, 9),
+    (0, 2, 4, 3, 2),
+    (2, 0, 4, 3, 2),
+]
+LAYOUTS = ["plain", "channels last", "rows first", "apart"]
+KINDS = ["rms", "fixed", "product"]
+
+
+def arguments(shape: tuple[int, ...], layout: str, kind: str) -> tuple[object, ...]:
+    N, T, C, S, G = shape
+    x, delta = (torch.randn(2, N, T, C, S) + 0.3).unbind()
+    if layout == "channels last":
+        x, delta = (t.mT.contiguous().mT for t in (x, delta))
+    elif layout == "rows first":
+        x, delta = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, delta))
+    elif layout == "apart":
+        x, delta = x.mT.contiguous().mT, torch.cat([delta, delta], 3)[..., S:]
+    mean, rstd = torch.randn(N, T, G), torch.rand(N, T, G) + 0.5
+    if kind == "fixed":
+        mean, rstd = (s[:1, :1].expand(N, T, G) if N * T else s for s in (mean, rstd))
+    x, delta, mean, rstd = (t.to(DEVICE) for t in (x, delta, mean, rstd))
+    given = {"product": (None, None), "rms": (None, rstd)}.get(kind, (mean, rstd))
+    return x, delta, *given, kind in ("norm", "rms")
+
+
+def double(*args: object) -> list[object]:
+    return [x.cpu().double() if isinstance(x, Tensor) else x for x in args]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [*(("norm", layout) for layout in LAYOUTS), *((kind, "channels last") for kind in KINDS)],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(
+    shape: tuple[int, ...], kind: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm_gradients, "parts", lambda programs, steps, *args: min(2, steps))
+    args = arguments(shape, layout, kind)
+    up = torch.randn(2, shape[0], shape[2], device=DEVICE)
+    got = [
+        *norm_gradients.norm_gradients(*args),
+        *norm_gradients.norm_gradients_backward(*up, *args),
+    ]
+    want = [
+        *reference.reference(*double(*args)),
+        *reference.reference_backward(*double(*up, *args)),
+    ]
+    for actual, one in zip(got, want, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), one, rtol=1e-4, atol=1e-4)
+    assert [one.stride() for one in got[2:]] == [one.stride() for one in want[2:]]
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16])
+def test_half_precision(student: torch.dtype) -> None:
+    x, delta, *rest = arguments((2, 1, 12, 70, 3), "plain", "norm")
+    args = x.to(student), delta.bfloat16(), *rest
+    up = torch.randn(2, 2, 12, device=DEVICE)
+    got = norm_gradients.norm_gradients(*args)
+    for actual, want in zip(got, reference.reference(*double(*args)), strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.cpu().double(), want, rtol=1e-4, atol=1e-4)
+    of_x, of_delta = norm_gradients.norm_gradients_backward(*up, *args)
+    assert (of_x.dtype, of_delta.dtype) == (student, torch.bfloat16)
+    want = reference.reference_backward(*double(*up, *args))
+    for actual, one in zip((of_x, of_delta), want, strict=True):
+        torch.testing.assert_close(actual.cpu().double(), one, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_through(value: float) -> None:
+    args = arguments((3, 2, 4, 50, 2), "plain", "norm")
+    args[1][1, 1, 2, 30] = value  # type: ignore[index]
+    for found in norm_gradients.norm_gradients(*args):
+        assert found.isfinite().logical_not().nonzero().tolist() == [[1, 2]]
