@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from ..domains import Partition
 from ..statistics.factors import Dense, Factor, accumulated, flat
 from .graph import Graph, output_dtypes, output_shapes
-from .plain import without_autocast
+from .plain import unhooked, without_autocast
 from .plan import Boundary
 
 BYTES = 1 << 26  # of the rows that are pulled at once
@@ -90,7 +90,7 @@ class Pull:
             edge = node.next_functions[slot]
             edges[edge] = edges[edge] + rows if edge in edges else rows
 
-        with without_autocast(weights):
+        with without_autocast(weights), unhooked(self.parameters):
             for node, boundary, deltas, factors in self.parts:
                 for slot, factor in factors.items():
                     rows = read(factor if scale is None else factor.scaled(scale))

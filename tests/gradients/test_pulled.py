@@ -167,3 +167,33 @@ def test_group_norm_in_what_is_pulled_and_differentiated(
     )
     (expected,) = torch.autograd.grad((torch.stack(each) * factor).sum(), [weight])
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["", "differentiable"])
+@pytest.mark.parametrize("kind", ["weight norm", "no rule", "batch norm"])
+def test_hooks_of_parameters_do_not_change_what_is_pulled(kind: str, create_graph: bool) -> None:
+    """A hook sees the gradient that a step makes, and nothing that a statistic is made of."""
+    layer = {
+        "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(C, C)),
+        "no rule": lambda: nn.Bilinear(C, C, C),
+        "batch norm": lambda: nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)),
+    }[kind]().double()
+    named = dict(layer.named_parameters())
+    x = torch.randn(N, C, dtype=torch.float64)
+    out = layer(x, x) if kind == "no rule" else layer(x)
+    losses = (out - x).square().sum(1)
+    domains = torch.tensor([0, 1, 1, 0])
+    expected = fastdg.domain_moments(losses, domains, params=named)
+    called: list[Tensor] = []
+
+    def halved(grad: Tensor) -> Tensor:
+        called.append(grad)
+        return grad / 2
+
+    for p in layer.parameters():
+        p.register_hook(halved)
+    got = fastdg.domain_moments(losses, domains, params=named, create_graph=create_graph)
+    for name in named:
+        torch.testing.assert_close(got.mean[name], expected.mean[name])
+        torch.testing.assert_close(got.variance[name], expected.variance[name])
+    assert not called
