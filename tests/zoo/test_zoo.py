@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 import zoo_modules
 import zoo_oracle
+import zoo_peft
+import zoo_steps
 import zoo_transformers
 import zoo_vision
-from torch import nn
+from torch import Tensor, nn
 from zoo_cases import Case
 
-PACKAGES = ("timm", "torchvision", "transformers")
+import fastdg
+
+PACKAGES = ("timm", "torchvision", "transformers", "peft")
 SOME = {
     "timm": ("test_vit", "test_convnext", "swinv2_tiny_window8_256"),
     "torchvision": ("squeezenet1_1",),
+    "peft": ("LoRA", "DoRA", "IA3", "OSF", "prompt tuning", "VeRA"),
     "transformers": ("bert", "gpt2", "t5", "mixtral", "deberta", "vit"),
     "torch.nn": (
         "BatchNorm2d", "Bilinear", "Conv2d", "ConvTranspose1d", "EmbeddingBag", "Embedding", "Fold",
@@ -26,7 +34,12 @@ SOME = {
 }  # fmt: skip
 CASES = [
     case
-    for case in [*zoo_modules.cases(), *zoo_vision.cases(), *zoo_transformers.cases()]
+    for case in [
+        *zoo_modules.cases(),
+        *zoo_peft.cases(),
+        *zoo_vision.cases(),
+        *zoo_transformers.cases(),
+    ]
     if case.name in SOME[case.family]
 ]
 
@@ -43,7 +56,7 @@ def test_a_case_equals_plain_autograd(case: Case, training: bool) -> None:
         if case.family == "torch.nn":
             raise
         pytest.skip(f"this {case.family} does not make {case.name} so: {error}")
-    assert not result.wrong, f"{result.where}: relative error {result.worst:.1e}"
+    assert not result.wrong, f"{result.where}: {result.errors}"
     assert result.parameters == result.rules + result.pulled + result.slow > 0
 
 
@@ -58,16 +71,46 @@ def test_every_module_class_of_torch_has_a_case() -> None:
     assert not {name for name in zoo_modules.TABLE if not hasattr(nn, name)}
 
 
-def test_a_wrong_statistic_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison fails where one parameter's gradient is off by a little."""
-    honest = zoo_oracle.fastdg.domain_gradients
+def off(honest: Callable[..., dict[str, Tensor | None]]) -> Callable[..., Any]:
+    """The same, with the first parameter's gradient wrong by a little."""
 
-    def off(*args: object, **kwargs: object) -> dict[str, object]:
+    def one_is_off(*args: Any, **kwargs: Any) -> dict[str, Any]:
         out = honest(*args, **kwargs)
         first = next(iter(out))
         return out | {first: out[first] * (1 + 1e-6)}
 
-    monkeypatch.setattr(zoo_oracle.fastdg, "domain_gradients", off)
+    return one_is_off
+
+
+@pytest.mark.parametrize("what", ["domain gradient", "PCGrad", "AgrSum", "Fishr"])
+def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The comparison fails where one parameter's gradient is off by a little."""
+    if what == "domain gradient":
+        honest = zoo_oracle.fastdg.domain_gradients
+        monkeypatch.setattr(zoo_oracle.fastdg, "domain_gradients", off(honest))
+    else:
+        stepped = zoo_steps.stepped
+
+        def some(make: Any, *args: Any) -> Any:
+            mine = make is fastdg.AgrSum if what == "AgrSum" else what.lower() in str(make)
+            return (off(stepped) if mine else stepped)(make, *args)
+
+        monkeypatch.setattr(zoo_steps, "stepped", some)
     case = next(c for c in CASES if c.name == "LayerNorm")
     result = zoo_oracle.run(case, True)
-    assert result.wrong and result.where.startswith("domain gradient of ")
+    assert result.wrong and result.where.startswith(f"{what} of ")
+
+
+def test_a_sign_of_rounding_is_no_error_and_a_known_one_is() -> None:
+    domains = torch.tensor([0, 0, 1])
+    # agree; disagree; a sign of rounding; a domain without a gradient
+    samples = torch.tensor(
+        [[1.0, 1.0, 1e-17, 0.0], [1.0, 1.0, 1e-17, 0.0], [3.0, -3.0, 2.0, 2.0]], dtype=torch.float64
+    )
+
+    def errors(*got: float) -> list[float]:
+        grad = torch.tensor(got, dtype=torch.float64)
+        return zoo_steps.agrsum_error(grad, samples, domains, 5.0, 1e-8).tolist()
+
+    assert errors(2, 0, 1, 0) == errors(2, 0, 0, 0) == [0, 0, 0, 0]
+    assert errors(0, -1, 0.5, 1) == [2, 1, 0.5, 1]

@@ -15,7 +15,7 @@ class Case(NamedTuple):
     """A model of the zoo.
 
     Attributes:
-        family: ``"torch.nn"``, ``"timm"``, ``"torchvision"`` or ``"transformers"``.
+        family: ``"torch.nn"``, ``"peft"``, ``"timm"``, ``"torchvision"`` or ``"transformers"``.
         name: of the model, within its family.
         make: returns the model and a function that runs it, in the mode it then is in, and returns
             one output with ``axis`` for its samples.

@@ -1,19 +1,24 @@
-"""The truth in float64, one plain backward a sample, and the statistics of fastdg beside it."""
+"""The truth in float64, one plain backward a sample, and the statistics and steps of fastdg beside
+it."""
 
 from __future__ import annotations
 
-import time
+import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import zoo_steps
 from oracle import one_by_one, trainable
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from zoo_cases import Case, losses_of
 
 import fastdg
+from fastdg.gradients.engine import look
 
 DOMAINS = torch.tensor([0, 2, 0, 1, 0, 2])  # ragged: of 3, 1 and 2 samples
 NUM_DOMAINS = 3
@@ -30,24 +35,26 @@ class Result(NamedTuple):
         parameters: how many of the model's get a gradient.
         rules, pulled, slow: how many of them are served by a rule, by a rule and a backward of what
             makes the tensor, and by a call for each domain or sample.
+        slow_at: the operations that are called so.
         small: how many have gradients below the floor, up to which they are then compared.
-        worst: the largest relative error.
-        where: the statistic and the parameter of that error.
-        seconds: of everything.
+        errors: the largest relative error of the statistics and of each algorithm's step; of a step
+            that autograd itself cannot make, why.
+        where: the statistic or step and the parameter of the largest error.
     """
 
     parameters: int
     rules: int
     pulled: int
     slow: int
+    slow_at: list[str]
     small: int
-    worst: float
+    errors: dict[str, float | str]
     where: str
-    seconds: float
 
     @property
     def wrong(self) -> bool:
-        return not self.worst <= TOLERANCE  # NaN is wrong
+        numbers = [e for e in self.errors.values() if not isinstance(e, str)]
+        return not all(e <= TOLERANCE for e in numbers)  # NaN is wrong
 
 
 class InFloat64(TorchFunctionMode):
@@ -63,8 +70,44 @@ class InFloat64(TorchFunctionMode):
         return func(*args, **{k: torch.float64 if a is torch.float32 else a for k, a in given})
 
 
-def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int]:
-    """How many parameters are served by rules, pulled, and slow."""
+class Forwards:
+    """A model whose forward is the same each time: what it draws, and its buffers before it.
+
+    Args:
+        case: which makes the model.
+        training: its mode.
+    """
+
+    def __init__(self, case: Case, training: bool) -> None:
+        torch.manual_seed(0)
+        self.model, self.forward = case.make()
+        self.model.double().train(training)
+        self.axis = case.axis
+        self.buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        self.first: Tensor | None = None
+
+    def losses(self, second_derivatives: bool = False) -> Tensor:
+        """Of a new forward; without fused attention, which has no second derivative, if asked."""
+        random.seed(1)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, b in self.model.named_buffers():
+                if name in self.buffers:
+                    b.copy_(self.buffers[name])
+        attention = sdpa_kernel(SDPBackend.MATH) if second_derivatives else nullcontext()
+        with InFloat64(), attention:
+            losses = losses_of(self.forward(), self.axis)
+        if not losses.requires_grad:
+            raise ValueError("its losses have no graph")
+        if self.first is None:
+            self.first = losses.detach()
+        elif not torch.allclose(losses, self.first, rtol=1e-9, atol=0):
+            raise ValueError("a second forward gives other losses")
+        return losses
+
+
+def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int, list[str]]:
+    """How many parameters are served by rules, pulled, and slow, and at which operations."""
     rules = pulled = slow = 0
     for row in fastdg.explain(losses, model).rows:
         if row.way == "rule":
@@ -73,7 +116,10 @@ def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int]:
             pulled += 1
         else:
             slow += 1
-    return rules, pulled, slow
+    found = look(losses, trainable(model)).plan.slow
+    mixed = (" below which samples are mixed" if b.mixed else "" for b in found)
+    at = {b.operation.partition("Backward")[0] + m for b, m in zip(found, mixed, strict=True)}
+    return rules, pulled, slow, sorted(at)
 
 
 def error_of(got: Tensor, expected: Tensor, size: float) -> float:
@@ -84,37 +130,38 @@ def error_of(got: Tensor, expected: Tensor, size: float) -> float:
     return error / size if size > 0 else error
 
 
-def compare(losses: Tensor, model: nn.Module) -> tuple[float, str, int, int]:
-    """The largest relative error and where, how many parameters have gradients, and how many of
-    these are below the floor."""
-    truth = one_by_one(losses, trainable(model))
-    if not all(bool(g.isfinite().all()) for g in truth.values()):
-        raise NotHere("plain autograd's gradients are not finite")
+Errors = list[tuple[float, str]]  # and the statistic and parameter of each
+
+
+def of_statistics(losses: Tensor, model: nn.Module, truth: Mapping[str, Tensor]) -> Errors:
+    """The relative errors of the domains' gradients and moments, and of the samples' norms."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "params: .* one call of autograd", UserWarning)
         by_domain = fastdg.domain_gradients(losses, DOMAINS, params=model, num_domains=NUM_DOMAINS)
         moments = fastdg.domain_moments(losses, DOMAINS, params=model, num_domains=NUM_DOMAINS)
         norms = fastdg.per_sample_norms(losses, params=model)
-    largest = max(float(g.norm()) for g in truth.values())
     squares = torch.stack([g.square().flatten(1).sum(1) for g in truth.values()]).sum(0)
     errors = [(error_of(norms, squares.sqrt(), float(squares.sum().sqrt())), "norms")]
-    floor, small = FLOOR * largest, 0
-    for name, g in truth.items():
+    for name, size in sizes(truth).items():
         if name not in by_domain:
-            errors.append((float(bool(g.any())), f"{name} is missing"))
+            errors.append((float(bool(truth[name].any())), f"{name} is missing"))
             continue
-        small += float(g.norm()) < floor
-        # The size of all samples' gradients: they may cancel, and so may their deviations.
-        size = max(float(g.norm()), floor)
-        for kind, got, expected in statistics(name, g, by_domain[name], moments):
+        for kind, got, expected in statistics(truth[name], by_domain[name], moments, name):
             relative = error_of(got, expected, size**2 if kind == "variance" else size)
             errors.append((relative, f"{kind} of {name}"))
-    worst = max(errors, key=lambda e: (e[0] != e[0], e[0]))
-    return (*worst, len(by_domain), small)
+    return errors
+
+
+def sizes(truth: Mapping[str, Tensor]) -> dict[str, float]:
+    """The size that an error of each parameter is relative to, that of all samples' gradients: they
+    may cancel, and so may their deviations."""
+    norms = {name: float(g.norm()) for name, g in truth.items()}
+    floor = FLOOR * max(norms.values())
+    return {name: max(norm, floor) for name, norm in norms.items()}
 
 
 def statistics(
-    name: str, g: Tensor, by_domain: Tensor, moments: fastdg.DomainMoments
+    g: Tensor, by_domain: Tensor, moments: fastdg.DomainMoments, name: str
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """``(statistic, got, expected)`` of a parameter with per-sample gradients ``g``."""
     rows = [g[domain == DOMAINS] for domain in range(NUM_DOMAINS)]
@@ -125,32 +172,128 @@ def statistics(
     yield "variance", moments.variance[name], torch.stack(variance)
 
 
+def of_surgery(forwards: Forwards, truth: Mapping[str, Tensor]) -> dict[str, Errors]:
+    """The relative errors of PCGrad's and AgrSum's gradients."""
+    size, errors = sizes(truth), dict[str, Errors]()
+    expected = zoo_steps.pcgrad(zoo_steps.domain_means(truth, DOMAINS))
+    losses, model = forwards.losses(), forwards.model
+    got = zoo_steps.stepped(zoo_steps.pcgrad_of_fastdg, model, losses, DOMAINS)
+    errors["PCGrad"] = [
+        (error_of(there(got[name], g), g, size[name]), f"PCGrad of {name}")
+        for name, g in expected.items()
+    ]
+    got = zoo_steps.stepped(fastdg.AgrSum, model, forwards.losses(), DOMAINS)
+    errors["AgrSum"] = []
+    for name, g in truth.items():
+        grad = there(got[name], g[0])
+        away = zoo_steps.agrsum_error(grad, g, DOMAINS, size[name], TOLERANCE)
+        relative = error_of(away, torch.zeros_like(away), size[name])
+        errors["AgrSum"].append((relative, f"AgrSum of {name}"))
+    return errors
+
+
+def of_fishr(forwards: Forwards, truth: Mapping[str, Tensor]) -> Errors:
+    """The relative errors of Fishr's gradient, with a penalty whose part of it is as large as that
+    of the mean loss.
+
+    Raises:
+        RuntimeError: autograd has no second derivative of the model.
+    """
+    losses, model = forwards.losses(second_derivatives=True), forwards.model
+    named = trainable(model)
+    wanted = torch.autograd.grad(
+        losses.sum(), list(named.values()), retain_graph=True, allow_unused=True
+    )
+    used = {name: truth[name] for name, g in zip(named, wanted, strict=True) if g is not None}
+    penalty = zoo_steps.fishr(losses, used, named, DOMAINS)
+    mean = {name: g.mean(0) for name, g in truth.items()}
+    total = [float(torch.stack([g.norm() for g in x.values()]).norm()) for x in (mean, penalty)]
+    weight = total[0] / total[1] if total[0] > 0 and total[1] > 0 else 1.0
+    got = zoo_steps.stepped(zoo_steps.fishr_of_fastdg(weight), model, losses, DOMAINS)
+    size = {
+        name: max(float(truth[name].norm()) / len(losses), weight * float(penalty[name].norm()))
+        for name in named
+    }
+    floor = FLOOR * max(size.values())
+    return [
+        (
+            error_of(there(got[name], g), g + weight * penalty[name], max(size[name], floor)),
+            f"Fishr of {name}",
+        )
+        for name, g in mean.items()
+    ]
+
+
+@contextmanager
+def hooks_at_rest(model: nn.Module) -> Iterator[None]:
+    """What hooks of parameters do, as OSF's, comes after every statistic and algorithm."""
+    tables = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+def there(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient; zeros for None, as of a parameter without a use."""
+    if grad is None:
+        return torch.zeros_like(like)
+    return grad.to_dense() if grad.is_sparse else grad
+
+
+def largest(errors: Errors) -> tuple[float, str]:
+    return max(errors, key=lambda e: (e[0] != e[0], e[0]))
+
+
 def run(case: Case, training: bool) -> Result:
-    """Compare a case's statistics in float64.
+    """Compare a case's statistics and steps in float64.
 
     Raises:
         NotHere: the model cannot be made or run here, or its gradients are not finite.
     """
-    start = time.perf_counter()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        torch.manual_seed(0)
         try:
-            model, forward = case.make()
-            model.double().train(training)
-            with InFloat64():
-                losses = losses_of(forward(), case.axis)
-            if not losses.requires_grad:
-                raise ValueError("its losses have no graph")
+            forwards = Forwards(case, training)
+            losses = forwards.losses()
+        except TimeoutError:
+            raise
         except Exception as error:
             raise NotHere(f"{type(error).__name__}: {error}") from error
-        counts = served(losses, model)
-        worst, where, parameters, small = compare(losses, model)
+        return compared(forwards, losses)
     finally:
         torch.set_default_dtype(before)
-    seconds = time.perf_counter() - start
-    return Result(parameters, *counts, small, worst, where, seconds)
+
+
+def compared(forwards: Forwards, losses: Tensor) -> Result:
+    """The result of a model."""
+    model = forwards.model
+    rules, pulled, slow, slow_at = served(losses, model)
+    with hooks_at_rest(model):
+        truth = one_by_one(losses, trainable(model))
+    if not all(bool(g.isfinite().all()) for g in truth.values()):
+        raise NotHere("plain autograd's gradients are not finite")
+    found = {"statistics": of_statistics(losses, model, truth)}
+    del losses
+    errors: dict[str, float | str] = {}
+    try:
+        with hooks_at_rest(model):
+            found |= of_surgery(forwards, truth)
+            found["Fishr"] = of_fishr(forwards, truth)
+    except RuntimeError as error:
+        if (operation := zoo_steps.without_second_derivative(error)) is None:
+            raise
+        errors["Fishr"] = f"none: {operation}"
+    errors = {kind: largest(of_kind)[0] for kind, of_kind in found.items()} | errors
+    norms = {name: float(g.norm()) for name, g in truth.items()}
+    small = sum(norm < FLOOR * max(norms.values()) for norm in norms.values())
+    where = largest([e for of_kind in found.values() for e in of_kind])[1]
+    return Result(rules + pulled + slow, rules, pulled, slow, slow_at, small, errors, where)
 
 
 class NotHere(Exception):

@@ -107,6 +107,26 @@ OWN: dict[str, dict[str, Any]] = {
     "xmod": {"languages": ["a"], "default_language": "a"},
     "xlnet": {"max_position_embeddings": None},
     "xlm": {"n_words": VOCABULARY, "causal": False},
+    "cvt": {"embed_dim": [8, 16, 24], "depth": [1, 2, 3], "num_heads": [1, 1, 2]},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
+    "levit": {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+              "key_dim": [4, 4, 4], "patch_size": None, "image_size": 64,
+              "down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2], [""]]},
+    **each_of(("mobilenet_v1", "mobilenet_v2"), {"depth_multiplier": 0.25}),
+    "mobilevit": {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32],
+                  "patch_size": 2, "image_size": 64},
+    "mobilevitv2": {"base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1],
+                    "patch_size": 2, "image_size": 64, "width_multiplier": 0.25},
+    "poolformer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "patch_size": None},
+    **each_of(
+        ("pvt", "pvt_v2"),
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+         "num_attention_heads": [1, 1, 2, 2]},
+    ),
+    "swiftformer": {"embed_dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "textnet": {"stem_out_channels": 8, "hidden_sizes": [8, 8, 16, 16, 24], "depths": [1, 1, 1, 1],
+                "conv_layer_kernel_sizes": [[[3, 3]], [[1, 3]], [[3, 1]], [[3, 3]]],
+                "conv_layer_strides": [[1], [2], [2], [2]]},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 4,
              "window_size": 4},
     "swinv2": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "patch_size": 4,
@@ -158,7 +178,8 @@ def from_both(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def from_image(kind: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    size, *_ = OWN.get(kind, {}).get("image_size", [PIXELS])
+    size = OWN.get(kind, {}).get("image_size", PIXELS)
+    size = size[0] if isinstance(size, list) else size
     return made(kind, pixel_values=torch.randn(N, 3, size, size))
 
 

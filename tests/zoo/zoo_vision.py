@@ -30,7 +30,8 @@ TIMM = words(
     "botnet26t_256 visformer_tiny coatnet_pico_rw_224 resnetv2_18 legacy_seresnet18 skresnet18 "
     "hrnet_w18_small poolformer_s12 efficientformer_l1 gcvit_xxtiny lambda_resnet26t"
 )
-# Most vision transformers are made thinner and shallower.
+# Where a constructor lets them, they are made thinner and shallower.
+WIDTHS = (16, 32, 48, 64)
 SHALLOW = {"depths": (1, 1, 1, 1)}
 THIN = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 OWN: dict[str, dict[str, Any]] = {
@@ -49,13 +50,43 @@ OWN: dict[str, dict[str, Any]] = {
     "twins_svt_small": {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), **SHALLOW},
     "twins_pcpvt_small": {"embed_dims": (16, 32, 48, 64), "num_heads": (1, 2, 3, 4), **SHALLOW},
     "tnt_s_legacy_patch16_224": {"depth": 2, "embed_dim": 48},
-    "convit_tiny": {"depth": 12, "embed_dim": 48},
+    "convit_tiny": {"depth": 2, "embed_dim": 48, "local_up_to_layer": 1},
+    **each_of(
+        ("convnext_atto", "convnextv2_atto", "inception_next_atto"), {"dims": WIDTHS, **SHALLOW}
+    ),
+    **each_of(("resnetv2_18", "skresnet18"), {"channels": WIDTHS}),
+    **each_of(("pvt_v2_b0", "tiny_vit_5m_224"), SHALLOW),
+    **each_of(("fastvit_t8", "legacy_seresnet18"), {"layers": (1, 1, 1, 1)}),
+    **each_of(("pit_ti_224", "visformer_tiny", "shvit_s1"), {"depth": (1, 1, 1)}),
+    "crossvit_9_240": {"embed_dim": (32, 64), "num_heads": (2, 2)},
+    "coat_tiny": {"serial_depths": (1, 1, 1, 1), "parallel_depth": 1},
+    "coatnet_pico_rw_224": {"embed_dim": (16, 32, 48), "depths": (1, 1, 1)},
+    "densenet121": {"block_config": (2, 2, 2, 2), "growth_rate": 8},
+    "dpn68": {"k_sec": (1, 1, 1, 1)},
+    "efficientformerv2_s0": {"embed_dims": WIDTHS, **SHALLOW},
+    "efficientvim_m1": {"embed_dim": (16, 32, 48), "depths": (1, 1, 1)},
+    "fasternet_t0": {"embed_dim": 16, **SHALLOW},
+    "levit_128s": {"embed_dim": (16, 32, 48), "depth": (1, 1, 1)},
+    "repvit_m0_9": {"embed_dim": WIDTHS, "depth": (1, 1, 1, 1)},
+    "rexnet_100": {"width_mult": 0.3},
+    "swiftformer_xs": {"embed_dims": WIDTHS, "layers": (1, 1, 1, 1)},
 }  # fmt: skip
 # Made by their classes: module, class, arguments.
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "FocalNet": ("focalnet", "FocalNet", {"embed_dim": 24, **SHALLOW}),
     "ConvMixer": ("convmixer", "ConvMixer", {"dim": 32, "depth": 2}),
     "MlpMixer": ("mlp_mixer", "MlpMixer", {"num_blocks": 2, "embed_dim": 48}),
+    "poolformer_s12": ("metaformer", "MetaFormer", {"dims": WIDTHS, **SHALLOW}),
+    "gcvit_xxtiny": (
+        "gcvit",
+        "GlobalContextVit",
+        {"depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2), "embed_dim": 16},
+    ),
+    "efficientformer_l1": (
+        "efficientformer",
+        "EfficientFormer",
+        {"depths": (1, 1, 1, 2), "embed_dims": WIDTHS, "num_vit": 1},
+    ),
     "VOLO": (
         "volo",
         "VOLO",
@@ -66,11 +97,33 @@ TORCHVISION = words(
     "squeezenet1_1 shufflenet_v2_x0_5 mnasnet0_5 mobilenet_v3_small mobilenet_v2 "
     "efficientnet_b0 regnet_x_400mf regnet_y_400mf densenet121 googlenet resnet18 "
     "lraspp_mobilenet_v3_large deeplabv3_mobilenet_v3_large s3d mc3_18 swin_t convnext_tiny "
-    "resnet50"
+    "resnet50 vit_b_16"
 )
+# Made by their classes, smaller: module, class, arguments.
+TORCHVISION_CLASSES: dict[str, tuple[str, str, Callable[[Any], tuple[Any, ...]]]] = {
+    "convnext_tiny": (
+        "convnext",
+        "ConvNeXt",
+        lambda models: (
+            [
+                models.convnext.CNBlockConfig(8, 16, 1),
+                models.convnext.CNBlockConfig(16, 24, 1),
+                models.convnext.CNBlockConfig(24, None, 2),
+            ],
+        ),
+    ),
+    "densenet121": ("densenet", "DenseNet", lambda models: (8, (2, 2, 2, 2), 16)),
+    "resnet50": ("resnet", "ResNet", lambda models: (models.resnet.Bottleneck, [1, 1, 1, 1])),
+    "swin_t": (
+        "swin_transformer",
+        "SwinTransformer",
+        lambda models: ([4, 4], 12, [2, 2, 2], [2, 2, 4], [4, 4]),
+    ),
+    "vit_b_16": ("vision_transformer", "VisionTransformer", lambda models: (64, 16, 2, 2, 24, 32)),
+}
 VIDEO = {"s3d": (16, 64), "mc3_18": (8, 32)}  # frames, and their size
 # Of those that go down by 32, what is left is then 2 x 2.
-SIZES = (64, 96, 128, 224, 256)
+SIZES = (64, 96, 120, 128, 224, 256)
 LARGEST = 13_000_000  # parameters: the gradients of all samples are held in float64
 
 
@@ -121,7 +174,8 @@ def from_timm(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     def make(size: int) -> nn.Module:
         if name in CLASSES:
             module, kind, given = CLASSES[name]
-            given = given | ({"img_size": size} if name in ("MlpMixer", "VOLO") else {})
+            if name in ("MlpMixer", "VOLO", "gcvit_xxtiny"):
+                given = given | {"img_size": size}
             made = getattr(importlib.import_module(f"timm.models.{module}"), kind)
             return made(num_classes=5, **given)
         try:
@@ -134,6 +188,10 @@ def from_timm(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def from_torchvision(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     models = importlib.import_module("torchvision.models")
+    if name in TORCHVISION_CLASSES:
+        module, kind, arguments = TORCHVISION_CLASSES[name]
+        made = getattr(importlib.import_module(f"torchvision.models.{module}"), kind)
+        return first_that_runs(lambda size: made(*arguments(models), num_classes=5))
     given: dict[str, Any] = {"weights": None, "num_classes": 5}
     if name == "googlenet":
         given["init_weights"] = False
@@ -143,6 +201,8 @@ def from_torchvision(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     if name not in VIDEO:
         return first_that_runs(lambda size: models.get_model(name, **given))
     model = models.get_model(name, **given)
+    if name == "s3d":
+        model.avgpool = nn.AvgPool3d(2, 1)  # its own is of frames of 224
     too_large(model)
     draw_zeros(model)
     frames, size = VIDEO[name]
@@ -152,7 +212,8 @@ def from_torchvision(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def cases() -> list[Case]:
     """All of them."""
-    out = [Case("timm", name, partial(from_timm, name)) for name in [*CLASSES, *TIMM]]
+    timm = dict.fromkeys([*CLASSES, *TIMM])
+    out = [Case("timm", name, partial(from_timm, name)) for name in timm]
     return out + [
         Case("torchvision", name, partial(from_torchvision, name)) for name in TORCHVISION
     ]
