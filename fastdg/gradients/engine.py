@@ -194,12 +194,14 @@ class _Sweep:
         early = last if extra and not retain_graph else ()
         names = self.forward.names
         with in_words(lambda: [names[i] for i in self.readers]):
-            self.reader = Reader(targets, self._read, early)
+            # A local: as an attribute it would close a cycle, which keeps the graph until gc runs
+            reader = Reader(targets, self._read, early)
+        arrive = partial(self._arrive, reader)
         handles: list[Any] = []
         if len(last) < len(targets):
             stay = set(last)
             handles = [
-                node.register_prehook(continued(partial(self._arrive, node)))
+                node.register_prehook(continued(partial(arrive, node)))
                 for node in targets
                 if node not in stay
             ]
@@ -232,7 +234,7 @@ class _Sweep:
             del grads
             with torch.set_grad_enabled(self.create_graph):
                 for node in last:
-                    self._arrive(node, arrived.pop(node))
+                    arrive(node, arrived.pop(node))
                 self._finish()
         return rest
 
@@ -241,8 +243,8 @@ class _Sweep:
         covered = self.forward.graph.above(targets)
         return [node for node in targets if node not in covered]
 
-    def _arrive(self, node: Node, grads: Sequence[Tensor | None]) -> None:
-        self.reader.come_to(node)
+    def _arrive(self, reader: Reader, node: Node, grads: Sequence[Tensor | None]) -> None:
+        reader.come_to(node)
         if node in self.factors:
             self._arrive_at_boundary(node, grads)
         delta = grads[0]
