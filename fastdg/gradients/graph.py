@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("MaxBackward0", "MinBackward0", "MedianBackward1"), _DIM),
     **dict.fromkeys(("NormBackward1", "NormBackward3"), _DIM),
 }
-_layout_of_type: dict[type, tuple[str, ...]] = {}
+# By a weak reference: a class that a user or torch.compile has made keeps data of its own alive
+_layout_of_kind: dict[ref[type], tuple[str, ...]] = {}
 
 
 def output_shapes(node: Node) -> tuple[Any, ...]:
@@ -59,6 +61,15 @@ def output_dtypes(node: Node) -> tuple[torch.dtype | None, ...]:
 def signed(number: int) -> int:
     """A saved integer, of which torch shows the negative ones as large unsigned numbers."""
     return number if number < 1 << 63 else number - (1 << 64)
+
+
+def moves_nothing(node: Node) -> bool:
+    """Whether this is the transpose of a dimension with itself."""
+    if node.name() != "TransposeBackward0":
+        return False
+    (shape,) = output_shapes(node)
+    a, b = signed(node._saved_dim0), signed(node._saved_dim1)  # type: ignore[attr-defined]
+    return shape is not None and (a - b) % len(shape) == 0
 
 
 class Graph:
@@ -98,9 +109,9 @@ class Graph:
         which = {id(p): i for i, p in enumerate(parameters)}
         parts: list[Any] = []
         for node in self.nodes:
-            kind = type(node)
-            if (names := _layout_of_type.get(kind)) is None:
-                names = _layout_of_type[kind] = _LAYOUT.get(node.name(), ())
+            kind = ref(type(node))
+            if (names := _layout_of_kind.get(kind)) is None:
+                names = _layout_of_kind[kind] = _LAYOUT.get(node.name(), ())
             below = node.next_functions
             leaf = -1
             if not below and (variable := getattr(node, "variable", None)) is not None:

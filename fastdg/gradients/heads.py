@@ -42,7 +42,8 @@ def head_of(
     names, parameters = list(named), list(named.values())
     if (known := _heads.get(key)) is not None:
         return {names[i]: parameters[i] for i in known}
-    met = Planner(losses, graph, parameters).boundaries()
+    planner = Planner(losses, graph, parameters)
+    met = planner.boundaries()
     users: dict[Node, set[int]] = {}
     for i, boundaries in met.items():
         for node, _, _ in boundaries:
@@ -60,10 +61,12 @@ def head_of(
     numbers = {i for i in chosen if parameters[i].numel() == 1}
     modules = {_module(names[i]) for i in chosen - numbers}
     own = {i for i in numbers if not modules or _module(names[i]) in modules}
-    _heads[key] = sorted((chosen - numbers) | own)
-    while len(_heads) > _KEPT:
-        _heads.popitem(last=False)
-    return {names[i]: parameters[i] for i in _heads[key]}
+    head = sorted((chosen - numbers) | own)
+    if planner.holds_for_other_values(met):
+        _heads[key] = head
+        while len(_heads) > _KEPT:
+            _heads.popitem(last=False)
+    return {names[i]: parameters[i] for i in head}
 
 
 def _of_losses(node: Node) -> bool:

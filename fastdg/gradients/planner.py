@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import Graph, holds_samples, output_dtypes, output_shapes
+from .graph import Graph, holds_samples, moves_nothing, output_dtypes, output_shapes
 from .owners import UNREAD, Found, Output, Owner, Unclear, completed, same
 from .plan import COPIES, MOVES, Boundary, Place, Plan
 from .provenance import follows, probe
@@ -133,6 +133,23 @@ class Planner:
                 Boundary(where, tuple(sorted(slots)), ruled, owners, node.name(), mixed)
             )
         return made
+
+    def holds_for_other_values(self, found: dict[int, list[tuple[Node, int, bool]]]) -> bool:
+        """Whether other values may move none of these boundaries: a gradient that is zero, or of
+        one sample alone, may hide that samples are mixed."""
+        uses = _nodes(found)
+        if self._by_structure(uses):
+            return True
+        at_uses = [value for out, value in self.found.items() if out.node in uses]
+        return all(
+            value is None
+            or (
+                isinstance(value, Owner)
+                and bool((value.ids >= 0).all())
+                and bool((value.ids != value.ids.min()).any())
+            )
+            for value in at_uses
+        )
 
     def _by_structure(self, uses: Iterable[Node]) -> bool:
         """Whether the operations alone say which rows belong to which sample at these uses, and
@@ -281,7 +298,7 @@ class Planner:
             moves = direct and below is not None and below.name() in MOVES | COPIES
             if below is None or not moves or len(output_shapes(below)) > 1:
                 return None
-            chain.append(below.name())
+            chain.append("AliasBackward0" if moves_nothing(below) else below.name())
             below, _ = below.next_functions[0]
         served = self._serve(node, slot, tuple(chain), tuple(self.parameters[i].shape))
         return None if served is None else Place(self.graph.position[node], served, node.name())

@@ -41,9 +41,9 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
         outputs: where to look.
     """
     samples = losses.shape[0]
-    through = {dtype for node in graph.nodes for dtype in output_dtypes(node) if dtype in _BASE}
+    through = {dtype for node in graph.nodes for dtype in _dtypes(node)}
     half = torch.float16 in through
-    dtypes = {dtype for out in outputs for dtype in output_dtypes(out.node) if dtype in _BASE}
+    dtypes = {dtype for out in outputs for dtype in _dtypes(out.node)}
     dtypes |= {losses.dtype} | through - {torch.float16}
     # No larger than needed: the smaller the powers, the smaller the gradients that can be read
     most = 1 << max(1, (samples - 1).bit_length())
@@ -104,6 +104,12 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
         else None
         for out in outputs
     }
+
+
+def _dtypes(node: Node) -> set[torch.dtype]:
+    """The real dtypes of the gradients at a node."""
+    found = {dtype.to_real() for dtype in output_dtypes(node) if dtype is not None}
+    return found & _BASE.keys()
 
 
 def follows(losses: Tensor, output: Output, ids: Tensor) -> bool:

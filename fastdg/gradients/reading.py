@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-_raw_of_type: dict[type, str | None] = {}
+from .release import raw_saved
 
 
 def _hook(node: Node) -> Any:
-    """What unpacks the first tensor that ``node`` has saved; None if it is kept as it is."""
-    kind = type(node)
-    if kind not in _raw_of_type:
-        names = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-        _raw_of_type[kind] = names[0] if names else None
-    name = _raw_of_type[kind]
-    raw = getattr(node, name) if name is not None else None
-    if isinstance(raw, tuple):
-        raw = raw[0] if raw else None
-    return getattr(raw, "unpack_hook", None)
+    """The hook that unpacks the tensors which ``node`` has saved; None if they are kept as they
+    are."""
+    for saved in raw_saved(node):
+        if (hook := saved.unpack_hook) is not None or saved.data is not None:
+            return hook  # all tensors of a node have it, but for an input that is None
+    return None
 
 
 class Reader:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
 from typing import Any
+from weakref import ref
 
 from torch.autograd.graph import Node
 
 _PREFIX = "_raw_saved_"
+_names: dict[ref[type], tuple[str, ...]] = {}
 
 
 def release(nodes: Iterable[Node]) -> None:
@@ -21,23 +22,23 @@ def release(nodes: Iterable[Node]) -> None:
     ours keep nothing. Tensors that have hooks already (checkpoints, offloading) stay.
     """
     for node in nodes:
-        for saved in _saved(node):
+        for saved in raw_saved(node):
             with suppress(RuntimeError):  # it was freed before, is None, or has hooks
                 saved.register_hooks(_nothing, _refuse)
 
 
-def _saved(node: Node) -> Iterator[Any]:
-    for name in _names(type(node)):
+def raw_saved(node: Node) -> Iterator[Any]:
+    """The ``SavedTensor`` of each tensor that ``node`` has saved, which unpacks nothing."""
+    kind = ref(type(node))
+    if (names := _names.get(kind)) is None:
+        names = tuple(name for name in dir(type(node)) if name.startswith(_PREFIX))
+        _names[kind] = names
+    for name in names:
         try:
             value = getattr(node, name)
         except RuntimeError:  # of a function written in Python whose tensors were freed
             continue
         yield from value if isinstance(value, (tuple, list)) else (value,)
-
-
-@cache
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith(_PREFIX))
 
 
 def _nothing(tensor: Any) -> None:

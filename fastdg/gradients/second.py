@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch.autograd.graph import Node
 
 from .graph import output_dtypes, output_shapes
 
-_known: dict[type, bool] = {}  # kind of node -> whether its backward has a derivative
+_known: dict[ref[type], bool] = {}  # kind of node -> whether its backward has a derivative
 
 
 def refuse_single_derivatives(nodes: Iterable[Node]) -> None:
     """Raise if the backward of one of these has no derivative of its own, in words that advise."""
     for node in nodes:
-        kind = type(node)
+        kind = ref(type(node))
         if kind not in _known:
             _known[kind] = _differentiable(node)
         if not _known[kind]:

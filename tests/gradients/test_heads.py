@@ -193,3 +193,14 @@ def test_heads_of_an_optimizer_that_knows_no_names() -> None:
         "param_groups[0][2]",
         "param_groups[0][3]",
     ]
+
+
+@pytest.mark.parametrize("first", [[0.0] * N, [0.0] * (N - 1) + [1.0]])
+def test_a_first_step_without_gradients_hides_no_part_of_the_head(first: list[float]) -> None:
+    """Samples do not seem to be mixed below a weight norm whose gradient is zero, or of one."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), parametrizations.weight_norm(nn.Linear(5, 3)))
+    for scale in (torch.tensor(first), torch.ones(N)):
+        with fastdg.record(model, "head") as tape:
+            losses = F.cross_entropy(model(X), Y, reduction="none") * scale
+        head = fastdg.per_sample_gradients(tape, losses)
+    assert set(head) == {name for name in dict(model.named_parameters()) if name.startswith("2.")}

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from functions import Scale
 from oracle import assert_close, one_by_one, trainable
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fastdg
 
@@ -368,3 +371,62 @@ def test_graph_is_kept_or_freed_as_asked(ask: Callable[..., object]) -> None:
             else:
                 with pytest.raises(RuntimeError, match=r"losses: .* graph was freed"):
                     ask(tape, losses, kept)
+
+
+class Mixture(nn.Module):
+    """A checkpoint, a function without a rule, and a weight that is made of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.normed = parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normed(Scale.apply(self.layer(x), self.gain))
+        return checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:params")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, losses: fastdg.domain_gradients(losses, DOMAINS, params=model),
+        lambda model, losses: fastdg.domain_moments(
+            losses, DOMAINS, params=model, create_graph=True
+        ),
+        lambda model, losses: fastdg.Fishr(
+            torch.optim.SGD(model.parameters(), lr=0.1), params="all", anneal_steps=0
+        ).backward(losses, DOMAINS),
+    ],
+    ids=["gradients", "moments", "Fishr"],
+)
+def test_no_cycle_keeps_a_graph_until_the_collector_runs(ask: Callable[..., object]) -> None:
+    model = Mixture()
+    losses = model(torch.randn(4, 4)).sin().sum(1)
+    gc.collect()
+    gc.disable()
+    try:
+        ask(model, losses)
+        graph = weakref.ref(losses)
+        del losses
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_a_class_of_functions_is_not_kept() -> None:
+    """Where torch.compile makes one, it has the compiled graph and its constants."""
+
+    def use() -> weakref.ref[type]:
+        class Local(Scale):
+            pass
+
+        gain = nn.Parameter(torch.ones(3))
+        losses = Local.apply(torch.randn(4, 3), gain).sin().sum(1)
+        with pytest.warns(UserWarning, match="params"):
+            fastdg.domain_moments(losses, DOMAINS, params=[gain], retain_graph=False)
+        return weakref.ref(Local)
+
+    local = use()
+    gc.collect()
+    assert local() is None

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from ...statistics.factors import Dense, Factor, Outer
 from ..layout import Layout, lead
-from . import RESHAPES, Served, Use, plain, rule
+from . import CASTS, RESHAPES, Served, Use, plain, rule
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ def batched(use: Use) -> Served | None:
     if names not in (["ExpandBackward0"], ["ExpandBackward0", "TBackward0"]):
         return None
     rows = lead(use.owner, use.output, (0, 1))
+    outer = use.chain[: use.chain.index("TBackward0")] if "TBackward0" in names else ()
+    if any(name in CASTS or name == "UnsafeViewBackward0" for name in outer):
+        return None  # the transpose was copied, and may be seen with other rows
     if rows is None or prod(use.parameter) != prod(use.shape[1:]):
         return None
     layout = Layout.of(rows, use.samples)
