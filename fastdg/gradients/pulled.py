@@ -125,15 +125,16 @@ class Pull:
         stacked, rows = list(there.values()), max(map(len, edges.values()), default=0)
 
         def grad(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(
-                outputs,
-                self.parameters,
-                list(given),
-                retain_graph=True,
-                create_graph=self.create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            with unhooked(self.parameters):
+                return torch.autograd.grad(
+                    outputs,
+                    self.parameters,
+                    list(given),
+                    retain_graph=True,
+                    create_graph=self.create_graph,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
 
         if not outputs:
             return [p.new_zeros((rows, *p.shape)) for p in self.parameters]
@@ -200,8 +201,10 @@ def _dtype_at(node: Node, slot: int) -> torch.dtype | None:
 def _weighted(delta: Tensor, owner: Tensor | None, weights: Tensor) -> Tensor:
     if owner is None:  # zero everywhere
         return delta
-    of_entry = torch.where(owner >= 0, weights[owner.clamp(min=0)], 0)
-    return delta * of_entry.to(delta.dtype)
+    known, of_entry = owner >= 0, weights[owner.clamp(min=0)]
+    weighted = delta * torch.where(known, of_entry, 0).to(delta.dtype)
+    # NaN of a sample that is not asked for is no number of the others
+    return torch.where(known & (of_entry == 0), 0, weighted)
 
 
 def _backward_of(

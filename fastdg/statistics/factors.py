@@ -292,11 +292,12 @@ class Lookup(Factor):
         self.index, self.delta, self.rows = index, accumulated(delta), rows
         self.shape, self.samples = (rows, delta.shape[2]), index.shape[0]
 
-    def _reads(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient sums of each distinct (sample, row): ``(sums [M, E], sample [M], row [M])``.
+    def _reads(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradient sums of each distinct (sample, row): ``(sums [M, E], sample [M], row [M], used
+        [M])``.
 
         M = N * T whatever the data, so that nothing waits for the device; the surplus sums are
-        zero.
+        zero and not ``used``.
         """
         sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
         key, by_key = (sample * self.rows + self.index).flatten().sort()
@@ -306,7 +307,8 @@ class Lookup(Factor):
         delta = self.delta.flatten(0, 1)
         sums = delta.new_zeros(delta.shape).index_add(0, slot, delta[by_key])
         owner = torch.zeros_like(key).scatter(0, slot, key)
-        return sums, owner // self.rows, owner % self.rows
+        used = torch.arange(len(key), device=key.device) <= slot[-1:]
+        return sums, owner // self.rows, owner % self.rows, used
 
     def _spread(self, values: Tensor, cell: Tensor, partition: Partition) -> Tensor:
         table = values.new_zeros((partition.num_domains, self.rows, values.shape[1]))
@@ -314,11 +316,14 @@ class Lookup(Factor):
         return table.div_(partition.count.clamp(min=1).to(values.dtype).view(-1, 1, 1))
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
-        sums, sample, row = self._reads()
+        sums, sample, row, used = self._reads()
         cell = partition.domains[sample] * self.rows + row
         mean = self._spread(sums, cell, partition)
-        variance = self._spread(sums.square(), cell, partition) - mean.square()
-        return mean, variance.clamp(min=0)
+        weight = used.to(sums.dtype).unsqueeze(1)
+        centred = (sums - mean.flatten(0, 1).index_select(0, cell)).square() * weight
+        read = self._spread(weight, cell, partition)  # share of the domain that reads each row
+        absent = (1 - read).clamp(min=0) * mean.square()  # the others' gradient there is zero
+        return mean, self._spread(centred, cell, partition) + absent
 
     def domain(self, partition: Partition) -> Tensor:
         return self._columns(self.delta, partition)
@@ -352,7 +357,7 @@ class Lookup(Factor):
         return table.unflatten(0, (self.samples, self.rows))
 
     def norms(self) -> Tensor:
-        sums, sample, _ = self._reads()
+        sums, sample, _, _ = self._reads()
         return sums.new_zeros((self.samples,)).index_add(0, sample, sums.square().sum(1))
 
     def scaled(self, weights: Tensor) -> Factor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -39,7 +40,9 @@ class Broadcast(Served):
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
         grad = delta
         for other in saved:
-            grad = grad * other
+            # As autograd does: a product would make NaN of inf where the operand is not chosen
+            chosen = isinstance(other, Tensor) and other.dtype == torch.bool
+            grad = grad.where(other, 0) if chosen else grad * other
         kept = [d for d in range(grad.dim()) if d not in self.over]
         rows = grad.permute(*self.over, *kept).flatten(0, len(self.over) - 1)
         return Dense(self.layout.rows(rows).sum(1).reshape(self.layout.samples, *self.parameter))
