@@ -9,10 +9,10 @@ that is `continued` runs in that context, so that a backward which it calls has 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Context, ContextVar, Token
+from contextvars import ContextVar, Token
 from typing import Any, Generic, TypeVar
 
-import torch
+from ._torch import context_of_backward
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class Carried(Generic[T]):
 
     def get(self) -> T:
         value = self._variable.get(_UNSET)
-        if value is _UNSET and (context := _of_backward()) is not None:
+        if value is _UNSET and (context := context_of_backward()) is not None:
             value = context.get(self._variable, _UNSET)
         return self._default if value is _UNSET else value
 
@@ -43,14 +43,7 @@ def continued(hook: Callable[..., R]) -> Callable[..., R]:
     """``hook``, run in the context that called the backward."""
 
     def run(*args: Any) -> R:
-        context = _of_backward()
+        context = context_of_backward()
         return hook(*args) if context is None else context.copy().run(hook, *args)
 
     return run
-
-
-def _of_backward() -> Context | None:
-    """The context that called the backward which this thread works for."""
-    if not torch._C._is_key_in_tls("context"):
-        return None
-    return torch._C._get_obj_in_tls("context")

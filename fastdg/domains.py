@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ._torch import assert_later, dispatch_modes, get_proxy_mode
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def tracing() -> bool:
     """Whether torch writes down what runs, for a graph that is to hold good for other values."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+    return dispatch_modes() > 0 and get_proxy_mode() is not None
 
 
 def readable(tensor: Tensor) -> bool:
@@ -188,7 +189,8 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
     if num_domains is None or readable(ids):
         num_domains = check_ids(ids, num_domains)
     else:
-        torch._assert_async(((ids >= 0) & (ids < num_domains)).all())
+        there = ((ids >= 0) & (ids < num_domains)).all()
+        assert_later(there, f"domains: expected ids from 0 to {num_domains - 1}")
     result = _sorted(ids, num_domains)
     if ids.device != losses.device:
         result = Partition(

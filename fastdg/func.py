@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .domains import Partition, partition
 from .statistics.factors import flat
 from .statistics.moments import DomainMoments

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._torch import pytree
 from .files import load_arrays, replace
 
 # Those of CLIP that work best together on ImageNet, as its authors have found
@@ -254,7 +255,7 @@ class _Content:
         self.model, self.tokens = model, tokens
 
     def __call__(self, texts: list[str]) -> list[bytes]:
-        found = torch.utils._pytree.tree_leaves(self.tokens(texts))
+        found = pytree.tree_leaves(self.tokens(texts))
         weights = [
             (name, x)
             for name, x in self.model.state_dict().items()

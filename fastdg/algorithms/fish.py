@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from .._torch import version_of
 from ..averaging.buffers import KINDS, Before, Buffers
 from ..core.batch import Batch
 from ..core.checkpoint import Kept
@@ -340,7 +341,7 @@ class Fish(Weighted):
 
 def _stamp(p: Tensor) -> tuple[int, int]:
     """Changes when the tensor is changed in place or gets other memory."""
-    return p._version, p.data_ptr()
+    return version_of(p), p.data_ptr()
 
 
 def _buffers_in(kept: Kept) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._torch import hook_tables
 from ..core.batch import Batch, descend, moments
 from ..core.closures import asks_for_domain, check_same, losses_of
 from ..core.errors import refuse_groups, refuse_ranks
@@ -228,9 +229,7 @@ class IGA(DomainOptimizer):
 @contextmanager
 def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Hooks of the parameters rest inside, and are called with the gradient there is at the end."""
-    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    hooked = {p: [h for name in names if (h := getattr(p, name, None))] for p in parameters}
-    hooked = {p: tables for p, tables in hooked.items() if tables}
+    hooked = {p: tables for p in parameters if any(tables := hook_tables(p))}
     resting = [(table, dict(table)) for tables in hooked.values() for table in tables]
     for table, _ in resting:
         table.clear()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from .._torch import version_of
 from ..capture.backbones import find_layers, preset_of
 from ..capture.feature_maps import (
     Layout,
@@ -282,7 +283,7 @@ class MIRO(Term):
         channels = features.shape[encoder.layout[1]]
         if encoder.bias.numel() == 0:
             self._fix(encoder, encoder.bias.new_full((channels,), BIAS, device=features.device))
-        forward.seen[name] = features, features._version
+        forward.seen[name] = features, version_of(features)
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> Any:
         """The model has run: compare the maps, and leave the result for the backward.
@@ -297,7 +298,7 @@ class MIRO(Term):
             if name not in forward.seen:
                 raise RuntimeError(not_run(name, "model"))
             features, version = forward.seen.pop(name)
-            if features._version != version:
+            if version_of(features) != version:
                 raise changed_in_place(name, "model")
             values.append(encoder(features, forward.maps.pop(name)))
         return leave(output, self, torch.stack(values).sum(0))

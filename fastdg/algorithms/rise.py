@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from .._torch import assert_later, in_backward, version_of
 from ..capture.graph_notes import Hook, found, mark, recording
 from ..core.hyper import check_steepness, check_weight, hyper
 from ..core.optimizer import DomainOptimizer
@@ -207,7 +208,7 @@ class RISE(Term):
                 "whose embeddings would be taken for theirs; call backward (with final=False, if "
                 "more are to come) before the model runs again"
             )
-        if forward.version is not None and seen._version != forward.version:
+        if forward.version is not None and version_of(seen) != forward.version:
             raise RuntimeError(
                 f"embedding: the output of the module {name} is changed in place after it (an "
                 "activation with inplace=True, or +=); name the module that does so in its place, "
@@ -236,7 +237,7 @@ class RISE(Term):
             )
         if not readable(labels):  # there, without a wait
             inside = ((labels >= 0) & (labels < C)).all()
-            torch._assert_async(inside, f"labels: expected classes 0 to {C - 1}: those with texts")
+            assert_later(inside, f"labels: expected classes 0 to {C - 1}: those with texts")
         else:
             least, most = (int(x) for x in labels.aminmax())
             if least < 0 or most >= C:
@@ -279,11 +280,11 @@ class RISE(Term):
 
     def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # In a backward it is a checkpoint that runs the module again
-        if not recording() or torch._C._current_graph_task_id() != -1:
+        if not recording() or in_backward():
             return
         self._seen = Forward(output)
         if isinstance(output, Tensor) and output.requires_grad:
-            self._seen.version = output._version
+            self._seen.version = version_of(output)
             mark(output, self, self._seen.token)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import foreach_copy_
+
 KINDS: dict[str, Callable[[Tensor], bool]] = {
     "buffers": torch.is_floating_point,
     "counters": lambda x: not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
@@ -48,7 +50,7 @@ class Buffers:
             tensors = self.tensors(kind)
             pieces = start.split([b.numel() for b in tensors])
             views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
-            torch._foreach_copy_(tensors, views)
+            foreach_copy_(tensors, views)
 
 
 class Before:

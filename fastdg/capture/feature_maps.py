@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree, version_of
 from ..distributed.sharding import sharded
 from .axes import Axes
 from .backbones import find_layers
@@ -168,7 +168,7 @@ class Oracle:
             if layouts[name] is None:
                 assert axes is not None
                 layouts[name] = layout_of(name, axes, found[name])
-            versions[name] = found[name]._version
+            versions[name] = version_of(found[name])
             if len(found) == len(self.names):
                 raise _Enough
 
@@ -196,7 +196,7 @@ class Oracle:
         for name in self.names:
             if name not in found:
                 raise RuntimeError(not_run(name, "oracle"))
-            if found[name]._version != versions[name]:
+            if version_of(found[name]) != versions[name]:
                 raise changed_in_place(name, "oracle")
         return found
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils import _pytree as pytree
+
+from .._torch import functorch_active, jit_tracing, pytree
 
 _KEY = "fastdg_left"
 
@@ -22,11 +23,7 @@ def recording() -> bool:
 
     Not inside the user's own torch.func transforms, for which fastdg.func is.
     """
-    return (
-        torch.is_grad_enabled()
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return torch.is_grad_enabled() and not jit_tracing() and not functorch_active()
 
 
 class FastdgNote(torch.autograd.Function):

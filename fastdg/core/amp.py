@@ -7,7 +7,6 @@ it finds is divided by it at once (`statistics.collect`), and ``.grad`` alone ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from .._torch import scale_of, scaler_state, takes_scale
 from ..distributed.sharding import sharded
 from . import errors
 from .nesting import chain, innermost
@@ -62,7 +62,7 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
             "after the last backward before the step"
         )
     scale = scaler.scale(torch.ones((), device=losses.device))
-    known, other = scaler._scale, getattr(losses.grad_fn, "_saved_other", None)
+    known, other = scale_of(scaler), getattr(losses.grad_fn, "_saved_other", None)
     if isinstance(known, Tensor) and isinstance(other, Tensor) and _same(known, other):
         raise ValueError(
             "losses: scaler.scale was called on them; pass them as they are, since "
@@ -110,7 +110,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
                 link._done()
             return
         base = innermost(opt)
-        handed = scale is not None and _takes_scale(base)
+        handed = scale is not None and takes_scale(base)
         handed = handed and not any(link._reads_grad for link in links)
         if scale is not None and not handed:
             scaler.unscale_(opt)
@@ -147,7 +147,7 @@ def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
             "was not told; call opt.backward(losses, domains, scaler=scaler), on losses that are "
             "not scaled"
         )
-    if not _state(scaler, opt).get("found_inf_per_device"):
+    if not scaler_state(scaler, opt).get("found_inf_per_device"):
         raise RuntimeError(f"{name}: scaler.step(opt) is not that of the scaler given to backward")
     for inner in [*chain(opt.base), innermost(opt)]:
         if _stage(scaler, inner) is not OptState.READY:
@@ -159,19 +159,9 @@ def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
     return scaler
 
 
-def _state(scaler: GradScaler, opt: Optimizer) -> Mapping[str, Any]:
-    """What the scaler has noted of an optimizer since its last update; asking leaves no trace."""
-    return scaler._per_optimizer_states.get(id(opt), {})
-
-
 def _stage(scaler: GradScaler, opt: Optimizer) -> OptState:
-    return _state(scaler, opt).get("stage", OptState.READY)
+    return scaler_state(scaler, opt).get("stage", OptState.READY)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
-
-
-def _takes_scale(base: Optimizer) -> bool:
-    """Whether its step divides by ``base.grad_scale``, as fused ones do."""
-    return getattr(base, "_step_supports_amp_scaling", False) is True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from .._torch import hook_tables
 from ..distributed.sharding import like_parameter
 from ..statistics.selection import Selection, select
 from .base_state import carried, forwarded
@@ -259,11 +260,12 @@ def accumulate(p: Tensor, grad: Tensor) -> None:
 
 def deliver(p: Tensor, grad: Tensor) -> None:
     """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
-    for hook in list((p._backward_hooks or {}).values()):
+    of_gradient, of_accumulated = hook_tables(p)
+    for hook in list(of_gradient.values()):
         changed = hook(grad)
         grad = grad if changed is None else changed
     accumulate(p, grad)
-    for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):
+    for hook in list(of_accumulated.values()):
         hook(p)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._torch import optimizer_hooks
 from ..statistics.factors import accumulated
 from ..warn import warn_user
 from . import errors
@@ -64,7 +65,7 @@ class Loading:
         wrapper = self._idle()
         if wrapper is not None:
             wrapper._taken()
-            for hook in wrapper._optimizer_load_state_dict_post_hooks.values():
+            for hook in (optimizer_hooks(wrapper, "load_state_dict_post") or {}).values():
                 hook(wrapper)
 
     def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
@@ -76,7 +77,7 @@ class Loading:
 def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state as the hooks that ``opt`` calls before it loads one leave it."""
     state_dict = dict(state_dict)
-    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
+    for hook in (optimizer_hooks(opt, "load_state_dict_pre") or {}).values():
         changed = hook(opt, state_dict)
         state_dict = state_dict if changed is None else changed
     return state_dict
@@ -92,7 +93,7 @@ def attach(wrapper: Any) -> None:
         ("step_pre", hooks.stepping),
     ):
         # An optimizer around another one may never call Optimizer.__init__, and have none
-        if hasattr(wrapper.base, f"_optimizer_{table}_hooks"):
+        if optimizer_hooks(wrapper.base, table) is not None:
             handle = getattr(wrapper.base, f"register_{table}_hook")(hook)
             weakref.finalize(wrapper, handle.remove).atexit = False
 
@@ -200,7 +201,7 @@ def without_others(wrapper: Stateful, state_dict: dict[str, Any]) -> dict[str, A
     Raises:
         ValueError: another algorithm has saved it.
     """
-    for hook in wrapper._optimizer_load_state_dict_pre_hooks.values():
+    for hook in (optimizer_hooks(wrapper, "load_state_dict_pre") or {}).values():
         hooks = getattr(hook, "__self__", None)
         if isinstance(hooks, Loading) and hooks.wrapper is not None and hooks.wrapper() is not None:
             return state_dict  # the wrapper outside has seen to it

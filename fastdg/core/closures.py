@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import assert_later
 from ..domains import as_ids, readable
 from .base_optimizer import check_result
 
@@ -39,7 +40,7 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
     """
     same = (domains == domain).all()
     if not readable(same):
-        torch._assert_async(same, message)
+        assert_later(same, message)
     elif not same:
         got = sorted(set(domains.tolist()))
         raise ValueError(f"{message}; got domains {got[:8]}")

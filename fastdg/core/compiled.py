@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torch_module
-from torch.utils import _pytree as pytree
 
+from .._torch import hook_tables, make_fx, pytree
 from ..domains import as_ids, check_ids
 from .annealed import Annealed
 from .base_optimizer import accumulate
@@ -150,7 +149,7 @@ class CompiledBackward:
         """What a graph holds good for."""
         device, parameters = ids.device.type, self._parameters()
         for p in parameters:
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if any(hook_tables(p)):
                 raise RuntimeError(
                     f"compiled: a parameter of shape {tuple(p.shape)} has hooks, which a graph "
                     "does not call; remove them, or call opt.backward"

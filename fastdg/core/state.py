@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
+from .._torch import optimizer_hooks
 from . import base_state, checkpoint
 from .base_optimizer import Wrapping
 from .checkpoint import Kept
@@ -47,7 +48,7 @@ class Stateful(Wrapping):
             RuntimeError: torch.distributed.checkpoint asks for it, and would lose a part.
         """
         checkpoint.catch_up(self)
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in (optimizer_hooks(self, "state_dict_pre") or {}).values():
             pre_hook(self)
         self._remember()
         prefixes = tuple(f"{link.prefix}_" for link in chain(self))
@@ -56,7 +57,7 @@ class Stateful(Wrapping):
         state = base_state.with_own(
             saved, self.param_groups, list(self._own_tensors()), prefixes, name
         )
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
+        for post_hook in (optimizer_hooks(self, "state_dict_post") or {}).values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
         return state
@@ -83,7 +84,7 @@ class Stateful(Wrapping):
         finally:
             self._loading = False
         self._taken()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in (optimizer_hooks(self, "load_state_dict_post") or {}).values():
             post_hook(self)
 
     def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:

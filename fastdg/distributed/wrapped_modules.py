@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .._torch import original
 from ..capture.graph_notes import Hook
 from .sharding import sharded
 
@@ -51,7 +52,7 @@ class Engines:
         )
 
     def _see(self, module: nn.Module, args: Any) -> None:
-        module = getattr(module, "_orig_mod", module)  # of a compiled one
+        module = original(module)
         engine = isinstance(module, (DistributedDataParallel, *_fsdp()))
         if not engine or not torch.is_grad_enabled():
             return

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from .._torch import BatchNorm, Dropout
 from ..core.optimizer import DomainOptimizer
 from .resume import Journal
 
@@ -115,6 +114,6 @@ def couples(modules: Iterable[nn.Module]) -> bool:
     """Whether a forward of all domains differs from one of each: by batch statistics, or by the
     order in which random numbers are drawn."""
     return any(
-        m.training and (isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0))
+        m.training and (isinstance(m, BatchNorm) or (isinstance(m, Dropout) and m.p > 0))
         for m in modules
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from .._torch import foreach_div_
 from ..data.digits import Task
 from .memory import measured
 from .pretraining import pretrain
@@ -75,7 +76,7 @@ def train(
             more: dict[str, Any] = {"labels": y} if isinstance(opt, RISE) else {}
             loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids, **more)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            torch._foreach_div_(grads, setting.divisor(opt))
+            foreach_div_(grads, setting.divisor(opt))
         else:
             loss = F.cross_entropy(model(x), y)
             loss.backward()

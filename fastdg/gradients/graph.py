@@ -1,8 +1,4 @@
-"""The autograd graph below some tensors: nodes, consumers, leaves and a signature.
-
-The node attributes ``_input_metadata``, ``variable`` and ``_saved_*`` are not in torch's stable
-interface. They are read here and in `rules` alone.
-"""
+"""The autograd graph below some tensors: nodes, consumers, leaves and a signature."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+from .._torch import metadata_of
 
 # What a node saves that decides which row goes where, or that a rule's choice rests on. The shapes
 # of all gradients are in the signature anyway.
@@ -48,13 +46,13 @@ _layout_of_kind: dict[ref[type], tuple[str, ...]] = {}
 
 def output_shapes(node: Node) -> tuple[Any, ...]:
     """The shape of each output of the operation, None where it has none."""
-    metadata = node._input_metadata
+    metadata = metadata_of(node)
     return tuple(None if m is None else tuple(m.shape) for m in metadata)
 
 
 def output_dtypes(node: Node) -> tuple[torch.dtype | None, ...]:
     """The dtype of each output of the operation, None where it has none."""
-    metadata = node._input_metadata
+    metadata = metadata_of(node)
     return tuple(None if m is None else m.dtype for m in metadata)
 
 

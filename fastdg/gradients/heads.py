@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from .._torch import sequence_number
 from .engine import Forward
 from .graph import Graph, output_dtypes, output_shapes, signed
 from .layout import Layout, lead
@@ -51,7 +52,7 @@ def head_of(
     layers = [node for node in users if not _of_losses(node)]
     layers = layers or list(users)
     chosen: set[int] = set()
-    pending = [max(layers, key=_time)] if layers else []
+    pending = [max(layers, key=sequence_number)] if layers else []
     while pending:
         node = pending.pop()
         chosen |= users[node]
@@ -99,7 +100,7 @@ def refuse_opaque(forward: Forward) -> None:
 def layers_after(forward: Forward, known: set[int]) -> Tensor | None:
     """A trained parameter that is not one of ``known``, of a layer that ran after the head."""
     graph = forward.graph
-    head = max(map(_time, forward.operations()), default=0)
+    head = max(map(sequence_number, forward.operations()), default=0)
     for key, leaf in graph.leaves.items():
         own = leaf.variable  # type: ignore[attr-defined]
         if key in known or not own.requires_grad or own.numel() == 1:  # such as a temperature
@@ -108,13 +109,9 @@ def layers_after(forward: Forward, known: set[int]) -> Tensor | None:
         for reader in readers:  # grows while we walk it
             if reader.name() in MOVES:
                 readers += [consumer for consumer, _, _ in graph.consumers[reader]]
-            elif _time(reader) > head and not _of_losses(reader):
+            elif sequence_number(reader) > head and not _of_losses(reader):
                 return own
     return None
-
-
-def _time(node: Node) -> int:
-    return int(node._sequence_nr())
 
 
 def _through_moves(node: Node) -> Node:
@@ -232,7 +229,7 @@ def last_output(forward: Forward) -> Head:
         RuntimeError: it is not known which result that is, or which of its rows are whose.
     """
     plan = forward.plan
-    node = max(forward.operations(), key=_time)
+    node = max(forward.operations(), key=sequence_number)
     several = any(len({place.node for place in places}) > 1 for places in plan.places.values())
     if several:
         raise RuntimeError(f"losses: the head ran several times, {_WHICH}")

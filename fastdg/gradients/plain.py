@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import hook_tables
 from .errors import in_words
 
 
 @contextmanager
 def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients taken inside come before any hook of these parameters changes them."""
-    hooks = [(p, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
-    for p, _ in hooks:
-        p._backward_hooks.clear()  # type: ignore[union-attr]
+    tables = [table for p in parameters if (table := hook_tables(p)[0])]
+    hooks = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     try:
         yield
     finally:
-        for p, own in hooks:
-            p._backward_hooks.update(own)  # type: ignore[union-attr]
+        for table, own in zip(tables, hooks, strict=True):
+            table.update(own)
 
 
 def gradients_of(

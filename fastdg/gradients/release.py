@@ -9,7 +9,8 @@ from weakref import ref
 
 from torch.autograd.graph import Node
 
-_PREFIX = "_raw_saved_"
+from .._torch import RAW_SAVED
+
 _names: dict[ref[type], tuple[str, ...]] = {}
 
 
@@ -31,7 +32,7 @@ def raw_saved(node: Node) -> Iterator[Any]:
     """The ``SavedTensor`` of each tensor that ``node`` has saved, which unpacks nothing."""
     kind = ref(type(node))
     if (names := _names.get(kind)) is None:
-        names = tuple(name for name in dir(type(node)) if name.startswith(_PREFIX))
+        names = tuple(name for name in dir(type(node)) if name.startswith(RAW_SAVED))
         _names[kind] = names
     for name in names:
         try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import output_dtypes, output_shapes
+from .._torch import metadata_of
 
 _known: dict[ref[type], bool] = {}  # kind of node -> whether its backward has a derivative
 
@@ -33,12 +33,11 @@ def _differentiable(node: Any) -> bool:
     """Whether autograd knows a derivative of what the node computes."""
     if not callable(node):  # written in Python
         return node.name() != "CompiledFunctionBackward"
-    shapes, dtypes, device = output_shapes(node), output_dtypes(node), node._input_metadata
     given = [
         None
-        if shape is None
-        else torch.zeros(shape, dtype=dtype, device=meta.device, requires_grad=True)
-        for shape, dtype, meta in zip(shapes, dtypes, device, strict=True)
+        if out is None
+        else torch.zeros(tuple(out.shape), dtype=out.dtype, device=out.device, requires_grad=True)
+        for out in metadata_of(node)
     ]
     try:
         with torch.enable_grad():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .._torch import hook_tables
 from ..domains import tracing
 from ..statistics.advice import NAMES
 from ..statistics.factors import Factor
@@ -58,10 +59,7 @@ class Resolved:
     @property
     def hooked(self) -> bool:
         """Whether a tensor that gets a ``.grad`` has hooks, which only a backward calls."""
-        return any(
-            p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-            for p in (*self.leaves.values(), *self.rest)
-        )
+        return any(any(hook_tables(p)) for p in (*self.leaves.values(), *self.rest))
 
     def collect(
         self,

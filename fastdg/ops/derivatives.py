@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
+from .. import _torch
+from .._torch import pytree
 from .registry import OPS, force, forced_backend, library
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
@@ -67,7 +67,7 @@ def not_recorded(name: str) -> None:
 
 def call(name: str, *args: Any) -> Any:
     """Op ``name`` on ``args``, wherever it is called."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _torch.functorch_active() or _torch.forward_ad_active():
         if name not in _FUNCTIONS:
             raise RuntimeError(
                 f"fastdg::{name} changes its arguments: call it outside the transforms of "
@@ -93,7 +93,7 @@ def _plain(args: tuple[Any, ...]) -> bool:
     """Whether nothing but autograd watches the call: then it needs no dispatcher."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _torch.dispatch_modes()
         and all(_ordinary(arg) for arg in args)
     )
 

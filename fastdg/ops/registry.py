@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from .._torch import GuardOnDataDependentSymNode
 from ..carried import Carried
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")

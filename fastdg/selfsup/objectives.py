@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch import foreach_lerp_
 from ..core.hyper import check_share, check_steepness, check_steps, check_switch
 from ..statistics.factors import accumulated
 
@@ -229,7 +230,7 @@ class BYOL(Objective):
         if self.total_steps is not None:
             done = min(self.steps / self.total_steps, 1.0)
             rate *= (math.cos(math.pi * done) + 1) / 2
-        torch._foreach_lerp_(slow, fast, rate)
+        foreach_lerp_(slow, fast, rate)
 
 
 def _cosine(one: Tensor, two: Tensor) -> Tensor:

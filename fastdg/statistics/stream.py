@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from .. import ops
+from .._torch import functorch_active, pytree
 from ..domains import Partition, partition
 from ..ops.derivatives import call
 from .factors import accumulated, flat
@@ -350,7 +350,7 @@ def stream(
     num_domains: int,
 ) -> tuple[Tensor, ...]:
     """Reduce the per-sample gradients of ``tensors``, differentiably with respect to them."""
-    recorded = torch._C._are_functorch_transforms_active() or (
+    recorded = functorch_active() or (
         torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     )
     if torch.is_grad_enabled():

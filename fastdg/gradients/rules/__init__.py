@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..._torch import function_of
 from ...statistics.factors import Factor
 from ..layout import Layout, lead
 
@@ -166,7 +167,7 @@ def rule(*operations: str, slots: Sequence[int]) -> Callable[[R], R]:
 
 def serve(use: Use) -> Served | None:
     """What serves this use, or None."""
-    made = RULES.get((getattr(use.node, "_forward_cls", ""), use.slot))
+    made = RULES.get((function_of(use.node), use.slot))
     made = made or RULES.get((use.node.name(), use.slot))
     return None if made is None else made(use)
 
