@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-from torch.autograd.graph import Node
-
-_REENTRANT = "CheckpointFunctionBackward"
 
 
 @contextmanager
@@ -59,11 +55,6 @@ def reentrant(names: Sequence[str]) -> RuntimeError:
         "it runs from the graph of the losses; pass use_reentrant=False, or ask for parameters "
         "above it (params='head', or a list of the others)"
     )
-
-
-def has_reentrant_checkpoint(nodes: Iterable[Node]) -> bool:
-    """Whether some part of a graph is a reentrant checkpoint, below which nothing can be seen."""
-    return any(node.name() == _REENTRANT for node in nodes)
 
 
 def listed(names: Sequence[str]) -> str:

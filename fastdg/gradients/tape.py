@@ -14,8 +14,9 @@ from ..statistics.advice import NAMES
 from ..statistics.factors import Factor
 from ..statistics.selection import Selection, select
 from ..warn import warn_user
+from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, look
-from .errors import has_reentrant_checkpoint, in_words, listed, reentrant
+from .errors import in_words, listed, reentrant
 from .graph import Graph
 from .heads import head_of, layers_after, refuse_opaque
 from .scale import root, unscaled
@@ -148,6 +149,7 @@ class Tape:
             key = (tuple(used), losses.shape, graph.signature(list(used.values())))
             with in_words():
                 used = head_of(losses, graph, used, key)
+            self._refuse_hidden(graph, used, lambda name, p: name in used)
         elif self.params == "all":
             self._refuse_hidden(graph, used, lambda name, p: True)
         else:
@@ -196,13 +198,18 @@ class Tape:
     def _refuse_hidden(
         self, graph: Graph, used: Mapping[str, Tensor], asked: Callable[[str, Tensor], bool]
     ) -> None:
-        """Raise if a parameter asked for may be inside a reentrant checkpoint."""
+        """Raise if a use of a parameter asked for may be inside a reentrant checkpoint."""
+        checkpoints = reentrant_checkpoints(graph.nodes)
+        if not checkpoints:
+            return
+        inside = {id(p) for checkpoint in checkpoints for p in tensors_inside(checkpoint)}
         hidden = [
             name
             for name, p in self.names.items()
-            if name not in used and p.requires_grad and asked(name, p)
+            if p.requires_grad and asked(name, p)
+            if name not in used or id(used[name]) in inside
         ]
-        if hidden and has_reentrant_checkpoint(graph.nodes):
+        if hidden:
             raise reentrant(hidden)
 
     def _resolved(self, graph: Graph, used: dict[str, Tensor], forward: Forward | None) -> Resolved:

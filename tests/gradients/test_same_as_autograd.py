@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -130,3 +131,40 @@ def test_the_variance_of_a_row_that_all_samples_read_is_centred_first() -> None:
     variance = fastdg.domain_moments(losses, torch.zeros(64, dtype=torch.int64), params=table)
     expected = scale.double().var(0, unbiased=False)
     assert_close(variance.variance["weight"][0, 0] / expected, torch.ones(4), "variance", 1e-3)
+
+
+SHARED = nn.Linear(4, 4).double()
+
+
+def used_twice(layer: nn.Linear, *inputs: Tensor) -> Tensor:
+    return layer(inputs[0]).sin()
+
+
+@pytest.mark.parametrize("params", ["all", "head"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        SHARED,
+        SHARED.forward,
+        partial(used_twice, SHARED),
+        lambda x: SHARED(x).sin(),
+        (lambda layer: lambda x: layer(x).sin())(SHARED),
+        lambda x, layers=(SHARED,): layers[0](x),
+    ],
+    ids=["module", "method", "partial", "global", "closure", "default"],
+)
+def test_a_layer_also_inside_a_reentrant_checkpoint_is_not_half_served(
+    run: Callable[[Tensor], Tensor], params: str
+) -> None:
+    with fastdg.record(SHARED, params) as tape:
+        losses = SHARED(checkpoint(run, X.clone().requires_grad_(), use_reentrant=True)).sum(1)
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True hides .*weight"):
+        fastdg.domain_gradients(tape, losses, DOMAINS)
+
+
+def test_a_layer_above_a_reentrant_checkpoint_is_served() -> None:
+    head, block = nn.Linear(4, 3), nn.Linear(4, 4)
+    losses = head(checkpoint(block, X.clone().requires_grad_(), use_reentrant=True)).sum(1)
+    expected = one_by_one(losses, {"weight": head.weight})
+    got = fastdg.per_sample_gradients(losses, params=head)
+    assert_close(got["weight"], expected["weight"], "weight")
