@@ -125,16 +125,15 @@ class Pull:
         stacked, rows = list(there.values()), max(map(len, edges.values()), default=0)
 
         def grad(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-            with unhooked(self.parameters):
-                return torch.autograd.grad(
-                    outputs,
-                    self.parameters,
-                    list(given),
-                    retain_graph=True,
-                    create_graph=self.create_graph,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
+            return torch.autograd.grad(
+                outputs,
+                self.parameters,
+                list(given),
+                retain_graph=True,
+                create_graph=self.create_graph,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
 
         if not outputs:
             return [p.new_zeros((rows, *p.shape)) for p in self.parameters]
