@@ -26,6 +26,7 @@ TOLERANCE = 1e-8
 # A gradient this small beside the largest of the model is compared with that one: of some, as of a
 # bias before a batch norm, nothing but rounding is there.
 FLOOR = 1e-4
+NOT_RUN = "not run"
 
 
 class Result(NamedTuple):
@@ -249,8 +250,13 @@ def largest(errors: Errors) -> tuple[float, str]:
     return max(errors, key=lambda e: (e[0] != e[0], e[0]))
 
 
-def run(case: Case, training: bool) -> Result:
+def run(case: Case, training: bool, fishr: bool = True) -> Result:
     """Compare a case's statistics and steps in float64.
+
+    Args:
+        case: the model.
+        training: its mode.
+        fishr: take Fishr's step too, which is half of the work.
 
     Raises:
         NotHere: the model cannot be made or run here, or its gradients are not finite.
@@ -265,12 +271,12 @@ def run(case: Case, training: bool) -> Result:
             raise
         except Exception as error:
             raise NotHere(f"{type(error).__name__}: {error}") from error
-        return compared(forwards, losses)
+        return compared(forwards, losses, fishr)
     finally:
         torch.set_default_dtype(before)
 
 
-def compared(forwards: Forwards, losses: Tensor) -> Result:
+def compared(forwards: Forwards, losses: Tensor, fishr: bool) -> Result:
     """The result of a model."""
     model = forwards.model
     rules, pulled, slow, slow_at = served(losses, model)
@@ -284,7 +290,10 @@ def compared(forwards: Forwards, losses: Tensor) -> Result:
     try:
         with hooks_at_rest(model):
             found |= of_surgery(forwards, truth)
-            found["Fishr"] = of_fishr(forwards, truth)
+            if fishr:
+                found["Fishr"] = of_fishr(forwards, truth)
+            else:
+                errors["Fishr"] = NOT_RUN
     except RuntimeError as error:
         if (operation := zoo_steps.without_second_derivative(error)) is None:
             raise

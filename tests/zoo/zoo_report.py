@@ -37,9 +37,9 @@ This file is made by
 
     {command}
 
-which took {minutes:.0f} minutes of one processor core and writes `results.json` beside it; it runs
-the cases that have no row of the commit that is there, or with words, those whose names hold one.
-*at* is the commit of a row. `test_zoo.py` runs a few.
+which takes about {minutes:.0f} minutes of one processor core and writes `results.json` beside it.
+It runs the cases that have no row of the commit that is there; with words, those of them whose
+names hold one. *at* is the commit of a row. `test_zoo.py` runs a few.
 
 The error of a parameter is the norm of the difference, relative to the norm of that parameter's
 per-sample gradients (to its square for a variance; to the larger one of its mean and its penalty's
