@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ..ops.norm_gradients import by_rows, dtype_of, gradient_like
+from ..ops.gradients import by_rows, gradient_like
 from .launch import block, launch, parts
 from .launch import supports as plain
 
@@ -137,7 +138,7 @@ def norm_gradients(
     blocks, steps = cdiv(C, tile["BLOCK_C"]), max(1, cdiv(T * S, tile["BLOCK_P"]))
     splits = parts(N * blocks, steps, N * C, x.device)
     chunk = cdiv(steps, splits) * tile["BLOCK_P"]
-    weight = x.new_empty((N, splits, C), dtype=dtype_of(x, delta))
+    weight = x.new_empty((N, splits, C), dtype=torch.float32)
     bias = weight.new_empty(weight.shape)
     groups = 1 if rstd is None else rstd.shape[2]
     (m, *m_strides), (r, *r_strides) = _strides(x, mean), _strides(x, rstd)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from ..ops.gradients import statistic_dtype
-from ..ops.oracle_nll import bias_gradient, by_rows, gradient_like, values_of, variance_of
+from ..ops.gradients import by_rows, gradient_like, statistic_dtype
+from ..ops.oracle_nll import bias_gradient, values_of, variance_of
 from .launch import block, launch, parts
 from .launch import supports as plain
 
@@ -101,7 +101,7 @@ def oracle_nll_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `oracle_nll`: one read of both maps, one write."""
     N, C, P = features.shape
-    tile, out = _tile(features), gradient_like(features)
+    tile, out = _tile(features), gradient_like(features, by_rows(features))
     launch(
         _oracle_slopes_kernel, N * cdiv(C, tile["BLOCK_C"]) * cdiv(P, tile["BLOCK_P"]),
         features, oracle, grad.contiguous(), variance_of(bias.to(squares.dtype)), out,

@@ -1,4 +1,4 @@
-"""Lists of gradients as the column ops take them: one flat list, domain after domain."""
+"""Gradients as ops take them, one flat list, domain after domain, and as they lay them out."""
 
 from __future__ import annotations
 
@@ -50,3 +50,19 @@ def of_parameter(flat: Sequence[Tensor], domains: int, k: int) -> list[Tensor]:
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over parameters are returned in: float64 stays, halves become float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def by_rows(*maps: Tensor) -> bool:
+    """Whether the channels of a position lie side by side, as in tokens, and not the positions."""
+    return all(
+        x.shape[-1] > 1 and x.stride(-1) != 1 and (x.shape[-2] < 2 or x.stride(-2) == 1)
+        for x in maps
+    )
+
+
+def gradient_like(x: Tensor, rows: bool) -> Tensor:
+    """A gradient of x to be written, in dense memory: its channels side by side, or positions."""
+    *outer, channels, positions = x.shape
+    if rows:
+        return x.new_empty((*outer, positions, channels)).transpose(-2, -1)
+    return x.new_empty(x.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .derivatives import call, differentiable, not_differentiable
-from .gradients import statistic_dtype
+from .gradients import by_rows, gradient_like, statistic_dtype
 from .registry import define
 
 
@@ -69,20 +69,6 @@ def reference_backward(
         of_x = of_x * spread(rstd, channels)
     rows = by_rows(x, delta)
     return gradient_like(x, rows).copy_(of_x), gradient_like(delta, rows).copy_(of_delta)
-
-
-def by_rows(*tensors: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, and not the positions."""
-    return all(
-        (x.shape[2] < 2 or x.stride(2) == 1) and x.shape[3] > 1 and x.stride(3) != 1
-        for x in tensors
-    )
-
-
-def gradient_like(x: Tensor, rows: bool) -> Tensor:
-    """A gradient to be written, in dense memory, positions or channels side by side."""
-    N, T, C, S = x.shape
-    return x.new_empty((N, T, S, C)).transpose(2, 3) if rows else x.new_empty((N, T, C, S))
 
 
 def check(x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool) -> None:

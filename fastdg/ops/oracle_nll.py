@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import checks
 from .derivatives import call, differentiable, not_differentiable
-from .gradients import statistic_dtype
+from .gradients import by_rows, gradient_like, statistic_dtype
 from .registry import define
 
 FLOOR = 1e-5  # of the variance, and so the bound of what coinciding features can gain
@@ -47,22 +47,8 @@ def reference_backward(
     share = grad / max(1, squares.shape[1] * positions)
     slope = share.unsqueeze(1) / variance_of(bias.to(grad.dtype))
     change = (features.to(grad.dtype) - oracle.to(grad.dtype)).mul_(slope.unsqueeze(2))
-    out = gradient_like(features).copy_(change)
+    out = gradient_like(features, by_rows(features)).copy_(change)
     return out, bias_gradient(grad, bias, squares, positions)
-
-
-def by_rows(x: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, as in tokens, and not the positions."""
-    _, channels, positions = x.shape
-    return positions > 1 and x.stride(2) != 1 and (channels < 2 or x.stride(1) == 1)
-
-
-def gradient_like(features: Tensor) -> Tensor:
-    """A gradient to be written, in dense memory and in the order of the features."""
-    N, C, P = features.shape
-    if by_rows(features):
-        return features.new_empty((N, P, C)).transpose(1, 2)
-    return features.new_empty((N, C, P))
 
 
 def bias_gradient(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) -> Tensor:
@@ -81,7 +67,7 @@ def bias_gradients(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) 
 def _fake_backward(
     grad: Tensor, features: Tensor, oracle: Tensor, bias: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return gradient_like(features), torch.empty_like(bias)
+    return gradient_like(features, by_rows(features)), torch.empty_like(bias)
 
 
 def check(features: Tensor, oracle: Tensor, bias: Tensor) -> None:
