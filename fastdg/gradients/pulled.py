@@ -113,10 +113,9 @@ class Pull:
                 self._through({edge: rows[i : i + self.chunk] for edge, rows in edges.items()})
                 for i in range(0, len(weights), self.chunk)
             ]
-        return [
-            torch.cat(of_one) if len(parts) > 1 else of_one[0]
-            for of_one in zip(*parts, strict=True)
-        ]
+        if len(parts) > 1:
+            return [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
+        return parts[0] if self.create_graph else _apart(parts[0])
 
     def _through(self, edges: Mapping[tuple[Node | None, int], Tensor]) -> list[Tensor]:
         """Pull what has arrived at the edges to the parameters."""
@@ -149,6 +148,19 @@ class Pull:
             p.new_zeros((rows, *p.shape)) if g is None else (g.to_dense() if g.is_sparse else g)
             for p, g in zip(self.parameters, found, strict=True)
         ]
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each in memory of its own, so that it may be written to. Autograd hands on one and the same
+    gradient to both terms of a sum, and one that repeats an entry to the operand of a sum."""
+    seen: set[int] = set()
+    found = []
+    for x in tensors:
+        storage = x.untyped_storage()._cdata
+        repeats = any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True))
+        found.append(x.clone() if repeats or storage in seen else x)
+        seen.add(storage)
+    return found
 
 
 def _batched(

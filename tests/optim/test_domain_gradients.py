@@ -95,6 +95,23 @@ def test_micro_batches_are_the_full_batch(name: str, cut: str) -> None:
     alike(model, other)
 
 
+@pytest.mark.parametrize("made", [torch.add, lambda a, b: a.sum(1, keepdim=True) * 0.1 + b])
+def test_weights_with_one_gradient_are_summed_each_in_its_place(made: Any) -> None:
+    """Autograd gives both terms of a sum one tensor, and the operand of a sum a repeated one."""
+    model = nn.ParameterList([torch.randn(3, 3).double() for _ in range(2)])
+    opt = fastdg.GramSurgery(SGD(model.parameters(), lr=0.1), lambda gram: gram.new_ones(len(gram)))
+    domains, parts = torch.tensor([0, 1, 0, 1, 0, 1]), (slice(0, 3), slice(3, 6))
+    x = torch.randn(6, 3).double()
+    losses = [(x[part] @ made(*model)).sin().sum(1) for part in parts]
+    every = torch.cat(losses)
+    risk = every[domains == 0].mean() + every[domains == 1].mean()
+    expected = torch.autograd.grad(risk, [*model], retain_graph=True)
+    for k, part in enumerate(parts):
+        opt.backward(losses[k], domains[part], final=k == 1)
+    for p, g in zip(model, expected, strict=True):
+        close(p.grad, g)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("AgrRand")])
 def test_domains_with_batch_statistics_of_their_own(name: str) -> None:
     """As the papers' code: a forward for each domain, batch norm in training mode."""
