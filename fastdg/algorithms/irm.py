@@ -18,7 +18,7 @@ from ..core.nesting import terms_of
 from ..core.optimizer import Closure
 from ..core.weighted import UNSEEN, Losses, check_reached, refuse_again
 from ..domains import partition, tracing
-from ..gradients.heads import Head, last_output
+from ..gradients.heads import Head, crossed_output, last_output
 from ..gradients.scale import root
 from ..statistics.api import TOLERANCE
 from ..statistics.factors import accumulated
@@ -27,11 +27,12 @@ from ..warn import warn_user
 
 @dataclass
 class Scored(Batch):
-    """A micro-batch, and the logits that its losses were made from: as the user gave them, or the
-    result of the head."""
+    """A micro-batch, and the logits that its losses were made from: as the user gave them, or what
+    the cross-entropy was taken of, or else the result of the head, whose parameters have names."""
 
     logits: Tensor | None
     head: Head | None
+    names: tuple[str, ...] = ()
 
 
 class IRM(Annealed):
@@ -49,9 +50,11 @@ class IRM(Annealed):
     are DomainBed's. The authors' own code squares the mean of all :math:`c_i`: for that give each
     sample twice, ``repeat_interleave(2)`` of logits, losses and domains.
 
-    The logits are the result of the head, the last layer with parameters, which the graph has; or
-    they are given: ``opt.backward(losses, domains, logits=logits)``. Give them if they are scaled
-    after the head, or if the losses are no cross-entropy (of that result, a warning says so).
+    The logits are those that the graph has of ``F.cross_entropy`` or
+    ``F.binary_cross_entropy_with_logits`` with ``reduction="none"``. Of other losses they are the
+    result of the head, the last layer with parameters; or they are given:
+    ``opt.backward(losses, domains, logits=logits)``. Give them if they are scaled after the head,
+    or if the losses are no cross-entropy (of that result, a warning says so).
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -62,8 +65,9 @@ class IRM(Annealed):
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it; one with a single sample has penalty 0.
         model: its parameters' names are those of messages.
-        check: on the first backward see that the losses are the cross-entropy of what the head
-            returned, or that each depends on its own row of the logits given.
+        check: on the first backward, and where another layer is the head, see that the losses are
+            the cross-entropy of what the head returned; or that each depends on its own row of the
+            logits given.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
     ``irm_penalty_weight`` and so on). ``statistics`` holds ``loss``, ``penalty``, ``objective``
@@ -90,7 +94,7 @@ class IRM(Annealed):
 
     def _start(self) -> None:
         self._logits: Tensor | None = None  # those of the `backward` that is running
-        self._checked = False
+        self._checked: set[tuple[str, ...]] = set()
 
     def backward(
         self,
@@ -118,15 +122,18 @@ class IRM(Annealed):
         return super()._evaluate(lambda: result)
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Scored:
-        if self._logits is not None:
-            check_logits(self._logits, losses)
+        head = None if self._logits is not None else crossed_output(losses)
+        if self._logits is not None or head is not None:
+            if self._logits is not None:
+                check_logits(self._logits, losses)
             refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
-            return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, None)
+            return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, head)
         resolved = self._tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for
         assert resolved.forward is not None
         parts, head = partition(domains, losses, self.num_domains), last_output(resolved.forward)
-        return Scored(losses, parts, resolved, terms, self._scale, None, head)
+        names = tuple(resolved.forward.names)
+        return Scored(losses, parts, resolved, terms, self._scale, None, head, names)
 
     def _gradient(self, staged: Sequence[Scored]) -> Tensor:
         weight = self._weight()
@@ -164,9 +171,11 @@ class IRM(Annealed):
 
     @torch.no_grad()
     def _check(self, batch: Scored, delta: Tensor, logits: Tensor, before: Tensor) -> None:
-        if self._checked or not self.check or tracing():
+        if batch.names in self._checked or not self.check or tracing():
             return
         if batch.head is not None:
+            if batch.resolved is UNSEEN:  # of a cross-entropy itself
+                return
             if not crossed(batch.losses * before, logits, delta):
                 warn_user(
                     f"losses: IRM takes the result of the last layer, {list(logits.shape)}, for "
@@ -174,7 +183,7 @@ class IRM(Annealed):
                     "after the head?). Pass the logits that the losses are made from: "
                     "opt.backward(losses, domains, logits=logits)"
                 )
-            self._checked = True
+            self._checked.add(batch.names)
             return
         generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
         weights = (0.5 + torch.rand(len(batch.losses), generator=generator)).to(batch.losses)
@@ -187,11 +196,12 @@ class IRM(Annealed):
                 "over pairs, or the sample is not the first dimension), so a factor on one "
                 "sample's logits cannot be told from that on another's"
             )
-        self._checked = len(weights) > 1 and 0 < float(expected.norm()) < float("inf")
+        if len(weights) > 1 and 0 < float(expected.norm()) < float("inf"):
+            self._checked.add(batch.names)
 
     def _clear(self) -> None:
         super()._clear()
-        self._checked, self._logits = False, None
+        self._checked, self._logits = set(), None
 
 
 def check_logits(logits: Any, losses: Tensor) -> None:

@@ -222,6 +222,29 @@ class Head:
         return rows.squeeze(1) if rows.shape[1] == 1 else rows
 
 
+def crossed_output(losses: Tensor) -> Head | None:
+    """What a cross-entropy was taken of, whatever made it; None of other losses.
+
+    Of the classes' scores it has saved the logarithm of their softmax. Their products with the
+    gradient at the scores are the same, since the entries of that gradient sum to zero.
+    """
+    node: Any = losses.grad_fn
+    layout = Layout("major", len(losses), 1, None)
+    if node.name() == "NllLossBackward0":
+        node = node.next_functions[0][0]
+        if node.name() != "LogSoftmaxBackward0" or signed(node._saved_dim) not in (1, -1):
+            return None
+        value = node._saved_result
+    elif node.name() == "BinaryCrossEntropyWithLogitsBackward0":
+        value = node._saved_self
+    else:
+        return None
+    child, nr = node.next_functions[0]
+    if child is None or value.shape[0] != len(losses):
+        return None
+    return Head(GradientEdge(child, nr), value, layout)
+
+
 def last_output(forward: Forward) -> Head:
     """The result of the last layer that has parameters, of a forward that looks at the head.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,13 +72,60 @@ def test_irm_with_heads_of_several_outputs() -> None:
         torch.testing.assert_close(*made)
 
 
+@pytest.mark.parametrize("binary", [False, True])
+def test_irm_of_what_a_cross_entropy_was_taken_of(binary: bool) -> None:
+    """Whatever made it: frozen parts, tied weights, batch statistics, a temperature."""
+    model, bias = nn.Linear(4, 4).double(), nn.Parameter(torch.arange(4.0).double())
+    x, y, d = torch.randn(6, 4).double(), torch.arange(6) % 2, torch.arange(6) % 2
+    made: list[Callable[[], Tensor]] = [
+        lambda: model(x).tanh() + bias,
+        lambda: F.linear(model(x).tanh().mean(0, keepdim=True) * x, model.weight),
+        lambda: (model(x) - model(x).mean(0)) * bias.exp(),
+    ]
+    opts = [fastdg.IRM(SGD([*model.parameters(), bias], lr=0.1)) for _ in range(2)]
+    for frozen in ([], [bias], [model.weight], [model.bias, bias]):
+        for logits in made:
+            for p in (*model.parameters(), bias):
+                p.requires_grad_(all(p is not q for q in frozen))
+            found = []
+            for opt, given in zip(opts, (False, True), strict=True):
+                z = logits()
+                if binary:
+                    z = z[:, 0]
+                    losses = F.binary_cross_entropy_with_logits(z, y.double(), reduction="none")
+                else:
+                    losses = F.cross_entropy(z, y, reduction="none")
+                opt.zero_grad()
+                opt.backward(losses, d, **({"logits": z} if given else {}))
+                found.append([opt.statistics["penalty"], *(p.grad for p in opt._names)])
+            for one, two in zip(*found, strict=True):
+                assert (one is None) == (two is None)
+                if one is not None:
+                    close(one, two)
+
+
+def test_irm_looks_again_where_another_layer_is_the_head() -> None:
+    """A bias that is frozen later is no longer in what the last layer returns."""
+    model, bias = nn.Linear(4, 3, bias=False), nn.Parameter(torch.arange(3.0))
+    opt = fastdg.IRM(SGD([model.weight, bias], lr=0.1))
+    x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(x) + bias, y, reduction="none") * 2
+
+    opt.backward(losses(), d)
+    bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match="not the cross-entropy of it"):
+        opt.backward(losses(), d)
+
+
 def test_irm_with_heads_whose_logits_are_not_known() -> None:
     x, y, d = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
     head = nn.Linear(4, 3)
     opt = fastdg.IRM(SGD(head.parameters(), lr=0.1))
     logits = head(x) + head(-x)
     with pytest.raises(RuntimeError, match=r"ran several times.*logits=logits"):
-        opt.backward(F.cross_entropy(logits, y, reduction="none"), d)
+        opt.backward(F.cross_entropy(logits, y, reduction="none") * 2, d)
     logits = head(x) + head(-x)
     losses = F.cross_entropy(logits, y, reduction="none")
     opt.backward(losses, d, final=False, logits=logits)
@@ -94,7 +142,7 @@ def test_irm_of_losses_that_samples_share(given: bool) -> None:
 
     def backward(opt: fastdg.IRM) -> None:
         logits = model(x)
-        losses = F.cross_entropy(logits - logits.mean(0), y, reduction="none")
+        losses = F.cross_entropy(logits - logits.mean(0), y, reduction="none") * 1.5
         opt.backward(losses, d, **({"logits": logits} if given else {}))
 
     message = "depends on other rows of the logits" if given else "last layer is .* logits=logits"
@@ -162,7 +210,7 @@ def test_a_head_whose_output_is_not_the_logits_is_warned_of(factor: float, outpu
     def losses(logits: Tensor) -> Tensor:
         if outputs > 1:
             return F.cross_entropy(logits, y, reduction="none") * torch.linspace(0.1, 2, 12)
-        return F.binary_cross_entropy_with_logits(logits[:, 0], y.float(), reduction="none")
+        return 2 * F.binary_cross_entropy_with_logits(logits[:, 0], y.float(), reduction="none")
 
     if factor == 1:
         opt.backward(losses(logits), d)
