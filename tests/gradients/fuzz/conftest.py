@@ -1,6 +1,7 @@
-"""Tests are no package (import-mode=importlib): the operations are imported by their plain name."""
+"""Tests are no package (import-mode=importlib): what they share is imported by its plain name."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
+here = Path(__file__).parent
+sys.path += [str(here), str(here.parent.parent / "optim")]

@@ -20,6 +20,8 @@ class Weights(nn.Module):
     """Parameters that operations share, directly and through weights that are made from them."""
 
     rounded = False  # whether some weight was cast to float32, in which samples are then summed
+    logits: Tensor | None = None  # of the last cross-entropy, and its labels
+    labels: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,19 +67,20 @@ class Step:
         return torch.randint(0, most, shape, generator=self.generator)
 
     def noise(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
+        made = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return made.to(self.weights.gate.dtype)
 
 
 DERIVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "itself": lambda a, b: a,
-    "masked": lambda a, b: a * torch.ones(C, C).tril(),
+    "masked": lambda a, b: a * torch.ones_like(a).tril(),
     "normed": lambda a, b: a / a.norm(dim=1, keepdim=True),
     "low rank": lambda a, b: a + b[:, :2] @ (a[:2] / a[:2].norm(dim=1, keepdim=True)),
-    "spectral": lambda a, b: a / (torch.ones(C) / 2 @ a @ torch.ones(C)).abs().add(1),
+    "spectral": lambda a, b: a / (a.new_ones(C) / 2 @ a @ a.new_ones(C)).abs().add(1),
     "transposed": lambda a, b: a.t(),
     "sum of two": lambda a, b: a + b,
     "centred": lambda a, b: a - a.mean(1, keepdim=True),
-    "cast": lambda a, b: a.float().double(),
+    "cast": lambda a, b: a.float().to(a.dtype),
 }
 
 
@@ -155,7 +158,7 @@ def _recurrent(s: Step, h: Tensor) -> Tensor:
 
 
 def _norm(s: Step, h: Tensor) -> Tensor:
-    mean, var = torch.zeros(C), torch.ones(C)
+    mean, var = torch.zeros_like(s.vector), torch.ones_like(s.vector)
     return _folded(
         s, h, lambda r: F.batch_norm(r, mean, var, s.vector, None, training=s.on and len(r) > 1)
     )
@@ -212,20 +215,25 @@ OPERATIONS: dict[str, Callable[[Step, Tensor], Tensor]] = {
         lambda x: (x @ s.matrix).tanh() + s.vector, h, use_reentrant=False
     ),
     "gate": lambda s, h: h + s.weights.gate * (h @ s.matrix).tanh(),
-    "gates of samples": lambda s, h: h + s.numbers(2, len(h), 1, 1).double() * (h @ s.matrix).sin(),
+    "gates of samples": lambda s, h: h + s.numbers(2, len(h), 1, 1).to(h) * (h @ s.matrix).sin(),
     "writes": _written,
     "sort": lambda s, h: h.sort(0)[0] * s.vector,
     "expand": lambda s, h: h * s.vector.expand(len(h), 1, C),
     "broadcasts": lambda s, h: torch.addcmul(h, s.vector, h.sin()) / (s.vector.square() + 1),
-    "dropout": lambda s, h: h * (s.noise(*h.shape) > 0).double() @ s.matrix,
+    "dropout": lambda s, h: h * (s.noise(*h.shape) > 0).to(h) @ s.matrix,
 }
+
+
+def _cross_entropy(s: Step, h: Tensor) -> Tensor:
+    s.weights.logits = h.mean(1) @ s.matrix + s.vector
+    s.weights.labels = s.numbers(C, len(h))
+    return F.cross_entropy(s.weights.logits, s.weights.labels, reduction="none")
+
 
 # What makes losses [N] of the samples
 HEADS: dict[str, Callable[[Step, Tensor], Tensor]] = {
     "squares": lambda s, h: (h @ s.matrix).square().sum((1, 2)),
-    "cross entropy": lambda s, h: F.cross_entropy(
-        h.mean(1) @ s.matrix + s.vector, s.numbers(C, len(h)), reduction="none"
-    ),
+    "cross entropy": _cross_entropy,
     "pairs": lambda s, h: (
         -(F.normalize(h.mean(1), dim=1) @ F.normalize(h.mean(1), dim=1).t())
         .log_softmax(1)

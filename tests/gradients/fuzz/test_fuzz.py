@@ -5,61 +5,16 @@
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from fuzz_operations import HEADS, OPERATIONS, C, Step, Weights
+from fuzz_models import BEGIN, GROUP, MODELS, Case, begin, compare, losses_of
+from fuzz_operations import Weights
 from oracle import one_by_one
 from torch import Tensor
 
 import fastdg
-
-STEPS = 5  # of one model
-MODELS = int(os.environ.get("FASTDG_FUZZ_STEPS", "150")) // STEPS
-BEGIN = int(os.environ.get("FASTDG_FUZZ_BEGIN", "0"))
-GROUP = 10  # models in one test
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model of these operations, by their place, and a head, over some steps."""
-
-    seed: int
-    operations: tuple[tuple[int, str], ...]
-    head: str
-    steps: tuple[int, ...] = tuple(range(STEPS))
-
-    @classmethod
-    def of(cls, seed: int) -> Case:
-        choice = random.Random(seed)
-        names = [choice.choice(list(OPERATIONS)) for _ in range(choice.randint(1, 5))]
-        return cls(seed, tuple(enumerate(names)), choice.choice(list(HEADS)))
-
-
-def losses_of(case: Case, weights: Weights, step: int) -> tuple[Tensor, Tensor]:
-    """Losses of one step, and domains."""
-    sizes = random.Random(f"{case.seed} {step // 2}")
-    samples, length = sizes.randint(1, 5), sizes.randint(2, 4)
-    values = random.Random(f"{case.seed} values {step}")
-    generator = torch.Generator().manual_seed(values.randrange(1 << 30))
-    h = torch.randn(samples, length, C, generator=generator)
-    with torch.no_grad():
-        weights.gate.fill_(values.choice([0.0, 0.0, 0.7]))
-    for k, p in enumerate(weights.parameters()):
-        p.requires_grad_(random.Random(f"{case.seed} frozen {step // 2} {k}").random() < 0.9)
-    weights.matrices[0].requires_grad_(True)
-    h = h @ weights.matrices[0]
-    for place, name in case.operations:
-        own = f"{case.seed} {place}"
-        made = Step(weights, random.Random(own), random.Random(f"{own} {step}"))
-        h = h + OPERATIONS[name](made, h).tanh() if place % 2 else OPERATIONS[name](made, h).sin()
-    own = f"{case.seed} head"
-    made = Step(weights, random.Random(own), random.Random(f"{own} {step}"))
-    return HEADS[case.head](made, h), torch.randint(0, 3, (samples,), generator=generator)
 
 
 def differing(case: Case) -> str | None:
@@ -67,6 +22,7 @@ def differing(case: Case) -> str | None:
     torch.manual_seed(case.seed)
     weights = Weights()
     for step in case.steps:
+        begin(case, weights, step)
         losses, domains = losses_of(case, weights, step)
         try:
             if wrong := _differing(weights, losses, domains, step % 2 == 1):
@@ -138,29 +94,7 @@ def _moments(g: Tensor, domains: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means), torch.stack(variances)
 
 
-def smallest(case: Case) -> Case:
-    """The same fault with as few operations and steps as can be."""
-    smaller = True
-    while smaller:
-        smaller = False
-        for k in range(len(case.operations)):
-            fewer = replace(case, operations=case.operations[:k] + case.operations[k + 1 :])
-            if differing(fewer):
-                case, smaller = fewer, True
-                break
-        for k in range(len(case.steps)):
-            fewer = replace(case, steps=case.steps[:k] + case.steps[k + 1 :])
-            if differing(fewer):
-                case, smaller = fewer, True
-                break
-    return case
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("first", range(BEGIN, BEGIN + MODELS, GROUP))
 def test_random_models(first: int) -> None:
-    for seed in range(first, min(first + GROUP, BEGIN + MODELS)):
-        case = Case.of(seed)
-        if wrong := differing(case):
-            case = smallest(case)
-            pytest.fail(f"{case}: {differing(case) or wrong}")
+    compare(first, Case.of, differing)
