@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..core import checkpoint
 from ..core.annealed import Annealed
 from ..core.base_optimizer import accumulate
@@ -19,7 +18,7 @@ from ..core.weighted import Losses
 from ..distributed.sharding import local
 from ..statistics.api import moments_of
 from ..statistics.factors import accumulated
-from ..statistics.moments import DomainMoments, merge, rows
+from ..statistics.moments import DomainMoments, merge, rows, variance_gap
 from ..statistics.selection import Selection, listed, select
 from ..warn import warn_user
 
@@ -162,7 +161,7 @@ class Fishr(Annealed):
                 ema = self._kept["ema"].get(named[name], v[:0].detach())
                 # Domains beyond this batch's take no part; those not seen before have no history
                 history.append(rows(ema[: len(v)], len(v)))
-        gap = ops.variance_gap(list(moments.variance.values()), history, moments.present, decay)
+        gap = variance_gap(list(moments.variance.values()), history, moments.present, decay)
         if self.reduction == "sum":
             return gap
         numel = sum(v[0].numel() for v in moments.variance.values())

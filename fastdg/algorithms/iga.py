@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._torch import hook_tables
 from ..core.batch import Batch, descend, moments
 from ..core.closures import asks_for_domain, check_same, losses_of
@@ -23,7 +22,7 @@ from ..gradients.graph import Graph
 from ..gradients.release import release
 from ..gradients.tape import check_losses
 from ..statistics.factors import accumulated
-from ..statistics.moments import merge
+from ..statistics.moments import merge, variance_gap
 
 
 class IGA(DomainOptimizer):
@@ -92,7 +91,7 @@ class IGA(DomainOptimizer):
                 batch.resolved.refuse_single_derivatives()
         # Only of the means: the variances, as large, are freed before the second backward
         means = self._whole.means(merge([moments(batch, weight > 0) for batch in staged]))
-        penalty = ops.variance_gap(list(means.values()), [], losses.present, 0.0)
+        penalty = variance_gap(list(means.values()), [], losses.present, 0.0)
         own = losses.objective(losses.shares, staged)
         objective = (losses.shares * losses.filled).sum()
         if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN

@@ -168,14 +168,14 @@ class DomainOptimizer(Stateful):
                 on these losses; another rank failed; what is staged or in ``.grad`` was not made
                 with this ``scaler``.
 
-        Autocast is off inside, so that this may be called in an autocast block too. After an error
-        ``.grad`` is as it was, and nothing is staged. A second final call before
-        `step` adds to ``.grad``, as ``loss.backward()`` does.
+        Autocast is off and gradients are on inside, so that this may be called in an autocast block
+        or under ``torch.no_grad``, too. After an error ``.grad`` is as it was, and nothing is
+        staged. A second final call before `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         again = self._is_there()
         try:
             self._ranks.begin(self, self.looks_at_samples)
-            with without_autocast(losses):
+            with torch.enable_grad(), without_autocast(losses):
                 self._stage(losses, domains, scaler, inputs)
                 if not final:
                     self._defer()

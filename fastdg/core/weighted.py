@@ -73,7 +73,10 @@ class Losses:
 
 def check_reached(groups: Iterable[dict[str, Any]], name: str) -> None:
     """Raise if a backward has left no parameter a gradient."""
-    if all(p.grad is None for group in groups for p in group["params"]):
+    parameters = [p for group in groups for p in group["params"]]
+    if all(p.grad is None for p in parameters):
+        if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+            return  # which may have used and cleared it
         raise RuntimeError(
             f"losses: {name}.backward reached none of the optimizer's parameters; compute the "
             "losses from the model that the optimizer was made for"

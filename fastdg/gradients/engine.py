@@ -189,7 +189,7 @@ class _Sweep:
     ) -> list[Tensor | None]:
         losses = self.forward.losses
         targets = list(dict.fromkeys([*self.uses, *self.factors]))
-        self.last = last = targets if self.create_graph else self._deepest(targets)
+        self.last = last = self._deepest(targets)
         # A further tensor below may have the last ones called, and freed
         early = last if extra and not retain_graph else ()
         names = self.forward.names
@@ -197,14 +197,15 @@ class _Sweep:
             # A local: as an attribute it would close a cycle, which keeps the graph until gc runs
             reader = Reader(targets, self._read, early)
         arrive = partial(self._arrive, reader)
+        # What the backward goes on from is seen before users' hooks at the edge, and after at the
+        # node. Only there is it the gradient; the edges are for the nodes where the backward ends.
+        arrived: dict[Node, Sequence[Tensor | None]] = {}
+        stay = set(last)
         handles: list[Any] = []
-        if len(last) < len(targets):
-            stay = set(last)
-            handles = [
-                node.register_prehook(continued(partial(arrive, node)))
-                for node in targets
-                if node not in stay
-            ]
+        for node in targets if extra else [node for node in targets if node not in stay]:
+            wait = self.create_graph or node in stay
+            hook = partial(arrived.__setitem__ if wait else arrive, node)
+            handles.append(node.register_prehook(continued(hook)))
         edges = [
             GradientEdge(node, nr)
             for node in last
@@ -227,14 +228,15 @@ class _Sweep:
                 for handle in handles:
                     handle.remove()
             rest: list[Tensor | None] = list(grads[len(edges) :])
-            arrived: dict[Node, list[Tensor | None]] = {}
+            caught: dict[Node, list[Tensor | None]] = {}
             for edge, grad in zip(edges, grads, strict=False):
-                row = arrived.setdefault(edge.node, [None] * len(output_shapes(edge.node)))
-                row[edge.output_nr] = grad
+                of_node = caught.setdefault(edge.node, [None] * len(output_shapes(edge.node)))
+                of_node[edge.output_nr] = grad
             del grads
             with torch.set_grad_enabled(self.create_graph):
-                for node in last:
-                    arrive(node, arrived.pop(node))
+                for node in targets if self.create_graph else last:
+                    if (row := arrived.pop(node, caught.pop(node, None))) is not None:
+                        arrive(node, row)
                 self._finish()
         return rest
 

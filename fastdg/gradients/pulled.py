@@ -242,15 +242,17 @@ def _backward_of(
         caught: list[tuple[Tensor | None, ...]] = []
         # What arrives at an edge may have come through another input, too; a hook sees it before
         handle = node.register_hook(lambda inputs, outputs: caught.append(tuple(inputs)))
+        leaves = [v for c, _ in below if (v := getattr(c, "variable", None)) is not None]
         try:
-            torch.autograd.grad(
-                [GradientEdge(node, k) for k in there],
-                [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
-                [given[k] for k in there],
-                retain_graph=True,
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
+            with unhooked(leaves):
+                torch.autograd.grad(
+                    [GradientEdge(node, k) for k in there],
+                    [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
+                    [given[k] for k in there],
+                    retain_graph=True,
+                    create_graph=torch.is_grad_enabled(),
+                    allow_unused=True,
+                )
         finally:
             handle.remove()
         (results,) = caught

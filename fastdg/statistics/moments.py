@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
+
 
 @dataclass(frozen=True)
 class DomainMoments:
@@ -33,6 +35,15 @@ def rows(tensor: Tensor, domains: int) -> Tensor:
     if tensor.shape[0] == domains:
         return tensor
     return torch.cat([tensor, tensor.new_zeros((domains - tensor.shape[0], *tensor.shape[1:]))])
+
+
+def variance_gap(
+    values: Sequence[Tensor], history: Sequence[Tensor], present: Tensor, decay: float
+) -> Tensor:
+    """`ops.variance_gap`, also of parameters some of which are float64."""
+    if len({v.dtype for v in values}) > 1:
+        values, history = [v.double() for v in values], [m.double() for m in history]
+    return ops.variance_gap(values, history, present, decay)
 
 
 def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
