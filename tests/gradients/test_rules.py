@@ -82,6 +82,27 @@ USES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], list[tuple[int, ..
         [(3, 4)],
     ),
     "batched, transposed": (lambda x, w: torch.bmm(x, w.t().expand(N, 4, 3)), TOKENS, [(3, 4)]),
+    "einsum": (lambda x, w: torch.einsum("nti,iho->ntho", x, w), TOKENS, [(4, 2, 3)]),
+    "einsum, weight first": (lambda x, w: torch.einsum("oi,nti->not", w, x), TOKENS, [(3, 4)]),
+    "blocks": (
+        lambda x, w: torch.einsum("ntki,kio->ntko", x.unflatten(2, (2, 2)), w),
+        TOKENS,
+        [(2, 2, 3)],
+    ),
+    "blocks, any order": (
+        shuffled(lambda x, w: torch.bmm(x.unflatten(1, (2, 2)).transpose(0, 1), w)[0]),
+        TOKENS,
+        [(2, 2, 3)],
+    ),
+    "blocks from the left": (
+        lambda x, w: (
+            torch.bmm(w, x.flatten(0, 1).unflatten(1, (2, 2)).permute(1, 2, 0))
+            .permute(2, 0, 1)
+            .unflatten(0, (N, 3))
+        ),
+        TOKENS,
+        [(2, 3, 2)],
+    ),
     "convolution": (conv(F.conv1d, padding=1), TOKENS, [(2, 3, 3), (2,)]),
     "convolution, groups": (conv(F.conv1d, groups=3, stride=2), TOKENS, [(6, 1, 2), (6,)]),
     "convolution, transposed": (
@@ -149,10 +170,19 @@ USES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], list[tuple[int, ..
         [(1, 1, 4)],
     ),
     "repeated": (lambda x, a: x.flatten() + a.repeat(N), X, [(4,)]),
+    "repeated, tokens": (lambda x, a: x + a.repeat(N, 1, 1), TOKENS, [(1, 3, 4)]),
+    "repeated along several": (lambda x, a: x + a.repeat(N, 3, 2), TOKENS, [(2,)]),
+    "repeated, sequence first": (
+        sequence_first(lambda x, a: x + a.repeat(1, N, 2)),
+        TOKENS,
+        [(3, 1, 2)],
+    ),
     "used twice": (lambda x, a: F.linear(F.linear(x, a).tanh(), a), TOKENS, [(4, 4)]),
     "a part of it": (lambda x, a: F.linear(x, a[:3]), TOKENS, [(5, 4)]),
     "shared by two rules": (lambda x, a: F.linear(x, a) * a[0], X, [(4, 4)]),
 }
+# Of layouts that have no rule of their own but share one
+SERVED = ("einsum", "blocks", "repeated", "batched")
 
 
 def model_of(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -230,6 +260,14 @@ def test_every_rule_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("Cudnn", "FusedRmsNorm", "fastdg")
     elsewhere = {key for key in BUILT_IN if any(name in key[0] for name in names)}
     assert BUILT_IN - used - elsewhere == set()
+
+
+@pytest.mark.parametrize("name", [name for name in USES if name.startswith(SERVED)])
+def test_no_operation_is_called_for_each_domain(name: str) -> None:
+    model, losses_of = model_of(name)
+    losses = losses_of(model)
+    plan = engine.look(losses, dict(model.named_parameters())).plan
+    assert not plan.slow
 
 
 @pytest.mark.parametrize("batches", [True, False], ids=["one after the other", "each alone"])

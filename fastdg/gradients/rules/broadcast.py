@@ -98,26 +98,46 @@ def elementwise(use: Use) -> Served | None:
 
 @dataclass(frozen=True)
 class Repeated(Served):
-    """A vector that was repeated for each sample: ``[P] -> [R * P]``."""
+    """A tensor that was repeated for each sample.
+
+    Attributes:
+        layout: of the copies.
+        sizes: of the output, each dimension split into how often, and how long.
+        parameter: shape of the parameter.
+    """
 
     layout: Layout
+    sizes: tuple[int, ...]
     parameter: tuple[int, ...]
 
     def saved(self, node: Node) -> tuple[Any, ...]:
         return ()
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
-        rows = self.layout.rows(delta.view(-1, prod(self.parameter))).sum(1)
+        copies = _copies_first(delta.reshape(self.sizes)).reshape(-1, prod(self.parameter))
+        rows = self.layout.rows(copies).sum(1)
         return Dense(rows.reshape(self.layout.samples, *self.parameter))
+
+
+def _copies_first(x: Tensor) -> Tensor:
+    """Dimensions (how often, how long, how often, ...) as those of how often, then the others."""
+    return x.permute(*range(0, x.dim(), 2), *range(1, x.dim(), 2))
 
 
 @rule("RepeatBackward0", slots=[0])
 def repeat(use: Use) -> Served | None:
-    if len(use.output) != 1 or len(use.shape) != 1 or prod(use.shape) != prod(use.parameter):
+    reshaped = all(name in RESHAPES for name in plain(use.chain))
+    if not reshaped or prod(use.shape) != prod(use.parameter) or 0 in use.output:
         return None
-    if any(name not in RESHAPES for name in plain(use.chain)):
+    dims = len(use.output)
+    long = (1,) * (dims - len(use.shape)) + use.shape
+    often = tuple(out // n for out, n in zip(use.output, long, strict=True))
+    split: list[int] = []  # of the owners, which may be the same along a dimension
+    for d in range(dims):
+        split += (1, 1) if use.owner.shape[d] == 1 else (often[d], long[d])
+    owner = _copies_first(use.owner.reshape(split)).flatten(dims)
+    if not bool((owner == owner[..., :1]).all()):
         return None
-    owner = use.owner.expand(use.output).view(-1, *use.shape)
-    if not bool((owner == owner[:, :1]).all()):
-        return None
-    return Repeated(Layout.of(owner[:, 0], use.samples), use.parameter)
+    layout = Layout.of(owner[..., 0].expand(often).reshape(-1), use.samples)
+    sizes = tuple(n for pair in zip(often, long, strict=True) for n in pair)
+    return Repeated(layout, sizes, use.parameter)

@@ -115,7 +115,53 @@ def left(use: Use) -> Served | None:
     return Product(layout, "_saved_mat2", True, transposed, use.parameter)
 
 
-@rule("BmmBackward0", slots=[1])
+@dataclass(frozen=True)
+class Blocks(Served):
+    """Matrices that are multiplied with rows of all samples, each with rows of its own.
+
+    Attributes:
+        layout: of the rows.
+        saved_as: the attribute of the node that holds the rows.
+        columns: whether the rows are the columns of what is saved, and of the delta.
+        parameter: shape of the parameter.
+    """
+
+    layout: Layout
+    saved_as: str
+    columns: bool
+    parameter: tuple[int, ...]
+
+    def saved(self, node: Node) -> tuple[Any, ...]:
+        return (getattr(node, self.saved_as),)
+
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+        # [R, B, I] and [R, B, O]; from the right a matrix is [I, O], so the two change places
+        order = (2, 0, 1) if self.columns else (1, 0, 2)
+        a, delta = (self.layout.rows(x.permute(order)) for x in (saved[0], delta))
+        if not self.columns:
+            a, delta = delta, a
+        blocks = a.shape[2]
+        if blocks == 1:
+            return Outer(a.squeeze(2), delta.squeeze(2), self.parameter)
+        # As a convolution with a kernel of one position, whose groups see their own channels only
+        a, delta = a.permute(0, 2, 3, 1).flatten(1, 2), delta.flatten(2)
+        return Outer(a, delta, self.parameter, (1, 1, 1), blocks)
+
+
+@rule("BmmBackward0", slots=[0, 1])
+def blocks(use: Use) -> Served | None:
+    """``x @ w`` and ``w @ x`` with x ``[B, R, I]`` or ``[B, I, R]``, as einsum makes them."""
+    if use.slot == 1 and "ExpandBackward0" in use.chain:
+        return batched(use)
+    reshaped = all(name in RESHAPES for name in plain(use.chain))
+    along = 1 if use.slot == 1 else 2
+    rows = lead(use.owner, use.output, (along,))
+    if rows is None or not reshaped or prod(use.shape) != prod(use.parameter):
+        return None
+    saved_as = "_saved_self" if use.slot == 1 else "_saved_mat2"
+    return Blocks(Layout.of(rows, use.samples), saved_as, use.slot == 0, use.parameter)
+
+
 def batched(use: Use) -> Served | None:
     """``x @ w.expand(B, I, O)``, of a linear layer on a tensor that is not contiguous."""
     names = [name for name in plain(use.chain) if name not in RESHAPES]
