@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -72,32 +72,29 @@ class InFloat64(TorchFunctionMode):
 
 
 class Forwards:
-    """A model whose forward is the same each time: what it draws, and its buffers before it.
+    """Forwards of a model that are the same each time. Each is of a model made anew: some keep what
+    they have computed, with its graph.
 
     Args:
         case: which makes the model.
         training: its mode.
     """
 
+    model: nn.Module  # of the last forward
+
     def __init__(self, case: Case, training: bool) -> None:
-        torch.manual_seed(0)
-        self.model, self.forward = case.make()
-        self.model.double().train(training)
-        self.axis = case.axis
-        self.buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        self.case, self.training = case, training
         self.first: Tensor | None = None
 
     def losses(self, second_derivatives: bool = False) -> Tensor:
         """Of a new forward; without fused attention, which has no second derivative, if asked."""
-        random.seed(1)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, b in self.model.named_buffers():
-                if name in self.buffers:
-                    b.copy_(self.buffers[name])
+        random.seed(0)
+        torch.manual_seed(0)
+        self.model, forward = self.case.make()
+        self.model.double().train(self.training)
         attention = sdpa_kernel(SDPBackend.MATH) if second_derivatives else nullcontext()
         with InFloat64(), attention:
-            losses = losses_of(self.forward(), self.axis)
+            losses = losses_of(forward(), self.case.axis)
         if not losses.requires_grad:
             raise ValueError("its losses have no graph")
         if self.first is None:
@@ -105,6 +102,11 @@ class Forwards:
         elif not torch.allclose(losses, self.first, rtol=1e-9, atol=0):
             raise ValueError("a second forward gives other losses")
         return losses
+
+    def stepped(self, make: Callable[..., Any], losses: Tensor) -> dict[str, Tensor | None]:
+        """``.grad`` after a backward of the algorithm, as it was before hooks of parameters."""
+        with hooks_at_rest(self.model):
+            return zoo_steps.stepped(make, self.model, losses, DOMAINS)
 
 
 def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int, list[str]]:
@@ -177,13 +179,12 @@ def of_surgery(forwards: Forwards, truth: Mapping[str, Tensor]) -> dict[str, Err
     """The relative errors of PCGrad's and AgrSum's gradients."""
     size, errors = sizes(truth), dict[str, Errors]()
     expected = zoo_steps.pcgrad(zoo_steps.domain_means(truth, DOMAINS))
-    losses, model = forwards.losses(), forwards.model
-    got = zoo_steps.stepped(zoo_steps.pcgrad_of_fastdg, model, losses, DOMAINS)
+    got = forwards.stepped(zoo_steps.pcgrad_of_fastdg, forwards.losses())
     errors["PCGrad"] = [
         (error_of(there(got[name], g), g, size[name]), f"PCGrad of {name}")
         for name, g in expected.items()
     ]
-    got = zoo_steps.stepped(fastdg.AgrSum, model, forwards.losses(), DOMAINS)
+    got = forwards.stepped(fastdg.AgrSum, forwards.losses())
     errors["AgrSum"] = []
     for name, g in truth.items():
         grad = there(got[name], g[0])
@@ -200,17 +201,18 @@ def of_fishr(forwards: Forwards, truth: Mapping[str, Tensor]) -> Errors:
     Raises:
         RuntimeError: autograd has no second derivative of the model.
     """
-    losses, model = forwards.losses(second_derivatives=True), forwards.model
-    named = trainable(model)
-    wanted = torch.autograd.grad(
-        losses.sum(), list(named.values()), retain_graph=True, allow_unused=True
-    )
-    used = {name: truth[name] for name, g in zip(named, wanted, strict=True) if g is not None}
-    penalty = zoo_steps.fishr(losses, used, named, DOMAINS)
+    losses = forwards.losses(second_derivatives=True)
+    named = trainable(forwards.model)
+    with hooks_at_rest(forwards.model):
+        wanted = torch.autograd.grad(
+            losses.sum(), list(named.values()), retain_graph=True, allow_unused=True
+        )
+        used = {name: truth[name] for name, g in zip(named, wanted, strict=True) if g is not None}
+        penalty = zoo_steps.fishr(losses, used, named, DOMAINS)
     mean = {name: g.mean(0) for name, g in truth.items()}
     total = [float(torch.stack([g.norm() for g in x.values()]).norm()) for x in (mean, penalty)]
     weight = total[0] / total[1] if total[0] > 0 and total[1] > 0 else 1.0
-    got = zoo_steps.stepped(zoo_steps.fishr_of_fastdg(weight), model, losses, DOMAINS)
+    got = forwards.stepped(zoo_steps.fishr_of_fastdg(weight), losses)
     size = {
         name: max(float(truth[name].norm()) / len(losses), weight * float(penalty[name].norm()))
         for name in named
@@ -288,12 +290,11 @@ def compared(forwards: Forwards, losses: Tensor, fishr: bool) -> Result:
     del losses
     errors: dict[str, float | str] = {}
     try:
-        with hooks_at_rest(model):
-            found |= of_surgery(forwards, truth)
-            if fishr:
-                found["Fishr"] = of_fishr(forwards, truth)
-            else:
-                errors["Fishr"] = NOT_RUN
+        found |= of_surgery(forwards, truth)
+        if fishr:
+            found["Fishr"] = of_fishr(forwards, truth)
+        else:
+            errors["Fishr"] = NOT_RUN
     except RuntimeError as error:
         if (operation := zoo_steps.without_second_derivative(error)) is None:
             raise

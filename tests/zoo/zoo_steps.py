@@ -153,5 +153,10 @@ def fishr_of_fastdg(weight: float) -> Callable[..., Any]:
 
 def without_second_derivative(error: Exception) -> str | None:
     """The operation that has none, where autograd itself says so."""
-    found = re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))
-    return found and found.group(1).removeprefix("aten::")
+    for words in (
+        r"derivative for '?([\w:]+)'? is not implemented",
+        r"(\w+)\(\): functions with out=... arguments don't support automatic differentiation",
+    ):
+        if found := re.search(words, str(error)):
+            return found[1].removeprefix("aten::")
+    return None
