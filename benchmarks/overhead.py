@@ -2,12 +2,18 @@
 
     python benchmarks/overhead.py --out benchmarks/results/overhead.json
 
-A wrapper whose algorithm is empty takes a training step on M linear layers that are so small that
-arithmetic takes no time: the graph is walked, and every layer is met by the backward and handed
-over in factors, of which nothing is computed. From that are taken away the same forward, a backward
-that computes as much (the gradients at the layers' outputs, none of a weight) and the optimizer's
-step. A line through several M gives the price of a step and of a module. The same for a step in one
-graph (`fastdg.compiled`) that computes nothing, from which the optimizer's step is taken away.
+``eager``: a wrapper whose algorithm is empty takes a training step on M linear layers that are so
+small that arithmetic takes no time: the graph is walked, and every layer is met by the backward and
+handed over in factors, of which nothing is computed. From that are taken away the same forward, a
+backward that computes as much (the gradients at the layers' outputs, none of a weight) and the
+optimizer's step. A line through several M gives the price of a step and of a module.
+
+``compiled``: the same for a step in one graph (`fastdg.compiled`) that computes nothing, from which
+the optimizer's step is taken away.
+
+``fishr``: a whole step of Fishr on all layers before its anneal, from which a plain step is taken
+away, with layers of 16 x 16.
+
 Times are of the processor, in one thread.
 """
 
@@ -36,7 +42,8 @@ from fastdg.statistics.factors import Factor
 
 Run = Callable[[], None]
 MODULES = (1, 10, 50, 100)
-SAMPLES, WIDTH = 6, 4
+SAMPLES, WIDTH = 6, 4  # of layers in which nothing is computed
+FISHR = 32, 16
 
 
 class Nothing(DomainOptimizer):
@@ -54,12 +61,14 @@ class Nothing(DomainOptimizer):
         return batch.losses.detach()
 
 
-def problem(modules: int) -> tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]:
+def problem(
+    modules: int, samples: int = SAMPLES, width: int = WIDTH
+) -> tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]:
     """M layers, their optimizer, and a batch: images, labels, domains."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(modules)))
-    rows = torch.arange(SAMPLES)
-    batch = [torch.randn(SAMPLES, WIDTH), rows % WIDTH, rows % 3]
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(modules)))
+    rows = torch.arange(samples)
+    batch = [torch.randn(samples, width), rows % width, rows % 3]
     return model, torch.optim.SGD(model.parameters(), lr=0.0, foreach=True), batch
 
 
@@ -107,6 +116,26 @@ def compiled(modules: int) -> tuple[Run, Run]:
     return wrapped, base.step
 
 
+def fishr(modules: int) -> tuple[Run, Run]:
+    """A step of Fishr on all layers before its anneal, and a plain one."""
+    model, base, (x, y, domains) = problem(modules, *FISHR)
+    opt = fastdg.Fishr(base, params="all", num_domains=3)
+
+    def wrapped() -> None:
+        opt.zero_grad()
+        opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
+        opt.step()
+
+    model2, base2, _ = problem(modules, *FISHR)
+
+    def plain() -> None:
+        base2.zero_grad()
+        F.cross_entropy(model2(x), y).backward()
+        base2.step()
+
+    return wrapped, plain
+
+
 def microseconds(run: Run, calls: int) -> float:
     start = time.process_time()
     for _ in range(calls):
@@ -149,10 +178,10 @@ def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 61) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("eager", "compiled"))
+    parser.add_argument("--only", choices=("eager", "compiled", "fishr"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ways = {"eager": eager, "compiled": compiled}
+    ways = {"eager": eager, "compiled": compiled, "fishr": fishr}
     found = environment("python " + " ".join(sys.argv))
     for name, make in ways.items():
         if arguments.only in (None, name):

@@ -141,6 +141,24 @@ std::vector<Tensor> combine(const std::vector<Tensor>& gradients, const Tensor& 
   return combined;
 }
 
+std::vector<Tensor> combine_rows(const std::vector<Tensor>& rows, const Tensor& weights) {
+  const int64_t domains = weights.numel();
+  check_count(domains);
+  STD_TORCH_CHECK(domains > 0 && !rows.empty(), "rows: expected at least one tensor and one domain");
+  Operands x(rows.size(), domains + 1, rows[0]);
+  std::vector<Tensor> combined;
+  combined.reserve(rows.size());
+  for (size_t k = 0; k < rows.size(); ++k) {
+    STD_TORCH_CHECK(rows[k].dim() > 0 && rows[k].size(0) == domains, "rows: expected ", domains,
+                    " domains in the first dimension");
+    x.put(k, 0, domains, rows[k], "rows");
+    const auto sizes = rows[k].sizes();
+    combined.push_back(x.add_result(k, 1, {sizes.begin() + 1, sizes.end()}));
+  }
+  launch(Combine{weights_of(x, weights), static_cast<int>(domains)}, x, {});
+  return combined;
+}
+
 std::tuple<std::vector<Tensor>, Tensor, Tensor> agreement(const std::vector<Tensor>& gradients,
                                                           const Tensor& weights, double threshold,
                                                           double steepness) {
@@ -230,6 +248,7 @@ template <class Library>
 void define(Library& m) {
   m.def("gram(Tensor[] gradients, int domains) -> Tensor");
   m.def("combine(Tensor[] gradients, Tensor weights) -> Tensor[]");
+  m.def("combine_rows(Tensor[] rows, Tensor weights) -> Tensor[]");
   m.def("agreement(Tensor[] gradients, Tensor weights, float threshold, float steepness) "
         "-> (Tensor[], Tensor, Tensor)");
   m.def("meta_step(Tensor(a!)[] parameters, Tensor(b!)[] kept, float rate) -> Tensor");
@@ -242,6 +261,7 @@ template <class Library>
 void implement(Library& m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_rows", TORCH_BOX(&combine_rows));
   m.impl("agreement", TORCH_BOX(&agreement));
   m.impl("meta_step", TORCH_BOX(&meta_step));
   m.impl("variance_gap", TORCH_BOX(&variance_gap));

@@ -138,10 +138,18 @@ inline Tensor allocate_zeros(const Tensor& like, const std::vector<int64_t>& siz
 
 inline int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Runs task(0) .. task(count - 1) on torch's threads; whoever is free takes the next one. The first
-// exception ends the work and is thrown here: none may leave a thread through torch's C interface.
+// Multiply-adds that are done before other threads have woken up; beside busy processes that takes longest.
+constexpr int64_t LITTLE_WORK = int64_t{1} << 18;
+
+// Runs task(0) .. task(count - 1) on torch's threads, or here if all of them together are little `work`;
+// whoever is free takes the next one. The first exception ends the work and is thrown here: none may leave a
+// thread through torch's C interface.
 template <class Task>
-void for_each_task(int64_t count, const Task& task) {
+void for_each_task(int64_t count, const Task& task, int64_t work = INT64_MAX) {
+  if (count < 2 || work < LITTLE_WORK || threads() < 2) {
+    for (int64_t k = 0; k < count; ++k) task(k);
+    return;
+  }
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::once_flag failed;

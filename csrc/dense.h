@@ -1,7 +1,8 @@
 // Moments of given per-sample gradients, and their derivative. Bound by memory. Included once per
 // instruction set, inside its namespace.
 
-// Two passes over a block that stays in cache: the variance neither cancels nor turns negative.
+// Mean and, unless null, variance by two passes over a block that stays in cache: it neither cancels nor turns
+// negative.
 static void dense_moments(const float* grads, int64_t stride, Group group, int64_t width, float* mean,
                           float* variance) {
   const float n = static_cast<float>(group.count);
@@ -12,9 +13,10 @@ static void dense_moments(const float* grads, int64_t stride, Group group, int64
     }
   };
   std::fill_n(mean, width, 0.f);
-  std::fill_n(variance, width, 0.f);
   rows([&](int64_t k, float x) { mean[k] += x; });
   for (int64_t k = 0; k < width; ++k) mean[k] /= n;
+  if (variance == nullptr) return;
+  std::fill_n(variance, width, 0.f);
   rows([&](int64_t k, float x) {
     const float centred = x - mean[k];
     variance[k] += centred * centred;

@@ -69,14 +69,20 @@ Left patches(const Tensor& a, const Window& window) {
   return {floats(a), sample_step(a), grid(p.outputs, output_steps), grid(taps, tap_steps)};
 }
 
+// Rows [N, T, C], or [N, C] where each sample has one.
+int64_t positions_of(const Tensor& x) { return x.dim() == 2 ? 1 : x.size(1); }
+
 Left rows(const Tensor& x) {
-  return {floats(x), sample_step(x), grid({x.size(1)}, {step(x, 1, x.size(1), 1)}),
-          grid({x.size(2)}, {step(x, 2, x.size(2), 1)})};
+  const int64_t T = positions_of(x), last = x.dim() - 1, C = x.size(last);
+  return {floats(x), sample_step(x), grid({T}, {step(x, 1, T, 1)}), grid({C}, {step(x, last, C, 1)})};
 }
 
 Right lanes(const Tensor& x) {
-  return {floats(x), x.stride(0), x.stride(1), x.stride(2), x.size(2)};
+  const int64_t last = x.dim() - 1;
+  return {floats(x), x.stride(0), last == 1 ? 0 : x.stride(1), x.stride(last), x.size(last)};
 }
+
+bool is_rows(const Tensor& x) { return x.dim() == 3 || x.dim() == 2; }
 
 int64_t idle_lanes(int64_t width) {
   const int64_t half = routines().panel / 2;
@@ -90,25 +96,26 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
     check_float(x, name);
     check_cpu(x, name);
   }
-  STD_TORCH_CHECK(delta.dim() == 3, "delta: expected [N, T, O], got ", delta.dim(), " dimensions");
-  STD_TORCH_CHECK(window.empty() ? a.dim() == 3 : a.dim() > 2, "a: expected ",
+  STD_TORCH_CHECK(is_rows(delta), "delta: expected [N, T, O], got ", delta.dim(), " dimensions");
+  STD_TORCH_CHECK(window.empty() ? is_rows(a) : a.dim() > 2, "a: expected ",
                   window.empty() ? "[N, T, I]" : "[N, C, *S]", ", got ", a.dim(), " dimensions");
   STD_TORCH_CHECK(a.size(0) == delta.size(0), "a: expected ", delta.size(0), " samples, got ", a.size(0));
-  std::vector<int64_t> positions{a.size(1)}, inputs{window.empty() ? a.size(2) : a.size(1)};
+  const int64_t O = delta.size(delta.dim() - 1);
+  int64_t I = window.empty() ? a.size(a.dim() - 1) : 0;
+  std::vector<int64_t> positions{window.empty() ? positions_of(a) : a.size(1)};
+  std::vector<int64_t> inputs{window.empty() ? I : a.size(1)};
   if (!window.empty()) {
     const Patches patches(a, window);
     positions = patches.outputs;
     inputs.insert(inputs.end(), patches.kernel.begin(), patches.kernel.end());
   }
   side(inputs, "a");
-  side({delta.size(2)}, "delta");
-  STD_TORCH_CHECK(side(positions, "a") == delta.size(1), "delta: expected ", side(positions, "a"),
-                  " positions, got ", delta.size(1));
+  side({O}, "delta");
   Outer p{};
   p.samples = delta.size(0);
-  p.positions = delta.size(1);
-  const int64_t O = delta.size(2);
-  int64_t I = window.empty() ? a.size(2) : 0;
+  p.positions = positions_of(delta);
+  STD_TORCH_CHECK(side(positions, "a") == p.positions, "delta: expected ", side(positions, "a"),
+                  " positions, got ", p.positions);
   // T = 1 writes rows of the output directly, which wants the lanes along I.
   const int64_t on_a = idle_lanes(I) * O, on_d = idle_lanes(O) * I;
   const bool alike = on_d == on_a && (!narrow_left || I <= O);

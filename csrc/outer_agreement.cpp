@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> outer_agreement(const Tensor& a, const Tensor
       weight.push_back(floats(given)[d]);
     }
   const int64_t E = static_cast<int64_t>(present.size());
-  Tensor combined = allocate(a, {delta.size(2), p.delta_right ? p.left_width() : p.right.width});
+  Tensor combined = allocate(a, {delta.size(delta.dim() - 1), p.delta_right ? p.left_width() : p.right.width});
   const Tensor agreeing = allocate_zeros(a, {}), magnitude = allocate_zeros(a, {});
   if (p.out_size == 0 || E == 0) {
     torch::stable::zero_(combined);

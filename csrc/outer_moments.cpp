@@ -3,6 +3,7 @@
 
 #include "blocks.h"
 #include "geometry.h"
+#include "moments.h"
 
 namespace fastdg {
 
@@ -13,8 +14,9 @@ constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-le
 constexpr int64_t LARGEST_COLUMNS = 512;
 constexpr int64_t LEAST_COLUMNS = 256, MOST_COLUMNS = 1024;  // of a task of T = 1's derivative
 
-// Mean and, unless null, variance of every domain.
-void run(const Outer& p, const Partition& partition, float* mean, float* variance) {
+}  // namespace
+
+void moments_of(const Outer& p, const Partition& partition, float* mean, float* variance) {
   const Routines& isa = routines();
   const int64_t D = partition.domains(), rows = p.left_width(), columns = p.right.width;
   if (p.out_size == 0 || D == 0) return;
@@ -43,8 +45,20 @@ void run(const Outer& p, const Partition& partition, float* mean, float* varianc
     } else {
       isa.moments(p, group, range, column, m, v);
     }
-  });
+  }, work_of(p));
 }
+
+int64_t work_of(const Outer& p) {
+  return static_cast<int64_t>(std::min(static_cast<double>(p.samples) * static_cast<double>(p.positions) *
+                                           static_cast<double>(p.out_size), 0x1p62));
+}
+
+std::vector<int64_t> moments_shape(const Outer& p, const Partition& partition) {
+  const int64_t left = p.left_width(), right = p.right.width;
+  return {partition.domains(), p.delta_right ? right : left, p.delta_right ? left : right};
+}
+
+namespace {
 
 // Several tasks of a domain share its right width; each has its own share of the left gradient.
 template <class UpstreamOf>
@@ -63,19 +77,14 @@ void run_rank1_backward(const Outer& p, const Partition& partition, const Gradie
     Gradient mine = grad;
     if (part > 0) mine.left = floats(shares) + (part - 1) * size;
     routines().backward_rank1(p, upstream_of(d), mine, group, {begin, std::min(columns, begin + width)});
-  });
+  }, work_of(p));
   for_each_task(partition.covered(), [&](int64_t k) {
     const int64_t at = partition.samples(0)[k] * grad.left_sample;
     for (int64_t part = 1; part < parts; ++part) {
       const float* share = floats(shares) + (part - 1) * size + at;
       for (int64_t o = 0; o < grad.left_sample; ++o) grad.left[at + o] += share[o];
     }
-  });
-}
-
-std::vector<int64_t> output_shape(const Outer& p, const Partition& partition, const Tensor& delta) {
-  const int64_t O = delta.size(2);
-  return {partition.domains(), O, p.delta_right ? p.left_width() : p.right.width};
+  }, size * (parts - 1));
 }
 
 }  // namespace
@@ -84,9 +93,9 @@ std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, c
                                          const Tensor& offsets, Window window) {
   const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
-  Tensor mean = allocate(a, output_shape(p, partition, delta));
-  Tensor variance = allocate(a, output_shape(p, partition, delta));
-  run(p, partition, floats(mean), floats(variance));
+  Tensor mean = allocate(a, moments_shape(p, partition));
+  Tensor variance = allocate(a, moments_shape(p, partition));
+  moments_of(p, partition, floats(mean), floats(variance));
   return {mean, variance};
 }
 
@@ -97,7 +106,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   Window window) {
   const Outer p = outer_problem(a, delta, window);
   const Partition partition(order, offsets, p.samples);
-  const std::vector<int64_t> sizes = output_shape(p, partition, delta);
+  const std::vector<int64_t> sizes = moments_shape(p, partition);
   check_sizes(grad_mean, "grad_mean", sizes);
   check_sizes(grad_variance, "grad_variance", sizes);
   check_sizes(mean, "mean", sizes);
@@ -128,7 +137,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
     const int64_t begin = std::min(count, task % groups * size);
     const Group group{partition.samples(d) + begin, std::min(size, count - begin)};
     if (group.count > 0) routines().backward(p, upstream_of(d), grad, group);
-  });
+  }, work_of(p));
   return {grad_a, grad_delta};
 }
 
@@ -136,8 +145,8 @@ Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, c
                     Window window) {
   const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
-  Tensor mean = allocate(a, output_shape(p, partition, delta));
-  run(p, partition, floats(mean), nullptr);
+  Tensor mean = allocate(a, moments_shape(p, partition));
+  moments_of(p, partition, floats(mean), nullptr);
   return mean;
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -138,20 +139,29 @@ FromBlob* from_blob() {
 #endif
 }
 
+// Of the system allocator; without torch's dispatcher, which takes longer than the rest of a small operator.
+Tensor from_system(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes) {
-  if (from_blob() == nullptr) return torch::stable::new_empty(like, sizes);
-  pool().count();
   size_t bytes = sizeof(float);
   for (int64_t size : sizes)
     if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes))
       return torch::stable::new_empty(like, sizes);  // which says that there is no such memory
-  if (bytes < kSmallest) return torch::stable::new_empty(like, sizes);
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
+  if (from_blob() == nullptr) return from_system(like, sizes, strides);
+  pool().count();
+  if (bytes < kSmallest) return from_system(like, sizes, strides);
   void* block = pool().take(bytes);
-  if (block == nullptr) return torch::stable::new_empty(like, sizes);
+  if (block == nullptr) return from_system(like, sizes, strides);
   AtenTensorHandle handle;
   const AOTITorchError error = from_blob()(
       block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import ops
+from .._torch import foreach_lerp_
 from ..core import checkpoint
 from ..core.annealed import Annealed
 from ..core.base_optimizer import accumulate
@@ -102,7 +104,8 @@ class Fishr(Annealed):
         plain = not (terms or any(r.hooked or r.sparse for r in looked))
         if weight == 0 and self.params != "head" and plain:
             found = self._moments_and_gradient(staged)
-            penalty = self._penalty(found, staged)
+            with torch.no_grad():
+                penalty = self._penalty(found, staged)
         else:
             create_graph = weight > 0
             found = whole.moments(merge([moments(b, create_graph) for b in staged]))
@@ -110,7 +113,9 @@ class Fishr(Annealed):
             own = total_loss(staged) / whole.samples
             # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
             descend(own + weight * penalty if weight > 0 else own, staged, whole)
-        variance = {name: v.detach() for name, v in found.variance.items()}
+        variance = found.variance
+        if weight > 0:
+            variance = {name: v.detach() for name, v in variance.items()}
         self._pending = variance, found.present, _parameters(staged)
         penalty = penalty.detach()
         self._statistics = {
@@ -139,14 +144,15 @@ class Fishr(Annealed):
                 if grad is not None:
                     rest[p] = rest[p] + grad if p in rest else grad
         found, named = self._whole.moments(merge(parts)), _parameters(staged)
-        shares: dict[torch.dtype, Tensor] = {}
+        groups: dict[torch.dtype, list[str]] = {}
         for name, mean in found.mean.items():
-            if (share := shares.get(mean.dtype)) is None:
-                share = found.count.to(mean.dtype) / self._whole.samples
-                shares[mean.dtype] = share
-            p = named[name]
-            own = share @ mean.reshape(len(share), p.numel())
-            accumulate(p, scaled(own.view(p.shape), staged))
+            groups.setdefault(mean.dtype, []).append(name)
+        for dtype, names in groups.items():
+            share = found.count.to(dtype) / self._whole.samples
+            owns = ops.combine_rows([found.mean[name] for name in names], share)
+            for name, own in zip(names, owns, strict=True):
+                p = named[name]
+                accumulate(p, scaled(own if own.shape == p.shape else own.view(p.shape), staged))
         for p, grad in self._whole.rest(rest).items():
             accumulate(p, scaled(grad / self._whole.samples, staged))
         return found
@@ -158,13 +164,18 @@ class Fishr(Annealed):
             decay = self.ema / (1 - self.ema)
             named = _parameters(staged)
             for name, v in moments.variance.items():
-                ema = self._kept["ema"].get(named[name], v[:0].detach())
+                ema = self._kept["ema"].get(named[name])
+                D = v.shape[0]
                 # Domains beyond this batch's take no part; those not seen before have no history
-                history.append(rows(ema[: len(v)], len(v)))
+                if ema is None:
+                    ema = torch.zeros_like(v, requires_grad=False)
+                elif ema.shape[0] != D:
+                    ema = rows(ema[:D], D)
+                history.append(ema)
         gap = variance_gap(list(moments.variance.values()), history, moments.present, decay)
         if self.reduction == "sum":
             return gap
-        numel = sum(v[0].numel() for v in moments.variance.values())
+        numel = sum(v.shape[1:].numel() for v in moments.variance.values())
         return gap / (numel * moments.present.sum().clamp(min=1))
 
     def _commit(self) -> None:
@@ -183,16 +194,24 @@ class Fishr(Annealed):
             for p in kept.keys() - set(named.values()):
                 del kept[p]
                 self.state[p].pop("fishr_ema", None)
-        rates: dict[torch.dtype, Tensor] = {}
+        moved: list[Tensor] = []
+        rates: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
+        weights: list[Tensor] = []
         for name, v in variance.items():
-            p = named[name]
-            if p not in kept:
-                kept[p] = torch.zeros_like(v)
-            elif len(kept[p]) < len(v):  # domains not seen before
-                kept[p] = rows(kept[p], len(v))
-            if (rate := rates.get(v.dtype)) is None:
-                rate = rates[v.dtype] = (1 - self.ema) * present.to(v.dtype)
-            kept[p][: len(v)].lerp_(v, rate.view(-1, *[1] * (v.dim() - 1)))
+            p, D = named[name], v.shape[0]
+            own = kept.get(p)
+            if own is None:
+                own = kept[p] = torch.zeros_like(v)
+            elif own.shape[0] < D:  # domains not seen before
+                own = kept[p] = rows(own, D)
+            moved.append(own if own.shape[0] == D else own[:D])
+            kind = v.dtype, v.dim()
+            if (rate := rates.get(kind)) is None:
+                rate = (1 - self.ema) * present.to(v.dtype)
+                rate = rates[kind] = rate.view(-1, *[1] * (v.dim() - 1))
+            weights.append(rate)
+        if moved:
+            foreach_lerp_(moved, list(variance.values()), weights)
 
     def _new(self) -> checkpoint.Kept:
         if self.ema is None or self.num_domains is None:

@@ -246,7 +246,7 @@ def check_params(
 
 def accumulate(p: Tensor, grad: Tensor) -> None:
     """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
-    grad = like_parameter(p, grad.to(p.dtype))
+    grad = like_parameter(p, grad if grad.dtype is p.dtype else grad.to(p.dtype))
     if p.grad is None:
         if grad.layout == torch.strided and grad.stride() != p.stride():
             grad = torch.empty_like(p).copy_(grad)

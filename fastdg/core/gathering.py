@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..domains import Partition
 from ..gradients.plain import gradients_of, unhooked
 from ..gradients.scale import about_mean, root, unscaled
-from ..statistics.factors import Agreement, Dense, Factor, accumulated, flat
+from ..statistics.factors import Agreement, Factor, accumulated
+from ..statistics.small import Small
 from .batch import Batch
 
 T = TypeVar("T")
-# Entries of a parameter whose domains' gradients may wait for the others: one call for all of them
-# costs less than a call for each, as biases and the weights of norms would need.
-SMALL = 1 << 14
-WAITING = 1 << 16  # entries of all samples' gradients that may wait for one another
 
 
 @dataclass
@@ -136,45 +132,6 @@ class Own(Gradients):
         return made
 
 
-class _Small:
-    """The domains' gradients of small parameters, many in one call: each call wakes torch's threads
-    several times, and waits for them where other processes keep the cores busy."""
-
-    def __init__(self, partition: Partition) -> None:
-        self.partition = partition
-        self.waiting: list[tuple[Tensor, Dense]] = []
-        self.entries = 0
-        self.made: dict[Tensor, list[Tensor]] = {}
-
-    def takes(self, p: Tensor, factor: Factor) -> bool:
-        """Whether these gradients are small, and are in `rows` then."""
-        if not isinstance(factor, Dense) or factor.grads[:1].numel() > SMALL:
-            return False
-        if self.waiting and self.waiting[0][1].grads.dtype != factor.grads.dtype:
-            self._flush()
-        self.waiting.append((p, factor))
-        self.entries += factor.grads.numel()
-        if self.entries > WAITING:
-            self._flush()
-        return True
-
-    def rows(self) -> dict[Tensor, list[Tensor]]:
-        """Parameter -> its E gradients."""
-        self._flush()
-        return self.made
-
-    def _flush(self) -> None:
-        if not self.waiting:
-            return
-        waiting, self.waiting, self.entries = self.waiting, [], 0
-        with torch.no_grad():
-            flats = [flat(factor.grads) for _, factor in waiting]
-            found = Dense(torch.cat(flats, 1)).domain(self.partition)
-            each = found.split([one.shape[1] for one in flats], 1)
-        for (p, factor), rows in zip(waiting, each, strict=True):
-            self.made[p] = [row.view(tuple(factor.shape)) for row in rows]
-
-
 class Swept(Own):
     """Of one mixed batch, from one backward that runs when they are asked for."""
 
@@ -188,14 +145,14 @@ class Swept(Own):
         self.sparse = batch.resolved.sparse
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
-        parts, small = self.batch.partition, _Small(self.batch.partition)
+        parts, small = self.batch.partition, self._small()
 
         def rows(p: Tensor, factor: Factor) -> list[Tensor]:
             if small.takes(p, factor):
                 return []  # for its place among the parameters
             return list(factor.domain(parts).unbind())
 
-        return self._each(rows) | small.rows()
+        return self._each(rows) | _rows(small)
 
     def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
         self._each(lambda p, factor: take(p, factor.domain(self.batch.partition).unbind()))
@@ -203,7 +160,7 @@ class Swept(Own):
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
-        parts, small = self.batch.partition, _Small(self.batch.partition)
+        parts, small = self.batch.partition, self._small()
 
         def combined(p: Tensor, factor: Factor) -> Agreement | None:
             if small.takes(p, factor):
@@ -212,7 +169,12 @@ class Swept(Own):
 
         found = self._each(combined)
         made = {p: part for p, part in found.items() if part is not None}
-        return made | _agreements(small.rows(), weights, threshold, steepness)
+        return made | _agreements(_rows(small), weights, threshold, steepness)
+
+    def _small(self) -> Small[Tensor]:
+        """For the means of small parameters, many in one call: each call wakes torch's threads
+        several times, and waits for them where other processes keep the cores busy."""
+        return Small(self.batch.partition, variance=False)
 
     def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
@@ -316,6 +278,11 @@ class Gathered(Own):
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
         return _agreements(self.rows(), weights, threshold, steepness)
+
+
+def _rows(small: Small[Tensor]) -> dict[Tensor, list[Tensor]]:
+    """Parameter -> its E gradients."""
+    return {p: list(mean.unbind()) for p, (mean, _) in small.results().items()}
 
 
 def _agreements(

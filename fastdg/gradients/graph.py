@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
@@ -42,6 +43,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
 }
 # By a weak reference: a class that a user or torch.compile has made keeps data of its own alive
 _layout_of_kind: dict[ref[type], tuple[str, ...]] = {}
+_END = -2
 
 
 def output_shapes(node: Node) -> tuple[Any, ...]:
@@ -70,54 +72,84 @@ def moves_nothing(node: Node) -> bool:
     return shape is not None and (a - b) % len(shape) == 0
 
 
+class Key:
+    """Values to look up, whose hash is computed once."""
+
+    __slots__ = ("_hash", "values")
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+        self._hash = hash(values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.values == other.values
+
+
 class Graph:
     """The nodes below ``root``, in breadth-first order, which two equal graphs share.
 
     Attributes:
         nodes: every node once, ``root`` first.
         position: node -> its place in ``nodes``.
-        consumers: node -> ``(consumer, slot, output_nr)``: which input of which operation reads
-            which output of the node.
         leaves: id of a tensor -> the node that accumulates its gradient.
     """
 
     def __init__(self, root: Node) -> None:
         self.nodes = [root]
         self.position = {root: 0}
-        self.consumers: dict[Node, list[tuple[Node, int, int]]] = {root: []}
         self.leaves: dict[int, Node] = {}
-        nodes, position, consumers = self.nodes, self.position, self.consumers
+        # For each node the place and the output of whatever feeds it, and a mark
+        self._edges: list[int] = []
+        nodes, position, edges = self.nodes, self.position, self._edges
         for node in nodes:  # grows while we walk it
             below = node.next_functions
-            if not below:
-                if (variable := getattr(node, "variable", None)) is not None:
-                    self.leaves[id(variable)] = node
-                continue
-            for slot, (child, nr) in enumerate(below):
+            if not below and (variable := getattr(node, "variable", None)) is not None:
+                self.leaves[id(variable)] = node
+            for child, nr in below:
                 if child is None:
-                    continue
-                if child not in position:
-                    position[child] = len(nodes)
-                    consumers[child] = []
+                    place = -1
+                elif (place := position.get(child, -1)) < 0:
+                    place = position[child] = len(nodes)
                     nodes.append(child)
-                consumers[child].append((node, slot, nr))
+                edges.append(place)
+                edges.append(nr)
+            edges.append(_END)
 
-    def signature(self, parameters: Sequence[Tensor]) -> Hashable:
-        """Equal for graphs of the same operations, shapes, saved sizes and tracked parameters."""
-        which = {id(p): i for i, p in enumerate(parameters)}
-        parts: list[Any] = []
+    @cached_property
+    def consumers(self) -> dict[Node, list[tuple[Node, int, int]]]:
+        """Node -> ``(consumer, slot, output_nr)``: which input of which operation reads which
+        output of the node."""
+        found: dict[Node, list[tuple[Node, int, int]]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for slot, (child, nr) in enumerate(node.next_functions):
+                if child is not None:
+                    found[child].append((node, slot, nr))
+        return found
+
+    @cached_property
+    def structure(self) -> Key:
+        """Equal for graphs of the same operations, shapes and saved sizes."""
+        kinds: list[ref[type]] = []
+        sizes: list[Hashable] = []
         for node in self.nodes:
             kind = ref(type(node))
+            kinds.append(kind)
             if (names := _layout_of_kind.get(kind)) is None:
                 names = _layout_of_kind[kind] = _LAYOUT.get(node.name(), ())
-            below = node.next_functions
-            leaf = -1
-            if not below and (variable := getattr(node, "variable", None)) is not None:
-                leaf = which.get(id(variable), -1)
-            edges = tuple((-1 if c is None else self.position[c], nr) for c, nr in below)
-            sizes = tuple(_hashable(getattr(node, name, None)) for name in names)
-            parts.append((kind, leaf, edges, output_shapes(node), sizes))
-        return tuple(parts)
+            sizes += [None if m is None else tuple(m.shape) for m in metadata_of(node)]
+            if names:
+                sizes += [_hashable(getattr(node, name, None)) for name in names]
+            sizes.append(_END)
+        return Key(tuple(self._edges), tuple(kinds), tuple(sizes))
+
+    def signature(self, parameters: Sequence[Tensor]) -> Hashable:
+        """Equal for graphs of one `structure` where the tracked parameters are in one place."""
+        position, leaves = self.position, self.leaves
+        nodes = (leaves.get(id(p)) for p in parameters)
+        return self.structure, tuple(-1 if node is None else position[node] for node in nodes)
 
     def above(self, nodes: Iterable[Node]) -> dict[Node, None]:
         """All nodes that the gradients at ``nodes`` depend on, without ``nodes`` themselves unless

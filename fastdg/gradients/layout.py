@@ -53,6 +53,12 @@ class Layout:
         index = torch.full((samples * positions,), count, device=owner.device)
         return cls("any", samples, positions, index.index_copy(0, slot, order))
 
+    def shortest(self, x: Tensor) -> Tensor:
+        """`rows`, without the dimension T where each sample has one row, in order, and nothing is
+        to be differentiated."""
+        alone = self.positions == 1 and self.kind == "major"
+        return x if alone and not torch.is_grad_enabled() else self.rows(x)
+
     def rows(self, x: Tensor) -> Tensor:
         """``x [R, *]`` as ``[N, T, *]``; zeros where a sample has no more rows."""
         if self.kind == "major":

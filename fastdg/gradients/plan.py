@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .rules import Served
+
+if TYPE_CHECKING:
+    from .route import Route
 
 # One input, one output (or several parts of it), and nothing but entries moved or cast
 MOVES = frozenset(
@@ -78,6 +82,7 @@ class Plan:
     dynamic: bool = False
     zero: bool = False
     silent: bool = False
+    route: Route | None = None  # of a backward, made by the first one
 
     @property
     def slow(self) -> list[Boundary]:

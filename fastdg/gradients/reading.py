@@ -51,6 +51,10 @@ class Reader:
         if at_once:
             in_one_pass(read, at_once)
 
+    def waits_for(self, node: Node) -> bool:
+        """Whether ``node`` is to be read when the backward comes to it."""
+        return node in self._later
+
     def come_to(self, node: Node) -> None:
         """Read ``node`` now if it was not read yet."""
         together, group = self._later.get(node, (False, ()))

@@ -28,18 +28,27 @@ def release(nodes: Iterable[Node]) -> None:
                 saved.register_hooks(_nothing, _refuse)
 
 
+def keeps_tensors(node: Node) -> bool:
+    """Whether a node of this kind saves tensors."""
+    return bool(_raw_names(node))
+
+
 def raw_saved(node: Node) -> Iterator[Any]:
     """The ``SavedTensor`` of each tensor that ``node`` has saved, which unpacks nothing."""
-    kind = ref(type(node))
-    if (names := _names.get(kind)) is None:
-        names = tuple(name for name in dir(type(node)) if name.startswith(RAW_SAVED))
-        _names[kind] = names
-    for name in names:
+    for name in _raw_names(node):
         try:
             value = getattr(node, name)
         except RuntimeError:  # of a function written in Python whose tensors were freed
             continue
         yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _raw_names(node: Node) -> tuple[str, ...]:
+    kind = ref(type(node))
+    if (names := _names.get(kind)) is None:
+        names = tuple(name for name in dir(type(node)) if name.startswith(RAW_SAVED))
+        _names[kind] = names
+    return names
 
 
 def _nothing(tensor: Any) -> None:

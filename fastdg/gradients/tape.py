@@ -47,6 +47,8 @@ class Resolved:
         found: set[Tensor] = set()
         for i, places in self.forward.plan.places.items():
             for place in places:
+                if not place.operation.startswith("Embedding"):
+                    continue
                 node = self.forward.graph.nodes[place.node]
                 if getattr(node, "_saved_sparse", False):
                     found.add(self.chosen[self.forward.names[i]])

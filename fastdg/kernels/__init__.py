@@ -18,6 +18,7 @@ if not (_HERE / "launch.py").exists():  # a clone
 
 from ..ops.registry import attach  # noqa: E402
 from . import (  # noqa: E402
+    foreach_moments,
     launch,
     moments,
     norm_gradients,
@@ -34,6 +35,8 @@ from . import (  # noqa: E402
 def attach_all() -> None:
     """Let Triton compute what is here, for the arguments that each op's kernels support."""
     plain, outer = launch.supports, launch.supports_outer
+    grouped = foreach_moments.foreach_moments
+    attach("foreach_moments", "triton", grouped, foreach_moments.supports_lists)
     attach("moments", "triton", moments.moments, plain)
     attach("moments_backward", "triton", moments.moments_backward, plain)
     norms = norm_gradients

@@ -2,6 +2,8 @@
 
 from .agreement import agreement
 from .combine import combine
+from .combine_rows import combine_rows
+from .foreach_moments import foreach_moments
 from .gram import gram
 from .meta_step import meta_step
 from .moments import moments
@@ -22,6 +24,8 @@ __all__ = [
     "agreement",
     "backends",
     "combine",
+    "combine_rows",
+    "foreach_moments",
     "gram",
     "meta_step",
     "moments",

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from .. import native
-from .registry import OPS, Implementation, Supports, attach
+from .registry import OPS, Implementation, Supports, attach, first_float
 
 COLUMN_OPS = (
     "gram",
     "combine",
+    "combine_rows",
     "agreement",
     "meta_step",
     "variance_gap",
@@ -22,6 +23,7 @@ COLUMN_OPS = (
 )
 CPP_OPS = (
     *COLUMN_OPS,
+    "foreach_moments",
     "moments",
     "moments_backward",
     "norm_gradients",
@@ -41,8 +43,8 @@ CUDA_OPS = COLUMN_OPS
 
 # Ops whose tensors may have other dtypes than the first
 MIXED = (
-    *("combine", "agreement", "outer_agreement", "oracle_nll", "oracle_nll_backward"),
-    *("norm_gradients", "norm_gradients_backward"),
+    *("combine", "combine_rows", "agreement", "outer_agreement"),
+    *("oracle_nll", "oracle_nll_backward", "norm_gradients", "norm_gradients_backward"),
 )
 
 
@@ -50,7 +52,7 @@ def _float32(name: str, device: str) -> Supports:
     """The compiled ops take fp32 on their device; all else goes to the reference."""
 
     def first(*args: Any) -> bool:  # which the others are like: `checks` saw to it
-        x = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        x = first_float(args)
         return x.dtype is torch.float32 and x.device.type == device
 
     def every(*args: Any) -> bool:

@@ -8,7 +8,7 @@ can be switched under ``torch.compile`` without recompiling.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,15 @@ class Op:
 
 def _first(args: tuple[Any, ...]) -> Tensor:
     return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
+def first_float(args: Sequence[Any]) -> Tensor:
+    """The first tensor, or tensor of a list, that is no index."""
+    for arg in args:
+        for x in arg[:1] if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return x
+    raise TypeError("args: expected a floating-point tensor, got none")
 
 
 OPS: dict[str, Op] = {}

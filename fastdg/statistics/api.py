@@ -18,6 +18,7 @@ from ..gradients.tape import Resolved, Tape, check_losses
 from .factors import Factor, weighted_sum
 from .moments import DomainMoments
 from .selection import Selection, listed, select
+from .small import Small
 
 Params = nn.Module | Optimizer | Tape | Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 # Relative to what rounding can do: the sum of the norms of what is added up.
@@ -150,15 +151,20 @@ def _by_name(
     losses: Tensor,
     compute: Callable[[Factor], Tensor],
     retain_graph: bool,
+    means: Small[str] | None = None,
 ) -> dict[str, Tensor]:
+    """What is computed of each parameter's gradients; of small ones the ``means``, if wanted."""
     out: dict[str, Tensor] = {}
 
     def use(name: str, factor: Factor) -> None:
         with torch.no_grad():
-            out[name] = compute(factor)
+            if means is None or not means.takes(name, factor):
+                out[name] = compute(factor)
 
     resolved = tape.resolve(losses)
     resolved.collect(use, retain_graph=retain_graph)
+    if means is not None:
+        out.update((name, mean) for name, (mean, _) in means.results().items())
     return {name: out[name] for name in resolved.chosen if name in out}
 
 
@@ -173,19 +179,22 @@ def moments_of(
 ) -> tuple[DomainMoments, list[Tensor | None]]:
     """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
     ``extra``; ``scale`` as in `Resolved.collect`."""
-    mean: dict[str, Tensor] = {}
-    variance: dict[str, Tensor] = {}
+    small: Small[str] = Small(parts, variance=True)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def use(name: str, factor: Factor) -> None:
         with torch.set_grad_enabled(create_graph):
-            mean[name], variance[name] = factor.moments(parts)
+            if create_graph or not small.takes(name, factor):
+                found[name] = factor.moments(parts)
 
     rest = resolved.collect(
         use, create_graph=create_graph, retain_graph=retain_graph, extra=extra, scale=scale
     )
-    names = [name for name in resolved.chosen if name in mean]
+    with torch.no_grad():
+        found.update(small.results())  # type: ignore[arg-type]
+    names = [name for name in resolved.chosen if name in found]
     moments = DomainMoments(
-        {n: mean[n] for n in names}, {n: variance[n] for n in names}, parts.count
+        {n: found[n][0] for n in names}, {n: found[n][1] for n in names}, parts.count
     )
     return moments, rest
 
@@ -256,7 +265,8 @@ def domain_gradients(
     asked, losses, domains = _asked((tape, losses, domains), params, 2)
     check_losses(losses)
     parts = partition(domains, losses, num_domains)
-    return _by_name(asked, losses, lambda factor: factor.domain(parts), retain_graph)
+    small: Small[str] = Small(parts, variance=False)
+    return _by_name(asked, losses, lambda factor: factor.domain(parts), retain_graph, small)
 
 
 def domain_gram(

@@ -171,8 +171,9 @@ class Outer(Factor):
     r"""Weights of linear maps: :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
 
     Args:
-        a: layer inputs ``[N, T, I]``; with ``window`` a padded convolution input ``[N, C, *S]``.
-        delta: gradients at the outputs, ``[N, T, O]``.
+        a: layer inputs ``[N, T, I]``, or ``[N, I]``; with ``window`` a padded convolution input
+            ``[N, C, *S]``.
+        delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``.
         shape: shape of the weight; its numel is ``O * I / groups``.
         window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
         groups: blocks that see their own channels only. They are served as further domains.
@@ -186,11 +187,22 @@ class Outer(Factor):
         window: Sequence[int] = (),
         groups: int = 1,
     ) -> None:
-        self.a, self.delta = accumulated(a), accumulated(delta)
-        if self.a.dtype != self.delta.dtype:
-            self.a, self.delta = self.a.double(), self.delta.double()
+        a, delta = accumulated(a), accumulated(delta)
+        if a.dtype != delta.dtype:
+            a, delta = a.double(), delta.double()
+        self.factors = a, delta  # as given, one row a sample without a dimension for it
         self.shape, self.samples = tuple(shape), a.shape[0]
         self.window, self.groups = list(window), groups
+
+    @property
+    def a(self) -> Tensor:
+        a, _ = self.factors
+        return a.unsqueeze(1) if a.dim() == 2 else a
+
+    @property
+    def delta(self) -> Tensor:
+        _, delta = self.factors
+        return delta.unsqueeze(1) if delta.dim() == 2 else delta
 
     def _grouped(self) -> tuple[Tensor, Tensor]:
         """``a`` and ``delta`` with one row for each (sample, group)."""

@@ -190,12 +190,19 @@ def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool
     kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args)
 
 
+def many(N: int) -> None:
+    """A small linear layer with a bias, and one of several positions."""
+    a, delta = [meta(N, 16), meta(N, 4, 64)], [meta(N, 16), meta(N, 4, 64)]
+    kernels.foreach_moments.foreach_moments(*domains(N), [delta[0]], a, delta, True)
+
+
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
 WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("moments", FP32, lambda: moments_of(meta(96, 1 << 20))),
     ("moments", FP32, lambda: moments_backward_of(meta(96, 1 << 20))),
+    ("small layers", FP32, lambda: many(96)),
     ("head", FP32, lambda: forward(*rows(96, 1, 2048, 345))),
     ("head", FP32, lambda: backward(*rows(96, 1, 2048, 345))),
     ("head", FP32, lambda: kernels.outer_norms.outer_norms(*rows(96, 1, 2048, 345))),

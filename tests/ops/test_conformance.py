@@ -11,6 +11,7 @@ from op_cases import (
     CASES,
     COUNTS,
     LAYOUTS,
+    ROWS,
     assert_close,
     case,
     deal,
@@ -61,6 +62,93 @@ def test_outer(device: str, kind: str, shape: tuple[int, ...], counts: tuple[int
         flat = mean.flatten(1)
         gram = ops.outer_gram(a, delta, order, offsets, window)
         assert_close(gram, flat @ flat.t(), float(grads.square().sum()))
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_many_small_tensors(device: str, counts: tuple[int, ...]) -> None:
+    order, offsets = deal(counts, device)
+    N = sum(counts)
+    grads = [torch.randn(N, *shape) + 0.5 for shape in ((7,), (), (2, 3), (0,), (1031,))]
+    pairs = [case("rows", shape, N, torch.float32)[:2] for shape in ROWS]
+    rows = [[x[:, 0] for x in pair] for pair in pairs if pair[0].shape[1] == 1]  # without T
+    pairs += [(rows[0][0], rows[0][1]), (rows[4][0], rows[4][1])]
+    exact = [x.reshape(N, x.shape[1:].numel()).double() for x in grads]
+    exact += [
+        gradients(*(x if x.dim() == 3 else x.unsqueeze(1) for x in pair), ()) for pair in pairs
+    ]
+    expected = [naive_moments(g, counts, order) for g in exact]
+    for dtype, layout in itertools.product((torch.float32, torch.float64), LAYOUTS):
+        a = [laid_out(x.to(device, dtype), layout) for x, _ in pairs]
+        delta = [laid_out(x.to(device, dtype), layout) for _, x in pairs]
+        moved = [x.to(device, dtype) for x in grads]
+        dense = [laid_out(x, layout) if x.dim() > 1 else x for x in moved]
+        for variance in (True, False):
+            found = ops.foreach_moments(dense, a, delta, order, offsets, variance)
+            for mean, (m, _) in zip(found[0], expected, strict=True):
+                assert_close(mean, m.view_as(mean))
+            assert len(found[1]) == (len(expected) if variance else 0)
+            for spread, (m, v) in zip(found[1], expected, strict=False):
+                assert_close(spread, v.view_as(spread), float(m.square().norm() + v.norm()))
+                assert bool((spread >= 0).all())
+        shapes = [tuple(x.shape[1:]) for x in dense]
+        assert [tuple(mean.shape[1:]) for mean in found[0][: len(dense)]] == shapes
+
+
+def test_many_small_tensors_are_computed_as_each_alone(device: str) -> None:
+    """Little work, which takes no thread, and much."""
+    order, offsets = deal((40, 1, 0, 55), device)
+    grads = torch.randn(96, 700, device=device)
+    a, delta = torch.randn(96, 3, 130, device=device), torch.randn(96, 3, 70, device=device)
+    alone = ops.moments(grads, order, offsets), ops.outer_moments(a, delta, order, offsets)
+    for repeat in (1, 9):
+        lists = [[x] * repeat for x in (grads, a, delta)]
+        found = ops.foreach_moments(*lists, order, offsets)
+        for one, (mean, variance) in enumerate(alone):
+            for k in range(one * repeat, (one + 1) * repeat):
+                torch.testing.assert_close(found[0][k], mean)
+                torch.testing.assert_close(found[1][k], variance)
+
+
+def test_weighted_rows(device: str) -> None:
+    weights = torch.tensor([0.5, 0.0, -2.0])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = [torch.randn(3, *shape).to(dtype) for shape in ((4,), (), (2, 3), (0,), (5000,))]
+        rows.append(torch.randn(6, 3).t().to(dtype))
+        found = ops.combine_rows([x.to(device) for x in rows], weights.to(device))
+        for x, got in zip(rows, found, strict=True):
+            want = sum(w * row.double() for w, row in zip(weights.tolist(), x, strict=True))
+            assert got.dtype == dtype
+            assert got.shape == x.shape[1:]
+            tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(got.double().cpu(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_lists_that_do_not_fit_are_refused(device: str) -> None:
+    order, offsets = deal((4, 2), device)
+    x, other = torch.randn(6, 3, device=device), torch.randn(5, 3, device=device)
+    thick = torch.randn(6, 1, 3, device=device)
+    for args, text in (
+        (([], [], []), "grads: expected a tensor there or in a"),
+        (([x], [x], []), "delta: expected 1 tensors"),
+        (([x, other], [], []), r"grads\[1\]: expected 6 samples"),
+        (([x, x.double()], [], []), r"grads\[1\]: expected torch.float32"),
+        (([], [x, other], [x, other]), r"a\[1\]: expected .* with 6 samples"),
+        (([], [x], [thick]), r"delta\[0\]: expected the rows of a\[0\]"),
+        (([other], [], []), "order: expected each of the 5 samples"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            ops.foreach_moments(*args, order, offsets)
+    with pytest.raises((TypeError, ValueError), match=r"order: expected each sample at most once"):
+        ops.foreach_moments([x], [], [], torch.zeros_like(order), offsets)
+    ones = torch.ones(6, device=device)
+    for rows, weights, text in (
+        ([], ones, "rows: expected at least one tensor"),
+        ([x], ones[:5], r"rows\[0\]: expected a row for each of the 5 weights"),
+        ([x[:0]], ones[:0], "weights: expected at least one"),
+        ([x, x.long()], ones, r"rows\[1\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            ops.combine_rows(rows, weights)
 
 
 def naive_gap(
@@ -252,6 +340,8 @@ def test_what_has_no_derivative_says_so(device: str) -> None:
         "outer_norms": lambda: ops.outer_norms(a, delta),
         "gram": lambda: ops.gram([[grads[:2]], [grads[2:4]]]),
         "combine": lambda: ops.combine([[grads[:2]], [grads[2:4]]], weights)[0],
+        "combine_rows": lambda: ops.combine_rows([grads[:2]], weights)[0],
+        "foreach_moments": lambda: ops.foreach_moments([grads], [], [], order, offsets)[0][0],
         "agreement": lambda: ops.agreement([[grads[:2]], [grads[2:4]]], weights)[0][0],
         "outer_agreement": lambda: ops.outer_agreement(a, delta, order, offsets, weights)[0],
     }

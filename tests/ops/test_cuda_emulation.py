@@ -99,6 +99,7 @@ def every_op(
 
     yield "gram", lambda double: [ops.gram(cast(grads, double))]
     yield "combine", lambda double: ops.combine(cast(grads, double), cast(weights, double))
+    yield "rows", lambda double: ops.combine_rows(cast(variance, double), cast(weights, double))
     for threshold, steepness in ((0.4, INF), (0.3, 5.0)):
 
         def agreement(double: bool, t: float = threshold, s: float = steepness) -> list[Tensor]:

@@ -46,6 +46,9 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     return {
         "gram": (lists, 3),
         "combine": (lists, weights),
+        "combine_rows": (variance, weights),
+        "foreach_moments": (order, offsets, [flat], [a, flat], [delta, out[:, 0]], True),
+        "foreach_moments, means": (order, offsets, [], [a], [delta], False),
         "agreement": (lists, weights, 0.5, inf),
         "agreement, soft": (lists, weights, 0.5, 3.0),
         "meta_step": (lists[:2], [x.detach() for x in lists[2:4]], 0.3),
@@ -139,6 +142,13 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "variance_gap": (ops.variance_gap, "variance_gap"),
     "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
     "combine": (lambda flat, w: ops.combine(domains(flat, 3), w), "combine"),
+    "combine_rows": (ops.combine_rows, "combine_rows"),
+    "foreach_moments": (
+        lambda order, offsets, grads, a, delta, variance: ops.foreach_moments(
+            grads, a, delta, order, offsets, variance
+        ),
+        "foreach_moments",
+    ),
     "agreement": (lambda flat, *args: ops.agreement(domains(flat, 3), *args), "agreement"),
     "agreement, soft": (
         lambda flat, *args: ops.agreement(domains(flat, 3), *args),

@@ -43,7 +43,7 @@ class Product(Served):
             a, delta = a.t(), delta.t()
         elif a.dim() == 3:
             a, delta = a.flatten(0, 1), delta.flatten(0, 1)
-        a, delta = self.layout.rows(a), self.layout.rows(delta)
+        a, delta = self.layout.shortest(a), self.layout.shortest(delta)
         if self.swapped:
             a, delta = delta, a
         return Outer(a, delta, self.parameter)
@@ -60,9 +60,12 @@ class Summed(Served):
         return ()
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
-        rows = self.layout.rows(delta)
-        total = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
-        return Dense(total.reshape(self.layout.samples, *self.parameter))
+        total = self.layout.shortest(delta)
+        if total.dim() > 2:
+            total = total.squeeze(1) if total.shape[1] == 1 else total.sum(1)
+        if total.shape[1:] != self.parameter:
+            total = total.reshape(self.layout.samples, *self.parameter)
+        return Dense(total)
 
 
 def _transposed(use: Use) -> bool | None:

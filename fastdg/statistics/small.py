@@ -1,0 +1,90 @@
+"""Moments of many small parameters in one call, which each alone would take longer to call than to
+compute."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..domains import Partition
+from .factors import Dense, Factor, Outer
+
+SMALL = 1 << 16  # entries of what a factor holds, and of a parameter, that may wait for others
+WAITING = 1 << 18  # of all that wait
+
+K = TypeVar("K", bound=Hashable)
+
+
+class _Waiting(NamedTuple):
+    """The factors of one dtype that wait, and whose they are."""
+
+    grads: list[tuple[Hashable, Dense]]
+    products: list[tuple[Hashable, Outer]]
+
+
+class Small(Generic[K]):
+    """Mean and variance by domain of small parameters' gradients, many in one call.
+
+    Args:
+        partition: of the samples.
+        variance: whether the variances are wanted, too.
+    """
+
+    def __init__(self, partition: Partition, *, variance: bool) -> None:
+        self.partition, self.variance = partition, variance
+        self.waiting: dict[torch.dtype, _Waiting] = {}
+        self.entries = 0
+        self.made: dict[K, tuple[Tensor, Tensor | None]] = {}
+
+    def takes(self, key: K, factor: Factor) -> bool:
+        """Whether these gradients are small, and are in `results` then."""
+        if isinstance(factor, Dense):
+            size, dtype = factor.grads.numel(), factor.grads.dtype
+        elif isinstance(factor, Outer) and factor.groups == 1 and not factor.window:
+            a, delta = factor.factors
+            size, dtype = a.numel() + delta.numel(), a.dtype
+            if a.shape[-1] * delta.shape[-1] > SMALL:
+                return False
+        else:
+            return False
+        if size > SMALL:
+            return False
+        waiting = self.waiting.get(dtype)
+        if waiting is None:
+            waiting = self.waiting[dtype] = _Waiting([], [])
+        (waiting.grads if isinstance(factor, Dense) else waiting.products).append((key, factor))  # type: ignore[arg-type]
+        self.entries += size
+        if self.entries > WAITING:
+            self._flush()
+        return True
+
+    def results(self) -> dict[K, tuple[Tensor, Tensor | None]]:
+        """Key -> its mean and variance, each ``[D, *shape]``."""
+        self._flush()
+        return self.made
+
+    def _flush(self) -> None:
+        self.entries = 0
+        for grads, products in self.waiting.values():
+            pairs = [factor.factors for _, factor in products]
+            with torch.no_grad():
+                means, variances = ops.foreach_moments(
+                    [factor.grads for _, factor in grads],
+                    [a for a, _ in pairs],
+                    [delta for _, delta in pairs],
+                    self.partition.order,
+                    self.partition.offsets,
+                    self.variance,
+                )
+            spreads = variances or [None] * len(means)
+            whose = [*grads, *products]
+            for (key, factor), mean, spread in zip(whose, means, spreads, strict=True):
+                shape = (mean.shape[0], *factor.shape)
+                if mean.shape != shape:  # of a convolution of one place, say
+                    mean, spread = mean.view(shape), None if spread is None else spread.view(shape)
+                self.made[key] = mean, spread  # type: ignore[index]
+        self.waiting = {}

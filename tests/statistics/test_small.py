@@ -1,0 +1,144 @@
+"""Many small layers: what a step computes of them is computed in few calls."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdg
+from fastdg.domains import partition
+from fastdg.gradients import engine, route
+from fastdg.statistics import small
+from fastdg.statistics.factors import Dense, Outer
+from fastdg.statistics.small import Small
+
+N, WIDTH, D = 12, 6, 3
+
+
+class Counted(TorchDispatchMode):
+    """Counts the ops that PyTorch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def layers(count: int) -> nn.Sequential:
+    torch.manual_seed(count)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(count)))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.arange(N)
+    return torch.randn(N, WIDTH), rows % WIDTH, rows % D
+
+
+def step(count: int, wrapper: Any, **settings: Any) -> Counter[str]:
+    """The ops of the sixth step, which looks at nothing anew."""
+    model, (x, y, domains) = layers(count), batch()
+    opt = wrapper(
+        torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), num_domains=D, **settings
+    )
+    for _ in range(6):
+        with Counted() as counted:
+            opt.zero_grad()
+            opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
+            opt.step()
+    return counted.calls
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "settings", "each"),
+    [
+        (fastdg.Fishr, {"params": "all"}, 4),  # forward: t, addmm; backward: t, mm
+        (fastdg.AgrSum, {}, 6),  # and the domains' rows of the weight and of the bias, as views
+    ],
+)
+def test_calls_of_a_step_do_not_grow_with_layers(
+    wrapper: Any, settings: dict[str, Any], each: int
+) -> None:
+    few, many = step(10, wrapper, **settings), step(30, wrapper, **settings)
+    more = {name: (many[name] - few[name]) / 20 for name in many if many[name] != few[name]}
+    assert sum(more.values()) == each, more
+    assert many["fastdg.foreach_moments"] == 1
+    assert not any(name in many for name in ("fastdg.moments", "fastdg.outer_moments"))
+
+
+def factors() -> dict[str, Dense | Outer]:
+    return {
+        "single": Dense(torch.randn(N, 4)),
+        "double": Dense(torch.randn(N, 2, 3).double()),
+        "number": Dense(torch.randn(N)),
+        "rows": Outer(torch.randn(N, 5), torch.randn(N, 4), (4, 5)),
+        "one place": Outer(torch.randn(N, 5), torch.randn(N, 4), (4, 5, 1, 1)),
+        "positions": Outer(torch.randn(N, 3, 5), torch.randn(N, 3, 4), (4, 5)),
+        "last": Dense(torch.randn(N, 4).double()),
+    }
+
+
+@pytest.mark.parametrize("waiting", [0, 100, 1 << 18])
+def test_small_gradients_are_what_each_alone_is(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "WAITING", waiting)
+    parts = partition(torch.arange(N) % D, torch.ones(N), D + 1)
+    both: Small[str] = Small(parts, variance=True)
+    means: Small[str] = Small(parts, variance=False)
+    given = factors()
+    for name, factor in given.items():
+        assert both.takes(name, factor)
+        assert means.takes(name, factor)
+    found, alone = both.results(), means.results()
+    for name, factor in given.items():
+        for got, want in zip(found[name], factor.moments(parts), strict=True):
+            torch.testing.assert_close(got, want)
+        mean, variance = alone[name]
+        torch.testing.assert_close(mean, factor.domain(parts))
+        assert variance is None
+
+
+def test_large_and_grouped_gradients_do_not_wait() -> None:
+    found: Small[str] = Small(partition(torch.arange(N) % D, torch.ones(N)), variance=True)
+    wide = torch.randn(N, 300)
+    assert not found.takes("weight", Outer(wide, wide, (300, 300)))
+    assert not found.takes("bias", Dense(torch.randn(N, small.SMALL)))
+    image = torch.randn(N, 2, 5)
+    assert not found.takes("kernel", Outer(image, torch.randn(N, 3, 4), (4, 2, 3), [3, 1, 1]))
+    assert not found.takes(
+        "groups", Outer(torch.randn(N, 4, 1), torch.randn(N, 1, 4), (4, 2), (), 2)
+    )
+    assert found.results() == {}
+
+
+@pytest.mark.parametrize("caught", [0, 1 << 16])
+def test_gradients_that_wait_for_the_end_are_those_that_arrive(
+    caught: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route, "CAUGHT", caught)
+    monkeypatch.setattr(engine, "_plans", type(engine._plans)())
+    model = layers(4)
+    model.insert(2, nn.LayerNorm(WIDTH))
+    tied = model[0].weight
+    x, y, domains = batch()
+    out = F.linear(torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False), tied)
+    losses = F.cross_entropy(out, y, reduction="none")
+    grads = [
+        torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses
+    ]
+    found = fastdg.domain_moments(losses, domains, params=model)
+    for k, (name, _) in enumerate(model.named_parameters()):
+        rows = torch.stack([grad[k] for grad in grads])
+        for d in range(D):
+            own = rows[domains == d]
+            torch.testing.assert_close(found.mean[name][d], own.mean(0))
+            torch.testing.assert_close(found.variance[name][d], own.var(0, correction=0))
