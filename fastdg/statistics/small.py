@@ -3,7 +3,7 @@ compute."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -80,7 +80,7 @@ class Small(Generic[K]):
                     self.partition.offsets,
                     self.variance,
                 )
-            spreads = variances or [None] * len(means)
+            spreads: Sequence[Tensor | None] = variances or [None] * len(means)
             whose = [*grads, *products]
             for (key, factor), mean, spread in zip(whose, means, spreads, strict=True):
                 shape = (mean.shape[0], *factor.shape)
