@@ -146,8 +146,10 @@ def collect(
         planner = Planner(forward.losses, forward.graph, forward.parameters, past_zero=True)
         forward = replace(forward, plan=planner.plan())
     sweep = _Sweep(forward, consume, create_graph)
-    # What rules have read already may be freed
-    retain = retain_graph or create_graph or bool(forward.plan.pulled and forward.plan.slow)
+    # What rules have read already may be freed, but not what further tensors share with what is
+    # pulled after the backward
+    slow = forward.plan.slow or extra
+    retain = retain_graph or create_graph or bool(forward.plan.pulled and slow)
     rest = sweep.run(weight, retain, extra)
     if not (retain_graph or create_graph):
         # Autograd frees what it runs, and it has run nothing below the last operation looked at

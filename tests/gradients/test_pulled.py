@@ -197,3 +197,17 @@ def test_hooks_of_parameters_do_not_change_what_is_pulled(kind: str, create_grap
         torch.testing.assert_close(got.mean[name], expected.mean[name])
         torch.testing.assert_close(got.variance[name], expected.variance[name])
     assert not called
+
+
+def test_parameters_that_are_not_looked_at_share_what_is_pulled() -> None:
+    """Their gradients come from the same backward, which may not free it."""
+    a, b = (nn.Parameter(torch.randn(3, 3)) for _ in range(2))
+    opt = fastdg.Fishr(torch.optim.SGD([a, b], lr=0.1), params=[a], ema=None)
+    x, domains = torch.randn(6, 3), torch.arange(6) % 2
+    losses = (x @ (a * b.exp())).square().sum(1)
+    expected = torch.autograd.grad(losses.mean(), [a, b], retain_graph=True)
+    opt.backward(losses, domains)
+    for p, grad in zip((a, b), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    with pytest.raises(RuntimeError, match="freed"):
+        losses.sum().backward()
