@@ -1,6 +1,7 @@
 """Random models over several steps of one process, always against a loop of plain autograd.
 
-``FASTDG_FUZZ_STEPS=10000 pytest tests/gradients/fuzz`` runs more; a failure prints what makes it.
+``FASTDG_FUZZ_STEPS=10000 pytest tests/gradients/fuzz`` runs more, here, under wrappers and in other
+dtypes, from model ``FASTDG_FUZZ_BEGIN`` on; a failure prints what makes it.
 """
 
 from __future__ import annotations
