@@ -9,7 +9,7 @@ from given import ColumnCase, Given, Named, case, moving, named, result, total
 from torch import Tensor, nn
 
 from fastdg import ops
-from fastdg.algorithms.surgery import projected
+from fastdg.algorithms.pcgrad import projected
 
 # Inner products of 25 million elements by one product in fp32 are off by as much.
 ONE_PRODUCT = 1e-2

@@ -2,18 +2,22 @@
 plain training."""
 
 from . import func, ops
+from .algorithms.agr_rand import AgrRand
+from .algorithms.agr_sum import AgrSum
+from .algorithms.and_mask import ANDMask
 from .algorithms.erm import ERM
 from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
 from .algorithms.gram_surgery import GramSurgery
+from .algorithms.group_dro import GroupDRO
 from .algorithms.iga import IGA
-from .algorithms.invariance import GroupDRO, VREx
 from .algorithms.irm import IRM
-from .algorithms.masking import ANDMask, SANDMask
 from .algorithms.miro import MIRO
+from .algorithms.pcgrad import PCGrad
 from .algorithms.rise import RISE, mix_students, mix_teachers
-from .algorithms.surgery import AgrRand, AgrSum, PCGrad
+from .algorithms.sand_mask import SANDMask
 from .algorithms.swad import SWAD
+from .algorithms.vrex import VREx
 from .core.compiled import compiled
 from .core.optimizer import DomainOptimizer
 from .domain_ids import DomainIds

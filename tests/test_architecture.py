@@ -25,10 +25,6 @@ LAYERS = (
 )
 LINES, ALGORITHM_LINES, FILES = 350, 120, 20
 UPWARD: set[tuple[str, str]] = {
-    ("distributed.exchange", "core.gathering"),
-    ("distributed.exchange", "core.global_batch"),
-    ("distributed.handshake", "core.nesting"),
-    ("distributed.ranks", "core.global_batch"),
     ("gradients.engine", "statistics.factors"),
     ("gradients.pulled", "statistics.factors"),
     ("gradients.rules", "statistics.factors"),
@@ -45,7 +41,7 @@ LONG: set[str] = {
     "algorithms.fish",
     "algorithms.miro",
     "algorithms.rise",
-    "core.optimizer",
+    "distributed.ranks",
     "ops.checks",
     "statistics.api",
     "statistics.factors",
@@ -55,27 +51,14 @@ LONG_ALGORITHMS: set[str] = {
     "algorithms.fish",
     "algorithms.fishr",
     "algorithms.gram_surgery",
+    "algorithms.group_dro",
     "algorithms.iga",
-    "algorithms.invariance",
     "algorithms.irm",
     "algorithms.miro",
     "algorithms.rise",
-    "algorithms.surgery",
     "algorithms.swad",
 }
 CIRCULAR: set[str] = {
-    "core.amp",
-    "core.batch",
-    "core.checkpoint",
-    "core.global_batch",
-    "core.nesting",
-    "core.one_domain",
-    "core.optimizer",
-    "core.state",
-    "core.term",
-    "core.weighted",
-    "distributed.handshake",
-    "distributed.ranks",
     "domainbed.adapter",
     "domainbed.resume",
     "gradients.rules",
@@ -96,7 +79,9 @@ CIRCULAR: set[str] = {
     "ops.registry",
     "ops.text_distance",
 }
-FULL: set[str] = {"core"}
+FULL: set[str] = {
+    "gradients",
+}
 
 
 def modules() -> dict[str, Path]:

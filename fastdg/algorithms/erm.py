@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..core.weighted import MeanLoss
+from ..core.optimizer import DomainOptimizer
 
 
-class ERM(MeanLoss):
+class ERM(DomainOptimizer):
     r"""Empirical risk minimisation, the baseline: ``objective = mean loss``.
 
     .. math:: \nabla = \tfrac1N \sum_i \nabla \ell_i
@@ -37,3 +37,4 @@ class ERM(MeanLoss):
 
     prefix = "erm"
     penalises = False
+    looks_at_samples = False

@@ -17,9 +17,10 @@ from ..averaging.buffers import KINDS, Before, Buffers
 from ..core.batch import Batch
 from ..core.checkpoint import Kept
 from ..core.closures import asks_for_domain, check_same, losses_of
+from ..core.configured import Configured
 from ..core.hyper import NEEDED, check_steps, check_switch, check_weight, hyper, option
 from ..core.optimizer import Closure, DomainOptimizer
-from ..core.weighted import Losses, Weighted
+from ..core.step_batch import StepBatch
 from ..distributed.sharding import local, sharded
 
 ONE_DOMAIN = (
@@ -36,7 +37,7 @@ class Single(Batch):
     domain: Tensor
 
 
-class Fish(Weighted):
+class Fish(DomainOptimizer):
     r"""Gradient matching by an inner loop over domains, and a step towards where it ends.
 
     .. math::
@@ -107,8 +108,9 @@ class Fish(Weighted):
     prefix = "fish"
     tensors = ("kept", "buffers", "counters")
     penalises = False
+    looks_at_samples = False
     _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_product", "_meta")
-    _transient = (*Weighted._transient, *_fleeting)
+    _transient = (*DomainOptimizer._transient, *_fleeting)
 
     meta_lr: float = hyper(0.5, check_weight)
     meta_steps: int = hyper(NEEDED, check_steps)
@@ -127,7 +129,7 @@ class Fish(Weighted):
         check_steps("num_domains", num_domains)
         self._network = model  # whose buffers go with this wrapper wherever it is copied
         self._buffers = Buffers(model)
-        DomainOptimizer.__init__(
+        Configured.__init__(
             self,
             base,
             num_domains=num_domains,
@@ -165,11 +167,12 @@ class Fish(Weighted):
             check_same(ids, first, f"{ONE_DOMAIN}, micro-batches with final=False among them")
         return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
 
-    def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, batch: StepBatch) -> Tensor:
         if self._ranks.size > 1:
-            (ids,) = losses.present.cpu().nonzero(as_tuple=True)
+            (ids,) = batch.present.cpu().nonzero(as_tuple=True)
             check_same(ids, ids[0], f"{ONE_DOMAIN}, on all ranks")
-        return losses.shares, self._meta
+        batch.log(**self._meta)
+        return batch.loss
 
     def _evaluate(self, closure: Closure) -> Tensor:
         if not asks_for_domain(closure):

@@ -8,19 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._torch import foreach_lerp_
 from ..core import checkpoint
 from ..core.annealed import Annealed
-from ..core.base_optimizer import accumulate
-from ..core.batch import Batch, descend, moments, scaled, total_loss
 from ..core.hyper import check_count, check_decay, check_reduction, check_weight, hyper, option
 from ..core.nesting import terms_of
-from ..core.weighted import Losses
+from ..core.step_batch import StepBatch, StepRecord
 from ..distributed.sharding import local
-from ..statistics.api import moments_of
 from ..statistics.factors import accumulated
-from ..statistics.moments import DomainMoments, merge, rows, variance_gap
+from ..statistics.moments import rows, variance_gap
 from ..statistics.selection import Selection, listed, select
 from ..warn import warn_user
 
@@ -90,128 +86,72 @@ class Fishr(Annealed):
     ema: float | None = hyper(0.95, check_decay)
     reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
     pre_anneal_weight: float = hyper(0.0, check_weight)
-    _resumed = False  # with a history that was loaded and has not moved yet
 
-    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        weight, whole = self._weight(), self._whole
-        domains = max(whole.counts.shape[1], *map(len, self._kept["ema"].values()), 0)
-        losses = Losses.of(staged, whole, domains)
-        if self.steps == 0 and self.penalty_weight > 0:  # now, not after hours, at the anneal
-            for batch in staged:
-                batch.resolved.refuse_single_derivatives()
-        terms = any(batch.terms is not None for batch in staged)
-        looked = [batch.resolved for batch in staged]
-        plain = not (terms or any(r.hooked or r.sparse for r in looked))
-        if weight == 0 and self.params != "head" and plain:
-            found = self._moments_and_gradient(staged)
-            with torch.no_grad():
-                penalty = self._penalty(found, staged)
-        else:
-            create_graph = weight > 0
-            found = whole.moments(merge([moments(b, create_graph) for b in staged]))
-            penalty = self._penalty(found, staged)
-            own = total_loss(staged) / whole.samples
-            # With w = 0 the penalty stays out: 0 * inf is NaN, and no second derivative is needed
-            descend(own + weight * penalty if weight > 0 else own, staged, whole)
-        variance = found.variance
-        if weight > 0:
-            variance = {name: v.detach() for name, v in variance.items()}
-        self._pending = variance, found.present, _parameters(staged)
-        penalty = penalty.detach()
-        self._statistics = {
-            **losses.statistics(),
-            "penalty": penalty,
-            "objective": losses.mean + weight * penalty if weight > 0 else losses.mean,
-        }
-        return losses.mean
+    def _start(self) -> None:
+        self._resumed = False  # with a history that was loaded and has not moved yet
 
-    def _moments_and_gradient(self, staged: Sequence[Batch]) -> DomainMoments:
-        """Both from one backward: the gradient is the mean of the domains', weighted by count."""
-        parts: list[DomainMoments] = []
-        rest: dict[Tensor, Tensor] = {}
-        for batch in staged:
-            others = batch.resolved.rest
-            found, grads = moments_of(
-                batch.resolved,
-                batch.partition,
-                create_graph=False,
-                retain_graph=False,
-                extra=others,
-                scale=batch.scale,
-            )
-            parts.append(found)
-            for p, grad in zip(others, grads, strict=True):
-                if grad is not None:
-                    rest[p] = rest[p] + grad if p in rest else grad
-        found, named = self._whole.moments(merge(parts)), _parameters(staged)
-        groups: dict[torch.dtype, list[str]] = {}
-        for name, mean in found.mean.items():
-            groups.setdefault(mean.dtype, []).append(name)
-        for dtype, names in groups.items():
-            share = found.count.to(dtype) / self._whole.samples
-            owns = ops.combine_rows([found.mean[name] for name in names], share)
-            for name, own in zip(names, owns, strict=True):
-                p = named[name]
-                accumulate(p, scaled(own if own.shape == p.shape else own.view(p.shape), staged))
-        for p, grad in self._whole.rest(rest).items():
-            accumulate(p, scaled(grad / self._whole.samples, staged))
-        return found
-
-    def _penalty(self, moments: DomainMoments, staged: Sequence[Batch]) -> Tensor:
+    def objective(self, batch: StepBatch) -> Tensor:
+        weight = self.weight
+        moments = batch.moments(
+            differentiable=weight > 0, loss_only=weight == 0, ever=self.penalty_weight > 0
+        )
+        variances, decay = moments.variance, 0.0
         history: list[Tensor] = []
-        decay = 0.0
         if self.ema is not None:
             decay = self.ema / (1 - self.ema)
-            named = _parameters(staged)
-            for name, v in moments.variance.items():
-                ema = self._kept["ema"].get(named[name])
-                D = v.shape[0]
-                # Domains beyond this batch's take no part; those not seen before have no history
-                if ema is None:
-                    ema = torch.zeros_like(v, requires_grad=False)
-                elif ema.shape[0] != D:
-                    ema = rows(ema[:D], D)
-                history.append(ema)
-        gap = variance_gap(list(moments.variance.values()), history, moments.present, decay)
-        if self.reduction == "sum":
-            return gap
-        numel = sum(v.shape[1:].numel() for v in moments.variance.values())
-        return gap / (numel * moments.present.sum().clamp(min=1))
+            history = [self._history(name, v) for name, v in variances.items()]
+        penalty = variance_gap([*variances.values()], history, moments.present, decay)
+        if self.reduction == "mean":
+            numel = sum(v.shape[1:].numel() for v in variances.values())
+            penalty = penalty / (numel * moments.present.sum().clamp(min=1))
+        return batch.penalised(batch.loss, weight, penalty)
 
-    def _commit(self) -> None:
-        variance, present, named = self._pending
+    def after_step(self, record: StepRecord) -> None:
         if self.ema is None:
             return
-        kept = self._kept["ema"]
-        if self._resumed and (new := [name for name in variance if named[name] not in kept]):
+        kept, named = self._kept["ema"], self._tape.names
+        variance = {named[name]: v for name, v in record.variance.items()}
+        if self._resumed and (new := [p for p in variance if p not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
             warn_user(
-                f"the loaded state has no Fishr history of {new[0]}{more}, which starts from 0 "
-                f"now: was it saved with other params than {self.params!r}?",
+                f"the loaded state has no Fishr history of {self._names[new[0]]}{more}, which "
+                f"starts from 0 now: was it saved with other params than {self.params!r}?",
             )
         self._resumed = False
         if self.steps == 1:  # which parameters it is about was guessed before the first forward
-            for p in kept.keys() - set(named.values()):
+            for p in kept.keys() - variance.keys():
                 del kept[p]
                 self.state[p].pop("fishr_ema", None)
         moved: list[Tensor] = []
-        rates: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
         weights: list[Tensor] = []
-        for name, v in variance.items():
-            p, D = named[name], v.shape[0]
+        rates: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
+        for p, v in variance.items():
+            D, kind = v.shape[0], (v.dtype, v.dim())
             own = kept.get(p)
             if own is None:
                 own = kept[p] = torch.zeros_like(v)
             elif own.shape[0] < D:  # domains not seen before
                 own = kept[p] = rows(own, D)
             moved.append(own if own.shape[0] == D else own[:D])
-            kind = v.dtype, v.dim()
             if (rate := rates.get(kind)) is None:
-                rate = (1 - self.ema) * present.to(v.dtype)
+                rate = (1 - self.ema) * record.present[:D].to(v.dtype)
                 rate = rates[kind] = rate.view(-1, *[1] * (v.dim() - 1))
             weights.append(rate)
         if moved:
-            foreach_lerp_(moved, list(variance.values()), weights)
+            foreach_lerp_(moved, [*variance.values()], weights)
+
+    # -- the history --
+
+    def _history(self, name: str, v: Tensor) -> Tensor:
+        """That of a parameter, for the domains of ``v``, ``[D, *]``: those beyond take no part, and
+        those not seen before have none."""
+        ema, D = self._kept["ema"].get(self._tape.names[name]), v.shape[0]
+        if ema is None:
+            return torch.zeros_like(v, requires_grad=False)
+        return ema if ema.shape[0] == D else rows(ema[:D], D)
+
+    def _known_domains(self) -> int:
+        return max(map(len, self._kept["ema"].values()), default=0)
 
     def _new(self) -> checkpoint.Kept:
         if self.ema is None or self.num_domains is None:
@@ -255,7 +195,3 @@ class Fishr(Annealed):
                     f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "
                     f"a domain, but the parameter has shape {tuple(p.shape)}"
                 )
-
-
-def _parameters(staged: Sequence[Batch]) -> dict[str, Tensor]:
-    return {name: p for batch in staged for name, p in batch.resolved.chosen.items()}

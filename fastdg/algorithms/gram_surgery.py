@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.checkpoint import Kept
-from ..core.domain_gradients import Combined, DomainGradientOptimizer, Statistics
-from ..core.gathering import DomainBatch, Gradients, spread
+from ..core.combine.combiner import Combined, DomainGradients, GradientCombiner
+from ..core.combine.gathering import DomainBatch, spread
 from ..core.hyper import check_absent, check_switch, hyper, needed
 from ..domains import readable, tracing
 from ..warn import warn_user
@@ -24,12 +23,11 @@ from ..weightings import (
     smallest_trace,
     weighting_state,
 )
-from .surgery import weighed
 
 STATE = "gramsurgery_weighting"
 
 
-class GramSurgery(DomainGradientOptimizer):
+class GramSurgery(GradientCombiner):
     r"""Any rule that weighs the domains' gradients by their inner products.
 
     .. math:: \text{grad} = \sum_d w(K)_d\, g_d, \qquad K_{de} = \langle g_d, g_e \rangle
@@ -98,8 +96,8 @@ class GramSurgery(DomainGradientOptimizer):
         self._readable = (self._readable or not self._staged) and readable(domains)
         return super()._batch(losses, domains, terms)
 
-    def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
-        return weighed(gradients, partial(self._weights, gradients))
+    def combine(self, gradients: DomainGradients) -> Combined:
+        return gradients.weighted_sum(self._weights(gradients, gradients.gram()))
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         if self._pending is None and self._scaler is not None and keeps_state(self.weighting):
@@ -110,7 +108,7 @@ class GramSurgery(DomainGradientOptimizer):
         if self._pending is not None:
             load_weighting(self.weighting, self._pending, self._home())
 
-    def _weights(self, gradients: Gradients, gram: Tensor) -> Tensor:
+    def _weights(self, gradients: DomainGradients, gram: Tensor) -> Tensor:
         """The weights of the domains that ``gram`` has rows of."""
         ids, extent = gradients.ids, gradients.extent
         if len(gram) == 1:

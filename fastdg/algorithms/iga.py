@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._torch import hook_tables
-from ..core.batch import Batch, descend, moments
+from ..core.backward import accumulate, check_reached, hooks_at_the_end, put
 from ..core.closures import asks_for_domain, check_same, losses_of
 from ..core.errors import refuse_groups, refuse_ranks
 from ..core.hyper import check_weight, hyper
 from ..core.nesting import terms_of
 from ..core.optimizer import Closure, DomainOptimizer
 from ..core.rerun import Start
-from ..core.weighted import Losses, check_reached
+from ..core.step_batch import StepBatch
 from ..domains import partition
 from ..gradients.graph import Graph
 from ..gradients.release import release
 from ..gradients.tape import check_losses
 from ..statistics.factors import accumulated
-from ..statistics.moments import merge, variance_gap
+from ..statistics.moments import variance_gap
 
 
 class IGA(DomainOptimizer):
@@ -83,26 +81,11 @@ class IGA(DomainOptimizer):
 
     penalty_weight: float = hyper(1000.0, check_weight)
 
-    def _gradient(self, staged: Sequence[Batch]) -> Tensor:
-        weight = self.penalty_weight
-        losses = Losses.of(staged, self._whole)
-        if self.steps == 0:  # whatever the weight, which may be scheduled
-            for batch in staged:
-                batch.resolved.refuse_single_derivatives()
-        # Only of the means: the variances, as large, are freed before the second backward
-        means = self._whole.means(merge([moments(batch, weight > 0) for batch in staged]))
-        penalty = variance_gap(list(means.values()), [], losses.present, 0.0)
-        own = losses.objective(losses.shares, staged)
-        objective = (losses.shares * losses.filled).sum()
-        if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
-            own, objective = own + weight * penalty, objective + weight * penalty.detach()
-        descend(own, staged, self._whole)
-        self._statistics = {
-            **losses.statistics(),
-            "penalty": penalty.detach(),
-            "objective": objective,
-        }
-        return losses.mean
+    def objective(self, batch: StepBatch) -> Tensor:
+        means = batch.means(differentiable=self.penalty_weight > 0)
+        penalty = variance_gap(list(means.values()), [], batch.present, 0.0)
+        risk = batch.domain_mean(batch.domain_losses)
+        return batch.penalised(risk, self.penalty_weight, penalty)
 
     def _evaluate(self, closure: Closure) -> Tensor:
         if not asks_for_domain(closure):
@@ -123,7 +106,7 @@ class IGA(DomainOptimizer):
             )
         self.zero_grad()
         try:
-            with unhooked(self._trained()):
+            with hooks_at_the_end(self._trained()):
                 loss = self._two_passes(closure, self.num_domains)
         except BaseException:
             self.zero_grad()
@@ -147,8 +130,7 @@ class IGA(DomainOptimizer):
                 losses.backward(torch.full_like(losses, 1 / (len(losses) * domains)))
                 del losses
         means = [p.grad for p in trained]
-        for p in trained:
-            p.grad = None
+        put(dict.fromkeys(trained))
         start.again()
         squares = sums[0].new_zeros(())
         for d in range(domains):
@@ -159,7 +141,7 @@ class IGA(DomainOptimizer):
             del losses
         for p, mean in zip(trained, means, strict=True):
             if mean is not None:
-                p.grad = mean if p.grad is None else p.grad.add_(mean)
+                accumulate(p, mean)
         total, count = torch.stack(sums), torch.tensor(counts)
         count = count.to(total.device, non_blocking=True)
         domain_loss = total / count.to(total.dtype)
@@ -173,12 +155,10 @@ class IGA(DomainOptimizer):
         return self._statistics["loss"]
 
     def _ask(self, closure: Closure, d: int) -> Tensor:
-        held = [(p, p.grad) for p in self._trained()]
-        for p, _ in held:  # closures clear gradients, by custom
-            p.grad = None
+        held = {p: p.grad for p in self._trained()}
+        put(dict.fromkeys(held))  # closures clear gradients, by custom
         losses, domains, _ = losses_of(closure(d), d)
-        for p, grad in held:
-            p.grad = grad
+        put(held)
         check_losses(losses)
         partition(domains, losses, self.num_domains)
         check_same(domains, d, f"closure: it was asked for the losses of domain {d}")
@@ -223,22 +203,3 @@ class IGA(DomainOptimizer):
                 f"({float(total) / count:.6g}, {count} samples). Draw the batch before opt.step, "
                 "and take random numbers from torch's default generators"
             )
-
-
-@contextmanager
-def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks of the parameters rest inside, and are called with the gradient there is at the end."""
-    hooked = {p: tables for p in parameters if any(tables := hook_tables(p))}
-    resting = [(table, dict(table)) for tables in hooked.values() for table in tables]
-    for table, _ in resting:
-        table.clear()
-    try:
-        yield
-    finally:
-        for table, hooks in resting:
-            table.update(hooks)
-    grads = {p: p.grad for p in hooked if p.grad is not None}
-    for p in grads:
-        p.grad = None
-    if grads:
-        torch.autograd.backward(list(grads), list(grads.values()))

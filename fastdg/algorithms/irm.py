@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import errors
 from ..core.annealed import Annealed
-from ..core.batch import Batch, descend
-from ..core.global_batch import Whole
+from ..core.batch import Batch
 from ..core.hyper import check_weight, hyper
 from ..core.nesting import terms_of
-from ..core.optimizer import Closure
-from ..core.weighted import UNSEEN, Losses, check_reached, refuse_again
+from ..core.optimizer import UNSEEN, Closure
+from ..core.step_batch import StepBatch
 from ..domains import partition, tracing
 from ..gradients.heads import Head, crossed_output, last_output
 from ..gradients.scale import root
@@ -126,7 +125,7 @@ class IRM(Annealed):
         if self._logits is not None or head is not None:
             if self._logits is not None:
                 check_logits(self._logits, losses)
-            refuse_again(losses, self._staged, type(self).__name__)
+            errors.refuse_again(losses, self._staged, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
             return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, head)
         resolved = self._tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for
@@ -135,26 +134,18 @@ class IRM(Annealed):
         names = tuple(resolved.forward.names)
         return Scored(losses, parts, resolved, terms, self._scale, None, head, names)
 
-    def _gradient(self, staged: Sequence[Scored]) -> Tensor:
-        weight = self._weight()
-        losses = Losses.of(staged, self._whole)
-        with torch.autocast(losses.mean.device.type, enabled=False):
-            # No frame between, for the warning's place: a comprehension is one until Python 3.12
-            products = [*map(partial(self._products, create_graph=weight > 0), staged)]
-            halves = _halves(products, staged, self._whole)
-            penalty = (losses.shares * halves[:, 0] * halves[:, 1]).sum()
-            mean = (losses.shares * losses.filled).sum()
-            own = losses.objective(losses.shares, staged)
-            if weight > 0:  # with w = 0 it stays out: 0 * inf is NaN
-                own, mean = own + weight * penalty, mean + weight * penalty.detach()
-            descend(own, staged, self._whole)
-        check_reached(self.param_groups, type(self).__name__)
-        self._statistics = {
-            **losses.statistics(),
-            "penalty": penalty.detach(),
-            "objective": mean,
-        }
-        return losses.mean
+    def objective(self, batch: StepBatch) -> Tensor:
+        # No frame between, for the warning's place: a comprehension is one until Python 3.12
+        products = [*map(partial(self._products, create_graph=self.weight > 0), batch.parts)]
+        places = batch.places_in_domain()
+        halves = [
+            2 * part.partition.domains + place % 2
+            for part, place in zip(batch.parts, places, strict=True)
+        ]
+        D = len(batch.counts)
+        even, odd = batch.grouped_mean(products, halves, 2 * D).view(D, 2).unbind(1)
+        risk = batch.domain_mean(batch.domain_losses)
+        return batch.penalised(risk, self.weight, batch.domain_mean(even * odd))
 
     def _products(self, batch: Scored, create_graph: bool) -> Tensor:
         """The derivative of each sample's loss by a factor on its logits, ``[N]``."""
@@ -262,25 +253,3 @@ def _deltas(batch: Scored, create_graph: bool, weights: Tensor) -> tuple[Tensor,
         return batch.head.rows(delta), batch.head.rows(batch.head.value)
     assert batch.logits is not None
     return delta, batch.logits
-
-
-def _halves(products: Sequence[Tensor], staged: Sequence[Batch], whole: Whole) -> Tensor:
-    """Mean product of each domain's samples in even and in odd places, ``[D, 2]``.
-
-    The samples of one rank come after those of the ranks before it.
-    """
-    places: list[Tensor] = []
-    before = whole.before
-    domains = len(before)
-    for batch in staged:
-        parts = batch.partition
-        first = parts.offsets[parts.domains] - before[parts.domains]
-        rank = torch.empty_like(parts.order)
-        rank[parts.order] = torch.arange(len(rank), device=rank.device)
-        places.append(2 * parts.domains + (rank - first) % 2)
-        before[: parts.num_domains] += parts.count
-    place, product = torch.cat(places), torch.cat(list(products))
-    total = product.new_zeros(2 * domains).index_add(0, place, product)
-    count = torch.zeros_like(total).index_add(0, place, torch.ones_like(product))
-    total, count = whole.total([total, count])
-    return (total / count.clamp(min=1)).view(domains, 2)

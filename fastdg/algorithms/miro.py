@@ -29,8 +29,8 @@ from ..capture.graph_notes import Hook, found, leave, recording
 from ..core.base_optimizer import check_base
 from ..core.base_state import own_part, with_part
 from ..core.checkpoint import Kept
+from ..core.configured import Configured
 from ..core.hyper import check_steepness, check_weight, hyper
-from ..core.optimizer import DomainOptimizer
 from ..core.term import Term
 from ..gradients.rules import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
@@ -176,7 +176,7 @@ class MIRO(Term):
         for name, layout in told.items():
             self._encoders[name].layout = layout
         self._join(base)
-        DomainOptimizer.__init__(self, base, num_domains=num_domains, model=model, weight=weight)
+        Configured.__init__(self, base, num_domains=num_domains, model=model, weight=weight)
         self._follow()
 
     @property

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from .._torch import assert_later, in_backward, version_of
 from ..capture.graph_notes import Hook, found, mark, recording
+from ..core.configured import Configured
 from ..core.hyper import check_steepness, check_weight, hyper
-from ..core.optimizer import DomainOptimizer
 from ..core.term import Term
 from ..domains import readable
 from ..ops import text_distance
@@ -131,7 +131,7 @@ class RISE(Term):
         self.classes, self.anchors = _units(classes, anchors)
         self.teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
         self.embedding = embedding
-        DomainOptimizer.__init__(
+        Configured.__init__(
             self,
             base,
             num_domains=num_domains,

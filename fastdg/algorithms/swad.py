@@ -20,6 +20,7 @@ from ..core import amp, errors
 from ..core.base_optimizer import check_result
 from ..core.base_state import is_new
 from ..core.checkpoint import Kept, begin
+from ..core.configured import Configured
 from ..core.hyper import check_steps, check_weight, hyper
 from ..core.nesting import chain, innermost
 from ..core.optimizer import Closure, DomainOptimizer
@@ -128,7 +129,7 @@ class SWAD(Averaged):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self._network = model
-        DomainOptimizer.__init__(
+        Configured.__init__(
             self,
             base,
             num_domains=num_domains,

@@ -10,18 +10,19 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core.weighted import MeanLoss
+from ..core.optimizer import DomainOptimizer
 from ..distributed.sharding import reshard
 from .averages import Segments
 
 
-class Averaged(MeanLoss):
+class Averaged(DomainOptimizer):
     """Base of wrappers that keep an average of the weights beside the model."""
 
     role = "average"
+    looks_at_samples = False
     _network: nn.Module  # which goes with this wrapper wherever it is copied
     _shown: bool  # the model has the averaged weights for a while
-    _transient = (*MeanLoss._transient, "_shown")
+    _transient = (*DomainOptimizer._transient, "_shown")
 
     @abstractmethod
     def _segments(self) -> Segments:

@@ -7,7 +7,7 @@ it finds is divided by it at once (`statistics.collect`), and ``.grad`` alone ca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from ..distributed.sharding import sharded
 from . import errors
 from .nesting import chain, innermost
 
-if TYPE_CHECKING:
-    from .optimizer import DomainOptimizer
+DomainOptimizer = Any  # of `optimizer.py`, which imports this
 
 _SHOWN = ("grad_scale", "found_inf")  # what the scaler sets on an optimizer before its step
 
@@ -69,19 +68,6 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
             "backward(..., scaler=scaler) does that"
         )
     return scale
-
-
-def give_away(opt: DomainOptimizer) -> None:
-    """Make ``.grad`` NaN, where a scaler looks, if what the algorithm may keep is not finite: a
-    variance can overflow where no gradient does."""
-    told = [opt._statistics[key] for key in ("penalty", "objective") if key in opt._statistics]
-    if opt._scaler is None or not told:
-        return
-    finite = torch.stack([x.to(told[0]) for x in told]).isfinite().all()
-    grads = (p.grad for group in opt.param_groups for p in group["params"])
-    grad = next((g._values() if g.is_sparse else g for g in grads if g is not None), None)
-    if grad is not None:
-        grad.mul_(torch.where(finite, 1.0, torch.nan).to(grad))
 
 
 def refuse_scaled(opt: DomainOptimizer) -> None:

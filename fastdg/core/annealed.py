@@ -20,7 +20,9 @@ class Annealed(DomainOptimizer):
     pre_anneal_weight: float = hyper(1.0, check_weight)
     reset_base: bool = hyper(True, check_switch)
 
-    def _weight(self) -> float:
+    @property
+    def weight(self) -> float:
+        """The penalty's weight in this step."""
         return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
 
     def _prepare(self) -> None:

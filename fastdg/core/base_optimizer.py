@@ -5,17 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .._torch import hook_tables
-from ..distributed.sharding import like_parameter
 from ..statistics.selection import Selection, select
 from .base_state import carried, forwarded
 
@@ -242,55 +238,3 @@ def check_params(
         )
     if not callable(params):
         select(params, {name: p for p, name in names.items()})
-
-
-def accumulate(p: Tensor, grad: Tensor) -> None:
-    """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
-    grad = like_parameter(p, grad if grad.dtype is p.dtype else grad.to(p.dtype))
-    if p.grad is None:
-        if grad.layout == torch.strided and grad.stride() != p.stride():
-            grad = torch.empty_like(p).copy_(grad)
-        p.grad = grad
-    elif p.grad.is_sparse:
-        p.grad = p.grad + grad
-    else:
-        with torch.no_grad():
-            p.grad.add_(grad)
-
-
-def deliver(p: Tensor, grad: Tensor) -> None:
-    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
-    of_gradient, of_accumulated = hook_tables(p)
-    for hook in list(of_gradient.values()):
-        changed = hook(grad)
-        grad = grad if changed is None else changed
-    accumulate(p, grad)
-    for hook in list(of_accumulated.values()):
-        hook(p)
-
-
-@contextmanager
-def all_or_nothing(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
-    """What is written to ``.grad`` inside is added to what was there, unless it fails.
-
-    ``copied``: whether that lies in memory which is written to inside, too, as it may if
-    DistributedDataParallel has made it.
-    """
-    parameters = [p for group in groups for p in group["params"]]
-    before = [(p, p.grad) for p in parameters if p.grad is not None]
-    if copied:
-        before = [(p, grad.clone()) for p, grad in before]
-    for p, _ in before:
-        p.grad = None
-    try:
-        yield
-    except BaseException:
-        for p in parameters:
-            p.grad = None
-        for p, grad in before:
-            p.grad = grad
-        raise
-    for p, grad in before:
-        added, p.grad = p.grad, grad
-        if added is not None:
-            accumulate(p, added)

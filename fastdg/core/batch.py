@@ -1,4 +1,4 @@
-"""What a wrapper stages, and what every algorithm says of it."""
+"""Micro-batches of a step, and sums of their losses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ..domains import Partition
 from ..gradients.tape import Resolved
-from ..statistics.api import moments_of
 from ..statistics.factors import accumulated
-from ..statistics.moments import DomainMoments, rows
-from .global_batch import Whole
+from ..statistics.moments import rows
 
 
 class Added(NamedTuple):
@@ -50,17 +48,6 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     return count, sum(len(batch.losses) for batch in staged), used
 
 
-def moments(batch: Batch, create_graph: bool) -> DomainMoments:
-    """Those of the chosen parameters; the graph is kept."""
-    return moments_of(
-        batch.resolved,
-        batch.partition,
-        create_graph=create_graph,
-        retain_graph=True,
-        scale=batch.scale,
-    )[0]
-
-
 def total_loss(staged: Sequence[Batch]) -> Tensor:
     """Sum of this rank's losses, 0-dim, with its graph."""
     parts = [accumulated(batch.losses).sum() for batch in staged]
@@ -78,21 +65,3 @@ def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
 def domain_means(sums: Tensor, count: Tensor) -> Tensor:
     """Mean of each domain ``[D]``; NaN for an empty one."""
     return sums / count.to(sums.dtype)
-
-
-def descend(objective: Tensor, staged: Sequence[Batch], whole: Whole) -> None:
-    """One backward of the objective (0-dim) and of the mean of what terms add to it."""
-    terms, shares = shared_terms(staged, whole)
-    whole.backward([objective, *terms], [scaled(torch.ones_like(objective), staged), *shares])
-
-
-def shared_terms(staged: Sequence[Batch], whole: Whole) -> tuple[list[Tensor], list[Tensor]]:
-    """What terms add, and the weights of the samples with which its sum is its mean, `scaled`."""
-    terms = [batch.terms for batch in staged if batch.terms is not None]
-    return terms, [scaled(torch.full_like(values, 1 / whole.samples), staged) for values in terms]
-
-
-def scaled(grad: Tensor, staged: Sequence[Batch]) -> Tensor:
-    """``grad`` with the factor that ``.grad`` has under a GradScaler: that of the final call."""
-    scale = staged[-1].scale
-    return grad if scale is None else grad * scale.to(grad.device, non_blocking=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,8 +20,7 @@ from .base_optimizer import Wrapping
 from .base_state import is_standard, own_part
 from .nesting import chain, innermost
 
-if TYPE_CHECKING:
-    from .state import Stateful
+Stateful = Any  # of `state.py`, which imports this
 
 Kept = dict[str, dict[Tensor, Tensor]]
 
@@ -131,7 +130,7 @@ def catch_up(wrapper: Stateful) -> None:
     if wrapper._group is wrapper.param_groups[0]:
         return
     if isinstance(wrapper.base, Wrapping):
-        catch_up(wrapper.base)  # type: ignore[arg-type]
+        catch_up(wrapper.base)
     saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
     pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
     groups = [{**live, "params": group["params"]} for group, live in pairs]

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from .._torch import hook_tables, make_fx, pytree
 from ..domains import as_ids, check_ids
 from .annealed import Annealed
-from .base_optimizer import accumulate
+from .backward import accumulate
 from .hyper import Hyper, declared
 from .nesting import chain
 from .optimizer import DomainOptimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, distributed
@@ -60,6 +60,15 @@ def is_probe(base: Optimizer) -> bool:
         and all(float(group.get("lr", 1)) == 0 for group in base.param_groups)
         and not any(bool(p.grad.any()) for p in parameters if p.grad is not None)
     )
+
+
+def refuse_again(losses: Tensor, staged: Iterable[Any], name: str) -> None:
+    """Raise if these very losses were staged already; other uses of a graph are autograd's."""
+    if any(batch.losses is losses for batch in staged):
+        raise RuntimeError(
+            f"{name}.backward was already called on these losses with final=False; pass the next "
+            "micro-batch's"
+        )
 
 
 def used_twice(name: str) -> RuntimeError:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..distributed.global_batch import GlobalBatch
+from ..distributed.handshake import shown
 from .base_optimizer import Wrapping
 from .batch import Added
-from .global_batch import Whole
 
-if TYPE_CHECKING:
-    from .term import Term
+Term = Any  # of `term.py`, which imports this
 
 Told = tuple[int, Tensor, Mapping[str, Tensor]]  # samples, mean of what was added, statistics
 
@@ -35,7 +35,21 @@ def innermost(opt: Optimizer) -> Optimizer:
 
 def terms_of(opt: Optimizer) -> list[Term]:
     """The terms among ``opt`` and the wrappers inside it, from the outermost on."""
-    return [link for link in chain(opt) if link.role == "term"]  # type: ignore[misc]
+    return [link for link in chain(opt) if link.role == "term"]
+
+
+def settings_of(opt: Optimizer) -> dict[str, str]:
+    """What the wrappers are, from the outermost on, and the settings of each, with its name."""
+    links = list(chain(opt))
+    names = [type(link).__name__ for link in (*links, innermost(opt))]
+    return {
+        "opt": "(".join(names) + ")" * len(links),
+        **{
+            f"{type(link).__name__}.{name}": shown(value)
+            for link in links
+            for name, value in link.settings().items()
+        },
+    }
 
 
 def check_order(outer: Wrapping, base: Any) -> None:
@@ -92,7 +106,7 @@ def told(added: Added) -> Told:
 
 
 def merged(
-    parts: Sequence[Told], statistics: Mapping[str, Tensor], whole: Whole
+    parts: Sequence[Told], statistics: Mapping[str, Tensor], whole: GlobalBatch
 ) -> dict[str, Tensor]:
     """An algorithm's statistics and the terms', of all micro-batches; their means are in the
     objective."""

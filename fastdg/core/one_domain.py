@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..domains import readable, tracing
-
-if TYPE_CHECKING:
-    from .optimizer import DomainOptimizer
 
 FIRST = 20  # steps of one domain from the start of a run
 LATER = 100  # such steps in a row in a run that has also seen several domains in a step
@@ -32,14 +29,14 @@ class OneDomain:
         self.calls: list[int] = []  # the one domain of each `backward` since the last step
         self.waiting: deque[tuple[Tensor, Any, bool]] = deque()
 
-    def watch(self, opt: DomainOptimizer, again: bool, stacklevel: int = 3) -> None:
+    def watch(self, opt: Any, again: bool, stacklevel: int = 3) -> None:
         """Look at a final `backward`, and warn its caller, once.
 
         Counts on another device than the CPU are looked at by a later call, once their copies are
         there: nothing waits.
 
         Args:
-            opt: whose.
+            opt: the wrapper whose it was.
             again: whether ``.grad`` held the gradient of an earlier one for the same step.
             stacklevel: of the caller of `backward`, from here.
         """

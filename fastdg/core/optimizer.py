@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
-from torch.optim import Optimizer
-from typing_extensions import Self
 
-from ..distributed.ranks import Ranks
+from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, partition
-from ..gradients.explain import Explanation
 from ..gradients.plain import without_autocast
-from ..gradients.sharded import leaf_of
-from ..gradients.tape import Tape, check_losses
-from ..statistics.api import explain
+from ..gradients.tape import Resolved, check_losses
 from ..statistics.factors import accumulated
 from . import amp, checkpoint, errors
+from .backward import check_reached, poison_if_nonfinite, rollback_on_error
 from .base_optimizer import (
-    all_or_nothing,
-    check_base,
-    check_extent,
-    check_params,
     check_result,
-    names_of,
 )
 from .base_state import is_new
 from .batch import Batch, described
-from .global_batch import Whole
-from .hyper import Hyper, bound, check_keywords, declared, declared_signature, needed, own_signature
-from .nesting import added_by, chain, check_order, innermost, merged, terms_of, told
-from .one_domain import OneDomain
-from .state import Stateful
+from .configured import Configured
+from .nesting import added_by, chain, innermost, merged, settings_of, terms_of, told
+from .step_batch import StepBatch, StepRecord
 
 Closure = Callable[..., Any]
+UNSEEN = Resolved()  # of losses whose graph nobody looks at
 _USED = "fastdg_used"  # on the graph of losses that had their backward
 
 
-class DomainOptimizer(Stateful):
-    """Base of all wrappers; an algorithm implements `_gradient`, and `_commit` if it keeps state.
+class DomainOptimizer(Configured):
+    """Base of all wrappers: an algorithm is its `objective`, and `after_step` if it keeps state.
 
     Its arguments an algorithm declares (`fastdg.core.hyper`); an ``__init__`` of its own it needs
     only to make something of them.
@@ -65,74 +51,9 @@ class DomainOptimizer(Stateful):
     ``losses.mean()`` gives them (and are also called for the statistics' sake).
     """
 
-    if TYPE_CHECKING:  # the arguments of every wrapper, before those that its class declares
-        base: Optimizer = needed(lambda base: base, kw_only=False)
-        num_domains: int | None = None
-        model: InitVar[nn.Module | None] = None
-        check: bool = True
-
     compares = False  # the domains of a step, so that a step of one domain is plain training
-    penalises = True  # adds a term that an optimizer which ascends would turn around
     looks_at_samples = True  # whether backwards for statistics run before that of the step
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = (  # type: ignore[attr-defined]
-            declared_signature(cls, COMMON)
-            if cls.__init__ is DomainOptimizer.__init__
-            else own_signature(cls.__init__)
-        )
-
-    def __new__(cls, *args: Any, **keywords: Any) -> Self:
-        check_keywords(cls, keywords)
-        return super().__new__(cls)
-
-    def __init__(
-        self,
-        base: Optimizer,
-        *places: Any,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
-        **given: Any,
-    ) -> None:
-        check_order(self, base)
-        check_base(base, type(self).__name__)
-        errors.refuse_groups(base.param_groups, type(self).__name__, self.penalises)
-        check_extent(num_domains, model)
-        self.base = base
-        self.num_domains = num_domains
-        self.check = check
-        values, kinds = bound(type(self), places, given), declared(type(self))
-        hypers = {name: values[name] for name, o in kinds.items() if isinstance(o, Hyper)}
-        for name in values.keys() - hypers.keys():
-            setattr(self, name, values[name])
-        self._start()
-        self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
-        self._names = names_of(self.param_groups, model, self._known())
-        check_params(self.params, self._names, self.param_groups, model)
-        Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
-        self._look(model)
-        self._clear()
-        checkpoint.attach(self)
-        self._given = {"steps": 0, **self._counters(), **hypers}
-        self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in hypers.items()})
-        self._fill()
-        checkpoint.adopt(self)
-        self._group = self.param_groups[0]
-
-    def _start(self) -> None:
-        """Called once, by the constructor, before anything is made of its arguments."""
-
-    def _counters(self) -> dict[str, Any]:
-        """What a new run has in the first group beside the hyper-parameters and ``steps``."""
-        return {}
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far; kept in ``param_groups`` and so in every checkpoint."""
-        return int(self.param_groups[0].get(f"{self.prefix}_steps", 0))
 
     # -- training --
 
@@ -182,8 +103,8 @@ class DomainOptimizer(Stateful):
                     self._ranks.part()
                     return accumulated(losses.detach()).mean()
                 (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
-                self._whole: Whole = self._meet(staged)
-                with all_or_nothing(self.param_groups, copied=self._ranks.size > 1):
+                self._whole: GlobalBatch = self._meet(staged)
+                with rollback_on_error(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
             self._statistics = merged(heard, self._statistics, self._whole)
         except BaseException as error:
@@ -195,7 +116,9 @@ class DomainOptimizer(Stateful):
         for link in chain(self):
             link._leave()
             link._scaler = self._scaler
-        amp.give_away(self)
+        if self._scaler is not None:
+            kept = (self._statistics.get(key) for key in ("penalty", "objective"))
+            poison_if_nonfinite(self.param_groups, [x for x in kept if x is not None])
         self._one_domain.watch(self, again)
         return loss
 
@@ -221,26 +144,55 @@ class DomainOptimizer(Stateful):
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
+        resolved = UNSEEN
+        if not self.looks_at_samples:
+            errors.refuse_again(losses, self._staged, type(self).__name__)
         parts = partition(domains, losses, self.num_domains)
-        resolved = self._tape.resolve(losses)
+        if self.looks_at_samples:
+            resolved = self._tape.resolve(losses)
         return Batch(losses, parts, resolved, terms, self._scale)
 
-    def _meet(self, staged: Sequence[Any]) -> Whole:
+    def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         """What this rank's batch is a part of."""
-        return self._ranks.meet(*described(staged))
+        return self._met(*described(staged))
+
+    def _met(self, count: Tensor, samples: int, used: object) -> GlobalBatch:
+        counts, total = self._ranks.meet(count, samples, used, lambda: settings_of(self))
+        return GlobalBatch(self._ranks, counts, total)
 
     def _defer(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
 
-    @abstractmethod
+    # -- what an algorithm implements --
+
+    def objective(self, batch: StepBatch) -> Tensor:
+        """The function of the step to descend, 0-dim, differentiable; here the mean loss."""
+        return batch.loss
+
+    def after_step(self, record: StepRecord) -> None:
+        """Called after the wrapped optimizer has stepped: the only place where own state moves."""
+
+    # -- what the machinery makes of it --
+
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
+        batch = StepBatch(staged, self._whole, self._known_domains(), self.steps == 0, self.params)
+        objective = self.objective(batch)
+        batch.backward(objective)
+        check_reached(self.param_groups, type(self).__name__)
+        self._pending, self._statistics = batch.record(), batch.statistics
+        return batch.statistics["loss"]
+
+    def _known_domains(self) -> int:
+        """How many domains own state knows of already."""
+        return 0
 
     def _prepare(self) -> None:
         """Called right before the wrapped optimizer steps."""
 
     def _commit(self) -> None:
-        """Called after the wrapped optimizer has stepped: the only place where own state moves."""
+        """Let own state follow a step."""
+        self.after_step(self._pending)
 
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
@@ -309,77 +261,3 @@ class DomainOptimizer(Stateful):
     def statistics(self) -> dict[str, Tensor]:
         """What the last final `backward` saw: detached tensors, on the device."""
         return self._statistics
-
-    @property
-    def tape(self) -> Tape:
-        """The parameters that this wrapper looks at, for `fastdg.domain_gram` and the like."""
-        return self._tape
-
-    def explain(self, losses: Tensor) -> Explanation:
-        """A table of how the per-sample gradients of each parameter are made, and at which cost.
-
-        Args, errors: as `fastdg.explain`; ``losses [N]`` with their graph, which is kept.
-
-        Example:
-            >>> print(opt.explain(losses))
-        """
-        return explain(losses, self.tape)
-
-    # -- groups, copies --
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer, from the next `backward` on."""
-        self.base.add_param_group(param_group)
-        self._count()
-
-    def _count(self) -> None:
-        """Look at parameters that the optimizer inside was given."""
-        if self._size() == self._counted:
-            return
-        model = self._model() if self._model is not None else None
-        self._names = names_of(self.param_groups, model, {**self._names, **self._known()})
-        self._look(model)
-
-    def _look(self, model: nn.Module | None) -> None:
-        """Look at the optimizer's parameters, some of which have the names of ``model``."""
-        self._model = weakref.ref(model) if model is not None else None
-        if "_one_domain" not in self.__dict__:
-            self._one_domain: OneDomain = OneDomain()
-        if "_ranks" not in self.__dict__:
-            inner = isinstance(self.base, DomainOptimizer)
-            self._ranks: Ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
-        engines = self._ranks.engines  # which do not hold this wrapper
-        self._tape: Tape = Tape(self._names, self.params, leaf_of(lambda: list(engines.modules)))
-        self._counted = self._size()
-
-    def _known(self) -> dict[Tensor, str]:
-        """Names of parameters that wrappers inside have."""
-        return self.base._names if isinstance(self.base, DomainOptimizer) else {}
-
-    def _clear(self) -> None:
-        self._staged, self._told, self._statistics = [], [], {}
-        self._done()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
-        Optimizer.__setstate__(self, state)
-        self._look(None)
-        self._clear()
-        checkpoint.attach(self)
-        self._group = self.param_groups[0]
-
-    def settings(self) -> dict[str, Any]:
-        """The wrapper's own settings, for ``repr`` and logs."""
-        own = {name: getattr(self, name) for name in declared(type(self))}
-        if isinstance(own.get("params"), list):
-            own["params"] = [self._names[p] if isinstance(p, Tensor) else p for p in self.params]
-        return {**own, "num_domains": self.num_domains}
-
-
-# `base` and the keywords of every wrapper, without self, the places and the rest
-COMMON = [
-    p
-    for p in list(inspect.signature(DomainOptimizer.__init__).parameters.values())[1:]
-    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-]
-DomainOptimizer.__init_subclass__.__func__(DomainOptimizer)  # type: ignore[attr-defined]

@@ -130,6 +130,12 @@ class Stateful(Wrapping):
         for name, value in self._given.items():
             self.param_groups[0].setdefault(f"{self.prefix}_{name}", value)
 
+    def _owner(self) -> Tensor:
+        """The parameter whose entry holds state that belongs to no parameter: the first that is
+        trained, so that the wrapped optimizer has an entry for it, too."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return next((p for p in parameters if p.grad is not None), parameters[0])
+
     def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         for name, tensors in self._kept.items():
             for p, tensor in tensors.items():

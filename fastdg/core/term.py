@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batch import Added
-from .weighted import MeanLoss
+from .optimizer import DomainOptimizer
 
 
-class Term(MeanLoss):
+class Term(DomainOptimizer):
     r"""Base of wrappers that add a term :math:`r_i` to each sample's loss:
     ``objective = mean of the losses + mean of the terms``.
 
@@ -28,6 +28,7 @@ class Term(MeanLoss):
     """
 
     role = "term"
+    looks_at_samples = False
 
     @abstractmethod
     def _term(self, losses: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:

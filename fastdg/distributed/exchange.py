@@ -15,22 +15,13 @@ Buckets of parameters go their way as soon as the backward has passed them, and 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import ops
-from ..core.gathering import Gathered, Gradients, Swept, moved
-from ..core.global_batch import Whole
-from ..statistics.factors import Agreement
-from ..statistics.moments import rows
-from .ranks import BUCKET, Ranks, failed_on
-from .sharding import local, part_sizes, sharded
-
-FLYING = 2  # buckets on their way at a time; more would only take memory
+from .ranks import Ranks
+from .sharding import part_sizes, sharded
 
 
 class Bucket:
@@ -122,177 +113,6 @@ class Bucket:
         return found
 
 
-class Shared(Gradients):
-    """The domains' gradients of all ranks.
-
-    Args:
-        own: those of this rank.
-        whole: the batch of all ranks.
-        parameters: all that the optimizer has, in its order.
-    """
-
-    def __init__(self, own: Swept | Gathered, whole: Whole, parameters: Iterable[Tensor]) -> None:
-        self.own, self.whole, self.ranks = own, whole, whole.ranks
-        counts = whole.counts.cpu()
-        self.shares = counts.double() / counts.sum(0).clamp(min=1)
-        self.domains = [row.nonzero().flatten().tolist() for row in counts]
-        self.ids, self.extent = sorted({d for row in self.domains for d in row}), counts.shape[1]
-        index = moved(torch.tensor(self.ids, device="cpu"), whole.counts.device)
-        self.count, self.samples = whole.count[index], whole.samples
-        self.losses = whole.total([rows(own.spread(own.losses, 0), self.extent)])[0][index]
-        self.rest, self.sparse = {}, own.sparse
-        self.failure: Exception | None = None
-        self.parameters = [p for p in parameters if p.requires_grad]
-
-    def _exchange(self, finish: Callable[[Bucket, list[Tensor]], None]) -> set[Tensor]:
-        """Run the backward, and hand on each bucket's sums, of every domain in `ids`.
-
-        An error of this rank's backward is kept for `_refuse`: until then it goes on with zeros,
-        since the others wait for what it sends.
-
-        Returns:
-            The parameters that this rank's forward used.
-        """
-        own, mine = self.own, self.domains[self.ranks.rank]
-        waiting = deque(self._buckets())
-        home = {p: bucket for bucket in waiting for p in bucket.parameters}
-        flying: deque[Bucket] = deque()
-
-        def settle() -> None:
-            bucket = flying.popleft()
-            sums = bucket.sums(self.domains, self.shares)
-            finish(bucket, [sums[d] for d in self.ids])
-
-        def go() -> None:
-            """All ranks send the buckets in the same order."""
-            while waiting and not waiting[0].missing:
-                flying.append(waiting.popleft())
-                flying[-1].send(self.domains)
-                if len(flying) > FLYING:
-                    settle()
-
-        used: set[Tensor] = set()
-
-        def take(p: Tensor, grads: Sequence[Tensor]) -> None:
-            used.add(p)
-            home[p].put(p, [grads[own.ids.index(d)] for d in mine])
-            go()
-
-        try:
-            own.feed(take)
-        except Exception as error:
-            self.failure = error
-        while waiting:
-            for p in list(waiting[0].missing):
-                zeros = torch.zeros(p.shape, dtype=_dtype(p), device=p.device)
-                waiting[0].put(p, [zeros] * len(mine))
-            go()
-        while flying:
-            settle()
-        return used
-
-    def _failed(self, like: Tensor) -> Tensor:
-        """Whether this rank's backward has failed, ``[W]``, to be added up over the ranks."""
-        ranks = torch.arange(self.ranks.size, device=like.device)
-        return (ranks == self.ranks.rank).to(like.dtype) * (self.failure is not None)
-
-    def _refuse(self, failed: Tensor) -> None:
-        """Raise if the backward of some rank has failed; else all know that none has."""
-        if self.failure is not None:
-            raise self.failure
-        if places := failed.nonzero().flatten().tolist():
-            raise failed_on(self.ranks.name, places)
-        self.rest = self.whole.rest(self.own.rest)
-
-    def _buckets(self) -> list[Bucket]:
-        """In the order of a backward, as far as it is that of the parameters, backwards."""
-        alike: dict[tuple[torch.dtype, torch.device, bool], list[list[Tensor]]] = {}
-        for p in reversed(self.parameters):
-            runs = alike.setdefault((_dtype(p), p.device, sharded(p)), [[]])
-            if sum(q.numel() for q in runs[-1]) + p.numel() > BUCKET // 2 and runs[-1]:
-                runs.append([])
-            runs[-1].append(p)
-        return [Bucket(run, self.ranks) for runs in alike.values() for run in runs if run]
-
-    def agreement(
-        self, weights: Tensor, threshold: float, steepness: float
-    ) -> dict[Tensor, Agreement]:
-        ranks, made = self.ranks, _Returned(self.ranks)
-        sums: dict[Tensor, Tensor] = {}
-
-        def combine(bucket: Bucket, of_domains: list[Tensor]) -> None:
-            pieces = [list(row.split(bucket.pieces[ranks.rank])) for row in of_domains]
-            combined, *found = ops.agreement(pieces, weights, threshold, steepness)
-            sums.update(zip(bucket.parameters, torch.stack(found, 1)[:-1].unbind(), strict=True))
-            made.send(bucket, combined)
-
-        used = self._exchange(combine)
-        flags = [sums[p].new_tensor([p in used]) for p in self.parameters]
-        parts = [torch.cat([sums[p], flag]) for p, flag in zip(self.parameters, flags, strict=True)]
-        *found, failed = ranks.all_reduce([*parts, self._failed(parts[0])])
-        self._refuse(failed)
-        totals = dict(zip(self.parameters, found, strict=True))
-        return {
-            p: Agreement(grad, totals[p][0], totals[p][1])
-            for p, grad in made.all().items()
-            if totals[p][2] > 0
-        }
-
-    def gram(self) -> Tensor:
-        self._kept: list[tuple[Bucket, list[Tensor]]] = []
-        used = self._exchange(lambda bucket, sums: self._kept.append((bucket, sums)))
-        grams = [ops.gram([[row] for row in sums]).double() for _, sums in self._kept]
-        flags = torch.tensor([p in used for p in self.parameters], dtype=torch.float64)
-        total = torch.stack(grams).sum(0)
-        total, flags, failed = self.ranks.all_reduce(
-            [total, flags.to(total.device), self._failed(total)]
-        )
-        self._refuse(failed)
-        self._used = {p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag}
-        return total.to(self.losses.dtype)
-
-    def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        made = _Returned(self.ranks)
-        for bucket, sums in self._kept:
-            made.send(bucket, ops.combine([[row] for row in sums], weights))
-        self._kept = []
-        return {p: grad for p, grad in made.all().items() if p in self._used}
-
-
-class _Returned:
-    """Combined pieces on their way to all ranks; those of sharded parameters stay."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.made = ranks, dict[Tensor, Tensor]()
-        self.flying: list[tuple[Bucket, Tensor, list[Any]]] = []
-
-    def send(self, bucket: Bucket, pieces: Sequence[Tensor]) -> None:
-        """Give all ranks this one's piece of a bucket, which comes in several."""
-        mine = self.ranks.rank
-        if bucket.sharded:
-            piece = torch.cat(tuple(pieces))
-            for p, part in zip(bucket.parameters, piece.split(bucket.pieces[mine]), strict=False):
-                self.made[p] = part.view(local(p).shape)
-            return
-        received = pieces[0].new_empty(bucket.spans[-1][1])
-        parts = [received[slice(*span)] for span in bucket.spans]
-        torch.cat(tuple(pieces), out=parts[mine])
-        others = [(rank, part) for rank, part in enumerate(parts) if rank != mine]
-        works = self.ranks.swap([(rank, parts[mine]) for rank, _ in others], others)
-        self.flying.append((bucket, received, works))
-
-    def all(self) -> dict[Tensor, Tensor]:
-        """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
-        for bucket, received, works in self.flying:
-            self.ranks.wait(*works)
-            sizes = [p.numel() for p in bucket.parameters]
-            parts = received[: sum(sizes)].split(sizes)
-            for p, part in zip(bucket.parameters, parts, strict=True):
-                # A small gradient that is kept shall not keep those of the whole bucket
-                self.made[p] = (part if len(parts) == 1 else part.clone()).view(p.shape)
-        return self.made
-
-
 def padded(rows: Sequence[Tensor], length: int) -> list[Tensor]:
     """``rows``, and as many empty ones as make them ``length``: gloo counts messages where it is
     asked to look for mistakes, and all ranks have to have sent the same number."""
@@ -312,8 +132,3 @@ def cut(sizes: Sequence[int], ranks: int) -> list[list[int]]:
         ]
         for r in range(ranks)
     ]
-
-
-def _dtype(p: Tensor) -> torch.dtype:
-    """What its statistics are computed in."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32

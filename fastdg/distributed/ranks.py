@@ -38,9 +38,10 @@ E P, of these; the weights are gathered as in plain training, once more for stat
 
 from __future__ import annotations
 
+import json
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from ..core.global_batch import Whole
-from .handshake import divergence, settings_of
+from .handshake import divergence
 from .sharding import sharded
 from .wrapped_modules import Engines
 
@@ -187,30 +187,36 @@ class Ranks:
         if statistics:
             self.engines.hold()
 
-    def meet(self, count: Tensor, samples: int, used: object) -> Whole:
+    def meet(
+        self, count: Tensor, samples: int, used: object, settings: Callable[[], dict[str, str]]
+    ) -> tuple[Tensor, int]:
         """Tell the others the samples of each domain ``[D]``, and learn theirs.
 
         Args:
             count: ``[D]``.
             samples: their sum.
             used: what the forward used; its ``repr`` has to be the same on all ranks.
+            settings: gives the training's settings in words, which have to be the same, too.
+
+        Returns:
+            Samples of each rank and domain ``[W, D]``, on the device of ``count``, and their sum.
 
         Raises:
             RuntimeError: another rank has failed, or is at another place of its run; the weights
                 are not the same.
         """
         if self.size == 1:
-            return Whole(self, count.unsqueeze(0), samples)
+            return count.unsqueeze(0), samples
         self.met = True
         first = count[:INLINE].to(self.meeting_place(count.device))
-        settings = settings_of(self.opt())
-        sums = [zlib.crc32(repr(what).encode()) for what in (used, settings)]
+        own = settings()
+        sums = [zlib.crc32(repr(what).encode()) for what in (used, own)]
         told = self._tell([0, *self._place(), sums[0], len(count), samples, sums[1]], first)
         codes, extent = told[:, 0].tolist(), int(told[:, 4].max())
         if any(codes):
             raise failed_on(self.name, [rank for rank, code in enumerate(codes) if code])
         if bool((told[:, 6] != told[0, 6]).any()):
-            raise divergence(self, settings)
+            raise divergence(self._texts(json.dumps(own)))
         self._compare(told)
         counts = told[:, HEADER : HEADER + extent]
         if extent > INLINE:
@@ -220,7 +226,7 @@ class Ranks:
         if not self.compared:
             self.compared = True
             self.engines.settle()
-        return Whole(self, counts.to(count.device), int(told[:, 5].sum()))
+        return counts.to(count.device), int(told[:, 5].sum())
 
     def part(self, error: BaseException | None = None) -> None:
         """The backward has come to its end; or, before `meet`, to an error, of which the others
@@ -231,6 +237,17 @@ class Ranks:
                 [1] + [0] * (HEADER - 1), torch.zeros(0, device=self.meeting_place(None)).long()
             )
         self.met = False
+
+    def _texts(self, own: str) -> list[str]:
+        """Every rank's text."""
+        code = torch.tensor(list(own.encode()), device=self.meeting_place(None))
+        sizes = code.new_zeros(self.size)
+        sizes[self.rank] = len(code)
+        lengths: list[int] = self.all_reduce([sizes])[0].tolist()
+        table = code.new_zeros(self.size, max(lengths))
+        table[self.rank, : len(code)] = code
+        rows = self.all_reduce([table])[0].tolist()
+        return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
     def _tell(self, header: Sequence[int], count: Tensor) -> Tensor:
         """Everyone's header and counts, ``[W, HEADER + INLINE]``."""

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..algorithms.agr_rand import AgrRand
+from ..algorithms.agr_sum import AgrSum
+from ..algorithms.and_mask import ANDMask
 from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
+from ..algorithms.group_dro import GroupDRO
 from ..algorithms.iga import IGA
-from ..algorithms.invariance import GroupDRO, VREx
 from ..algorithms.irm import IRM
-from ..algorithms.masking import ANDMask, SANDMask
 from ..algorithms.miro import MIRO
-from ..algorithms.surgery import AgrRand, AgrSum, PCGrad
+from ..algorithms.pcgrad import PCGrad
+from ..algorithms.sand_mask import SANDMask
+from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
 from ..text import PHOTOS
 from .adapter import Adapter, Entry, Minibatches

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
-from fastdg.distributed import exchange
+from fastdg.core.combine import exchanged
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, domains
 DOMAINS = 3
@@ -335,7 +335,7 @@ def breaks_off(wrap: str, who: str, rank: int, world: int) -> tuple[str, list[Te
     def raises(grad: Tensor) -> None:
         raise ValueError("a hook does not like this gradient")
 
-    kept, exchange.BUCKET = exchange.BUCKET, 8  # nearly every parameter goes alone
+    kept, exchanged.BUCKET = exchanged.BUCKET, 8  # nearly every parameter goes alone
     try:
         network, opt = setup(wrap)
         model: Any = network.module
@@ -354,7 +354,7 @@ def breaks_off(wrap: str, who: str, rank: int, world: int) -> tuple[str, list[Te
         opt.step()
         return text, [p.detach().clone() for p in model.parameters()]
     finally:
-        exchange.BUCKET = kept
+        exchanged.BUCKET = kept
 
 
 def differ(case: str, rank: int, world: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import fastdg
-from fastdg.core import domain_gradients
+from fastdg.core.combine import combiner
 from fastdg.experiments.memory import measured
 from fastdg.ops.registry import OPS
 
@@ -138,7 +138,7 @@ def inverse_norms_of_some(gram: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ORDERED])
 def test_ids_that_cannot_be_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: who is absent is then known to the device alone."""
-    monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
+    monkeypatch.setattr(combiner, "readable", lambda domains: False)
     model = net()
     other = copy.deepcopy(model)
     more = {"weighting": inverse_norms_of_some} if name == "GramSurgery" else {}
@@ -164,7 +164,7 @@ def test_one_domain_is_the_plain_gradient(
 ) -> None:
     """In training mode too; zeros among its entries are no disagreement."""
     if not readable:
-        monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
+        monkeypatch.setattr(combiner, "readable", lambda domains: False)
     x, y, _ = batches(1)[0]
     for batch_norm in (True, False):
         if not batch_norm and not readable and name == "GramSurgery":
@@ -185,7 +185,7 @@ def test_batch_norm_in_training_mode_in_a_mixed_batch(
 ) -> None:
     """Statistics are the mixed batch's, and each domain's gradient is autograd's."""
     if not readable:
-        monkeypatch.setattr(domain_gradients, "readable", lambda domains: False)
+        monkeypatch.setattr(combiner, "readable", lambda domains: False)
     model = net(batch_norm=True)
     opt = fastdg.AgrSum(SGD(model.named_parameters(), lr=0.1), num_domains=3)
     x, y, d = batches(1)[0]

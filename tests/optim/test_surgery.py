@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.algorithms.surgery import projected
+from fastdg.algorithms.pcgrad import projected
 
 
 @given(tables())

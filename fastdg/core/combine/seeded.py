@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .domain_gradients import DomainGradientOptimizer
-from .hyper import check_generator, option
+from ..hyper import check_generator, option
+from .combiner import Combined, GradientCombiner
 
 
-class DrawingOptimizer(DomainGradientOptimizer):
+class RandomCombiner(GradientCombiner):
     """Keeps the state of ``generator`` in ``param_groups[0]``, so that a run resumes bit for bit.
 
     Args:
         base: the optimizer to wrap.
         generator: where random numbers come from; None: torch's global generator, the state of
             which is the user's to keep.
-        num_domains, model, check: as in `DomainGradientOptimizer`.
+        num_domains, model, check: as in `GradientCombiner`.
     """
 
     generator: torch.Generator | None = option(None, check_generator)
@@ -30,7 +30,11 @@ class DrawingOptimizer(DomainGradientOptimizer):
     def _generator_state(self) -> Tensor | None:
         return None if self.generator is None else self.generator.get_state()
 
-    def _source(self, device: torch.device) -> torch.Generator | None:
+    def device_of(self, combined: Combined) -> torch.device:
+        """Where to draw numbers for these gradients: the generator's device, else theirs."""
+        return next(iter(combined)).device if self.generator is None else self.generator.device
+
+    def generator_on(self, device: torch.device) -> torch.Generator | None:
         """What to draw from on ``device``; on several ranks all draw what rank 0 would alone."""
         own, ranks = self.generator, self._ranks
         if ranks.size == 1:
@@ -45,13 +49,15 @@ class DrawingOptimizer(DomainGradientOptimizer):
         return source
 
     def _remember(self) -> None:
-        """Write down how far the generator has come; to be called whenever it was drawn from."""
+        """Write down how far the generator has come."""
         self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         if self._pending is None and self._scaler is not None:
             self._pending = self._generator_state()
-        return super()._gradient(staged)
+        loss = super()._gradient(staged)
+        self._remember()
+        return loss
 
     def _skip(self) -> None:
         if self.generator is not None:

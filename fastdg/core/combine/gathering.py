@@ -10,12 +10,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..gradients.plain import gradients_of, unhooked
-from ..gradients.scale import about_mean, root, unscaled
-from ..statistics.factors import Agreement, Factor, accumulated
-from ..statistics.small import Small
-from .batch import Batch
+from ... import ops
+from ...gradients.plain import gradients_of, unhooked
+from ...gradients.scale import about_mean, root, unscaled
+from ...statistics.factors import Agreement, Factor, accumulated
+from ...statistics.small import Small
+from ..batch import Batch
 
 T = TypeVar("T")
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..statistics.moments import DomainMoments, rows
-
-if TYPE_CHECKING:
-    from ..distributed.ranks import Ranks
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Whole:
+class GlobalBatch:
     """The batch of all ranks together.
 
     Attributes:
@@ -86,18 +84,6 @@ class Whole:
             return sums
         totals = self.ranks.all_reduce([sums[p] for p in shared])
         return {**sums, **dict(zip(shared, totals, strict=True))}
-
-    def backward(self, roots: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Run backward from this rank's roots, and add up what all ranks' backwards give.
-
-        Gradients are averaged over ranks by DistributedDataParallel and FSDP2, so that the weights
-        are multiplied by their number.
-        """
-        if self.ranks.size > 1:
-            weights = [weight * self.ranks.size for weight in weights]
-        self.ranks.engines.release()
-        torch.autograd.backward(list(roots), list(weights))
-        self.ranks.average()
 
 
 class _Total(torch.autograd.Function):

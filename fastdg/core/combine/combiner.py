@@ -1,45 +1,125 @@
-"""Common base of the algorithms that look at the domains' gradients of all parameters."""
+"""Algorithms that make one gradient of the domains' own."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..distributed.exchange import Shared
-from ..domains import Partition, partition, readable
-from ..gradients.tape import Resolved
-from ..statistics.moments import rows
-from .base_optimizer import deliver
-from .batch import scaled
+from ...distributed.global_batch import GlobalBatch
+from ...domains import Partition, partition, readable
+from ...gradients.tape import Resolved
+from ...statistics.moments import rows
+from ..backward import accumulate_with_hooks, scaled
+from ..optimizer import DomainOptimizer
+from .exchanged import Shared
 from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
-from .global_batch import Whole
-from .optimizer import DomainOptimizer
 
 Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
-Statistics = dict[str, Tensor]
 
 
-class Masked(NamedTuple):
+class Agreed(NamedTuple):
     """The domains' gradients combined where their signs agree.
 
     Attributes:
         combined: weighted sum times the mask, of each parameter.
         mean: mean of the mask over each of them, ``[P]``.
         size: mean of ``combined.abs()`` over all entries that agree, 0-dim; 0 where none does.
-        statistics: what there is to say of it.
     """
 
     combined: Combined
     mean: Tensor
     size: Tensor
-    statistics: Statistics
 
 
-class DomainGradientOptimizer(DomainOptimizer):
+class DomainGradients:
+    """The gradient of each domain's mean loss, of all parameters; never all in memory at once.
+
+    Args:
+        source: where they come from.
+        names: of the optimizer's parameters, in its order.
+        sizes: parameters, and a tensor to look like -> their ``numel``.
+
+    Attributes:
+        count: samples of each of the E domains ``[E]``: of those that have samples, where that is
+            known without a wait, else of all D.
+    """
+
+    def __init__(
+        self,
+        source: Gradients,
+        names: Mapping[Tensor, str],
+        sizes: Callable[[list[Tensor], Tensor], Tensor],
+    ) -> None:
+        self.source, self.names, self.sizes = source, names, sizes
+        self.count, self.ids, self.extent = source.count, source.ids, source.extent
+        self.statistics: dict[str, Tensor] = {}
+        self._gram: Tensor | None = None
+
+    @property
+    def several(self) -> Tensor:
+        """Whether more than one domain has samples, 0-dim bool."""
+        return self.source.several
+
+    def domain_weights(self, reduction: str) -> Tensor:
+        """Weights of the domains that have samples in their ``"mean"`` or ``"sum"``, ``[E]``."""
+        return self.source.weights(reduction)
+
+    def gram(self) -> Tensor:
+        """Inner products over all parameters ``[E, E]``."""
+        if self._gram is None:
+            self._gram = self.source.gram()
+        return self._gram
+
+    def weighted_sum(self, weights: Tensor) -> Combined:
+        """The sum of the domains' gradients times ``weights`` ``[E]``; once."""
+        gram, spread = self.gram(), self.source.spread
+        norm = gram.diagonal().sqrt()
+        place = torch.arange(len(gram), device=gram.device)
+        pairs = place.unsqueeze(1) < place  # triu would wake torch's threads for a few numbers
+
+        def matrix(values: Tensor, fill: float) -> Tensor:
+            return spread(spread(values, fill).t(), fill).t()
+
+        self.log(
+            gram=matrix(gram, 0),
+            cosine=matrix(gram / norm / norm.unsqueeze(1), torch.nan),
+            conflicts=((gram < 0) & pairs).sum(),
+            weights=spread(weights.detach(), 0),
+        )
+        return self.source.combined(weights)
+
+    def agreement(
+        self, reduction: str, threshold: float = 1.0, steepness: float = torch.inf
+    ) -> Agreed:
+        """`fastdg.ops.agreement` of all parameters; once. One domain alone agrees with itself."""
+        if len(self.ids) == 1:
+            threshold, steepness = 0.0, torch.inf
+        found = self.source.agreement(self.domain_weights(reduction), threshold, steepness)
+        order = [p for p in self.names if p in found]
+        agreeing, magnitude = (
+            torch.stack([getattr(found[p], name) for p in order]).to(self.source.losses.dtype)
+            for name in ("agreeing", "magnitude")
+        )
+        numel = self.sizes(order, agreeing)
+        mean = agreeing / numel
+        places = [i for i, p in enumerate(self.names) if p in found]
+        self.log(
+            agreeing=agreeing.sum() / numel.sum(),
+            agreeing_by_parameter=spread(mean, places, len(self.names), torch.nan),
+        )
+        size = magnitude.sum() / agreeing.sum().clamp(min=1)
+        return Agreed({p: found[p].combined for p in order}, mean, size)
+
+    def log(self, **statistics: Tensor) -> None:
+        """Add to ``opt.statistics``."""
+        self.statistics.update(statistics)
+
+
+class GradientCombiner(DomainOptimizer):
     r"""Base of the algorithms that make one gradient of the domains' own,
     :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of all parameters of the optimizer.
 
@@ -77,8 +157,8 @@ class DomainGradientOptimizer(DomainOptimizer):
         return list(self._names.values())
 
     @abstractmethod
-    def _surgery(self, gradients: Gradients) -> tuple[Combined, Statistics]:
-        """The gradient to step along, and the algorithm's own statistics."""
+    def combine(self, gradients: DomainGradients) -> Combined:
+        """The gradient to step along."""
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> DomainBatch:
         total = losses if terms is None else losses + terms
@@ -105,7 +185,7 @@ class DomainGradientOptimizer(DomainOptimizer):
         self._tape.warn(resolved)
         return made(parts, resolved, ids)
 
-    def _meet(self, staged: Sequence[Any]) -> Whole:
+    def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         *earlier, batch = staged
         count = spread(batch.partition.count, batch.ids, batch.extent, 0)
         samples = len(batch.losses) + sum(gathered.samples for gathered in earlier)
@@ -114,7 +194,7 @@ class DomainGradientOptimizer(DomainOptimizer):
             domains = max(len(count), len(before))
             count = rows(count, domains) + rows(before, domains)
         others = [p.shape for p in batch.resolved.rest]
-        return self._ranks.meet(count, samples, others)
+        return self._met(count, samples, others)
 
     def _defer(self) -> None:
         *earlier, batch = self._staged
@@ -128,43 +208,22 @@ class DomainGradientOptimizer(DomainOptimizer):
             own = Swept(batch) if one else Gathered.of(earlier, batch)
             several = self._ranks.size > 1
             gradients = Shared(own, self._whole, self._names) if several else own
-            combined, statistics = self._surgery(gradients)
+            domains = DomainGradients(gradients, self._names, self._sizes)
+            combined = self.combine(domains)
             for p in self._names:
                 if p in combined:
                     grad = scaled(combined.pop(p), staged)
-                    deliver(p, grad.to_sparse(1) if p in gradients.sparse else grad)
+                    accumulate_with_hooks(p, grad.to_sparse(1) if p in gradients.sparse else grad)
             for p, grad in gradients.rest.items():
-                deliver(p, scaled(grad / gradients.samples, staged))
+                accumulate_with_hooks(p, scaled(grad / gradients.samples, staged))
             loss = gradients.losses.sum() / gradients.samples
             self._statistics = {
                 "loss": loss,
                 "domain_loss": gradients.spread(gradients.losses / gradients.count, torch.nan),
                 "domain_count": gradients.spread(gradients.count, 0),
-                **statistics,
+                **domains.statistics,
             }
         return loss
-
-    def _masked(
-        self, gradients: Gradients, reduction: str, threshold: float, steepness: float = torch.inf
-    ) -> Masked:
-        """What `fastdg.ops.agreement` makes of them all; one domain alone agrees with itself."""
-        if len(gradients.ids) == 1:
-            threshold, steepness = 0.0, torch.inf
-        found = gradients.agreement(gradients.weights(reduction), threshold, steepness)
-        order = [p for p in self._names if p in found]
-        agreeing, magnitude = (
-            torch.stack([getattr(found[p], name) for p in order]).to(gradients.losses.dtype)
-            for name in ("agreeing", "magnitude")
-        )
-        numel = self._sizes(order, agreeing)
-        mean = agreeing / numel
-        places = [i for i, p in enumerate(self._names) if p in found]
-        statistics = {
-            "agreeing": agreeing.sum() / numel.sum(),
-            "agreeing_by_parameter": spread(mean, places, len(self._names), torch.nan),
-        }
-        size = magnitude.sum() / agreeing.sum().clamp(min=1)
-        return Masked({p: found[p].combined for p in order}, mean, size, statistics)
 
     def _sizes(self, order: list[Tensor], like: Tensor) -> Tensor:
         """``numel`` of each parameter; the same tensor as long as they are the same."""

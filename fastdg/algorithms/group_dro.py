@@ -1,4 +1,4 @@
-"""VREx and GroupDRO: weigh the domains by their losses."""
+"""GroupDRO: the worst domain counts most."""
 
 from __future__ import annotations
 
@@ -8,67 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.annealed import Annealed
 from ..core.checkpoint import Kept
 from ..core.hyper import check_weight, hyper
-from ..core.weighted import Losses, Weighted
+from ..core.optimizer import DomainOptimizer
+from ..core.step_batch import StepBatch, StepRecord
 
 
-class VREx(Annealed, Weighted):
-    r"""Equal risks: ``objective = mean of the domains' losses + w * penalty``.
-
-    .. math::
-        \ell_d = \tfrac1{n_d}\sum_{i\in d}\ell_i, \qquad
-        \text{penalty} = \tfrac1D\sum_d (\ell_d-\bar\ell)^2, \qquad
-        \nabla = \tfrac1D\sum_d \bigl(1 + 2w(\ell_d-\bar\ell)\bigr)\nabla\ell_d
-
-    One plain backward: the penalty is a weighting of the samples. The defaults are DomainBed's.
-    The authors' own code takes the unbiased variance: that is w times D / (D - 1) here.
-
-    Args:
-        base: any ``torch.optim.Optimizer`` that steps without a closure.
-        penalty_weight: w from step ``anneal_steps`` on.
-        anneal_steps: steps before that, with ``pre_anneal_weight``.
-        pre_anneal_weight: w before ``anneal_steps``.
-        reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
-        num_domains: D; default: as many as have been seen. A domain without samples in a batch
-            takes no part in it.
-        model: its parameters' names are used in messages.
-
-    The settings but ``num_domains`` live in ``param_groups[0]`` (as ``vrex_penalty_weight`` and so
-    on). ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss``
-    (``[D]``, NaN for an empty domain) and ``domain_count`` (``[D]``).
-
-    Raises:
-        TypeError, ValueError: an argument is not as described.
-
-    Reference:
-        Krueger et al.: Out-of-Distribution Generalization via Risk Extrapolation, ICML 2021.
-
-    Example:
-        >>> opt = fastdg.VREx(torch.optim.Adam(model.parameters()), num_domains=3)
-        >>> losses = F.cross_entropy(model(x), y, reduction="none")
-        >>> opt.zero_grad(); opt.backward(losses, domains); opt.step()
-    """
-
-    prefix = "vrex"
-    compares = True
-
-    penalty_weight: float = hyper(10.0, check_weight)
-
-    def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
-        weight = self._weight()
-        shares, each = losses.shares, losses.filled
-        mean = (shares * each).sum()
-        penalty = (shares * (each - mean).square()).sum()
-        objective, coefficients = mean, shares
-        if weight > 0:  # 0 * inf is NaN
-            objective = mean + weight * penalty
-            coefficients = shares * (1 + 2 * weight * (each - mean))
-        return coefficients, {"penalty": penalty, "objective": objective}
-
-
-class GroupDRO(Weighted):
+class GroupDRO(DomainOptimizer):
     r"""The worst domain counts most: ``objective = sum of weights * losses of the domains``.
 
     .. math::
@@ -107,23 +53,32 @@ class GroupDRO(Weighted):
     prefix = "groupdro"
     tensors = ("q",)
     compares = True
+    looks_at_samples = False
 
     eta: float = hyper(0.01, check_weight)
 
-    def _coefficients(self, losses: Losses) -> tuple[Tensor, dict[str, Tensor]]:
-        q = self._spread(losses.count)
-        present, each = losses.present, losses.filled
-        # One exponent may be subtracted from all, and then none overflows
-        exponents = (self.eta * each.double()).where(present, -torch.inf)
-        grown = q * (exponents - exponents.max()).exp()
-        weights = grown / grown.sum()
-        share = q.where(present, 0).sum()
-        self._pending = torch.where(present, weights * share, q)
-        coefficients = weights.to(each.dtype)
-        objective = (coefficients * each).sum()
-        return coefficients, {"objective": objective, "weights": coefficients}
+    def objective(self, batch: StepBatch) -> Tensor:
+        grown = self._grown(batch.domain_losses.detach(), batch.counts)
+        weights = (grown / grown.sum()).to(batch.domain_losses.dtype)
+        objective = (weights * batch.domain_losses).sum()
+        batch.log(objective=objective, weights=weights)
+        return objective
 
-    def _domains(self) -> int:
+    def after_step(self, record: StepRecord) -> None:
+        q = self._spread(record.counts)
+        grown = self._grown(record.domain_losses, record.counts)
+        share = q.where(record.present, 0).sum()
+        self._keep(torch.where(record.present, grown / grown.sum() * share, q))
+
+    def _grown(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """``q_d exp(eta loss_d)``, up to one factor; 0 for an empty domain."""
+        exponents = (self.eta * losses.double()).where(counts > 0, -torch.inf)
+        # One exponent may be subtracted from all, and then none overflows
+        return self._spread(counts) * (exponents - exponents.max()).exp()
+
+    # -- q --
+
+    def _known_domains(self) -> int:
         return max(map(len, self._kept["q"].values()), default=0)
 
     def _spread(self, count: Tensor) -> Tensor:
@@ -145,13 +100,13 @@ class GroupDRO(Weighted):
         q = torch.full((self.num_domains,), equal, dtype=torch.float64, device=p.device)
         return {"q": {p: q}}
 
-    def _commit(self) -> None:
+    def _keep(self, new: Tensor) -> None:
         kept = self._kept["q"]
         for owner, q in kept.items() or [(self._owner(), None)]:
-            if q is not None and q.shape == self._pending.shape:
-                q.copy_(self._pending)
+            if q is not None and q.shape == new.shape:
+                q.copy_(new)
             else:
-                kept[owner] = self._pending
+                kept[owner] = new
 
     def _admit(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]

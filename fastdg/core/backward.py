@@ -1,0 +1,147 @@
+"""The one place that writes ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import hook_tables
+from ..distributed.global_batch import GlobalBatch
+from ..distributed.sharding import like_parameter
+from .batch import Batch
+
+
+def backward(
+    roots: Sequence[Tensor], weights: Sequence[Tensor], batches: Sequence[Batch], whole: GlobalBatch
+) -> None:
+    """Add the gradient of ``sum((root * weight).sum())`` and of the terms' mean to ``.grad``.
+
+    Args:
+        roots: of this rank; what they are made of is summed over the ranks (`GlobalBatch.total`).
+        weights: of each root's entries, without the factor of a GradScaler.
+        batches: the micro-batches, with their terms.
+        whole: the batch of all ranks.
+    """
+    terms = [batch.terms for batch in batches if batch.terms is not None]
+    shares = [torch.full_like(values, 1 / whole.samples) for values in terms]
+    grads = [
+        scaled(w, batches).to(x.dtype)
+        for x, w in zip([*roots, *terms], [*weights, *shares], strict=True)
+    ]
+    if whole.ranks.size > 1:
+        # DistributedDataParallel and FSDP2 average the gradients of the ranks
+        grads = [grad * whole.ranks.size for grad in grads]
+    whole.ranks.engines.release()
+    torch.autograd.backward([*roots, *terms], grads)
+    whole.ranks.average()
+
+
+def scaled(grad: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """``grad`` with the factor that ``.grad`` has under a GradScaler: that of the final call."""
+    scale = batches[-1].scale
+    return grad if scale is None else grad * scale.to(grad.device, non_blocking=True)
+
+
+def accumulate(p: Tensor, grad: Tensor) -> None:
+    """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
+    grad = like_parameter(p, grad if grad.dtype is p.dtype else grad.to(p.dtype))
+    if p.grad is None:
+        if grad.layout == torch.strided and grad.stride() != p.stride():
+            grad = torch.empty_like(p).copy_(grad)
+        p.grad = grad
+    elif p.grad.is_sparse:
+        p.grad = p.grad + grad
+    else:
+        with torch.no_grad():
+            p.grad.add_(grad)
+
+
+def accumulate_with_hooks(p: Tensor, grad: Tensor) -> None:
+    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
+    of_gradient, of_accumulated = hook_tables(p)
+    for hook in list(of_gradient.values()):
+        changed = hook(grad)
+        grad = grad if changed is None else changed
+    accumulate(p, grad)
+    for hook in list(of_accumulated.values()):
+        hook(p)
+
+
+def put(grads: Mapping[Tensor, Tensor | None]) -> None:
+    """Make these the gradients, in place of those there are."""
+    for p, grad in grads.items():
+        p.grad = grad
+
+
+@contextmanager
+def rollback_on_error(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
+    """What is written to ``.grad`` inside is added to what was there, unless it fails.
+
+    ``copied``: whether that lies in memory which is written to inside, too, as it may if
+    DistributedDataParallel has made it.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    before = [(p, p.grad) for p in parameters if p.grad is not None]
+    if copied:
+        before = [(p, grad.clone()) for p, grad in before]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        for p in parameters:
+            p.grad = None
+        for p, grad in before:
+            p.grad = grad
+        raise
+    for p, grad in before:
+        added, p.grad = p.grad, grad
+        if added is not None:
+            accumulate(p, added)
+
+
+@contextmanager
+def hooks_at_the_end(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks of the parameters rest inside, and are called with the gradient there is at the end."""
+    hooked = {p: tables for p in parameters if any(tables := hook_tables(p))}
+    resting = [(table, dict(table)) for tables in hooked.values() for table in tables]
+    for table, _ in resting:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in resting:
+            table.update(hooks)
+    grads = {p: p.grad for p in hooked if p.grad is not None}
+    for p in grads:
+        p.grad = None
+    if grads:
+        torch.autograd.backward(list(grads), list(grads.values()))
+
+
+def check_reached(groups: Iterable[dict[str, Any]], name: str) -> None:
+    """Raise if a backward has left no parameter a gradient."""
+    parameters = [p for group in groups for p in group["params"]]
+    if all(p.grad is None for p in parameters):
+        if any(hook_tables(p)[1] for p in parameters):
+            return  # which may have used and cleared it
+        raise RuntimeError(
+            f"losses: {name}.backward reached none of the optimizer's parameters; compute the "
+            "losses from the model that the optimizer was made for"
+        )
+
+
+def poison_if_nonfinite(groups: Iterable[dict[str, Any]], values: Sequence[Tensor]) -> None:
+    """Make ``.grad`` NaN, where a GradScaler looks, if one of ``values`` (0-dim) is not finite: a
+    variance can overflow where no gradient does."""
+    if not values:
+        return
+    finite = torch.stack([x.to(values[0]) for x in values]).isfinite().all()
+    grads = (p.grad for group in groups for p in group["params"])
+    grad = next((g._values() if g.is_sparse else g for g in grads if g is not None), None)
+    if grad is not None:
+        grad.mul_(torch.where(finite, 1.0, torch.nan).to(grad))

@@ -1,0 +1,1 @@
+"""Algorithms that make one gradient of the domains' own: what they share."""

@@ -1,0 +1,262 @@
+"""One step as an objective sees it: all micro-batches of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..distributed.global_batch import GlobalBatch
+from ..statistics.api import moments_of
+from ..statistics.moments import DomainMoments, merge, rows
+from .backward import accumulate, backward, scaled
+from .batch import Batch, loss_sums, total_loss
+
+
+class StepRecord(NamedTuple):
+    """A step after its backward, detached: what `after_step` moves state by.
+
+    Attributes:
+        loss, domain_losses, counts: as in `StepBatch`.
+        mean, variance: as in `DomainMoments`, if the objective asked for them.
+    """
+
+    loss: Tensor
+    domain_losses: Tensor
+    counts: Tensor
+    mean: dict[str, Tensor]
+    variance: dict[str, Tensor]
+
+    @property
+    def present(self) -> Tensor:
+        """Which domains have samples ``[D]``, bool."""
+        return self.counts > 0
+
+
+class StepBatch:
+    """All micro-batches and all ranks of one step; an objective is computed from it.
+
+    Args:
+        parts: this rank's micro-batches.
+        whole: the batch of all ranks.
+        domains: the least D, of state that knows more domains than the batch.
+        first: whether this is the first step of a run.
+        params: which parameters' per-sample gradients are looked at.
+
+    Attributes:
+        loss: mean of all samples' losses, 0-dim, differentiable.
+        domain_losses: mean loss of each domain ``[D]``, differentiable; 0 for an empty domain.
+        counts: samples of each domain ``[D]``, int64.
+        present: which domains have samples ``[D]``, bool.
+        parts: this rank's micro-batches.
+    """
+
+    def __init__(
+        self, parts: Sequence[Batch], whole: GlobalBatch, domains: int, first: bool, params: object
+    ) -> None:
+        self.parts, self.whole = parts, whole
+        self.counts = rows(whole.count, max(domains, whole.counts.shape[1]))
+        self.present = self.counts > 0
+        with torch.no_grad():
+            total, sums = whole.total([total_loss(parts), loss_sums(parts, len(self.counts))])
+            mean = total / whole.samples
+            means = sums / self.counts.to(sums.dtype)
+        self.statistics = {"loss": mean, "domain_loss": means, "domain_count": self.counts}
+        # Leaves: what an objective makes of them is a weight for each sample, see `backward`
+        self.loss = mean.detach().requires_grad_()
+        self.domain_losses = means.where(self.present, 0).requires_grad_()
+        self._moments: DomainMoments | None = None
+        self._first, self._params = first, params
+        self._others: dict[Tensor, Tensor] | None = None  # gradients that the moments came with
+
+    # -- over domains and samples --
+
+    @property
+    def shares(self) -> Tensor:
+        """``[D]``: the same for each domain that is present, 0 for the others; sum 1."""
+        return self.present.to(self.domain_losses.dtype) / self.present.sum()
+
+    def domain_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [D]`` over the domains that have samples; of others they are finite."""
+        return (self.shares * values).sum()
+
+    def grouped_mean(
+        self, values: Sequence[Tensor], groups: Sequence[Tensor], num_groups: int
+    ) -> Tensor:
+        """Mean of per-sample values in each group ``[G]``; 0 for an empty group.
+
+        Args:
+            values: ``[N]`` of each micro-batch, differentiable.
+            groups: ``[N]`` of each micro-batch, the group of each sample.
+            num_groups: G.
+        """
+        value, group = torch.cat([*values]), torch.cat([*groups])
+        total = value.new_zeros(num_groups).index_add(0, group, value)
+        count = torch.zeros_like(total).index_add(0, group, torch.ones_like(value))
+        total, count = self.whole.total([total, count])
+        return total / count.clamp(min=1)
+
+    def places_in_domain(self) -> list[Tensor]:
+        """Place of each sample among those of its domain, ``[N]`` of each micro-batch.
+
+        The samples of one rank come after those of the ranks before it.
+        """
+        places: list[Tensor] = []
+        before = self.whole.before
+        for part in self.parts:
+            partition = part.partition
+            first = partition.offsets[partition.domains] - before[partition.domains]
+            rank = torch.empty_like(partition.order)
+            rank[partition.order] = torch.arange(len(rank), device=rank.device)
+            places.append(rank - first)
+            before[: partition.num_domains] += partition.count
+        return places
+
+    # -- statistics of gradients --
+
+    def moments(
+        self, *, differentiable: bool, loss_only: bool = False, ever: bool = True
+    ) -> DomainMoments:
+        """Mean and biased variance of per-sample gradients by domain, of the chosen parameters.
+
+        Args:
+            differentiable: the objective depends on them.
+            loss_only: the objective is `loss` alone, whose gradient may come from the same
+                backward.
+            ever: some step of the run differentiates them; where that cannot be, the first step
+                raises.
+        """
+        if self._moments is None:
+            own = self._own_moments(differentiable, loss_only, ever)
+            self._moments = self.whole.moments(own)
+        return self._moments
+
+    def means(self, *, differentiable: bool) -> dict[str, Tensor]:
+        """The means of `moments` alone; the variances, as large, are not kept."""
+        return self.whole.means(self._own_moments(differentiable, loss_only=False, ever=True))
+
+    def _own_moments(self, differentiable: bool, loss_only: bool, ever: bool) -> DomainMoments:
+        if self._first and ever:  # now, not after hours, when an anneal ends
+            for part in self.parts:
+                part.resolved.refuse_single_derivatives()
+        once = loss_only and self._params != "head" and self._serves_gradient()
+        self._others = {} if once else None
+        found: list[DomainMoments] = []
+        for part in self.parts:
+            others = part.resolved.rest if once else []
+            moments, grads = moments_of(
+                part.resolved,
+                part.partition,
+                create_graph=differentiable,
+                retain_graph=not once,
+                extra=others,
+                scale=part.scale,
+            )
+            found.append(moments)
+            for p, grad in zip(others, grads, strict=True):
+                if grad is not None and self._others is not None:
+                    self._others[p] = self._others[p] + grad if p in self._others else grad
+        return merge(found)
+
+    def _serves_gradient(self) -> bool:
+        """Whether means of the domains' gradients may stand for autograd's: where nothing but the
+        losses has one, no hook waits for it, and none is sparse."""
+        looked = [part.resolved for part in self.parts]
+        terms = any(part.terms is not None for part in self.parts)
+        return not (terms or any(r.hooked or r.sparse for r in looked))
+
+    # -- results --
+
+    def penalised(self, risk: Tensor, weight: float, penalty: Tensor) -> Tensor:
+        """``risk + weight * penalty``, both in the statistics; the risk alone if the weight is 0,
+        as 0 * inf is NaN, and then no second derivative is needed."""
+        objective = risk + weight * penalty if weight > 0 else risk
+        self.log(penalty=penalty, objective=objective)
+        return objective
+
+    def log(self, **statistics: Tensor) -> None:
+        """Add to ``opt.statistics``."""
+        for name, value in statistics.items():
+            self.statistics[name] = value.detach() if value.requires_grad else value
+
+    def record(self) -> StepRecord:
+        """This step, detached."""
+        moments = self._moments
+        mean, variance = (moments.mean, moments.variance) if moments is not None else ({}, {})
+        return StepRecord(
+            self.loss.detach(),
+            self.domain_losses.detach(),
+            self.counts,
+            _detached(mean),
+            _detached(variance),
+        )
+
+    def backward(self, objective: Tensor) -> None:
+        """Add the gradient of the objective (0-dim), and of the terms' mean, to ``.grad``."""
+        if self._others is not None:
+            self._take_means()
+            return
+        weights, more = self._weights(objective)
+        roots = [part.losses for part in self.parts]
+        seeds = [
+            (weights[part.partition.domains] if weights.dim() else weights).expand(len(root))
+            for part, root in zip(self.parts, roots, strict=True)
+        ]
+        if more:
+            roots, seeds = [objective, *roots], [torch.ones_like(objective), *seeds]
+        backward(roots, seeds, self.parts, self.whole)
+
+    def _weights(self, objective: Tensor) -> tuple[Tensor, bool]:
+        """The weight of a sample's loss in the objective, 0-dim, or ``[D]`` by its domain; and
+        whether the objective depends on more than the losses."""
+        one = self.loss.new_ones(()) / self.whole.samples
+        if objective is self.loss:
+            return one, False
+        by_mean, by_domain = torch.autograd.grad(
+            objective, [self.loss, self.domain_losses], retain_graph=True, allow_unused=True
+        )
+        weights = self.counts.new_zeros((), dtype=one.dtype)
+        if by_domain is not None:
+            weights = by_domain / self.counts.clamp(min=1).to(by_domain.dtype)
+        if by_mean is not None:
+            weights = weights + by_mean * one
+        return weights, self._depends_on_more(objective)
+
+    def _depends_on_more(self, objective: Tensor) -> bool:
+        own = {id(self.loss), id(self.domain_losses)}
+        seen, waiting = set(), [objective.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor) and id(leaf) not in own:
+                return True
+            waiting.extend(n for n, _ in node.next_functions)
+        return False
+
+    def _take_means(self) -> None:
+        """The gradient of the mean loss is the mean of the domains' gradients, weighted by count;
+        these came with the moments, in one backward."""
+        moments = self._moments
+        assert moments is not None and self._others is not None
+        named = {name: p for part in self.parts for name, p in part.resolved.chosen.items()}
+        groups: dict[torch.dtype, list[str]] = {}
+        for name, mean in moments.mean.items():
+            groups.setdefault(mean.dtype, []).append(name)
+        for dtype, names in groups.items():
+            share = moments.count.to(dtype) / self.whole.samples
+            owns = ops.combine_rows([moments.mean[name] for name in names], share)
+            for name, own in zip(names, owns, strict=True):
+                p = named[name]
+                accumulate(p, scaled(own if own.shape == p.shape else own.view(p.shape), self.parts))
+        for p, grad in self.whole.rest(self._others).items():
+            accumulate(p, scaled(grad / self.whole.samples, self.parts))
+
+
+def _detached(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach() if x.requires_grad else x for name, x in named.items()}

@@ -1,0 +1,122 @@
+"""What it takes to write an algorithm of one's own, as CONTRIBUTING says."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bases import Network
+from torch import Tensor
+
+import fastdg
+from fastdg.core.combine.combiner import Combined, DomainGradients, GradientCombiner
+from fastdg.core.hyper import check_weight, hyper
+from fastdg.core.step_batch import StepBatch
+
+
+class CosinePenalty(fastdg.DomainOptimizer):
+    penalty_weight: float = hyper(1.0, check_weight)
+
+    def objective(self, batch: StepBatch) -> Tensor:
+        means = batch.means(differentiable=True).values()
+        unit = F.normalize(torch.cat([mean.flatten(1) for mean in means], 1), dim=1)
+        return batch.penalised(batch.loss, self.penalty_weight, 1 - (unit @ unit.t()).mean())
+
+
+class Softest(GradientCombiner):
+    def combine(self, gradients: DomainGradients) -> Combined:
+        return gradients.weighted_sum((-gradients.gram().diagonal()).softmax(0))
+
+
+def data(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (12,), generator=generator), torch.arange(12) % 3
+
+
+def model_and_losses(seed: int = 0) -> tuple[Network, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Network().double()
+    x, y, domains = data(seed)
+    return model, F.cross_entropy(model(x), y, reduction="none"), domains
+
+
+def by_domain(model: Network, losses: Tensor, domains: Tensor, create_graph: bool) -> Tensor:
+    """The domains' gradients, flat, ``[D, P]``."""
+    rows = []
+    for d in range(3):
+        loss = losses[domains == d].mean()
+        grads = torch.autograd.grad(
+            loss, list(model.parameters()), create_graph=create_graph, retain_graph=True
+        )
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+def gradient(model: Network) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_an_objective_in_six_lines() -> None:
+    model, losses, domains = model_and_losses()
+    opt = CosinePenalty(torch.optim.SGD(model.parameters(), lr=0.1), penalty_weight=0.5)
+    rows = F.normalize(by_domain(model, losses, domains, create_graph=True), dim=1)
+    penalty = 1 - (rows @ rows.t()).mean()
+    objective = losses.mean() + 0.5 * penalty
+    wanted = torch.autograd.grad(objective, list(model.parameters()), retain_graph=True)
+    opt.backward(losses, domains)
+    torch.testing.assert_close(gradient(model), torch.cat([g.flatten() for g in wanted]))
+    torch.testing.assert_close(opt.statistics["penalty"], penalty.detach())
+    torch.testing.assert_close(opt.statistics["objective"], objective.detach())
+    opt.step()
+    assert opt.steps == 1
+    assert opt.state_dict()["param_groups"][0]["cosinepenalty_penalty_weight"] == 0.5
+    assert "penalty_weight=0.5" in repr(opt)
+
+
+def test_a_combination_in_three_lines() -> None:
+    model, losses, domains = model_and_losses()
+    opt = Softest(torch.optim.SGD(model.parameters(), lr=0.1))
+    rows = by_domain(model, losses, domains, create_graph=False)
+    wanted = (-rows.square().sum(1)).softmax(0) @ rows
+    opt.backward(losses, domains)
+    torch.testing.assert_close(gradient(model), wanted)
+
+
+def test_an_objective_may_use_what_it_likes() -> None:
+    """A part that no batch knows of, beside the losses of samples and of domains."""
+
+    class Decayed(fastdg.DomainOptimizer):
+        looks_at_samples = False
+
+        def objective(self, batch: StepBatch) -> Tensor:
+            decay = sum(p.square().sum() for group in self.param_groups for p in group["params"])
+            return 0.5 * batch.loss + batch.domain_losses.max() + 0.1 * decay
+
+    model, losses, domains = model_and_losses()
+    opt = Decayed(torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters = list(model.parameters())
+    worst = torch.stack([losses[domains == d].mean() for d in range(3)]).max()
+    decay = sum(p.square().sum() for p in parameters)
+    objective = 0.5 * losses.mean() + worst + 0.1 * decay
+    wanted = torch.autograd.grad(objective, parameters, retain_graph=True)
+    opt.backward(losses, domains)
+    torch.testing.assert_close(gradient(model), torch.cat([g.flatten() for g in wanted]))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "1"])
+def test_its_arguments_are_checked(value: object) -> None:
+    model = Network()
+    with pytest.raises(ValueError, match="penalty_weight"):
+        CosinePenalty(torch.optim.SGD(model.parameters(), lr=0.1), penalty_weight=value)
+    with pytest.raises(TypeError, match="penalty_wieght"):
+        CosinePenalty(torch.optim.SGD(model.parameters(), lr=0.1), penalty_wieght=1.0)
+    assert list(inspect.signature(CosinePenalty).parameters) == [
+        "base",
+        "penalty_weight",
+        "num_domains",
+        "model",
+        "check",
+    ]
