@@ -61,6 +61,8 @@ LONG_ALGORITHMS: set[str] = {
 CIRCULAR: set[str] = {
     "domainbed.adapter",
     "domainbed.resume",
+    "gradients.plan",
+    "gradients.route",
     "gradients.rules",
     "gradients.rules.broadcast",
     "gradients.rules.convolution",
@@ -81,6 +83,7 @@ CIRCULAR: set[str] = {
 }
 FULL: set[str] = {
     "gradients",
+    "ops",
 }
 
 

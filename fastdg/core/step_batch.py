@@ -253,7 +253,9 @@ class StepBatch:
             owns = ops.combine_rows([moments.mean[name] for name in names], share)
             for name, own in zip(names, owns, strict=True):
                 p = named[name]
-                accumulate(p, scaled(own if own.shape == p.shape else own.view(p.shape), self.parts))
+                accumulate(
+                    p, scaled(own if own.shape == p.shape else own.view(p.shape), self.parts)
+                )
         for p, grad in self.whole.rest(self._others).items():
             accumulate(p, scaled(grad / self.whole.samples, self.parts))
 
