@@ -31,7 +31,8 @@ compared with
 - *statistics*: `fastdg.domain_gradients`, `fastdg.domain_moments` and `fastdg.per_sample_norms`,
 - *PCGrad*, *AgrSum* and *Fishr*, on all parameters: `.grad` after `opt.backward`, each of a forward
   of its own. Fishr's is made without fused attention, with a weight that gives penalty and loss
-  gradients of one size. A model of which autograd itself has no second derivative has none here.
+  gradients of one size. *none* names the operation of which autograd has no second derivative;
+  *not run* is a step that was left to a further run.
 
 This file is made by
 
