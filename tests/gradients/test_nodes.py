@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastdg
-from fastdg.gradients import carry, errors, graph, heads, plan, release, rules
+from fastdg.gradients import carry, checkpoints, graph, heads, plan, release, rules
 
 Built = Callable[[], Tensor]
 
@@ -204,14 +204,14 @@ def test_a_node_has_its_name_and_what_is_read_of_it(name: str) -> None:
     assert len(shapes) == len(dtypes) >= 1
     assert node._sequence_nr() >= 0
     if name in READ and any(isinstance(getattr(node, a), Tensor) for a in read):
-        assert release._names(type(node))
+        assert release._raw_names(node)
 
 
 def test_every_name_of_the_tables_is_built() -> None:
     exact = {
         *(name for name, _ in rules.RULES if isinstance(name, str)),
         *(*heads._VALUES, *heads._ELEMENTWISE, *graph._LAYOUT, *graph._PRODUCTS),
-        *(*rules.CASTS, *rules.RESHAPES, *plan.COPIES, errors._REENTRANT),
+        *(*rules.CASTS, *rules.RESHAPES, *plan.COPIES, checkpoints._NAME),
     }
     alike = {_family(name) for name in (*plan.MOVES, *carry.CARRY)}
     here = {name for name in exact - NODES.keys() if not name.startswith(ELSEWHERE)}
