@@ -88,11 +88,11 @@ def _wrong(weights: Weights, expected: Expected) -> str | None:
                 return f"{name} is frozen and has a gradient"
             continue
         right, got = expected.grads[name], torch.zeros_like(p) if p.grad is None else p.grad
-        off = (got - right).abs()
+        off = (got - right).abs().masked_fill(got.isnan() & right.isnan(), 0)
         if name in expected.unclear:
             either = (got - expected.or_else.get(name, got)).abs()
             off = torch.where(expected.unclear[name], torch.minimum(off, either), off)
-        size = max(1.0, float(right.abs().max()))
+        size = max(1.0, float(right.nan_to_num().abs().max()))
         if not float(off.max()) <= tolerance * size:
             return f"gradient of {name}: off by {float(off.max()):.1e} of {size:.1e}"
     return None
