@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> norm_gradients(const Tensor& x, const Tensor& delta, 
     const int64_t n = task / blocks, begin = task % blocks * width, at = n * p.channels + begin;
     routines().norm_sums(p, n, {begin, std::min(p.channels, begin + width)}, floats(weight) + at,
                          floats(bias) + at);
-  });
+  }, 2 * x.numel());
   return {weight, bias};
 }
 
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> norm_gradients_backward(const Tensor& grad_weight, co
   for_each_task(x.numel() == 0 ? 0 : p.samples, [&](int64_t n) {
     routines().norm_gradient(p, n, floats(slope) + n * p.channels, floats(shift) + n * p.channels,
                              floats(of_x) + n * size, floats(of_delta) + n * size);
-  });
+  }, 4 * x.numel());
   if (!maps.rows) return {of_x, of_delta};
   return {torch::stable::transpose(of_x, 2, 3), torch::stable::transpose(of_delta, 2, 3)};
 }
