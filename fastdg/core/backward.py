@@ -37,7 +37,8 @@ def backward(
         grads = [grad * whole.ranks.size for grad in grads]
     whole.ranks.engines.release()
     torch.autograd.backward([*roots, *terms], grads)
-    whole.ranks.average()
+    for p, mean in whole.ranks.averages().items():
+        overwrite(p, mean)
 
 
 def scaled(grad: Tensor, batches: Sequence[Batch]) -> Tensor:
@@ -69,6 +70,16 @@ def accumulate_with_hooks(p: Tensor, grad: Tensor) -> None:
     accumulate(p, grad)
     for hook in list(of_accumulated.values()):
         hook(p)
+
+
+def overwrite(p: Tensor, grad: Tensor) -> None:
+    """Make ``grad``, which nobody else holds, the gradient, in the memory of the one before."""
+    if p.grad is None:
+        p.grad = grad
+    elif p.grad.is_sparse:
+        p.grad = grad.to_sparse(1)
+    else:
+        p.grad.copy_(grad)
 
 
 def put(grads: Mapping[Tensor, Tensor | None]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from .._torch import hook_tables, make_fx, pytree
 from ..domains import as_ids, check_ids
 from .annealed import Annealed
-from .backward import accumulate
+from .backward import accumulate, put
 from .hyper import Hyper, declared
 from .nesting import chain
 from .optimizer import DomainOptimizer
@@ -203,9 +203,8 @@ class _Graph:
             self.fresh = [isinstance(x, Tensor) and id(x) not in constant for x in flat]
             return [x for x, fresh in zip(flat, self.fresh, strict=True) if fresh]
 
-        held = [(p, p.grad) for p in self.targets]
-        for p in self.targets:
-            p.grad = None
+        held = {p: p.grad for p in self.targets}
+        put(dict.fromkeys(held))
         try:
             with owner._noting(), torch.autograd.set_multithreading_enabled(False):
                 tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -219,8 +218,7 @@ class _Graph:
             ) from error
         finally:
             made = [p.grad for p in self.targets]
-            for p, grad in held:
-                p.grad = grad
+            put(held)
         for p, new in zip(self.targets, made, strict=True):
             if new is not None:
                 accumulate(p, new)
@@ -236,9 +234,7 @@ class _Graph:
         ]
         loss, left = pytree.tree_unflatten(flat[len(self.targets) :], self.spec)
         for p, grad in zip(self.targets, flat, strict=False):
-            if p.grad is None:
-                p.grad = grad
-            elif grad is not None:
+            if grad is not None:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
             again = link._is_there()

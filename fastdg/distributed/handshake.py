@@ -6,6 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+ELSEWHERE = (
+    "the ranks are at different steps of their runs, or run different algorithms; give each rank "
+    "the same number of batches"
+)
+UNLIKE = (
+    "the ranks have different weights; wrap the model in DistributedDataParallel, which gives all "
+    "those of rank 0, or load the same state on all"
+)
+USED = (
+    "the forwards of the ranks used different parameters, so what there is to add up differs; "
+    "let every forward use the same ones, or freeze the others"
+)
+
 
 def shown(value: Any) -> str:
     """A value in words that hold no address in memory."""

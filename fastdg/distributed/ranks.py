@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from .handshake import divergence
+from .handshake import ELSEWHERE, UNLIKE, USED, divergence
 from .sharding import sharded
 from .wrapped_modules import Engines
 
@@ -282,36 +282,30 @@ class Ranks:
         return place, weights
 
     def _compare(self, told: Tensor) -> None:
-        for column, what in ((1, _ELSEWHERE), (2, _UNLIKE), (3, _USED)):
+        for column, what in ((1, ELSEWHERE), (2, UNLIKE), (3, USED)):
             if bool((told[:, column] != told[0, column]).any()):
                 raise RuntimeError(f"{self.name}.backward: {what}")
 
     # -- gradients --
 
-    def average(self) -> None:
-        """Average the gradients over the ranks, but those that another one's hooks have averaged.
+    def averages(self) -> dict[Tensor, Tensor]:
+        """Parameter -> its gradient averaged over the ranks, but for those that another one's hooks
+        have averaged, and those that no rank has.
 
         Averaging twice would change nothing, so whoever reduces them unseen does no harm.
         """
-        if self.size == 1:
-            return
-        left = self.engines.left()
+        left = self.engines.left() if self.size > 1 else []
         if not left:
-            return
+            return {}
         used = torch.tensor([p.grad is not None for p in left], dtype=left[0].dtype)
         used = used.to(left[0].device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in left]
         *sums, used = self.all_reduce([*(g.to_dense() if g.is_sparse else g for g in grads), used])
-        for p, total, anyone in zip(left, sums, used.tolist(), strict=True):
-            if not anyone:
-                continue
-            mean = total.div_(self.size)
-            if p.grad is None:
-                p.grad = mean
-            elif p.grad.is_sparse:
-                p.grad = mean.to_sparse(1)
-            else:
-                p.grad.copy_(mean)
+        return {
+            p: total.div_(self.size)
+            for p, total, anyone in zip(left, sums, used.tolist(), strict=True)
+            if anyone
+        }
 
 
 def failed_on(name: str, ranks: Sequence[int]) -> RuntimeError:
@@ -320,22 +314,6 @@ def failed_on(name: str, ranks: Sequence[int]) -> RuntimeError:
         f"{name}.backward: it failed on rank {', '.join(map(str, ranks))}, see the error there; "
         "nothing was done on the others"
     )
-
-
-_ELSEWHERE = (
-    "the ranks are at different steps of their runs, or run different algorithms; give each rank "
-    "the same number of batches"
-)
-_UNLIKE = (
-    "the ranks have different weights; wrap the model in DistributedDataParallel, which gives all "
-    "those of rank 0, or load the same state on all"
-)
-
-
-_USED = (
-    "the forwards of the ranks used different parameters, so what there is to add up differs; "
-    "let every forward use the same ones, or freeze the others"
-)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
