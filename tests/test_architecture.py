@@ -165,7 +165,7 @@ def writes_grad(file: Path) -> bool:
     for node in ast.walk(ast.parse(file.read_text())):
         written = node
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if not node.func.attr.strip("_") + "_" == node.func.attr:
+            if node.func.attr.strip("_") + "_" != node.func.attr:
                 continue
             written = node.func.value
         elif not (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)):
