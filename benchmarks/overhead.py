@@ -75,7 +75,7 @@ def problem(
 def eager(modules: int) -> tuple[Run, Run]:
     """A step with the empty wrapper, and what it does of necessity."""
     model, base, (x, y, domains) = problem(modules)
-    opt = Nothing(base, params="all", num_domains=3)
+    opt = Nothing(base, num_domains=3)
 
     def wrapped() -> None:
         losses = F.cross_entropy(model(x), y, reduction="none")
