@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from ..core.combine.combiner import Combined, DomainGradients
-from ..core.combine.gathering import moved
+from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_reduction, hyper
 from ..distributed.sharding import own_part
@@ -49,7 +49,7 @@ class AgrRand(RandomCombiner):
         generator = self.generator_on(device)
         for p, grad in agreed.combined.items():
             noise = torch.randn(p.shape, generator=generator, dtype=grad.dtype, device=device)
-            noise = moved(own_part(p, noise), grad.device).mul_(sigma)
+            noise = to_device_async(own_part(p, noise), grad.device).mul_(sigma)
             # A sum of what has one sign is 0 only where the mask is
             agreed.combined[p] = torch.where(grad == 0, noise, grad)
         gradients.log(sigma=sigma)

@@ -162,8 +162,8 @@ class Fish(DomainOptimizer):
         batch = super()._batch(losses, domains, terms)
         ids = domains if domains.device.type == "cpu" else batch.partition.domains
         check_same(ids, ids[0], ONE_DOMAIN)
-        if self._staged:
-            first = self._staged[0].domain.to(ids.device)
+        if self._micro_batches:
+            first = self._micro_batches[0].domain.to(ids.device)
             check_same(ids, first, f"{ONE_DOMAIN}, micro-batches with final=False among them")
         return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
 
@@ -196,7 +196,7 @@ class Fish(DomainOptimizer):
 
     @torch.compiler.disable
     def _prepare(self) -> None:
-        kept = self._kept["kept"]
+        kept = self._own_state["kept"]
         self._keep(kept)
         if self.position and self.inner_product:
             if self._product is None:  # resumed: of the steps before nothing is known
@@ -216,8 +216,8 @@ class Fish(DomainOptimizer):
                 if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
                     kept[p] = _stored(p.detach(), start)
             for kind, value in self._noted.items():
-                owner = next(iter(self._kept[kind]), None)
-                self._kept[kind][self._owner() if owner is None else owner] = value
+                owner = next(iter(self._own_state[kind]), None)
+                self._own_state[kind][self._owner() if owner is None else owner] = value
             self._product = self._statistics["loss"].new_zeros(()) if self.inner_product else None
         for group in self.param_groups:
             for p in group["params"]:
@@ -225,7 +225,7 @@ class Fish(DomainOptimizer):
                     kept[p] = p.detach().clone()
 
     def _skip(self) -> None:
-        self._keep(self._kept["kept"])
+        self._keep(self._own_state["kept"])
         self._commit()
 
     @torch.compiler.disable
@@ -239,7 +239,7 @@ class Fish(DomainOptimizer):
     # -- the meta step --
 
     def _meta_step(self) -> None:
-        kept = self._kept["kept"]
+        kept = self._own_state["kept"]
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
         for p in kept:
             alike.setdefault((p.device, p.dtype, sharded(p)), []).append(p)
@@ -266,7 +266,7 @@ class Fish(DomainOptimizer):
 
     def _before_forward(self) -> None:
         """The model is about to run, and may change its buffers."""
-        used = self._begun or self._ready or self._staged
+        used = self._begun or self._ready or self._micro_batches
         if self.position == 0 and not used and torch.is_grad_enabled():
             self._note_buffers()
             self._begun = True
@@ -289,7 +289,7 @@ class Fish(DomainOptimizer):
         self._noted: dict[str, Tensor] = {}  # the buffers that this meta-iteration began with
         self._stamps, self._begun, self._product, self._meta = {}, False, None, {}
 
-    def _new(self) -> Kept:
+    def _initial_state(self) -> Kept:
         weights = {p: p.detach().clone() for p in self._names}
         owner = self._owner()
         return {
@@ -297,20 +297,20 @@ class Fish(DomainOptimizer):
             **{kind: {owner: now} for kind, now in self._buffers.now().items()},
         }
 
-    def _taken(self) -> None:
-        super()._taken()
+    def _finish_load(self) -> None:
+        super()._finish_load()
         self._begin_here()
 
     def _begin_here(self) -> None:
-        kept = self._kept["kept"]
+        kept = self._own_state["kept"]
         kept.update({p: tensor.to(p.dtype) for p, tensor in kept.items()})
         if self.position == 0:
             self._note_buffers()
         else:
-            now, kept_then = self._buffers.now(), _buffers_in(self._kept)
+            now, kept_then = self._buffers.now(), _buffers_in(self._own_state)
             self._noted = {kind: kept_then[kind].to(value.dtype) for kind, value in now.items()}
 
-    def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
         position = groups[0].get("fish_position", 0)
         if not position:
             return  # a meta-iteration begins from the weights there are

@@ -109,7 +109,7 @@ class Fishr(Annealed):
     def after_step(self, record: StepRecord) -> None:
         if self.ema is None:
             return
-        kept, named = self._kept["ema"], self._tape.names
+        kept, named = self._own_state["ema"], self._tape.names
         variance = {named[name]: v for name, v in record.variance.items()}
         if self._resumed and (new := [p for p in variance if p not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
@@ -145,15 +145,15 @@ class Fishr(Annealed):
     def _history(self, name: str, v: Tensor) -> Tensor:
         """That of a parameter, for the domains of ``v``, ``[D, *]``: those beyond take no part, and
         those not seen before have none."""
-        ema, D = self._kept["ema"].get(self._tape.names[name]), v.shape[0]
+        ema, D = self._own_state["ema"].get(self._tape.names[name]), v.shape[0]
         if ema is None:
             return torch.zeros_like(v, requires_grad=False)
         return ema if ema.shape[0] == D else rows(ema[:D], D)
 
     def _known_domains(self) -> int:
-        return max(map(len, self._kept["ema"].values()), default=0)
+        return max(map(len, self._own_state["ema"].values()), default=0)
 
-    def _new(self) -> checkpoint.Kept:
+    def _initial_state(self) -> checkpoint.Kept:
         if self.ema is None or self.num_domains is None:
             return {}
         terms = {p for term in terms_of(self) for m in term.modules() for p in m.parameters()}
@@ -167,11 +167,11 @@ class Fishr(Annealed):
         made = {p: accumulated(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
         return {"ema": made}
 
-    def _taken(self) -> None:
-        super()._taken()
-        self._resumed = bool(self._kept["ema"])
+    def _finish_load(self) -> None:
+        super()._finish_load()
+        self._resumed = bool(self._own_state["ema"])
 
-    def _admit(
+    def _validate_state(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
     ) -> None:
         steps = groups[0].get("fishr_steps", 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.checkpoint import Kept
 from ..core.combine.combiner import Combined, DomainGradients, GradientCombiner
-from ..core.combine.gathering import DomainBatch, spread
+from ..core.combine.gathering import DomainBatch, scatter_rows
 from ..core.hyper import check_absent, check_switch, hyper, needed
 from ..domains import readable, tracing
 from ..warn import warn_user
@@ -93,7 +93,7 @@ class GramSurgery(GradientCombiner):
     # -- weights --
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> DomainBatch:
-        self._readable = (self._readable or not self._staged) and readable(domains)
+        self._readable = (self._readable or not self._micro_batches) and readable(domains)
         return super()._batch(losses, domains, terms)
 
     def combine(self, gradients: DomainGradients) -> Combined:
@@ -116,8 +116,8 @@ class GramSurgery(GradientCombiner):
         if self.absent == "zeros" or (self.absent == "auto" and keeps_state(self.weighting)):
             if keeps_state(self.weighting):
                 self._check_extent(extent)
-            columns = spread(gram.t(), ids, extent, 0)
-            weights = self._asked(spread(columns.t(), ids, extent, 0))
+            columns = scatter_rows(gram.t(), ids, extent, 0)
+            weights = self._asked(scatter_rows(columns.t(), ids, extent, 0))
             weights = weights if len(ids) == extent else weights[ids]
             return weights.where(gradients.count > 0, 0)
         if self._readable or tracing() or bool((present := gradients.count > 0).all()):
@@ -188,8 +188,8 @@ class GramSurgery(GradientCombiner):
                 "values": weighting_state(self.weighting, self._home()),
             }
 
-    def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
-        super()._admit(kept, groups)
+    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+        super()._validate_state(kept, groups)
         state, name = groups[0].get(STATE), type(self.weighting).__name__
         if state is not None and state["kind"] != name:
             raise ValueError(
@@ -202,8 +202,8 @@ class GramSurgery(GradientCombiner):
                 "is. Checkpoints of earlier versions had none."
             )
 
-    def _taken(self) -> None:
-        super()._taken()
+    def _finish_load(self) -> None:
+        super()._finish_load()
         state = self.param_groups[0].get(STATE)
         if state is not None:
             self._extent = state["domains"]

@@ -79,11 +79,11 @@ class GroupDRO(DomainOptimizer):
     # -- q --
 
     def _known_domains(self) -> int:
-        return max(map(len, self._kept["q"].values()), default=0)
+        return max(map(len, self._own_state["q"].values()), default=0)
 
     def _spread(self, count: Tensor) -> Tensor:
         """q ``[D]``, made or extended where there are domains that were not seen before."""
-        q = next(iter(self._kept["q"].values()), None)
+        q = next(iter(self._own_state["q"].values()), None)
         if q is None:
             return torch.full(count.shape, 1 / len(count), dtype=torch.float64, device=count.device)
         if len(q) < len(count):
@@ -92,7 +92,7 @@ class GroupDRO(DomainOptimizer):
         # What has come down to 0 could never grow again
         return q.clamp(min=torch.finfo(q.dtype).tiny)
 
-    def _new(self) -> Kept:
+    def _initial_state(self) -> Kept:
         if self.num_domains is None:
             return {}
         p = self._owner()
@@ -101,14 +101,14 @@ class GroupDRO(DomainOptimizer):
         return {"q": {p: q}}
 
     def _keep(self, new: Tensor) -> None:
-        kept = self._kept["q"]
+        kept = self._own_state["q"]
         for owner, q in kept.items() or [(self._owner(), None)]:
             if q is not None and q.shape == new.shape:
                 q.copy_(new)
             else:
                 kept[owner] = new
 
-    def _admit(
+    def _validate_state(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
     ) -> None:
         steps = groups[0].get("groupdro_steps", 0)

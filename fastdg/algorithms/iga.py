@@ -112,7 +112,7 @@ class IGA(DomainOptimizer):
             self.zero_grad()
             raise
         check_reached(self.param_groups, name)
-        self._leave()
+        self._mark_grad_owned()
         return loss
 
     def _trained(self) -> list[Tensor]:

@@ -125,7 +125,7 @@ class IRM(Annealed):
         if self._logits is not None or head is not None:
             if self._logits is not None:
                 check_logits(self._logits, losses)
-            errors.refuse_again(losses, self._staged, type(self).__name__)
+            errors.refuse_again(losses, self._micro_batches, type(self).__name__)
             parts = partition(domains, losses, self.num_domains)
             return Scored(losses, parts, UNSEEN, terms, self._scale, self._logits, head)
         resolved = self._tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for

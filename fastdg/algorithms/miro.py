@@ -306,7 +306,7 @@ class MIRO(Term):
     def _fix(self, encoder: VarianceEncoder, bias: Tensor) -> None:
         """The number of channels is known: b gets its size."""
         encoder.bias.data = bias
-        self._kept["bias"][encoder.bias] = encoder.bias.detach()
+        self._own_state["bias"][encoder.bias] = encoder.bias.detach()
 
     def _term(self, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         forwards = found(losses, self)
@@ -332,7 +332,7 @@ class MIRO(Term):
 
     # -- state and copies --
 
-    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _split_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         own = self._own_group()
         part = own_part(state_dict, self.param_groups)
         groups = list(part["param_groups"])
@@ -340,19 +340,19 @@ class MIRO(Term):
             ids = [f"miro.{name}" for name in self.layers]
             groups.insert(own, {**self.param_groups[own], "params": ids})
             state_dict = with_part(state_dict, {**part, "param_groups": groups})
-        return super()._take(state_dict)
+        return super()._split_state(state_dict)
 
-    def _taken(self) -> None:
-        super()._taken()
+    def _finish_load(self) -> None:
+        super()._finish_load()
         self._recognised = False
-        loaded, self._kept["bias"] = self._kept["bias"], {}
+        loaded, self._own_state["bias"] = self._own_state["bias"], {}
         for encoder in self._encoders.values():
             if (bias := loaded.get(encoder.bias)) is not None:
                 self._fix(encoder, bias.to(encoder.bias.dtype))
             elif encoder.bias.numel():
                 self._fix(encoder, torch.full_like(encoder.bias, BIAS))
 
-    def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
         steps = groups[0].get("miro_steps", 0)
         if steps and not kept["bias"]:
             raise ValueError(
@@ -371,7 +371,7 @@ class MIRO(Term):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._kept["bias"] = {b: b.detach() for b in self.biases.values() if b.numel()}
+        self._own_state["bias"] = {b: b.detach() for b in self.biases.values() if b.numel()}
         self._follow()
 
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.combine.combiner import Combined, DomainGradients
-from ..core.combine.gathering import moved
+from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_reduction, check_switch, hyper
 
@@ -69,7 +69,7 @@ class PCGrad(RandomCombiner):
                 (domains, domains), generator=generator, dtype=torch.float64, device=device
             )
             order = keys.argsort(1)
-        return moved(order, gram.device)
+        return to_device_async(order, gram.device)
 
 
 def projected(gram: Tensor, order: Tensor) -> Tensor:

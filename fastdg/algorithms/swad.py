@@ -179,7 +179,7 @@ class SWAD(Averaged):
             return super().backward(losses, domains, final, scaler=scaler, **inputs)
         loss = self.base.backward(losses, domains, final, scaler=scaler, **inputs)
         if final:
-            self._leave()
+            self._mark_grad_owned()
         return loss
 
     def _evaluate(self, closure: Closure) -> Tensor:
@@ -196,20 +196,20 @@ class SWAD(Averaged):
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and errors.is_probe(self.base)
         if not isinstance(self.base, DomainOptimizer):
-            if self._staged:
+            if self._micro_batches:
                 raise errors.no_backward(type(self).__name__, staged=True)
             amp.refuse_scaled(self)
             closure = None if closure is None else partial(self._evaluate, closure)
         moves = not probe or is_new(innermost(self.base))
         loss = self._step_base(closure) if moves else None
-        self._done()
+        self._release_grad()
         if probe:
             begin(self, [p for p in self._names if p.grad is not None])
         else:
             self._commit()
         return loss
 
-    def _new(self) -> Kept:
+    def _initial_state(self) -> Kept:
         zeros = {p: torch.zeros_like(accumulated(p.detach())) for ps in self._alike() for p in ps}
         none = {p: zero.new_zeros((0, *zero.shape)) for p, zero in zeros.items()}
         return {
@@ -224,14 +224,14 @@ class SWAD(Averaged):
         group = self.param_groups[0]
         group["swad_steps"] = self.steps + 1
         if not self.finished:
-            count, kept = group["swad_segment_steps"], self._kept["segment"]
+            count, kept = group["swad_segment_steps"], self._own_state["segment"]
             for alike in self._alike():
                 kept.update({p: accumulated(p.detach()).clone() for p in alike if p not in kept})
                 averages = [kept[p] for p in alike]
                 now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
                 _average(averages, now, count)  # of which the first is a copy
             group["swad_segment_steps"] = count + 1
-        for name, tensors in self._kept.items():
+        for name, tensors in self._own_state.items():
             for p, tensor in tensors.items():
                 if p.grad is not None:  # the wrapped optimizer has made its own state by now
                     self.state[p][f"swad_{name}"] = tensor
@@ -271,7 +271,7 @@ class SWAD(Averaged):
         segments.settle(self.n_converge, self.n_tolerance, self.tolerance_ratio)
 
     def _segments(self) -> Segments:
-        return Segments(self.param_groups[0], self._kept, RULES[self.rule])
+        return Segments(self.param_groups[0], self._own_state, RULES[self.rule])
 
     @property
     def started(self) -> bool:
@@ -296,7 +296,7 @@ class SWAD(Averaged):
         """That of the wrapper inside, or its own."""
         return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
 
-    def _admit(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
         losses, held = groups[0].get("swad_losses", []), kept["pending"].values()
         steps = groups[0].get("swad_segment_steps", 0) or groups[0].get("swad_average_steps", 0)
         lacking = (steps and not kept["segment"]) or (losses and not held)

@@ -40,7 +40,7 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
         )
     if scaler is not None and not scaler.is_enabled():
         scaler = None
-    if (opt._staged or opt._ready) and opt._scaler is not scaler:
+    if (opt._micro_batches or opt._ready) and opt._scaler is not scaler:
         raise RuntimeError(
             f"scaler: pass the same GradScaler to every {name}.backward of a step, or none. "
             "Gradients with different scales cannot be added. If .grad is left from another step, "
@@ -55,7 +55,7 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
             "adds some of its own), and a GradScaler cannot go through the gradients of both; "
             "train in bfloat16, which needs none"
         )
-    if opt._ready and _stage(scaler, opt) is OptState.UNSCALED:
+    if opt._ready and _add_micro_batch(scaler, opt) is OptState.UNSCALED:
         raise RuntimeError(
             f"{name}.backward: scaler.unscale_(opt) has already divided what is in .grad; call it "
             "after the last backward before the step"
@@ -93,7 +93,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
         if bool(found):
             for link in links:
                 link._skip()
-                link._done()
+                link._release_grad()
             return
         base = innermost(opt)
         handed = scale is not None and takes_scale(base)
@@ -124,8 +124,8 @@ def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
             f"{name}.step: a GradScaler does not go with closures; call opt.backward(losses, "
             "domains, scaler=scaler), then scaler.step(opt)"
         )
-    if maker._staged or not maker._ready:
-        raise errors.no_backward(name, bool(maker._staged))
+    if maker._micro_batches or not maker._ready:
+        raise errors.no_backward(name, bool(maker._micro_batches))
     scaler = maker._scaler
     if scaler is None:
         raise RuntimeError(
@@ -136,7 +136,7 @@ def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
     if not scaler_state(scaler, opt).get("found_inf_per_device"):
         raise RuntimeError(f"{name}: scaler.step(opt) is not that of the scaler given to backward")
     for inner in [*chain(opt.base), innermost(opt)]:
-        if _stage(scaler, inner) is not OptState.READY:
+        if _add_micro_batch(scaler, inner) is not OptState.READY:
             raise RuntimeError(
                 f"{name}: scaler.unscale_ was called on the {type(inner).__name__} inside, and "
                 "scaler.step(opt) would divide the gradients once more; pass the outermost "
@@ -145,7 +145,7 @@ def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
     return scaler
 
 
-def _stage(scaler: GradScaler, opt: Optimizer) -> OptState:
+def _add_micro_batch(scaler: GradScaler, opt: Optimizer) -> OptState:
     return scaler_state(scaler, opt).get("stage", OptState.READY)
 
 

@@ -35,7 +35,7 @@ def backward(
     if whole.ranks.size > 1:
         # DistributedDataParallel and FSDP2 average the gradients of the ranks
         grads = [grad * whole.ranks.size for grad in grads]
-    whole.ranks.engines.release()
+    whole.ranks.modules.resume_sync()
     torch.autograd.backward([*roots, *terms], grads)
     for p, mean in whole.ranks.averages().items():
         overwrite(p, mean)

@@ -23,10 +23,10 @@ class Wrapping(Optimizer):
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
     _scaler: GradScaler | None  # by whose factor it is too large
-    _staged: list[Any]  # of what `_batch` makes, or of what `_defer` makes of it
+    _micro_batches: list[Any]  # of what `_batch` makes, or of what `_on_micro_batch` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     # A parameter, and the .grad it was given
-    _left: tuple[Tensor, weakref.ref[Tensor]] | None = None
+    _owned_grad: tuple[Tensor, weakref.ref[Tensor]] | None = None
     _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
     # Which parameters' per-sample gradients the algorithm looks at: "head" (those of the last layer
@@ -35,16 +35,16 @@ class Wrapping(Optimizer):
     _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
     _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
     _statistics: dict[str, Tensor]
-    _told: list[Any]  # what terms have to say of everything staged
+    _term_statistics: list[Any]  # what terms have to say of everything staged
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
     # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
     # patch onto the instance.
     _transient: tuple[str, ...] = (
         "_tape",
-        "_staged",
-        "_told",
+        "_micro_batches",
+        "_term_statistics",
         "_ready",
-        "_left",
+        "_owned_grad",
         "_stepping",
         "_pending",
         "_statistics",
@@ -55,7 +55,7 @@ class Wrapping(Optimizer):
         "_loaded_groups",
         "_group",
         "_ranks",
-        "_whole",
+        "_global_batch",
         "_one_domain",
     )
     _patched = ("step", "_opt_called")
@@ -97,24 +97,24 @@ class Wrapping(Optimizer):
     def _size(self) -> int:
         return sum(len(group["params"]) for group in self.param_groups)
 
-    def _leave(self) -> None:
+    def _mark_grad_owned(self) -> None:
         """What is in .grad now is this wrapper's, for its next step."""
         self._ready = True
         parameters = (p for group in self.param_groups for p in group["params"])
-        self._left = next(
+        self._owned_grad = next(
             ((p, weakref.ref(p.grad)) for p in parameters if p.grad is not None), None
         )
 
-    def _is_there(self) -> bool:
+    def _grad_is_owned(self) -> bool:
         """Whether what `backward` has left is in .grad still: others may have cleared it."""
-        if not self._ready or self._left is None:
+        if not self._ready or self._owned_grad is None:
             return False
-        p, grad = self._left
+        p, grad = self._owned_grad
         return p.grad is not None and p.grad is grad()
 
-    def _done(self) -> None:
+    def _release_grad(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""
-        self._ready, self._left, self._scaler, self._pending = False, None, None, None
+        self._ready, self._owned_grad, self._scaler, self._pending = False, None, None, None
 
     def _step_base(self, *args: Any) -> Any:
         """A step of the optimizer inside."""

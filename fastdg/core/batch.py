@@ -1,4 +1,4 @@
-"""Micro-batches of a step, and sums of their losses."""
+"""Micro-batches of a step, and sums over their losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..statistics.factors import accumulated
 from ..statistics.moments import rows
 
 
-class Added(NamedTuple):
+class PenaltyOutput(NamedTuple):
     """What terms add to the losses of one micro-batch.
 
     Attributes:

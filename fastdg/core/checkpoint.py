@@ -56,20 +56,20 @@ class Loading:
         if wrapper is None:
             return None
         state_dict = prepared(wrapper, state_dict)
-        rest = wrapper._take(state_dict)
-        check_whole(wrapper, state_dict, rest)
+        rest = wrapper._split_state(state_dict)
+        check_complete(wrapper, state_dict, rest)
         return rest
 
     def after(self, base: Optimizer) -> None:
         wrapper = self._idle()
         if wrapper is not None:
-            wrapper._taken()
+            wrapper._finish_load()
             for hook in (optimizer_hooks(wrapper, "load_state_dict_post") or {}).values():
                 hook(wrapper)
 
     def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
         wrapper = self._idle()
-        if wrapper is not None and not wrapper._stepping and wrapper._is_there():
+        if wrapper is not None and not wrapper._stepping and wrapper._grad_is_owned():
             raise errors.stepped_inside(type(wrapper).__name__, type(base).__name__)
 
 
@@ -134,11 +134,11 @@ def catch_up(wrapper: Stateful) -> None:
     saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
     pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
     groups = [{**live, "params": group["params"]} for group, live in pairs]
-    wrapper._take({"state": saved["state"], "param_groups": groups})
-    wrapper._taken()
+    wrapper._split_state({"state": saved["state"], "param_groups": groups})
+    wrapper._finish_load()
 
 
-def check_whole(
+def check_complete(
     wrapper: Stateful,
     state_dict: Mapping[str, Any],
     rest: Mapping[str, Any],
@@ -177,9 +177,9 @@ def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:
     needs none: an entry of ours alone would pass for it.
     """
     there = set(parameters)
-    for name, tensors in wrapper._new().items():
-        for p in there & tensors.keys() - wrapper._kept[name].keys():
-            wrapper._kept[name][p] = tensors[p]
+    for name, tensors in wrapper._initial_state().items():
+        for p in there & tensors.keys() - wrapper._own_state[name].keys():
+            wrapper._own_state[name][p] = tensors[p]
     for p, key, tensor in wrapper._own_tensors():
         if p in there:
             wrapper.state[p][key] = tensor
@@ -190,7 +190,7 @@ def adopt(wrapper: Stateful) -> None:
     for p in wrapper._names:
         for name in wrapper.tensors:
             if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
-                wrapper._kept[name][p] = accumulated(tensor)
+                wrapper._own_state[name][p] = accumulated(tensor)
     begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
 
 

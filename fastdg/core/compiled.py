@@ -96,7 +96,7 @@ class CompiledBackward:
     def __call__(self, *batch: Any, domains: Tensor) -> Tensor:
         """Add the gradient of a batch to ``.grad``; returns the mean loss, 0-dim, detached."""
         check_single_rank()
-        if any(link._staged for link in self.links):
+        if any(link._micro_batches for link in self.links):
             raise RuntimeError("compiled: a batch is whole, but a micro-batch of it is staged")
         if any(link._ready and link._scaler is not None for link in self.links):
             raise RuntimeError(
@@ -237,9 +237,9 @@ class _Graph:
             if grad is not None:
                 accumulate(p, grad)
         for link, (statistics, pending, ready) in zip(self.links, left, strict=True):
-            again = link._is_there()
+            again = link._grad_is_owned()
             if ready:
-                link._leave()
+                link._mark_grad_owned()
             link._statistics, link._pending = statistics, pending
             link._one_domain.watch(link, again, stacklevel=5)  # no_grad is one
             link._scaler = None  # of a backward that has failed
@@ -274,5 +274,5 @@ def _settings(link: DomainOptimizer) -> Iterator[Any]:
             yield getattr(link, name)
     if isinstance(link, Annealed):
         yield link.steps >= link.anneal_steps
-    for tensors in link._kept.values():
+    for tensors in link._own_state.values():
         yield from map(id, tensors.values())

@@ -78,7 +78,7 @@ class Configured(Stateful):
         for name in values.keys() - hypers.keys():
             setattr(self, name, values[name])
         self._start()
-        self._kept: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
+        self._own_state: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
         self._names = names_of(self.param_groups, model, self._known())
         check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
@@ -87,7 +87,7 @@ class Configured(Stateful):
         checkpoint.attach(self)
         self._given = {"steps": 0, **self._counters(), **hypers}
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in hypers.items()})
-        self._fill()
+        self._set_defaults()
         checkpoint.adopt(self)
         self._group = self.param_groups[0]
 
@@ -141,8 +141,8 @@ class Configured(Stateful):
         if "_ranks" not in self.__dict__:
             inner = isinstance(self.base, Configured)
             self._ranks: Ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
-        engines = self._ranks.engines  # which do not hold this wrapper
-        self._tape: Tape = Tape(self._names, self.params, leaf_of(lambda: list(engines.modules)))
+        wrapped = self._ranks.modules  # which do not hold this wrapper
+        self._tape: Tape = Tape(self._names, self.params, leaf_of(lambda: list(wrapped.modules)))
         self._counted = self._size()
 
     def _known(self) -> dict[Tensor, str]:
@@ -150,8 +150,8 @@ class Configured(Stateful):
         return self.base._names if isinstance(self.base, Configured) else {}
 
     def _clear(self) -> None:
-        self._staged, self._told, self._statistics = [], [], {}
-        self._done()
+        self._micro_batches, self._term_statistics, self._statistics = [], [], {}
+        self._release_grad()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's

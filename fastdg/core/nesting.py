@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 from ..distributed.global_batch import GlobalBatch
 from ..distributed.handshake import shown
 from .base_optimizer import Wrapping
-from .batch import Added
+from .batch import PenaltyOutput
 
 Term = Any  # of `term.py`, which imports this
 
-Told = tuple[int, Tensor, Mapping[str, Tensor]]  # samples, mean of what was added, statistics
+TermStatistics = tuple[
+    int, Tensor, Mapping[str, Tensor]
+]  # samples, mean of what was added, statistics
 
 
 def chain(opt: Optimizer) -> Iterator[Wrapping]:
@@ -75,9 +77,9 @@ def check_order(outer: Wrapping, base: Any) -> None:
     raise TypeError(f"base: {name} cannot go around {what}: {advice}{shown}")
 
 
-def added_by(
+def collect_penalties(
     terms: Sequence[Term], losses: Tensor, inputs: Mapping[str, Any], name: str
-) -> Added | None:
+) -> PenaltyOutput | None:
     """What ``terms`` add to these losses; each is handed those of the inputs that it takes.
 
     Raises:
@@ -96,17 +98,17 @@ def added_by(
         return None
     values = [part.values for part in found]
     statistics = {key: value for part in found for key, value in part.statistics.items()}
-    return Added(values[0] if len(values) == 1 else torch.stack(values).sum(0), statistics)
+    return PenaltyOutput(values[0] if len(values) == 1 else torch.stack(values).sum(0), statistics)
 
 
-def told(added: Added) -> Told:
+def term_statistics(added: PenaltyOutput) -> TermStatistics:
     """What to keep for the statistics once the graph is gone."""
     values = added.values.detach()
     return len(values), values.mean(), added.statistics
 
 
 def merged(
-    parts: Sequence[Told], statistics: Mapping[str, Tensor], whole: GlobalBatch
+    parts: Sequence[TermStatistics], statistics: Mapping[str, Tensor], whole: GlobalBatch
 ) -> dict[str, Tensor]:
     """An algorithm's statistics and the terms', of all micro-batches; their means are in the
     objective."""
@@ -120,7 +122,7 @@ def merged(
         return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0)
 
     keys = list(parts[0][2])
-    means = [mean([told[key] for _, _, told in parts]) for key in keys]
+    means = [mean([own[key] for _, _, own in parts]) for key in keys]
     added, *means = whole.total([mean([value for _, value, _ in parts]), *means])
     return {
         **statistics,

@@ -22,7 +22,15 @@ from .base_optimizer import (
 from .base_state import is_new
 from .batch import Batch, described
 from .configured import Configured
-from .nesting import added_by, chain, innermost, merged, settings_of, terms_of, told
+from .nesting import (
+    chain,
+    collect_penalties,
+    innermost,
+    merged,
+    settings_of,
+    term_statistics,
+    terms_of,
+)
 from .step_batch import StepBatch, StepRecord
 
 Closure = Callable[..., Any]
@@ -93,28 +101,29 @@ class DomainOptimizer(Configured):
         or under ``torch.no_grad``, too. After an error ``.grad`` is as it was, and nothing is
         staged. A second final call before `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
-        again = self._is_there()
+        again = self._grad_is_owned()
         try:
             self._ranks.begin(self, self.looks_at_samples)
             with torch.enable_grad(), without_autocast(losses):
-                self._stage(losses, domains, scaler, inputs)
+                self._add_micro_batch(losses, domains, scaler, inputs)
                 if not final:
-                    self._defer()
-                    self._ranks.part()
+                    self._on_micro_batch()
+                    self._ranks.end_step()
                     return accumulated(losses.detach()).mean()
-                (staged, heard), self._staged, self._told = (self._staged, self._told), [], []
-                self._whole: GlobalBatch = self._meet(staged)
+                staged, self._micro_batches = self._micro_batches, []
+                terms, self._term_statistics = self._term_statistics, []
+                self._global_batch: GlobalBatch = self._meet(staged)
                 with rollback_on_error(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
-            self._statistics = merged(heard, self._statistics, self._whole)
+            self._statistics = merged(terms, self._statistics, self._global_batch)
         except BaseException as error:
-            self._staged, self._told = [], []
+            self._micro_batches, self._term_statistics = [], []
             errors.explain(error, self._way_out)
-            self._ranks.part(error if final else None)
+            self._ranks.end_step(error if final else None)
             raise
-        self._ranks.part()
+        self._ranks.end_step()
         for link in chain(self):
-            link._leave()
+            link._mark_grad_owned()
             link._scaler = self._scaler
         if self._scaler is not None:
             kept = (self._statistics.get(key) for key in ("penalty", "objective"))
@@ -122,7 +131,7 @@ class DomainOptimizer(Configured):
         self._one_domain.watch(self, again)
         return loss
 
-    def _stage(
+    def _add_micro_batch(
         self, losses: Tensor, domains: Any, scaler: GradScaler | None, inputs: dict[str, Any]
     ) -> None:
         check_losses(losses)
@@ -134,19 +143,19 @@ class DomainOptimizer(Configured):
         note: Any = losses.grad_fn.metadata  # type: ignore[union-attr]
         if note.get(_USED):
             raise errors.used_twice(type(self).__name__)
-        added = added_by(terms_of(self), losses, inputs, type(self).__name__)
+        added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__)
         batch = self._batch(losses, domains, added.values if added is not None else None)
         if batch.resolved.chosen:
             note[_USED] = True
-        self._staged.append(batch)
+        self._micro_batches.append(batch)
         if added is not None:
-            self._told.append(told(added))
+            self._term_statistics.append(term_statistics(added))
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         resolved = UNSEEN
         if not self.looks_at_samples:
-            errors.refuse_again(losses, self._staged, type(self).__name__)
+            errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         parts = partition(domains, losses, self.num_domains)
         if self.looks_at_samples:
             resolved = self._tape.resolve(losses)
@@ -157,10 +166,10 @@ class DomainOptimizer(Configured):
         return self._met(*described(staged))
 
     def _met(self, count: Tensor, samples: int, used: object) -> GlobalBatch:
-        counts, total = self._ranks.meet(count, samples, used, lambda: settings_of(self))
+        counts, total = self._ranks.handshake(count, samples, used, lambda: settings_of(self))
         return GlobalBatch(self._ranks, counts, total)
 
-    def _defer(self) -> None:
+    def _on_micro_batch(self) -> None:
         """Called after a micro-batch that is not the last was staged."""
 
     # -- what an algorithm implements --
@@ -176,7 +185,9 @@ class DomainOptimizer(Configured):
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
-        batch = StepBatch(staged, self._whole, self._known_domains(), self.steps == 0, self.params)
+        batch = StepBatch(
+            staged, self._global_batch, self._known_domains(), self.steps == 0, self.params
+        )
         objective = self.objective(batch)
         batch.backward(objective)
         check_reached(self.param_groups, type(self).__name__)
@@ -221,9 +232,9 @@ class DomainOptimizer(Configured):
             with torch.enable_grad():
                 loss = self._evaluate(closure)
             self._ready |= ready
-        if self._staged or not self._ready:
-            if self._staged or not errors.is_probe(self.base):
-                raise errors.no_backward(type(self).__name__, bool(self._staged))
+        if self._micro_batches or not self._ready:
+            if self._micro_batches or not errors.is_probe(self.base):
+                raise errors.no_backward(type(self).__name__, bool(self._micro_batches))
             if is_new(innermost(self.base)):
                 self._step_base()
                 checkpoint.begin(self, [p for p in self._names if p.grad is not None])
@@ -246,15 +257,15 @@ class DomainOptimizer(Configured):
         self._step_base()
         self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
         self._commit()
-        self._done()
+        self._release_grad()
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has made its own state by now
                 self.state[p][name] = tensor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and whatever `backward` has staged or left for `step`."""
-        self._staged, self._told = [], []
-        self._done()
+        self._micro_batches, self._term_statistics = [], []
+        self._release_grad()
         self.base.zero_grad(set_to_none)
 
     @property

@@ -27,7 +27,7 @@ class Stateful(Wrapping):
 
     tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
     _names: dict[Tensor, str]
-    _kept: Kept
+    _own_state: Kept
     _loaded_groups: Sequence[dict[str, Any]] = ()
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
     _loading = False
@@ -35,7 +35,7 @@ class Stateful(Wrapping):
     def _clear(self) -> None:
         """Forget what was staged, and what belongs to the run so far."""
 
-    def _new(self) -> Kept:
+    def _initial_state(self) -> Kept:
         """Own tensors as a new run has them, if their shapes are known before any forward."""
         return {}
 
@@ -76,18 +76,18 @@ class Stateful(Wrapping):
                 should have. Nothing is changed then.
         """
         state_dict = checkpoint.prepared(self, state_dict)
-        rest = self._take(state_dict)
-        checkpoint.check_whole(self, state_dict, rest)
+        rest = self._split_state(state_dict)
+        checkpoint.check_complete(self, state_dict, rest)
         self._loading = True  # so that the hooks of `loading` do not take it again
         try:
             self.base.load_state_dict(rest)
         finally:
             self._loading = False
-        self._taken()
+        self._finish_load()
         for post_hook in (optimizer_hooks(self, "load_state_dict_post") or {}).values():
             post_hook(self)
 
-    def _take(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _split_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What the wrapped optimizer shall load of this state; the wrapper's own is set aside."""
         part = base_state.own_part(state_dict, self.param_groups)
         part = checkpoint.without_others(self, part)
@@ -97,15 +97,15 @@ class Stateful(Wrapping):
         # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
         self._loaded, rest = checkpoint.split(part["state"], named, own)
         if sum(len(group["params"]) for group in groups) == self._size():  # or it is refused there
-            self._admit(self._loaded, groups)
+            self._validate_state(self._loaded, groups)
         self._loaded_groups = groups
         if base_state.KEY in state_dict and not isinstance(self.base, Wrapping):
             return {key: value for key, value in state_dict.items() if key != base_state.KEY}
         return base_state.with_part(state_dict, {**part, "state": rest})
 
-    def _taken(self) -> None:
+    def _finish_load(self) -> None:
         """The wrapped optimizer has loaded its part: now the wrapper does."""
-        self._kept, self._loaded = self._loaded, {}
+        self._own_state, self._loaded = self._loaded, {}
         mark = f"{self.prefix}_"
         # Each optimizer has its own way to load its groups: the wrapper's keys are set again
         for group, loaded in zip(self.param_groups, self._loaded_groups, strict=False):
@@ -117,15 +117,15 @@ class Stateful(Wrapping):
             if self.state.get(p):  # an entry of ours alone would pass for the wrapped optimizer's
                 self.state[p][name] = tensor
         self._clear()
-        self._fill()
+        self._set_defaults()
         self._group = self.param_groups[0]
 
-    def _admit(
+    def _validate_state(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
     ) -> None:
         """Refuse a state that does not fit, before anything is changed."""
 
-    def _fill(self) -> None:
+    def _set_defaults(self) -> None:
         """Give the first group what it lacks of the wrapper's settings and counters."""
         for name, value in self._given.items():
             self.param_groups[0].setdefault(f"{self.prefix}_{name}", value)
@@ -137,7 +137,7 @@ class Stateful(Wrapping):
         return next((p for p in parameters if p.grad is not None), parameters[0])
 
     def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
-        for name, tensors in self._kept.items():
+        for name, tensors in self._own_state.items():
             for p, tensor in tensors.items():
                 yield p, f"{self.prefix}_{name}", tensor
         if isinstance(self.base, Stateful):  # a term

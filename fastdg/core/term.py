@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batch import Added
+from .batch import PenaltyOutput
 from .optimizer import DomainOptimizer
 
 
@@ -45,7 +45,7 @@ class Term(DomainOptimizer):
         parameters = inspect.signature(self._term).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is kinds}
 
-    def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> Added:
+    def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput:
         """What this term adds to ``losses``; every check on that."""
         takes, name = self.inputs(), type(self).__name__
         missing = [key for key, needed in takes.items() if needed and inputs.get(key) is None]
@@ -61,4 +61,4 @@ class Term(DomainOptimizer):
                 f"losses: there are {len(losses)}, but the forward that they come from had "
                 f"{len(values)} samples for {name}; pass one loss for each sample of the forward"
             )
-        return Added(values, statistics)
+        return PenaltyOutput(values, statistics)

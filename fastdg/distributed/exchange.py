@@ -86,7 +86,7 @@ class Bucket:
         self.received = {r: self.rows[0].new_empty(len(present[r]), length) for r in others}
         most = max(map(len, present))
         pieces = {r: [row[slice(*self.spans[r])] for row in self.rows] for r in others}
-        self.works = self.ranks.swap(
+        self.works = self.ranks.send_and_receive(
             [(r, piece) for r in others for piece in padded(pieces[r], most)],
             [(r, row) for r in others for row in padded(self.received[r].unbind(), most)],
         )

@@ -3,11 +3,11 @@ r"""Several processes that train one model: what they have to tell each other, a
 A step on W ranks is the step of one process on their batches put together. Samples stay where they
 are; what travels is
 
-- the counts: 71 integers of each rank, once a step (`Ranks.meet`), by which a rank that has failed
-  tells the others before they wait for it;
+- the counts: 71 integers of each rank, once a step (`Ranks.handshake`), by which a rank that has
+  failed tells the others before they wait for it;
 - sums over samples, in one flat bucket each (`Ranks.all_reduce`);
 - the gradient: by DistributedDataParallel's or FSDP2's own hooks, in buckets and overlapped with
-  the backward, where the algorithm has an objective (averaged by `Ranks.average` for a model that
+  the backward, where the algorithm has an objective (averaged by `Ranks.averages` for a model that
   neither wraps); by `fastdg.distributed.exchange`, likewise, where it combines the domains'
   gradients.
 
@@ -51,7 +51,7 @@ from torch.optim import Optimizer
 
 from .handshake import ELSEWHERE, UNLIKE, USED, divergence
 from .sharding import sharded
-from .wrapped_modules import Engines
+from .wrapped_modules import WrappedModules
 
 BUCKET = 1 << 22  # entries that are sent at a time
 INLINE = 64  # domains whose counts go along with the first message
@@ -71,20 +71,20 @@ class Ranks:
 
     def __init__(self, opt: Optimizer) -> None:
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
-        self.engines = Engines(opt)
+        self.modules = WrappedModules(opt)
         self.compared = self.met = False
         if self.size > 1 or any(map(sharded, self.parameters)):
-            self.engines.look()
+            self.modules.discover()
 
     @property
     def parameters(self) -> list[Tensor]:
         """Those of the optimizer, in its order."""
-        return self.engines.parameters
+        return self.modules.parameters
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
         """None: the default one."""
-        return self.engines.group
+        return self.modules.group
 
     @property
     def size(self) -> int:
@@ -105,7 +105,7 @@ class Ranks:
         works = []
         for places in _buckets(tensors):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in places])
-            works.append(self.start(distributed.all_reduce, flat))
+            works.append(self.launch(distributed.all_reduce, flat))
             pieces = flat.split([tensors[i].numel() for i in places])
             for i, piece in zip(places, pieces, strict=True):
                 out[i] = piece.view(tensors[i].shape)
@@ -130,20 +130,20 @@ class Ranks:
         number = torch.tensor([value], dtype=torch.float64, device=self.meeting_place(None))
         return float(self.all_reduce([number])[0]) / self.size
 
-    def of_first(self, tensor: Tensor) -> Tensor:
+    def broadcast_from_rank0(self, tensor: Tensor) -> Tensor:
         """What rank 0 has of a tensor that lies on the CPU."""
         sent = tensor.to(self.meeting_place(None), copy=True)
-        self.wait(self.start(partial(distributed.broadcast, group_src=0), sent))
+        self.wait(self.launch(partial(distributed.broadcast, group_src=0), sent))
         return sent.cpu()
 
-    def start(self, collective: Any, *args: Any) -> Any:
+    def launch(self, collective: Any, *args: Any) -> Any:
         """Begin a collective operation; `wait` for what this returns."""
         try:
             return collective(*args, group=self.group, async_op=True)
         except RuntimeError as error:
             raise self._lost(error) from error
 
-    def swap(
+    def send_and_receive(
         self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
     ) -> list[Any]:
         """Begin to send tensors to ranks, and to fill others with what ranks send, in the order in
@@ -164,7 +164,7 @@ class Ranks:
             raise self._lost(error) from error
 
     def wait(self, *works: Any) -> None:
-        """Wait for what `start` or `swap` began."""
+        """Wait for what `launch` or `send_and_receive` began."""
         try:
             for work in works:
                 work.wait()
@@ -183,11 +183,11 @@ class Ranks:
         """The outermost wrapper is asked for a backward; with passes for statistics."""
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
         if self.size > 1 and not self.compared:
-            self.engines.check(self.name)
+            self.modules.check(self.name)
         if statistics:
-            self.engines.hold()
+            self.modules.pause_sync()
 
-    def meet(
+    def handshake(
         self, count: Tensor, samples: int, used: object, settings: Callable[[], dict[str, str]]
     ) -> tuple[Tensor, int]:
         """Tell the others the samples of each domain ``[D]``, and learn theirs.
@@ -225,13 +225,12 @@ class Ranks:
             counts = self.all_reduce([counts])[0]
         if not self.compared:
             self.compared = True
-            self.engines.settle()
+            self.modules.hook_owners_only()
         return counts.to(count.device), int(told[:, 5].sum())
 
-    def part(self, error: BaseException | None = None) -> None:
-        """The backward has come to its end; or, before `meet`, to an error, of which the others
-        are told."""
-        self.engines.free()
+    def end_step(self, error: BaseException | None = None) -> None:
+        """End a backward. If it failed before the handshake, tell the other ranks."""
+        self.modules.reshard()
         if isinstance(error, Exception) and not self.met and self.size > 1:
             self._tell(
                 [1] + [0] * (HEADER - 1), torch.zeros(0, device=self.meeting_place(None)).long()
@@ -294,7 +293,7 @@ class Ranks:
 
         Averaging twice would change nothing, so whoever reduces them unseen does no harm.
         """
-        left = self.engines.left() if self.size > 1 else []
+        left = self.modules.left() if self.size > 1 else []
         if not left:
             return {}
         used = torch.tensor([p.grad is not None for p in left], dtype=left[0].dtype)

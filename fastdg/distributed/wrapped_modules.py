@@ -17,7 +17,7 @@ from ..capture.graph_notes import Hook
 from .sharding import sharded
 
 
-class Engines:
+class WrappedModules:
     """Those which reduce the gradients of a wrapper's parameters, found as they run.
 
     Args:
@@ -39,12 +39,12 @@ class Engines:
         assert opt is not None
         return [p for group in opt.param_groups for p in group["params"]]
 
-    def look(self) -> None:
-        """Look at every module that runs, until `settle`."""
+    def discover(self) -> None:
+        """Look at every module that runs, until `hook_owners_only`."""
         if not self.handles:
             self.handles.append(register_module_forward_pre_hook(Hook(self, "_see")))
 
-    def settle(self) -> None:
+    def hook_owners_only(self) -> None:
         """Look at those alone that are known now."""
         _remove(self.handles)
         self.handles.extend(
@@ -110,8 +110,8 @@ class Engines:
 
     # -- FSDP2 --
 
-    def hold(self) -> None:
-        """Backward passes from now on are for statistics, until `release`.
+    def pause_sync(self) -> None:
+        """Backward passes from now on are for statistics, until `resume_sync`.
 
         FSDP2 is to reduce nothing, and to gather all parameters now and keep them: a second
         derivative needs them again, and the passes need not be as many on every rank.
@@ -119,11 +119,11 @@ class Engines:
         for module in self._set(False):
             module.unshard()
 
-    def release(self) -> None:
+    def resume_sync(self) -> None:
         """The next backward is that of the training step."""
         self._set(True)
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         """What was kept is needed no more."""
         for module in self._set(True):
             module.reshard()

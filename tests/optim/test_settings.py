@@ -135,7 +135,7 @@ def test_a_state_loaded_into_the_inner_optimizer(
         same(model, twin)
     for p in model.parameters():
         if "fishr_ema" in opt.state[p]:
-            assert opt.state[p]["fishr_ema"] is opt._kept["ema"][p]
+            assert opt.state[p]["fishr_ema"] is opt._own_state["ema"][p]
 
 
 class Own(Adam):

@@ -91,7 +91,7 @@ def test_averages_the_valley(name: str, patience: tuple[int, int]) -> None:
     averaged = opt.averaged()
     close(flat(averaged.module), expected)
     assert int(averaged.n_averaged) == STEPS * (last + 1 - first)
-    held = sum(len(rows) for rows in list(opt._kept["pending"].values())[:1])
+    held = sum(len(rows) for rows in list(opt._own_state["pending"].values())[:1])
     assert held <= max(Ns, Ne - 1)
     own = flat(model)
     with opt.applied() as shown:
@@ -177,7 +177,7 @@ def test_half_precision_is_averaged_in_single() -> None:
     model = network(torch.bfloat16)
     opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
     weights = train(opt, model, [1.0] * 8)
-    assert all(t.dtype == torch.float32 for t in opt._kept["segment"].values())
+    assert all(t.dtype == torch.float32 for t in opt._own_state["segment"].values())
     expected = torch.stack(weights).double().mean(0)
     close(
         torch.cat([w.flatten() for w in opt._segments().mean()[0].values()]).double(),

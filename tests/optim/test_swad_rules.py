@@ -129,7 +129,7 @@ def test_the_codes_rule_is_the_authors_code(patience: tuple[int, int], curve: st
     shares = run.shares()
     torch.testing.assert_close(shares, run.expected(often), rtol=0, atol=1e-12)
     assert run.opt.finished == bool(dead)
-    held = [len(rows) for rows in run.opt._kept["pending"].values()]
+    held = [len(rows) for rows in run.opt._own_state["pending"].values()]
     assert all(n <= max(patience) for n in held)
     if run.opt.started:
         assert int(run.opt.averaged().n_averaged) == max(1, sum(map(int, often)))

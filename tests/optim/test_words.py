@@ -216,6 +216,6 @@ def test_parameters_of_a_criterion_are_no_head(kind: str, given: bool) -> None:
         opt.zero_grad()
         opt.backward(losses, domains)
         opt.step()
-    names = {opt._names[p] for p in opt._kept["ema"]}
+    names = {opt._names[p] for p in opt._own_state["ema"]}
     assert names == ({"criterion.w"} if kind == "own" else {"head.weight", "head.bias"})
     assert all(p.grad is not None for p in criterion.parameters())

@@ -15,8 +15,15 @@ from ...gradients.tape import Resolved
 from ...statistics.moments import rows
 from ..backward import accumulate_with_hooks, scaled
 from ..optimizer import DomainOptimizer
-from .exchanged import Shared
-from .gathering import DomainBatch, Gathered, Gradients, Swept, moved, spread
+from .exchanged import DistributedGradients
+from .gathering import (
+    AccumulatedGradients,
+    DomainBatch,
+    Gradients,
+    SingleBackward,
+    scatter_rows,
+    to_device_async,
+)
 
 Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
 
@@ -76,19 +83,19 @@ class DomainGradients:
 
     def weighted_sum(self, weights: Tensor) -> Combined:
         """The sum of the domains' gradients times ``weights`` ``[E]``; once."""
-        gram, spread = self.gram(), self.source.spread
+        gram, scatter = self.gram(), self.source.scatter_rows
         norm = gram.diagonal().sqrt()
         place = torch.arange(len(gram), device=gram.device)
         pairs = place.unsqueeze(1) < place  # triu would wake torch's threads for a few numbers
 
         def matrix(values: Tensor, fill: float) -> Tensor:
-            return spread(spread(values, fill).t(), fill).t()
+            return scatter(scatter(values, fill).t(), fill).t()
 
         self.log(
             gram=matrix(gram, 0),
             cosine=matrix(gram / norm / norm.unsqueeze(1), torch.nan),
             conflicts=((gram < 0) & pairs).sum(),
-            weights=spread(weights.detach(), 0),
+            weights=scatter(weights.detach(), 0),
         )
         return self.source.combined(weights)
 
@@ -109,7 +116,7 @@ class DomainGradients:
         places = [i for i, p in enumerate(self.names) if p in found]
         self.log(
             agreeing=agreeing.sum() / numel.sum(),
-            agreeing_by_parameter=spread(mean, places, len(self.names), torch.nan),
+            agreeing_by_parameter=scatter_rows(mean, places, len(self.names), torch.nan),
         )
         size = magnitude.sum() / agreeing.sum().clamp(min=1)
         return Agreed({p: found[p].combined for p in order}, mean, size)
@@ -187,27 +194,29 @@ class GradientCombiner(DomainOptimizer):
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         *earlier, batch = staged
-        count = spread(batch.partition.count, batch.ids, batch.extent, 0)
+        count = scatter_rows(batch.partition.count, batch.ids, batch.extent, 0)
         samples = len(batch.losses) + sum(gathered.samples for gathered in earlier)
         for gathered in earlier:
-            before = gathered.spread(gathered.count, 0)
+            before = gathered.scatter_rows(gathered.count, 0)
             domains = max(len(count), len(before))
             count = rows(count, domains) + rows(before, domains)
         others = [p.shape for p in batch.resolved.rest]
         return self._met(count, samples, others)
 
-    def _defer(self) -> None:
-        *earlier, batch = self._staged
+    def _on_micro_batch(self) -> None:
+        *earlier, batch = self._micro_batches
         with torch.no_grad():
-            self._staged = [Gathered.of(earlier, batch)]
+            self._micro_batches = [AccumulatedGradients.of(earlier, batch)]
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         *earlier, batch = staged
         with torch.no_grad():
             one = not earlier and not batch.alone
-            own = Swept(batch) if one else Gathered.of(earlier, batch)
+            own = SingleBackward(batch) if one else AccumulatedGradients.of(earlier, batch)
             several = self._ranks.size > 1
-            gradients = Shared(own, self._whole, self._names) if several else own
+            gradients = (
+                DistributedGradients(own, self._global_batch, self._names) if several else own
+            )
             domains = DomainGradients(gradients, self._names, self._sizes)
             combined = self.combine(domains)
             for p in self._names:
@@ -219,8 +228,10 @@ class GradientCombiner(DomainOptimizer):
             loss = gradients.losses.sum() / gradients.samples
             self._statistics = {
                 "loss": loss,
-                "domain_loss": gradients.spread(gradients.losses / gradients.count, torch.nan),
-                "domain_count": gradients.spread(gradients.count, 0),
+                "domain_loss": gradients.scatter_rows(
+                    gradients.losses / gradients.count, torch.nan
+                ),
+                "domain_count": gradients.scatter_rows(gradients.count, 0),
                 **domains.statistics,
             }
         return loss
@@ -231,6 +242,6 @@ class GradientCombiner(DomainOptimizer):
         same = len(before) == len(order) and all(p is q for p, q in zip(before, order, strict=True))
         if not same or (sizes.dtype, sizes.device) != (like.dtype, like.device):
             made = torch.tensor([p.numel() for p in order], dtype=like.dtype, device="cpu")
-            sizes = moved(made, like.device)
+            sizes = to_device_async(made, like.device)
             self._measured = order, sizes
         return sizes

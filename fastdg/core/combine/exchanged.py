@@ -16,12 +16,12 @@ from ...distributed.ranks import BUCKET, Ranks, failed_on
 from ...distributed.sharding import local, sharded
 from ...statistics.factors import Agreement
 from ...statistics.moments import rows
-from .gathering import Gathered, Gradients, Swept, moved
+from .gathering import AccumulatedGradients, Gradients, SingleBackward, to_device_async
 
 FLYING = 2  # buckets on their way at a time; more would only take memory
 
 
-class Shared(Gradients):
+class DistributedGradients(Gradients):
     """The domains' gradients of all ranks.
 
     Args:
@@ -31,16 +31,19 @@ class Shared(Gradients):
     """
 
     def __init__(
-        self, own: Swept | Gathered, whole: GlobalBatch, parameters: Iterable[Tensor]
+        self,
+        own: SingleBackward | AccumulatedGradients,
+        whole: GlobalBatch,
+        parameters: Iterable[Tensor],
     ) -> None:
         self.own, self.whole, self.ranks = own, whole, whole.ranks
         counts = whole.counts.cpu()
         self.shares = counts.double() / counts.sum(0).clamp(min=1)
         self.domains = [row.nonzero().flatten().tolist() for row in counts]
         self.ids, self.extent = sorted({d for row in self.domains for d in row}), counts.shape[1]
-        index = moved(torch.tensor(self.ids, device="cpu"), whole.counts.device)
+        index = to_device_async(torch.tensor(self.ids, device="cpu"), whole.counts.device)
         self.count, self.samples = whole.count[index], whole.samples
-        self.losses = whole.total([rows(own.spread(own.losses, 0), self.extent)])[0][index]
+        self.losses = whole.total([rows(own.scatter_rows(own.losses, 0), self.extent)])[0][index]
         self.rest, self.sparse = {}, own.sparse
         self.failure: Exception | None = None
         self.parameters = [p for p in parameters if p.requires_grad]
@@ -140,9 +143,9 @@ class Shared(Gradients):
         }
 
     def gram(self) -> Tensor:
-        self._kept: list[tuple[Bucket, list[Tensor]]] = []
-        used = self._exchange(lambda bucket, sums: self._kept.append((bucket, sums)))
-        grams = [ops.gram([[row] for row in sums]).double() for _, sums in self._kept]
+        self._own_state: list[tuple[Bucket, list[Tensor]]] = []
+        used = self._exchange(lambda bucket, sums: self._own_state.append((bucket, sums)))
+        grams = [ops.gram([[row] for row in sums]).double() for _, sums in self._own_state]
         flags = torch.tensor([p in used for p in self.parameters], dtype=torch.float64)
         total = torch.stack(grams).sum(0)
         total, flags, failed = self.ranks.all_reduce(
@@ -154,9 +157,9 @@ class Shared(Gradients):
 
     def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
         made = _Returned(self.ranks)
-        for bucket, sums in self._kept:
+        for bucket, sums in self._own_state:
             made.send(bucket, ops.combine([[row] for row in sums], weights))
-        self._kept = []
+        self._own_state = []
         return {p: grad for p, grad in made.all().items() if p in self._used}
 
 
@@ -179,7 +182,7 @@ class _Returned:
         parts = [received[slice(*span)] for span in bucket.spans]
         torch.cat(tuple(pieces), out=parts[mine])
         others = [(rank, part) for rank, part in enumerate(parts) if rank != mine]
-        works = self.ranks.swap([(rank, parts[mine]) for rank, _ in others], others)
+        works = self.ranks.send_and_receive([(rank, parts[mine]) for rank, _ in others], others)
         self.flying.append((bucket, received, works))
 
     def all(self) -> dict[Tensor, Tensor]:

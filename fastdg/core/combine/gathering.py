@@ -85,12 +85,12 @@ class Gradients(ABC):
         ones = (self.count > 0).to(self.losses.dtype)
         return ones / ones.sum().clamp(min=1) if reduction == "mean" else ones
 
-    def spread(self, values: Tensor, fill: float) -> Tensor:
+    def scatter_rows(self, values: Tensor, fill: float) -> Tensor:
         """``values [E, *]`` in their places among all domains, ``[D, *]``."""
-        return spread(values, self.ids, self.extent, fill)
+        return scatter_rows(values, self.ids, self.extent, fill)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``, which the CPU does not wait for."""
     if tensor.device == device:
         return tensor
@@ -99,13 +99,13 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def spread(values: Tensor, places: Sequence[int], extent: int, fill: float) -> Tensor:
+def scatter_rows(values: Tensor, places: Sequence[int], extent: int, fill: float) -> Tensor:
     """``values [E, *]`` in their places of ``[extent, *]``, ``fill`` in the others."""
     if len(places) == extent:
         return values
     every = values.new_full((extent, *values.shape[1:]), fill)
     index = torch.tensor(places, dtype=torch.int64, device="cpu")
-    return every.index_copy_(0, moved(index, values.device), values)
+    return every.index_copy_(0, to_device_async(index, values.device), values)
 
 
 class Own(Gradients):
@@ -132,7 +132,7 @@ class Own(Gradients):
         return made
 
 
-class Swept(Own):
+class SingleBackward(Own):
     """Of one mixed batch, from one backward that runs when they are asked for."""
 
     def __init__(self, batch: DomainBatch) -> None:
@@ -191,7 +191,7 @@ class Swept(Own):
         return made
 
 
-class Gathered(Own):
+class AccumulatedGradients(Own):
     """Of several micro-batches, each of whose gradients were taken as it came."""
 
     roots: Sequence[Tensor] = ()  # their graphs are gone
@@ -204,15 +204,15 @@ class Gathered(Own):
         self.rest, self.sparse = {}, set()
 
     @staticmethod
-    def of(earlier: Sequence[Gathered], batch: DomainBatch) -> Gathered:
+    def of(earlier: Sequence[AccumulatedGradients], batch: DomainBatch) -> AccumulatedGradients:
         """What was gathered, if anything was, and this micro-batch."""
-        gathered = earlier[0] if earlier else Gathered()
+        gathered = earlier[0] if earlier else AccumulatedGradients()
         gathered.add(batch)
         return gathered
 
     def add(self, batch: DomainBatch) -> None:
         """Take the gradients of a micro-batch; its graph is freed."""
-        swept = Swept(batch)
+        swept = SingleBackward(batch)
         if batch.alone:
             self._add_alone(batch)
         else:

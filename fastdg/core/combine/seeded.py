@@ -41,7 +41,7 @@ class RandomCombiner(GradientCombiner):
             return own
         on_cpu = device.type == "cpu"
         default = torch.default_generator if on_cpu else torch.cuda.default_generators[device.index]
-        state = ranks.of_first((own or default).get_state())
+        state = ranks.broadcast_from_rank0((own or default).get_state())
         if own is None and ranks.rank == 0:
             return None
         source = own or torch.Generator(device)
@@ -64,16 +64,16 @@ class RandomCombiner(GradientCombiner):
             self.generator.set_state(self._pending)
             self._remember()
 
-    def _taken(self) -> None:
-        super()._taken()
+    def _finish_load(self) -> None:
+        super()._finish_load()
         state = self.param_groups[0][f"{self.prefix}_generator"]
         if self.generator is not None and state is not None:
             self.generator.set_state(state.cpu())
 
-    def _admit(
+    def _validate_state(
         self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
     ) -> None:
-        super()._admit(kept, groups)
+        super()._validate_state(kept, groups)
         state = groups[0].get(f"{self.prefix}_generator")
         if state is None:
             return
