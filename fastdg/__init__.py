@@ -14,7 +14,7 @@ from .algorithms.iga import IGA
 from .algorithms.irm import IRM
 from .algorithms.miro import MIRO
 from .algorithms.pcgrad import PCGrad
-from .algorithms.rise import RISE, mix_students, mix_teachers
+from .algorithms.rise import RISE
 from .algorithms.sand_mask import SANDMask
 from .algorithms.swad import SWAD
 from .algorithms.vrex import VREx
@@ -23,6 +23,7 @@ from .core.optimizer import DomainOptimizer
 from .domain_ids import DomainIds
 from .gradients.rules import register_rule
 from .gradients.tape import Tape
+from .mixing import mix_students, mix_teachers
 from .models.unet import UNetMasker
 from .ops import backends, use_backend
 from .selfsup.adios import ADIOS

@@ -38,9 +38,6 @@ UPWARD: set[tuple[str, str]] = {
     ("gradients.tape", "statistics.selection"),
 }
 LONG: set[str] = {
-    "algorithms.fish",
-    "algorithms.miro",
-    "algorithms.rise",
     "ops.checks",
     "statistics.api",
     "statistics.factors",
@@ -50,7 +47,6 @@ LONG_ALGORITHMS: set[str] = {
     "algorithms.fish",
     "algorithms.fishr",
     "algorithms.gram_surgery",
-    "algorithms.group_dro",
     "algorithms.iga",
     "algorithms.irm",
     "algorithms.miro",

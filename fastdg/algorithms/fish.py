@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from .. import ops
 from .._torch import version_of
-from ..averaging.buffers import KINDS, Before, Buffers
+from ..averaging.buffers import KINDS, Before, Buffers, stored
 from ..core.batch import Batch
 from ..core.checkpoint import Kept
-from ..core.closures import asks_for_domain, check_same, losses_of
+from ..core.closures import asks_for_domain, check_same, losses_of, together
 from ..core.configured import Configured
 from ..core.hyper import NEEDED, check_steps, check_switch, check_weight, hyper, option
 from ..core.optimizer import Closure, DomainOptimizer
@@ -49,8 +49,7 @@ class Fish(DomainOptimizer):
     is an ordinary one over batches of a single domain: each ``opt.step()`` is an inner step, and
     every ``meta_steps``-th also takes the meta step, in place. One copy of the weights is kept;
     the wrapped optimizer's state goes on through all steps, as in DomainBed. An inner step that a
-    ``torch.amp.GradScaler`` skips is one of no length: the meta-iteration goes on with the next
-    domain, and a last one still takes the meta step, as that loop does.
+    ``torch.amp.GradScaler`` skips has no length; a last one still takes the meta step.
 
     ``opt.step(closure)`` makes a whole meta-iteration: ``closure(d)`` runs the model on domain d
     and returns its losses, or ``(losses, domains)``, for d from 0 to ``meta_steps - 1``. ``.grad``
@@ -191,7 +190,7 @@ class Fish(DomainOptimizer):
             losses, domains, inputs = losses_of(closure(d), d)
             self.backward(losses, domains, **inputs)
             seen.append(self._statistics)
-        self._statistics = {**self._statistics, **_together(seen)}
+        self._statistics = {**self._statistics, **together(seen)}
         return self._statistics["loss"]
 
     @torch.compiler.disable
@@ -214,7 +213,7 @@ class Fish(DomainOptimizer):
         if self.position == 0:
             for p, start in kept.items():
                 if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
-                    kept[p] = _stored(p.detach(), start)
+                    kept[p] = stored(p.detach(), start)
             for kind, value in self._noted.items():
                 owner = next(iter(self._own_state[kind]), None)
                 self._own_state[kind][self._owner() if owner is None else owner] = value
@@ -273,7 +272,7 @@ class Fish(DomainOptimizer):
 
     def _note_buffers(self) -> None:
         for kind, value in self._buffers.now().items():
-            self._noted[kind] = _stored(value, self._noted.get(kind))
+            self._noted[kind] = stored(value, self._noted.get(kind))
 
     # -- state and copies --
 
@@ -349,27 +348,3 @@ def _stamp(p: Tensor) -> tuple[int, int]:
 
 def _buffers_in(kept: Kept) -> dict[str, Tensor]:
     return {kind: value for kind in KINDS for value in kept[kind].values()}
-
-
-def _stored(value: Tensor, place: Tensor | None) -> Tensor:
-    """``value``, copied into ``place`` if it fits there."""
-    if place is None or (place.shape, place.dtype, place.device) != (
-        value.shape,
-        value.dtype,
-        value.device,
-    ):
-        return value.clone()
-    return place.copy_(value)
-
-
-def _together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The statistics of several inner steps as those of one."""
-    counts = torch.stack([s["domain_count"] for s in seen])
-    losses = torch.stack([s["domain_loss"] for s in seen])
-    count = counts.sum(0)
-    total = (losses.where(counts > 0, 0) * counts).sum(0)
-    return {
-        "loss": torch.stack([s["loss"] for s in seen]).mean(),
-        "domain_loss": total / count.to(total.dtype),
-        "domain_count": count,
-    }

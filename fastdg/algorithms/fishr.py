@@ -171,25 +171,16 @@ class Fishr(Annealed):
         super()._finish_load()
         self._resumed = bool(self._own_state["ema"])
 
-    def _validate_state(
-        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
-    ) -> None:
-        steps = groups[0].get("fishr_steps", 0)
-        decay = groups[0].get("fishr_ema", self._given["ema"])
-        if steps and decay is not None and not kept["ema"]:
-            raise ValueError(
-                f"state_dict: it comes from a Fishr run of {steps} steps but has no fishr_ema "
-                "tensors, so the history would silently start anew. torch.distributed.checkpoint "
-                "fills in only what the optimizer already has: give num_domains= (and params=, "
-                "unless the head is the optimizer's last layer), or run one backward and step "
-                "before loading; or set fishr_ema to None in its param_groups"
+    def _validate_state(self, kept: checkpoint.Kept, groups: Sequence[dict[str, Any]]) -> None:
+        if groups[0].get("fishr_ema", self._given["ema"]) is not None:
+            way = (
+                "give num_domains= (and params=, unless the head is the optimizer's last layer), "
+                "or run one backward and step before loading; or set fishr_ema to None in its "
+                "param_groups"
             )
+            self._require_kept(kept, groups, "ema", "the history", way)
+        self._check_domains(kept, "ema", "history")
         for p, ema in kept["ema"].items():
-            if self.num_domains is not None and len(ema) != self.num_domains:
-                raise ValueError(
-                    f"state_dict: its history has {len(ema)} domains, but num_domains is "
-                    f"{self.num_domains}"
-                )
             if ema.shape[1:] != p.shape:
                 raise ValueError(
                     f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "

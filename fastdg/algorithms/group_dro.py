@@ -108,20 +108,7 @@ class GroupDRO(DomainOptimizer):
             else:
                 kept[owner] = new
 
-    def _validate_state(
-        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
-    ) -> None:
-        steps = groups[0].get("groupdro_steps", 0)
-        if steps and not kept["q"]:
-            raise ValueError(
-                f"state_dict: it comes from a GroupDRO run of {steps} steps but has no groupdro_q, "
-                "so the domains' weights would silently start anew. torch.distributed.checkpoint "
-                "fills in only what the optimizer already has: give num_domains=, or run one "
-                "backward and step before loading"
-            )
-        for q in kept["q"].values():
-            if self.num_domains is not None and len(q) != self.num_domains:
-                raise ValueError(
-                    f"state_dict: its groupdro_q has {len(q)} domains, but num_domains is "
-                    f"{self.num_domains}"
-                )
+    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
+        way = "give num_domains=, or run one backward and step before loading"
+        self._require_kept(kept, groups, "q", "the domains' weights", way)
+        self._check_domains(kept, "q", "groupdro_q")

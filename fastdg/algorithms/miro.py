@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import ops
 from .._torch import version_of
 from ..capture.backbones import find_layers, preset_of
 from ..capture.feature_maps import (
@@ -26,39 +24,14 @@ from ..capture.feature_maps import (
     ran_twice,
 )
 from ..capture.graph_notes import Hook, found, leave, recording
+from ..capture.variance_encoder import BIAS, VarianceEncoder
 from ..core.base_optimizer import check_base
 from ..core.base_state import own_part, with_part
 from ..core.checkpoint import Kept
 from ..core.configured import Configured
 from ..core.hyper import check_steepness, check_weight, hyper
 from ..core.term import Term
-from ..gradients.rules import register_rule
-from ..ops.oracle_nll import FLOOR, bias_gradients
-from ..statistics.factors import Dense, Factor, accumulated
 from ..warn import warn_user
-
-START = 0.1  # the variance that every channel begins with
-BIAS = math.log(math.expm1(START - FLOOR))
-
-
-class VarianceEncoder(nn.Module):
-    """The variance of one layer's channels, and how likely the oracle's maps are with it."""
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        # How many channels there are is seen in the first forward
-        self.bias = nn.Parameter(torch.empty(0, dtype=accumulated(like).dtype, device=like.device))
-        self.layout: Layout | None = None
-
-    def forward(self, features: Tensor, oracle: Tensor) -> Tensor:
-        sample, channel = self.layout or (0, 1)
-        return ops.oracle_nll(features, oracle, self.bias, sample=sample, channel=channel)
-
-
-@register_rule("GeneratedBackwardFor_fastdg_oracle_nll_defaultBackward", slot=2)
-def variances(node: Any, delta: Tensor) -> Factor:
-    bias, squares, *_ = node.saved_tensors
-    return Dense(bias_gradients(accumulated(delta), bias, squares, node.positions))
 
 
 @dataclass
@@ -353,14 +326,8 @@ class MIRO(Term):
                 self._fix(encoder, torch.full_like(encoder.bias, BIAS))
 
     def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
-        steps = groups[0].get("miro_steps", 0)
-        if steps and not kept["bias"]:
-            raise ValueError(
-                f"state_dict: it comes from a MIRO run of {steps} steps but has no miro_bias, so "
-                "the variances would silently start anew. torch.distributed.checkpoint fills in "
-                "only what the optimizer already has: run the model once, in training mode, before "
-                "loading"
-            )
+        way = "run the model once, in training mode, before loading"
+        self._require_kept(kept, groups, "bias", "the variances", way)
         for name, encoder in self._encoders.items():
             bias = kept["bias"].get(encoder.bias)
             if bias is not None and encoder.bias.numel() and bias.shape != encoder.bias.shape:

@@ -70,3 +70,14 @@ class Before:
 
     def __reduce__(self) -> tuple[type[Before], tuple[()]]:
         return Before, ()
+
+
+def stored(value: Tensor, place: Tensor | None) -> Tensor:
+    """``value``, copied into ``place`` if it fits there."""
+    if place is None or (place.shape, place.dtype, place.device) != (
+        value.shape,
+        value.dtype,
+        value.device,
+    ):
+        return value.clone()
+    return place.copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +44,16 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
     elif not same:
         got = sorted(set(domains.tolist()))
         raise ValueError(f"{message}; got domains {got[:8]}")
+
+
+def together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The statistics of several inner steps as those of one."""
+    counts = torch.stack([s["domain_count"] for s in seen])
+    losses = torch.stack([s["domain_loss"] for s in seen])
+    count = counts.sum(0)
+    total = (losses.where(counts > 0, 0) * counts).sum(0)
+    return {
+        "loss": torch.stack([s["loss"] for s in seen]).mean(),
+        "domain_loss": total / count.to(total.dtype),
+        "domain_count": count,
+    }

@@ -125,6 +125,32 @@ class Stateful(Wrapping):
     ) -> None:
         """Refuse a state that does not fit, before anything is changed."""
 
+    def _require_kept(
+        self, kept: Kept, groups: Sequence[dict[str, Any]], name: str, lost: str, way: str
+    ) -> None:
+        """Raise ValueError if a run that has made steps was saved without its tensors ``name``.
+
+        Args:
+            lost: what would start anew.
+            way: what makes an optimizer have them before it loads.
+        """
+        steps = groups[0].get(f"{self.prefix}_steps", 0)
+        if steps and not kept[name]:
+            raise ValueError(
+                f"state_dict: it comes from a {type(self).__name__} run of {steps} steps but has "
+                f"no {self.prefix}_{name}, so {lost} would silently start anew. "
+                f"torch.distributed.checkpoint fills in only what the optimizer already has: {way}"
+            )
+
+    def _check_domains(self, kept: Kept, name: str, what: str) -> None:
+        """Raise ValueError if a tensor ``name`` has not a row for each of ``num_domains``."""
+        D = getattr(self, "num_domains", None)
+        for tensor in kept[name].values():
+            if D is not None and len(tensor) != D:
+                raise ValueError(
+                    f"state_dict: its {what} has {len(tensor)} domains, but num_domains is {D}"
+                )
+
     def _set_defaults(self) -> None:
         """Give the first group what it lacks of the wrapper's settings and counters."""
         for name, value in self._given.items():

@@ -1,0 +1,38 @@
+"""How likely an oracle's feature map is, with one trained variance for each channel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..gradients.rules import register_rule
+from ..ops.oracle_nll import FLOOR, bias_gradients
+from ..statistics.factors import Dense, Factor, accumulated
+from .feature_maps import Layout
+
+START = 0.1  # the variance that every channel begins with
+BIAS = math.log(math.expm1(START - FLOOR))
+
+
+class VarianceEncoder(nn.Module):
+    """The variance of one layer's channels, and how likely the oracle's maps are with it."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        # How many channels there are is seen in the first forward
+        self.bias = nn.Parameter(torch.empty(0, dtype=accumulated(like).dtype, device=like.device))
+        self.layout: Layout | None = None
+
+    def forward(self, features: Tensor, oracle: Tensor) -> Tensor:
+        sample, channel = self.layout or (0, 1)
+        return ops.oracle_nll(features, oracle, self.bias, sample=sample, channel=channel)
+
+
+@register_rule("GeneratedBackwardFor_fastdg_oracle_nll_defaultBackward", slot=2)
+def variances(node: Any, delta: Tensor) -> Factor:
+    bias, squares, *_ = node.saved_tensors
+    return Dense(bias_gradients(accumulated(delta), bias, squares, node.positions))
