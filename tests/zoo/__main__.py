@@ -76,7 +76,11 @@ def main(words: list[str], fishr: bool) -> int:
         *zoo_vision.cases(),
     ]
     cases = [(case, training) for case in made for training in (True, False)]
-    settings = {"models": len(made), "tolerance": zoo_oracle.TOLERANCE, "floor": zoo_oracle.FLOOR}
+    settings = {
+        "models": [f"{case.family} {case.name}" for case in made],
+        "tolerance": zoo_oracle.TOLERANCE,
+        "floor": zoo_oracle.FLOOR,
+    }
     known = {(case.family, case.name) for case in made}
     rows = {zoo_report.name(row): row for row in zoo_report.rows()}
 

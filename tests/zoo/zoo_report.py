@@ -98,9 +98,10 @@ def render(results: dict[str, Any]) -> str:
         )
     ]
     parts += ["## Summary", "", *summary(rows), ""]
-    ran = len({(row["family"], row["name"]) for row in rows})
-    if ran < results["models"]:
-        parts.append(f"{results['models'] - ran} of the {results['models']} models were not run.\n")
+    ran = set(map(name, rows))
+    cases = [f"{model} ({mode})" for model in results["models"] for mode in ("train", "eval")]
+    if missing := [case for case in cases if case not in ran]:
+        parts.append(f"{len(missing)} of {len(cases)} were not run: {', '.join(missing)}.\n")
     parts.append(", ".join(f"{k} {v}" for k, v in results["machine"].items()) + ".\n")
     for title, key in (("Refused", "refused"), ("Not here", "not here")):
         some = [f"- {name(row)}: {row[key]}" for row in rows if outcome(row) == key]
