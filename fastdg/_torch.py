@@ -7,20 +7,20 @@ in torch's notes on autograd and is read by `fastdg.gradients` itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Leave a function to Python while torch.compile traces its caller, as torch.compiler.disable does;
+# but that imports the compiler where the function is defined, which takes a second
+from torch._compile import _disable_dynamo as not_compiled
 from torch.amp import GradScaler
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
-
-# Trace what runs, backwards too: `fastdg.compiled` needs it, as torch.compile does not show a graph
-# of autograd to what it traces. Called experimental; there is no public equal
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 # Any batch norm and any dropout; the public classes are those of one number of dimensions each
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -36,10 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "BatchNorm",
     "Dropout",
-    "GuardOnDataDependentSymNode",
     "TorchDispatchMode",
-    "get_proxy_mode",
-    "make_fx",
+    "not_compiled",
     "pytree",
 ]
 
@@ -59,6 +57,26 @@ def forward_ad_active() -> bool:
 def dispatch_modes() -> int:
     """How many dispatch modes watch; the public class only enters and leaves one."""
     return torch._C._len_torch_dispatch_stack()
+
+
+def get_proxy_mode() -> Any:
+    """The mode of `make_fx` that traces now, or None."""
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")  # without it nothing traces
+    return None if module is None else module.get_proxy_mode()
+
+
+def make_fx(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace what runs, backwards too: torch.compile does not show a graph of autograd to what it
+    traces. Called experimental; there is no public equal. Imported late, as it takes a second."""
+    from torch.fx.experimental import proxy_tensor
+
+    return proxy_tensor.make_fx(function)
+
+
+def unknown_size_errors() -> tuple[type[Exception], ...]:
+    """The errors of a branch on a size that is known only when a traced graph runs."""
+    module = sys.modules.get("torch.fx.experimental.symbolic_shapes")  # which alone raises them
+    return () if module is None else (module.GuardOnDataDependentSymNode,)
 
 
 def jit_tracing() -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextvars
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -245,11 +247,33 @@ def test_trees_and_graphs() -> None:
 
     modes: list[bool] = []
 
-    def run(x: Tensor) -> Tensor:
+    def traced(x: Tensor) -> Tensor:
         modes.append(_torch.get_proxy_mode() is not None)
         return torch.autograd.grad(x.sin().sum(), x)[0]
 
-    graph = _torch.make_fx(run)(torch.zeros(2, requires_grad=True))
+    graph = _torch.make_fx(traced)(torch.zeros(2, requires_grad=True))
     assert modes == [True] and _torch.get_proxy_mode() is None
     assert torch.equal(graph(torch.zeros(2)), torch.ones(2))
-    assert issubclass(_torch.GuardOnDataDependentSymNode, RuntimeError)
+    (error,) = _torch.unknown_size_errors()
+    assert issubclass(error, RuntimeError)
+
+
+def test_the_compiler_is_not_imported_before_it_is_needed() -> None:
+    """It takes seconds, and most users never trace a step."""
+    names = ("torch._dynamo", "sympy", "triton")
+    code = f"import sys, torch, fastdg; print([name for name in {names} if name in sys.modules])"
+    ran = run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_what_is_not_compiled_leaves_the_graph() -> None:
+    seen: list[bool] = []
+
+    @_torch.not_compiled
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    compiled = torch.compile(lambda x: look(x.sin()).cos(), backend="eager")
+    torch.testing.assert_close(compiled(torch.zeros(2)), torch.ones(2).cos())
+    assert seen == [False]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
-from .._torch import version_of
+from .._torch import not_compiled, version_of
 from ..averaging.buffers import KINDS, Before, Buffers, stored
 from ..core.batch import Batch
 from ..core.checkpoint import Kept
@@ -193,7 +193,7 @@ class Fish(DomainOptimizer):
         self._statistics = {**self._statistics, **together(seen)}
         return self._statistics["loss"]
 
-    @torch.compiler.disable
+    @not_compiled
     def _prepare(self) -> None:
         kept = self._own_state["kept"]
         self._keep(kept)
@@ -227,7 +227,7 @@ class Fish(DomainOptimizer):
         self._keep(self._own_state["kept"])
         self._commit()
 
-    @torch.compiler.disable
+    @not_compiled
     def _commit(self) -> None:
         position = self.position + 1
         if position >= self.meta_steps:

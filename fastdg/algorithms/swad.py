@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from .._torch import not_compiled
 from ..averaging.averaged import Averaged
 from ..averaging.averages import FRESH, Segments, finite
 from ..averaging.valley import RULES, check_rule
@@ -218,7 +219,7 @@ class SWAD(Averaged):
             "average": {p: z.clone() for p, z in zeros.items()},
         }
 
-    @torch.compiler.disable
+    @not_compiled
     def _commit(self) -> None:
         self._count()
         group = self.param_groups[0]

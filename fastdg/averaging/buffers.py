@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import foreach_copy_
+from .._torch import foreach_copy_, not_compiled
 
 KINDS: dict[str, Callable[[Tensor], bool]] = {
     "buffers": torch.is_floating_point,
@@ -60,7 +60,7 @@ class Before:
     def __init__(self, owner: Any = None) -> None:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, module: nn.Module, args: Sequence[Any]) -> None:
         if (owner := self.owner()) is not None:
             owner._before_forward()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .._torch import functorch_active, jit_tracing, pytree
+from .._torch import functorch_active, jit_tracing, not_compiled, pytree
 
 _KEY = "fastdg_left"
 
@@ -107,7 +107,7 @@ class Hook:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
         self.method, self.args = method, args
 
-    @torch.compiler.disable
+    @not_compiled
     def __call__(self, *seen: Any) -> Any:
         owner = self.owner()
         return None if owner is None else getattr(owner, self.method)(*self.args, *seen)
