@@ -66,6 +66,11 @@ class Configured(Stateful):
         check: bool = True,
         **given: Any,
     ) -> None:
+        if not hasattr(type(self), "prefix"):
+            raise TypeError(
+                f"{type(self).__name__}: it is a base class. Derive from it and write objective(), "
+                "or use fastdg.ERM."
+            )
         check_order(self, base)
         check_base(base, type(self).__name__)
         errors.refuse_groups(base.param_groups, type(self).__name__, self.penalises)

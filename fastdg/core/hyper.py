@@ -143,6 +143,11 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
                 f"params: {name} has no such argument. To leave parameters out, freeze them "
                 "(requires_grad_(False)) or give them to another optimizer"
             )
+        if hasattr(kind, key) and not kind.__module__.startswith("fastdg."):
+            raise TypeError(
+                f"{key}: {name} does not declare it as an argument. Write "
+                f"{key}: ... = hyper(default, check) in the class, from fastdg.core.hyper."
+            )
         if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
             raise TypeError(f"{key}: {name} has no such argument; did you mean {near[0]}=?")
         raise TypeError(
@@ -163,7 +168,7 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
     order = [name for name, o in options.items() if o.positional]
     if len(places) > len(order):
         raise TypeError(
-            f"{kind.__name__}: takes {1 + len(order)} arguments by their place, got "
+            f"{kind.__name__}: takes {1 + len(order)} positional argument(s), got "
             f"{1 + len(places)}. Pass the others by name."
         )
     for name, value in zip(order, places, strict=False):

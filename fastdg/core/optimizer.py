@@ -189,6 +189,7 @@ class DomainOptimizer(Configured):
             staged, self._global_batch, self._known_domains(), self.steps == 0, self.params
         )
         objective = self.objective(batch)
+        check_objective(objective, type(self).__name__)
         batch.backward(objective)
         check_reached(self.param_groups, type(self).__name__)
         self._pending, self._statistics = batch.record(), batch.statistics
@@ -272,3 +273,17 @@ class DomainOptimizer(Configured):
     def statistics(self) -> dict[str, Tensor]:
         """What the last final `backward` saw: detached tensors, on the device."""
         return self._statistics
+
+
+def check_objective(objective: Any, name: str) -> None:
+    """Raise unless an algorithm has returned something to descend."""
+    good = isinstance(objective, Tensor)
+    if not good or objective.dim() != 0 or not objective.requires_grad:
+        got = type(objective).__name__
+        if good:
+            graph = "" if objective.requires_grad else " without a graph"
+            got = f"shape {tuple(objective.shape)}{graph}"
+        raise TypeError(
+            f"objective: {name}.objective has to return a 0-dim tensor with its graph, got {got}. "
+            "Make it of batch.loss, batch.domain_losses or batch.moments()."
+        )

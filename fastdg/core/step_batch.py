@@ -48,7 +48,8 @@ class StepBatch:
 
     Attributes:
         loss: mean of all samples' losses, 0-dim, differentiable.
-        domain_losses: mean loss of each domain ``[D]``, differentiable; 0 for an empty domain.
+        domain_losses: mean loss of each domain ``[D]``, differentiable; 0 for a domain without
+            samples, which `domain_mean` and `shares` leave out.
         counts: samples of each domain ``[D]``, int64.
         present: which domains have samples ``[D]``, bool.
         parts: this rank's micro-batches.

@@ -255,8 +255,8 @@ class Tape:
             else f"no rule knows how {', '.join(where)} uses them"
         )
         advice = (
-            "Two ways make it fast: one forward for each domain with final=False, or, where a "
-            "batch norm in training mixes them, eval() on the norms"
+            "For gradients of domains, one forward for each domain with final=False makes it fast; "
+            "where a batch norm in training mixes them, eval() on the norms does, for variances too"
             if mixed
             else "fastdg.explain(losses, params=...) shows the price of each"
         )

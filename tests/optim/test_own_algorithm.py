@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ class CosinePenalty(fastdg.DomainOptimizer):
     def objective(self, batch: StepBatch) -> Tensor:
         means = batch.means(differentiable=True).values()
         unit = F.normalize(torch.cat([mean.flatten(1) for mean in means], 1), dim=1)
-        return batch.penalised(batch.loss, self.penalty_weight, 1 - (unit @ unit.t()).mean())
+        penalty = 1 - batch.shares @ (unit @ unit.t()) @ batch.shares
+        return batch.penalised(batch.loss, self.penalty_weight, penalty)
 
 
 class Softest(GradientCombiner):
@@ -59,9 +62,11 @@ def gradient(model: Network) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_an_objective_in_six_lines() -> None:
+@pytest.mark.parametrize("num_domains", [None, 5], ids=["all", "two_without_samples"])
+def test_an_objective_in_seven_lines(num_domains: int | None) -> None:
     model, losses, domains = model_and_losses()
-    opt = CosinePenalty(torch.optim.SGD(model.parameters(), lr=0.1), penalty_weight=0.5)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = CosinePenalty(base, penalty_weight=0.5, num_domains=num_domains)
     rows = F.normalize(by_domain(model, losses, domains, create_graph=True), dim=1)
     penalty = 1 - (rows @ rows.t()).mean()
     objective = losses.mean() + 0.5 * penalty
@@ -120,3 +125,36 @@ def test_its_arguments_are_checked(value: object) -> None:
         "model",
         "check",
     ]
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda batch: None, "NoneType"),
+        (lambda batch: 1.0, "float"),
+        (lambda batch: batch.domain_losses, r"shape \(3,\)"),
+        (lambda batch: batch.loss.detach(), "without a graph"),
+    ],
+)
+def test_what_is_no_objective_is_said(returned: Callable[[StepBatch], Any], got: str) -> None:
+    class Wrong(fastdg.DomainOptimizer):
+        looks_at_samples = False
+
+        def objective(self, batch: StepBatch) -> Tensor:
+            return returned(batch)
+
+    model, losses, domains = model_and_losses()
+    with pytest.raises(TypeError, match=f"objective: Wrong.*{got}"):
+        Wrong(torch.optim.SGD(model.parameters(), lr=0.1)).backward(losses, domains)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_not_declared_is_no_argument() -> None:
+    class Undeclared(fastdg.DomainOptimizer):
+        strength = 2.0
+
+    base = torch.optim.SGD(Network().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"strength: .* hyper\("):
+        Undeclared(base, strength=3.0)
+    with pytest.raises(TypeError, match="base class"):
+        fastdg.DomainOptimizer(base)
