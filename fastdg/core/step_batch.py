@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed.global_batch import GlobalBatch
 from ..statistics.api import moments_of
+from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from .backward import accumulate, backward, scaled
 from .batch import Batch, loss_sums, total_loss
@@ -206,8 +207,10 @@ class StepBatch:
             (weights[part.partition.domains] if weights.dim() else weights).expand(len(root))
             for part, root in zip(self.parts, roots, strict=True)
         ]
-        if more:
-            roots, seeds = [objective, *roots], [torch.ones_like(objective), *seeds]
+        if more:  # in one root, so that gradients are added up in one order in every thread
+            own = [(accumulated(x) * w).sum() for x, w in zip(roots, seeds, strict=True)]
+            total = objective + torch.stack(own).sum()
+            roots, seeds = [total], [torch.ones_like(total)]
         backward(roots, seeds, self.parts, self.whole)
 
     def _weights(self, objective: Tensor) -> tuple[Tensor, bool]:
