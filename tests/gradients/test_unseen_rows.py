@@ -38,14 +38,31 @@ def compare(losses: Tensor, weight: Tensor) -> None:
         (1e-30, 1.0, 1e30),
         (1e-36, 1.0, 1e36),
         (1.0, 1e-40, 1.0),  # too small for any power of two
-        (1.0, math.nan, 1.0),
-        (1.0, 1.0, math.inf),
-        (math.nan, math.nan, math.nan),
     ],
 )
 def test_samples_of_very_different_size(scale: tuple[float, ...]) -> None:
     layer = nn.Linear(3, 3).float()
     compare(losses_of(layer, scale), layer.weight)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [(1.0, math.nan, 1.0), (1.0, 1.0, math.inf), (math.nan, math.nan, math.nan)],
+)
+def test_what_is_not_finite_stays_with_its_sample(scale: tuple[float, ...]) -> None:
+    """Autograd alone would hand it to all, as 0 * NaN is NaN."""
+    layer = nn.Linear(3, 3).float()
+    torch.manual_seed(0)
+    losses = losses_of(layer, scale)
+    torch.manual_seed(0)
+    finite = losses_of(layer, (1.0, 1.0, 1.0))
+    found = fastdg.per_sample_gradients(losses, params={"weight": layer.weight})["weight"]
+    for got, loss, factor in zip(found, finite, scale, strict=True):
+        if math.isfinite(factor):
+            (grad,) = torch.autograd.grad(loss, [layer.weight], retain_graph=True)
+            torch.testing.assert_close(got, grad)
+        else:
+            assert not got.isfinite().any()
 
 
 @pytest.mark.parametrize("seed", [8, 11, 27])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -305,6 +306,13 @@ def test_halves_are_summed_in_fp32(dtype: torch.dtype, T: int) -> None:
     assert sums[0] == combined.numel()
 
 
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in ``dtype``, in lists too."""
+    if isinstance(x, (list, tuple)):
+        return [cast(part, dtype) for part in x]
+    return x.to(DEVICE, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
 def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastdg import kernels
 
@@ -317,8 +325,10 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     mean = torch.zeros(1, 6, 5)
     up = torch.zeros(4)
     maps = torch.zeros(4, 3, 5), torch.zeros(4, 3, 5)
+    norm = (torch.zeros(4, 3, 1, 5), torch.zeros(4, 3, 1, 5), *[torch.zeros(4, 3, 1)] * 2, False)
     texts = torch.zeros(4, 5), order, torch.zeros(2, 5), torch.zeros(2, 3, 5), torch.zeros(2, 3)
     arguments = {
+        "foreach_moments": (order, offsets, [a[:, 0]], [a], [delta], True),
         "moments": (a[:, 0], order, offsets),
         "moments_backward": (a[0, :1], a[0, :1], a[:, 0], a[0, :1], order, offsets),
         "outer_agreement": (a, delta, order, offsets, torch.ones(1), 1.0, math.inf, window),
@@ -326,6 +336,8 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
         "outer_moments": (a, delta, order, offsets, window),
         "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
         "outer_norms": (a, delta, window),
+        "norm_gradients": norm,
+        "norm_gradients_backward": (up.view(4, 1), up.view(4, 1), *norm),
         "oracle_nll": (*maps, torch.zeros(3)),
         "oracle_nll_backward": (up, *maps, torch.zeros(3), torch.zeros(4, 3)),
         "text_distance": texts,
@@ -335,13 +347,7 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     for name, (backend, _, supports) in attached.items():
         assert backend == "triton"
         for dtype, taken in ((torch.float32, True), (torch.float16, True), (torch.float64, False)):
-            args = [
-                x.to("cuda" if DEVICE == "cuda" else "cpu", dtype)
-                if isinstance(x, Tensor) and x.is_floating_point()
-                else x
-                for x in arguments[name]
-            ]
-            assert supports(*args) == (taken and DEVICE == "cuda")
+            assert supports(*cast(arguments[name], dtype)) == (taken and DEVICE == "cuda")
 
 
 @pytest.mark.gpu

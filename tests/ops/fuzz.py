@@ -147,6 +147,25 @@ class Draw:
         up = [self.tensor(len(offsets) - 1, grads.shape[1]) for _ in range(3)]
         return up[0], up[1], grads, up[2], order, offsets
 
+    def _foreach_moments(self) -> Any:
+        N = self.size(1, 8)
+        grads = [self.tensor(N, *self.sizes()) for _ in range(self.size(0, 3))]
+        pairs = [self.factors(N) for _ in range(self.size(0 if grads else 1, 3))]
+        a, delta = [x for x, _ in pairs], [d for _, d in pairs]
+        return *self.partition(N), grads, a, delta, self.random.random() < 0.5
+
+    def sizes(self) -> list[int]:
+        return [self.size(0, 6) for _ in range(self.size(0, 2))]
+
+    def factors(self, N: int) -> tuple[Tensor, Tensor]:
+        rows = (N, self.size(0, 4)) if self.random.random() < 0.5 else (N,)
+        return self.tensor(*rows, self.size(0, 20)), self.tensor(*rows, self.size(0, 20))
+
+    def _combine_rows(self) -> Any:
+        D = self.size(1, 5)
+        rows = [self.tensor(D, *self.sizes()) for _ in range(self.size(1, 4))]
+        return rows, self.weights(D)
+
     def _gram(self) -> Any:
         return self.lists()
 
