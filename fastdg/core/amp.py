@@ -2,7 +2,7 @@
 
 `backward` takes the scaler and hands on its factor: every backward pass inside runs with it, what
 it finds is divided by it at once (`statistics.collect`), and ``.grad`` alone carries it
-(`batch.scaled`), as after ``scaler.scale(loss).backward()``. `step` is told by the scaler.
+(`backward.scaled`), as after ``scaler.scale(loss).backward()``. `step` is told by the scaler.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._torch import hook_tables
 from ..distributed.global_batch import GlobalBatch
 from ..distributed.sharding import like_parameter
+from ..gradients.plain import resting
 from .batch import Batch
 
 
@@ -119,14 +120,8 @@ def rollback_on_error(groups: Sequence[dict[str, Any]], copied: bool) -> Iterato
 def hooks_at_the_end(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Hooks of the parameters rest inside, and are called with the gradient there is at the end."""
     hooked = {p: tables for p in parameters if any(tables := hook_tables(p))}
-    resting = [(table, dict(table)) for tables in hooked.values() for table in tables]
-    for table, _ in resting:
-        table.clear()
-    try:
+    with resting(table for tables in hooked.values() for table in tables):
         yield
-    finally:
-        for table, hooks in resting:
-            table.update(hooks)
     grads = {p: p.grad for p in hooked if p.grad is not None}
     for p in grads:
         p.grad = None

@@ -60,8 +60,3 @@ def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
     for batch in staged:
         total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
     return total
-
-
-def domain_means(sums: Tensor, count: Tensor) -> Tensor:
-    """Mean of each domain ``[D]``; NaN for an empty one."""
-    return sums / count.to(sums.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,14 @@ from .errors import in_words
 @contextmanager
 def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Gradients taken inside come before any hook of these parameters changes them."""
-    tables = [table for p in parameters if (table := hook_tables(p)[0])]
+    with resting(table for p in parameters if (table := hook_tables(p)[0])):
+        yield
+
+
+@contextmanager
+def resting(tables: Iterable[dict[int, Any]]) -> Iterator[None]:
+    """The tables of hooks are empty inside, and are what they were after."""
+    tables = list(tables)
     hooks = [dict(table) for table in tables]
     for table in tables:
         table.clear()
