@@ -37,8 +37,8 @@ from torch.nn import functional as F
 import fastdg
 from fastdg.core.batch import Batch
 from fastdg.core.optimizer import DomainOptimizer
+from fastdg.factors import Factor
 from fastdg.files import replace
-from fastdg.statistics.factors import Factor
 
 Run = Callable[[], None]
 MODULES = (1, 10, 50, 100)

@@ -21,6 +21,7 @@ from .algorithms.vrex import VREx
 from .core.compiled import compiled
 from .core.optimizer import DomainOptimizer
 from .domain_ids import DomainIds
+from .factors import Dense, Lookup, Outer
 from .gradients.rules import register_rule
 from .gradients.tape import Tape
 from .mixing import mix_students, mix_teachers
@@ -38,7 +39,6 @@ from .statistics.api import (
     per_sample_norms,
     record,
 )
-from .statistics.factors import Dense, Lookup, Outer
 from .statistics.moments import DomainMoments
 from .text import TextTables, text_tables
 from .tracking import log

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._torch import pytree
 from .domains import Partition, partition
-from .statistics.factors import flat
+from .factors import flat
 from .statistics.moments import DomainMoments
 from .statistics.stream import Moments, Norms, Problem, Randomness, Samples, stream
 

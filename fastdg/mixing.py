@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .statistics.factors import accumulated
+from .dtypes import to_statistics_dtype
 
 
 def mix_teachers(*logits: Tensor) -> Tensor:
@@ -51,4 +51,4 @@ def _stacked(logits: tuple[Tensor, ...]) -> Tensor:
     if len(shapes) != 1:
         got = ", ".join(map(str, sorted(shapes))) or "none"
         raise ValueError(f"logits: expected tensors of one shape, got {got}")
-    return torch.stack([accumulated(x) for x in logits])
+    return torch.stack([to_statistics_dtype(x) for x in logits])

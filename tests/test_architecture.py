@@ -21,26 +21,14 @@ LAYERS = (
     {"distributed", "capture"},
     {"statistics"},
     {"gradients"},
+    {"factors"},
     {"ops", "kernels"},
 )
 LINES, ALGORITHM_LINES, FILES = 350, 120, 20
-UPWARD: set[tuple[str, str]] = {
-    ("gradients.engine", "statistics.factors"),
-    ("gradients.pulled", "statistics.factors"),
-    ("gradients.rules", "statistics.factors"),
-    ("gradients.rules.broadcast", "statistics.factors"),
-    ("gradients.rules.convolution", "statistics.factors"),
-    ("gradients.rules.linear", "statistics.factors"),
-    ("gradients.rules.lookup", "statistics.factors"),
-    ("gradients.rules.norm", "statistics.factors"),
-    ("gradients.tape", "statistics.advice"),
-    ("gradients.tape", "statistics.factors"),
-    ("gradients.tape", "statistics.selection"),
-}
+UPWARD: set[tuple[str, str]] = set()
 LONG: set[str] = {
     "ops.checks",
     "statistics.api",
-    "statistics.factors",
     "statistics.stream",
 }
 LONG_ALGORITHMS: set[str] = {

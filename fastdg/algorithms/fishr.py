@@ -15,9 +15,9 @@ from ..core.hyper import check_count, check_decay, check_reduction, check_weight
 from ..core.nesting import terms_of
 from ..core.step_batch import StepBatch, StepRecord
 from ..distributed.sharding import local
-from ..statistics.factors import accumulated
+from ..dtypes import to_statistics_dtype
+from ..selection import Selection, listed, select
 from ..statistics.moments import rows, variance_gap
-from ..statistics.selection import Selection, listed, select
 from ..warn import warn_user
 
 
@@ -164,7 +164,7 @@ class Fishr(Annealed):
             alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
             found = found[-1:] if alone else found[-2:]
         D = self.num_domains
-        made = {p: accumulated(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
+        made = {p: to_statistics_dtype(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
         return {"ema": made}
 
     def _finish_load(self) -> None:

@@ -16,10 +16,10 @@ from ..core.optimizer import Closure, DomainOptimizer
 from ..core.rerun import Start
 from ..core.step_batch import StepBatch
 from ..domains import partition
+from ..dtypes import to_statistics_dtype
 from ..gradients.graph import Graph
 from ..gradients.release import release
 from ..gradients.tape import check_losses
-from ..statistics.factors import accumulated
 from ..statistics.moments import variance_gap
 
 
@@ -125,7 +125,7 @@ class IGA(DomainOptimizer):
         with start.watched():
             for d in range(domains):
                 losses = self._ask(closure, d)
-                sums.append(accumulated(losses.detach()).sum())
+                sums.append(to_statistics_dtype(losses.detach()).sum())
                 counts.append(len(losses))
                 losses.backward(torch.full_like(losses, 1 / (len(losses) * domains)))
                 del losses
@@ -181,12 +181,12 @@ class IGA(DomainOptimizer):
                 allow_unused=True,
             )
         )
-        square, grad, gap = accumulated(losses.detach()).new_zeros(()), None, None
+        square, grad, gap = to_statistics_dtype(losses.detach()).new_zeros(()), None, None
         for mean in reversed(means):
             grad = grads.pop()
             if mean is not None:  # a domain uses it
                 gap = -mean if grad is None else grad - mean
-                square = square + accumulated(gap).square().sum()
+                square = square + to_statistics_dtype(gap).square().sum()
         del grad, gap  # the graph has what it needs
         if square.requires_grad:
             (weight * square).backward()
@@ -195,7 +195,7 @@ class IGA(DomainOptimizer):
         return square.detach()
 
     def _compare(self, losses: Tensor, total: Tensor, count: int, d: int) -> None:
-        again = accumulated(losses.detach()).sum()
+        again = to_statistics_dtype(losses.detach()).sum()
         if len(losses) != count or not torch.allclose(again, total, rtol=1e-4, equal_nan=True):
             raise RuntimeError(
                 f"closure: called a second time for domain {d} it returned other losses (mean "

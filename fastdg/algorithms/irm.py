@@ -17,10 +17,10 @@ from ..core.nesting import terms_of
 from ..core.optimizer import UNSEEN, Closure
 from ..core.step_batch import StepBatch
 from ..domains import partition, tracing
+from ..dtypes import to_statistics_dtype
 from ..gradients.heads import Head, crossed_output, last_output
 from ..gradients.scale import root
 from ..statistics.api import TOLERANCE
-from ..statistics.factors import accumulated
 from ..warn import warn_user
 
 
@@ -157,7 +157,9 @@ class IRM(Annealed):
         delta, logits = _deltas(batch, create_graph, weights)
         with torch.set_grad_enabled(create_graph):
             self._check(batch, delta, logits, weights)
-            products = (accumulated(delta) * accumulated(logits)).reshape(rows).sum(1)
+            products = (
+                (to_statistics_dtype(delta) * to_statistics_dtype(logits)).reshape(rows).sum(1)
+            )
             return products if start is None else products / start
 
     @torch.no_grad()

@@ -17,8 +17,8 @@ from ..core.configured import Configured
 from ..core.hyper import check_steepness, check_weight, hyper
 from ..core.term import Term
 from ..domains import readable
+from ..dtypes import to_statistics_dtype
 from ..ops import text_distance
-from ..statistics.factors import accumulated
 
 
 @dataclass
@@ -214,7 +214,7 @@ class RISE(Term):
                 "activation with inplace=True, or +=); name the module that does so in its place, "
                 "or make that operation out of place"
             )
-        return accumulated(seen)
+        return to_statistics_dtype(seen)
 
     def _tables(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.classes.device != like.device or self.classes.dtype != like.dtype:
@@ -265,8 +265,8 @@ class RISE(Term):
                 f"teacher_logits: expected them on {logits.device}, as the logits, got "
                 f"{teacher.device}; move the teacher, or what it returns"
             )
-        cooled = accumulated(teacher.detach()) / self.temperature
-        student = F.log_softmax(accumulated(logits) / self.temperature, 1)
+        cooled = to_statistics_dtype(teacher.detach()) / self.temperature
+        student = F.log_softmax(to_statistics_dtype(logits) / self.temperature, 1)
         apart = F.kl_div(student, F.log_softmax(cooled, 1), reduction="none", log_target=True)
         return apart.sum(1) * self.temperature**2
 
@@ -323,8 +323,8 @@ def _units(classes: Tensor, anchors: Tensor | None) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"anchors: expected [{C}, A, {E}], as classes is [{C}, {E}], got {list(anchors.shape)}"
         )
-    classes = accumulated(classes.detach())
-    anchors = accumulated(anchors.detach()).to(classes)
+    classes = to_statistics_dtype(classes.detach())
+    anchors = to_statistics_dtype(anchors.detach()).to(classes)
     for name, table in (("classes", classes), ("anchors", anchors)):
         length = table.norm(dim=-1)
         bad = ~((length > 0) & length.isfinite())

@@ -25,8 +25,8 @@ from ..core.configured import Configured
 from ..core.hyper import check_steps, check_weight, hyper
 from ..core.nesting import chain, innermost
 from ..core.optimizer import Closure, DomainOptimizer
+from ..dtypes import to_statistics_dtype
 from ..gradients.tape import Tape
-from ..statistics.factors import accumulated
 
 _average = get_swa_multi_avg_fn()
 
@@ -211,7 +211,9 @@ class SWAD(Averaged):
         return loss
 
     def _initial_state(self) -> Kept:
-        zeros = {p: torch.zeros_like(accumulated(p.detach())) for ps in self._alike() for p in ps}
+        zeros = {
+            p: torch.zeros_like(to_statistics_dtype(p.detach())) for ps in self._alike() for p in ps
+        }
         none = {p: zero.new_zeros((0, *zero.shape)) for p, zero in zeros.items()}
         return {
             "segment": zeros,
@@ -227,7 +229,9 @@ class SWAD(Averaged):
         if not self.finished:
             count, kept = group["swad_segment_steps"], self._own_state["segment"]
             for alike in self._alike():
-                kept.update({p: accumulated(p.detach()).clone() for p in alike if p not in kept})
+                kept.update(
+                    {p: to_statistics_dtype(p.detach()).clone() for p in alike if p not in kept}
+                )
                 averages = [kept[p] for p in alike]
                 now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
                 _average(averages, now, count)  # of which the first is a copy

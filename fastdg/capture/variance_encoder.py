@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..dtypes import to_statistics_dtype
+from ..factors import Dense, Factor
 from ..gradients.rules import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
-from ..statistics.factors import Dense, Factor, accumulated
 from .feature_maps import Layout
 
 START = 0.1  # the variance that every channel begins with
@@ -24,7 +25,9 @@ class VarianceEncoder(nn.Module):
     def __init__(self, like: Tensor) -> None:
         super().__init__()
         # How many channels there are is seen in the first forward
-        self.bias = nn.Parameter(torch.empty(0, dtype=accumulated(like).dtype, device=like.device))
+        self.bias = nn.Parameter(
+            torch.empty(0, dtype=to_statistics_dtype(like).dtype, device=like.device)
+        )
         self.layout: Layout | None = None
 
     def forward(self, features: Tensor, oracle: Tensor) -> Tensor:
@@ -35,4 +38,4 @@ class VarianceEncoder(nn.Module):
 @register_rule("GeneratedBackwardFor_fastdg_oracle_nll_defaultBackward", slot=2)
 def variances(node: Any, delta: Tensor) -> Factor:
     bias, squares, *_ = node.saved_tensors
-    return Dense(bias_gradients(accumulated(delta), bias, squares, node.positions))
+    return Dense(bias_gradients(to_statistics_dtype(delta), bias, squares, node.positions))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from ..statistics.selection import Selection, select
+from ..selection import Selection, select
 from .base_state import carried, forwarded
 
 

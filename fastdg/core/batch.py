@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..domains import Partition
+from ..dtypes import to_statistics_dtype
 from ..gradients.tape import Resolved
-from ..statistics.factors import accumulated
 from ..statistics.moments import rows
 
 
@@ -50,13 +50,13 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:
     """Sum of this rank's losses, 0-dim, with its graph."""
-    parts = [accumulated(batch.losses).sum() for batch in staged]
+    parts = [to_statistics_dtype(batch.losses).sum() for batch in staged]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
     """Sum of this rank's losses in each domain ``[D]``, detached."""
-    total = accumulated(staged[0].losses.detach()).new_zeros(domains)
+    total = to_statistics_dtype(staged[0].losses.detach()).new_zeros(domains)
     for batch in staged:
-        total.index_add_(0, batch.partition.domains, accumulated(batch.losses.detach()))
+        total.index_add_(0, batch.partition.domains, to_statistics_dtype(batch.losses.detach()))
     return total

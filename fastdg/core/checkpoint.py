@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._torch import optimizer_hooks
-from ..statistics.factors import accumulated
+from ..dtypes import to_statistics_dtype
 from ..warn import warn_user
 from . import errors
 from .base_optimizer import Wrapping
@@ -190,7 +190,7 @@ def adopt(wrapper: Stateful) -> None:
     for p in wrapper._names:
         for name in wrapper.tensors:
             if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
-                wrapper._own_state[name][p] = accumulated(tensor)
+                wrapper._own_state[name][p] = to_statistics_dtype(tensor)
     begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
 
 

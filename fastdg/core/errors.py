@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from ..statistics.advice import LEAVE_OUT, NAMES
+from ..selection import LEAVE_OUT, NAMES
 
 
 def explain(error: BaseException, way_out: str | None) -> None:

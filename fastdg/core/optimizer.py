@@ -11,9 +11,9 @@ from torch.amp import GradScaler
 
 from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, partition
+from ..dtypes import to_statistics_dtype
 from ..gradients.plain import without_autocast
 from ..gradients.tape import Resolved, check_losses
-from ..statistics.factors import accumulated
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
 from .base_optimizer import (
@@ -109,7 +109,7 @@ class DomainOptimizer(Configured):
                 if not final:
                     self._on_micro_batch()
                     self._ranks.end_step()
-                    return accumulated(losses.detach()).mean()
+                    return to_statistics_dtype(losses.detach()).mean()
                 staged, self._micro_batches = self._micro_batches, []
                 terms, self._term_statistics = self._term_statistics, []
                 self._global_batch: GlobalBatch = self._meet(staged)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..distributed.global_batch import GlobalBatch
+from ..dtypes import to_statistics_dtype
 from ..statistics.api import moments_of
-from ..statistics.factors import accumulated
 from ..statistics.moments import DomainMoments, merge, rows
 from .backward import accumulate, backward, scaled
 from .batch import Batch, loss_sums, total_loss
@@ -208,7 +208,7 @@ class StepBatch:
             for part, root in zip(self.parts, roots, strict=True)
         ]
         if more:  # in one root, so that gradients are added up in one order in every thread
-            own = [(accumulated(x) * w).sum() for x, w in zip(roots, seeds, strict=True)]
+            own = [(to_statistics_dtype(x) * w).sum() for x, w in zip(roots, seeds, strict=True)]
             total = objective + torch.stack(own).sum()
             roots, seeds = [total], [torch.ones_like(total)]
         backward(roots, seeds, self.parts, self.whole)

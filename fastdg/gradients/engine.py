@@ -14,7 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ..carried import continued
 from ..domains import tracing
-from ..statistics.factors import Factor, refuse_complex, total
+from ..dtypes import refuse_complex
+from ..factors import Factor, total
 from .errors import in_words
 from .graph import Graph, Key
 from .plain import without_autocast

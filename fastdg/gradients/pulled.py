@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ..domains import Partition
-from ..statistics.factors import Dense, Factor, accumulated, flat
+from ..dtypes import to_statistics_dtype
+from ..factors import Dense, Factor, flat
 from .graph import Graph, output_dtypes, output_shapes
 from .plain import unhooked, without_autocast
 from .plan import Boundary
@@ -293,19 +294,19 @@ class Pulled(Factor):
 
     def domain(self, partition: Partition) -> Tensor:
         def compute() -> list[Tensor]:
-            return [accumulated(g) for g in self.pull.domain(partition, self.scale)]
+            return [to_statistics_dtype(g) for g in self.pull.domain(partition, self.scale)]
 
         return self._of_all(("domain", id(partition)), compute, partition)
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         def compute() -> list[tuple[Tensor, Tensor]]:
-            means = [accumulated(g) for g in self.pull.domain(partition, self.scale)]
+            means = [to_statistics_dtype(g) for g in self.pull.domain(partition, self.scale)]
             share = partition.count.double().clamp(min=1).reciprocal()[partition.domains]
             spread = [torch.zeros_like(mean) for mean in means]
             for rows, number in self._samples():
                 domain = partition.domains[number]
                 for k, grads in enumerate(rows):
-                    square = flat(accumulated(grads) - means[k][domain]).square()
+                    square = flat(to_statistics_dtype(grads) - means[k][domain]).square()
                     square = square * share[number].to(square.dtype).unsqueeze(1)
                     total = flat(spread[k]).index_add(0, domain, square)
                     spread[k] = total.view(means[k].shape)
@@ -316,7 +317,8 @@ class Pulled(Factor):
     def norms(self) -> Tensor:
         def compute() -> list[Tensor]:
             parts = [
-                [flat(accumulated(g)).square().sum(1) for g in rows] for rows, _ in self._samples()
+                [flat(to_statistics_dtype(g)).square().sum(1) for g in rows]
+                for rows, _ in self._samples()
             ]
             return [torch.cat(of_one) for of_one in zip(*parts, strict=True)]
 
@@ -325,7 +327,7 @@ class Pulled(Factor):
     def per_sample(self) -> Tensor:
         def compute() -> list[Tensor]:
             parts = [rows for rows, _ in self._samples()]
-            return [accumulated(torch.cat(of_one)) for of_one in zip(*parts, strict=True)]
+            return [to_statistics_dtype(torch.cat(of_one)) for of_one in zip(*parts, strict=True)]
 
         return self._of_all("samples", compute)
 

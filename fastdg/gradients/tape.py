@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .._torch import hook_tables
 from ..domains import tracing
-from ..statistics.advice import NAMES
-from ..statistics.factors import Factor
-from ..statistics.selection import Selection, select
+from ..factors import Factor
+from ..selection import NAMES, Selection, select
 from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, look

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..core.base_optimizer import Wrapping
 from ..core.errors import refuse_ranks
 from ..core.hyper import check_switch, check_weight
-from ..statistics.factors import accumulated
+from ..dtypes import to_statistics_dtype
 from .masks import check_masks, chosen
 from .objectives import Objective
 
@@ -203,7 +203,7 @@ class ADIOS:
                 loss = self.objective.compare(whole, self._embed(hidden, leaves, k))
                 (-loss).backward()
                 losses.append(loss.detach())
-        of_views = [accumulated(m).flatten(2).mean(2) for m in masks]
+        of_views = [to_statistics_dtype(m).flatten(2).mean(2) for m in masks]
         areas = torch.cat(of_views, 1)
         # The sine of a full area is that of an empty one, and not negative by its rounding
         middle = torch.minimum(areas, 1 - areas).clamp(min=0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..statistics.factors import accumulated
+from ..dtypes import to_statistics_dtype
 
 
 def check_masks(masks: Any, images: Tensor, values: bool) -> Tensor:
@@ -35,7 +35,7 @@ def check_masks(masks: Any, images: Tensor, values: bool) -> Tensor:
         )
     if values:
         found = masks.detach()
-        total, least = accumulated(found).sum(1), found.min()
+        total, least = to_statistics_dtype(found).sum(1), found.min()
         if not ((total - 1).abs() < 1e-2).all() or least < 0:
             raise ValueError(
                 "masker: expected masks that are >= 0 and sum to one at every pixel, got sums from "

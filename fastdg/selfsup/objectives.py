@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .._torch import foreach_lerp_
 from ..core.hyper import check_share, check_steepness, check_steps, check_switch
-from ..statistics.factors import accumulated
+from ..dtypes import to_statistics_dtype
 
 
 class Objective(nn.Module):
@@ -89,7 +89,7 @@ class SimCLR(Objective):
         return (self.network(images),)
 
     def loss(self, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> Tensor:
-        z = F.normalize(accumulated(torch.cat([*one, *two])), dim=1)
+        z = F.normalize(to_statistics_dtype(torch.cat([*one, *two])), dim=1)
         B = len(z) // 2
         similar = z @ z.t() / self.temperature
         similar = similar.masked_fill(
@@ -234,7 +234,7 @@ class BYOL(Objective):
 
 
 def _cosine(one: Tensor, two: Tensor) -> Tensor:
-    return F.cosine_similarity(accumulated(one), accumulated(two)).mean()
+    return F.cosine_similarity(to_statistics_dtype(one), to_statistics_dtype(two)).mean()
 
 
 def _module(predictor: Any) -> nn.Module:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..domains import Partition, partition
+from ..factors import Factor, weighted_sum
 from ..gradients.explain import Explanation, explanation
 from ..gradients.plain import gradients_of
 from ..gradients.sharded import leaf_of
 from ..gradients.tape import Resolved, Tape, check_losses
-from .factors import Factor, weighted_sum
+from ..selection import Selection, listed, select
 from .moments import DomainMoments
-from .selection import Selection, listed, select
 from .small import Small
 
 Params = nn.Module | Optimizer | Tape | Tensor | Iterable[Tensor] | Mapping[str, Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..domains import Partition
-from .factors import Dense, Factor, Outer
+from ..factors import Dense, Factor, Outer
 
 SMALL = 1 << 16  # entries of what a factor holds, and of a parameter, that may wait for others
 WAITING = 1 << 18  # of all that wait

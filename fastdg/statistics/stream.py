@@ -19,8 +19,9 @@ from torch import Tensor
 from .. import ops
 from .._torch import functorch_active, pytree
 from ..domains import Partition, partition
+from ..dtypes import to_statistics_dtype
+from ..factors import flat
 from ..ops.derivatives import call
-from .factors import accumulated, flat
 from .moments import DomainMoments, merge
 
 Loss = Callable[..., Tensor]
@@ -75,7 +76,7 @@ class Problem:
         params, batch = self.arguments(tensors)
         dims = (None, *[0] * len(batch))
         gradient = torch.func.vmap(torch.func.grad(self.scalar), dims, randomness=self.randomness)
-        return [accumulated(g) for g in pytree.tree_leaves(gradient(params, *batch))]
+        return [to_statistics_dtype(g) for g in pytree.tree_leaves(gradient(params, *batch))]
 
     def pull(
         self, tensors: Sequence[Tensor], wanted: Sequence[int], upstream: list[Tensor]
@@ -95,7 +96,7 @@ class Problem:
                     given[i] = tensor
                 params, row = self.arguments(given)
                 grads = torch.func.grad(self.scalar)(params, *row)
-                return [accumulated(g) for g in pytree.tree_leaves(grads)]
+                return [to_statistics_dtype(g) for g in pytree.tree_leaves(grads)]
 
             pullback = torch.func.vjp(gradient, *(sample[i] for i in wanted))[1]
             return pullback(upstream)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import fastdg
 from fastdg.domains import partition
+from fastdg.factors import Factor
 from fastdg.gradients.pulled import Pulled
 from fastdg.statistics.api import tape_of
-from fastdg.statistics.factors import Factor
 
 N, C = 4, 3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastdg
 from fastdg.domains import partition
-from fastdg.statistics.factors import Agreement, Factor
+from fastdg.factors import Agreement, Factor
 
 # Empty domains in the middle (1) and at the end (4), and one of a single sample (3).
 DOMAINS = torch.tensor([0, 2, 0, 2, 3, 0])

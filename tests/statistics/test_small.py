@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdg
 from fastdg.domains import partition
+from fastdg.factors import Dense, Outer
 from fastdg.gradients import engine, route
 from fastdg.statistics import small
-from fastdg.statistics.factors import Dense, Outer
 from fastdg.statistics.small import Small
 
 N, WIDTH, D = 12, 6, 3

@@ -14,7 +14,7 @@ from ...distributed.exchange import Bucket
 from ...distributed.global_batch import GlobalBatch
 from ...distributed.ranks import BUCKET, Ranks, failed_on
 from ...distributed.sharding import local, sharded
-from ...statistics.factors import Agreement
+from ...factors import Agreement
 from ...statistics.moments import rows
 from .gathering import AccumulatedGradients, Gradients, SingleBackward, to_device_async
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...dtypes import to_statistics_dtype
+from ...factors import Agreement, Factor
 from ...gradients.plain import gradients_of, unhooked
 from ...gradients.scale import about_mean, root, unscaled
-from ...statistics.factors import Agreement, Factor, accumulated
 from ...statistics.small import Small
 from ..batch import Batch
 
@@ -139,7 +140,7 @@ class SingleBackward(Own):
         self.batch = batch
         self.ids, self.extent = batch.ids, batch.extent
         self.count, self.samples = batch.partition.count, batch.losses.shape[0]
-        losses = accumulated(batch.losses.detach())
+        losses = to_statistics_dtype(batch.losses.detach())
         self.losses = losses.new_zeros(len(self.ids)).index_add(0, batch.partition.domains, losses)
         self.rest = {}
         self.sparse = batch.resolved.sparse
@@ -249,7 +250,7 @@ class AccumulatedGradients(Own):
             if grad.layout != torch.strided:
                 self.sparse.add(tracked[p])
                 grad = grad.to_dense()
-            self._add(tracked[p], batch.ids[0], unscaled(accumulated(grad), start))
+            self._add(tracked[p], batch.ids[0], unscaled(to_statistics_dtype(grad), start))
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..._torch import function_of
-from ...statistics.factors import Factor
+from ...factors import Factor
 from ..layout import Layout, lead
 
 

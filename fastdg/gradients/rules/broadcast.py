@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...statistics.factors import Dense, Factor
+from ...factors import Dense, Factor
 from ..layout import Layout, lead
 from . import RESHAPES, Served, Use, plain, rule
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ...factors import Dense, Factor, Outer
 from ...ops.window import pad
-from ...statistics.factors import Dense, Factor, Outer
 from ..layout import Layout, lead
 from . import Served, Use, plain, rule
 

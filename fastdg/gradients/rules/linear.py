@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...statistics.factors import Dense, Factor, Outer
+from ...factors import Dense, Factor, Outer
 from ..layout import Layout, lead
 from . import CASTS, RESHAPES, Served, Use, plain, rule
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...statistics.factors import Factor, Lookup
+from ...factors import Factor, Lookup
 from ..graph import signed
 from ..layout import Layout, lead
 from . import Served, Use, plain, rule

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ... import ops
+from ...dtypes import to_statistics_dtype
+from ...factors import Dense, Factor
 from ...ops.norm_gradients import dtype_of
-from ...statistics.factors import Dense, Factor, accumulated
 from ..layout import Layout, lead
 from . import Served, Use, plain, rule
 
@@ -55,7 +56,7 @@ class Affine(Served):
         elif "bias" in made:  # with the weight's
             grads = made.pop("bias")
         else:
-            grads = self._rows(accumulated(delta)).sum((1, 3))
+            grads = self._rows(to_statistics_dtype(delta)).sum((1, 3))
         return Dense(grads.reshape(self.layout.samples, *self.parameter))
 
     def _both(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which parameters are asked for: what users pass as ``params``."""
+"""Which parameters are asked for: the argument ``params``, and advice about it in messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
+
+# A wrapper without params= gives its own advice in place of this one
+LEAVE_OUT = "leave these parameters out (params='head', or a list of the others), or freeze them"
+NAMES = (
+    "For names in place of param_groups[...] pass model=model, or make the optimizer of "
+    "model.named_parameters()"
+)
 
 Selection = str | Iterable[str | Tensor] | Callable[[str, Tensor], bool]
 

@@ -1,0 +1,29 @@
+"""The dtype of statistics, and the dtypes that have none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def to_statistics_dtype(x: Tensor) -> Tensor:
+    """``x`` in the dtype statistics are computed in: float64 stays, all else is float32.
+
+    Raises:
+        TypeError: ``x`` is complex.
+    """
+    if x.dtype in _EXACT:
+        return x
+    refuse_complex(x)
+    return x.to(torch.float32)
+
+
+def refuse_complex(x: Tensor) -> None:
+    """Raise if a parameter, or its gradient, is complex."""
+    if x.is_complex():
+        raise TypeError(
+            f"params: expected real parameters, got {x.dtype}. Keep real and imaginary part in a "
+            "real parameter and read it by torch.view_as_complex in the forward, or freeze this one"
+        )

@@ -1,0 +1,147 @@
+"""The per-sample gradients of a parameter, and the plain form that all others can take.
+
+Every statistic is asked of a `Factor`; gradients that need not be formed are never formed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import ops
+from ..domains import Partition, single
+from ..dtypes import to_statistics_dtype
+
+
+def flat(grads: Tensor) -> Tensor:
+    """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
+    return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
+
+
+class Agreement(NamedTuple):
+    """What `ops.agreement` makes of one parameter.
+
+    Attributes:
+        combined: weighted sum of the domains' gradients times the mask, of the parameter's shape.
+        agreeing: sum of the mask, 0-dim.
+        magnitude: sum of ``combined.abs()``, 0-dim.
+    """
+
+    combined: Tensor
+    agreeing: Tensor
+    magnitude: Tensor
+
+
+def agreement_of(
+    rows: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
+) -> Agreement:
+    """`ops.agreement` of one parameter's gradients, one of each domain."""
+    (combined,), agreeing, magnitude = ops.agreement(
+        [[row] for row in rows], weights, threshold, steepness
+    )
+    return Agreement(combined, agreeing[0], magnitude[0])
+
+
+class Factor(ABC):
+    """Gradients :math:`g_1..g_N` of one parameter of shape ``shape``."""
+
+    shape: Sequence[int]
+    samples: int
+
+    @abstractmethod
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each domain, each ``[D, *shape]``; differentiable."""
+
+    @abstractmethod
+    def domain(self, partition: Partition) -> Tensor:
+        """Mean gradient of each domain, ``[D, *shape]``."""
+
+    @abstractmethod
+    def per_sample(self) -> Tensor:
+        """The gradients themselves, ``[N, *shape]``."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Squared norms, ``[N]``."""
+
+    @abstractmethod
+    def scaled(self, weights: Tensor) -> Factor:
+        """The gradients times ``weights [N]``."""
+
+    @abstractmethod
+    def take(self, number: Tensor) -> Factor:
+        """The gradients of the samples ``number`` ``[K]`` alone."""
+
+    @abstractmethod
+    def fold(self, samples: int) -> Factor:
+        """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over
+        k."""
+
+    def gram(self, partition: Partition) -> Tensor:
+        """Inner products of the domains' mean gradients, ``[D, D]``."""
+        rows = flat(self.domain(partition))
+        return rows @ rows.t()
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        """The domains' mean gradients combined where their signs agree, as `ops.agreement` does."""
+        return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
+
+    def plus(self, other: Factor) -> Factor:
+        """The gradient of a parameter that is used twice."""
+        return Dense(self.per_sample() + other.per_sample())
+
+
+class Dense(Factor):
+    """Gradients that are small enough to hold: biases, norm weights, modules without a rule.
+
+    Args:
+        grads: ``[N, *shape]``.
+    """
+
+    def __init__(self, grads: Tensor) -> None:
+        self.grads = to_statistics_dtype(grads)
+        self.shape, self.samples = grads.shape[1:], grads.shape[0]
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        mean, variance = ops.moments(flat(self.grads), partition.order, partition.offsets)
+        shape = (partition.num_domains, *self.shape)
+        return mean.view(shape), variance.view(shape)
+
+    def domain(self, partition: Partition) -> Tensor:
+        # As products with 1: an index_add wakes torch's threads several times for a few numbers
+        rows = flat(self.grads).unsqueeze(1)
+        ones = rows.new_ones(()).expand(len(rows), 1, 1)
+        mean = ops.outer_domain(rows, ones, partition.order, partition.offsets)
+        return mean.view(partition.num_domains, *self.shape)
+
+    def per_sample(self) -> Tensor:
+        return self.grads
+
+    def norms(self) -> Tensor:
+        return flat(self.grads).square().sum(1)
+
+    def scaled(self, weights: Tensor) -> Factor:
+        return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))
+
+    def take(self, number: Tensor) -> Factor:
+        return Dense(self.grads[number])
+
+    def fold(self, samples: int) -> Factor:
+        return Dense(self.grads.unflatten(0, (samples, -1)).sum(1))
+
+
+def total(parts: Sequence[Factor]) -> Factor:
+    """One factor for all uses of a parameter: summed before anything is squared."""
+    return reduce(lambda a, b: a.plus(b), parts)
+
+
+def weighted_sum(factor: Factor, weights: Tensor) -> Tensor:
+    """``sum_i weights_i g_i``, of the parameter's shape."""
+    everything = single(factor.samples, weights.device)
+    return factor.scaled(weights).domain(everything)[0] * factor.samples

@@ -1,0 +1,141 @@
+"""Per-sample gradients that are sums of outer products: weights of linear maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..domains import Partition
+from ..dtypes import to_statistics_dtype
+from ..ops.window import unfold
+from .base import Agreement, Dense, Factor
+
+CACHED = 1 << 15  # entries that stay in a core's cache
+
+
+class Outer(Factor):
+    r"""Weights of linear maps: :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
+
+    Args:
+        a: layer inputs ``[N, T, I]``, or ``[N, I]``; with ``window`` a padded convolution input
+            ``[N, C, *S]``.
+        delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``.
+        shape: shape of the weight; its numel is ``O * I / groups``.
+        window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
+        groups: blocks that see their own channels only. They are served as further domains.
+    """
+
+    def __init__(
+        self,
+        a: Tensor,
+        delta: Tensor,
+        shape: Sequence[int],
+        window: Sequence[int] = (),
+        groups: int = 1,
+    ) -> None:
+        a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
+        if a.dtype != delta.dtype:
+            a, delta = a.double(), delta.double()
+        self.factors = a, delta  # as given, one row a sample without a dimension for it
+        self.shape, self.samples = tuple(shape), a.shape[0]
+        self.window, self.groups = list(window), groups
+
+    @property
+    def a(self) -> Tensor:
+        a, _ = self.factors
+        return a.unsqueeze(1) if a.dim() == 2 else a
+
+    @property
+    def delta(self) -> Tensor:
+        _, delta = self.factors
+        return delta.unsqueeze(1) if delta.dim() == 2 else delta
+
+    def _grouped(self) -> tuple[Tensor, Tensor]:
+        """``a`` and ``delta`` with one row for each (sample, group)."""
+        if self.groups == 1:
+            return self.a, self.delta
+        a = self.a.unflatten(1, (self.groups, -1)).flatten(0, 1)
+        delta = self.delta.transpose(1, 2).unflatten(1, (self.groups, -1)).flatten(0, 1)
+        return a, delta.transpose(1, 2)
+
+    def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
+        blocks = partition.grouped(self.groups)
+        mean, variance = ops.outer_moments(
+            *self._grouped(), blocks.order, blocks.offsets, self.window
+        )
+        shape = (partition.num_domains, *self.shape)
+        return mean.view(shape), variance.view(shape)
+
+    def domain(self, partition: Partition) -> Tensor:
+        blocks = partition.grouped(self.groups)
+        mean = ops.outer_domain(*self._grouped(), blocks.order, blocks.offsets, self.window)
+        return mean.view(partition.num_domains, *self.shape)
+
+    def gram(self, partition: Partition) -> Tensor:
+        if self.groups > 1:
+            return super().gram(partition)
+        return ops.outer_gram(self.a, self.delta, partition.order, partition.offsets, self.window)
+
+    def agreement(
+        self, partition: Partition, weights: Tensor, threshold: float, steepness: float
+    ) -> Agreement:
+        # Where D of it are small, making them all first is faster on the CPU, up to three times
+        # with thousands of samples; and of many groups the weight is small
+        entries = partition.num_domains * math.prod(self.shape)
+        if self.groups > partition.num_domains or (self.delta.is_cpu and entries <= CACHED):
+            return super().agreement(partition, weights, threshold, steepness)
+        where = partition.order, partition.offsets
+        parts = [
+            ops.outer_agreement(a, delta, *where, weights, threshold, steepness, self.window)
+            for a, delta in zip(
+                self.a.chunk(self.groups, 1) if self.groups > 1 else [self.a],
+                self.delta.chunk(self.groups, 2),
+                strict=True,
+            )
+        ]
+        combined, agreeing, magnitude = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return Agreement(combined[0].view(self.shape), agreeing[0], magnitude[0])
+        return Agreement(
+            torch.cat(combined).view(self.shape),
+            torch.stack(agreeing).sum(),
+            torch.stack(magnitude).sum(),
+        )
+
+    def per_sample(self) -> Tensor:
+        a, delta = self._grouped()
+        grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
+        return grads.reshape(self.samples, *self.shape)
+
+    def norms(self) -> Tensor:
+        return ops.outer_norms(*self._grouped(), self.window).view(self.samples, -1).sum(1)
+
+    def scaled(self, weights: Tensor) -> Factor:
+        delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
+        return Outer(self.a, delta, self.shape, self.window, self.groups)
+
+    def take(self, number: Tensor) -> Factor:
+        return Outer(self.a[number], self.delta[number], self.shape, self.window, self.groups)
+
+    def _rows(self) -> Outer:
+        """The same without a window: the patches become rows."""
+        if not self.window:
+            return self
+        return Outer(unfold(self.a, self.window), self.delta, self.shape)
+
+    def fold(self, samples: int) -> Factor:
+        if self.groups > 1:
+            return Dense(self.per_sample()).fold(samples)
+        rows = self._rows()
+        a, delta = (x.unflatten(0, (samples, -1)).flatten(1, 2) for x in (rows.a, rows.delta))
+        return Outer(a, delta, self.shape)
+
+    def plus(self, other: Factor) -> Factor:
+        if not isinstance(other, Outer) or self.groups > 1 or other.groups > 1:
+            return super().plus(other)
+        one, two = self._rows(), other._rows()
+        return Outer(torch.cat([one.a, two.a], 1), torch.cat([one.delta, two.delta], 1), self.shape)
