@@ -27,7 +27,7 @@ using Window = std::vector<int64_t>;
 constexpr int64_t LARGEST_SIDE = int64_t{1} << 28;  // of N, D, T, I and O: no product of two leaves int64
 
 // These checks keep the operators within their memory whatever they are given, by their own names too.
-// fastdg/ops/checks.py says the same to users, in more words, before any backend runs.
+// fastdg/ops/checks says the same to users, in more words, before any backend runs.
 inline void check_float(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, name,
                   ": the compiled operator takes float32");

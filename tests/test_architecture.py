@@ -27,7 +27,6 @@ LAYERS = (
 LINES, ALGORITHM_LINES, FILES = 350, 120, 20
 UPWARD: set[tuple[str, str]] = set()
 LONG: set[str] = {
-    "ops.checks",
     "statistics.api",
     "statistics.stream",
 }
@@ -52,21 +51,9 @@ CIRCULAR: set[str] = {
     "gradients.rules.linear",
     "gradients.rules.lookup",
     "gradients.rules.norm",
-    "kernels",
-    "kernels.oracle_nll",
-    "kernels.outer_agreement",
-    "kernels.text_distance",
-    "ops.agreement",
-    "ops.backends",
-    "ops.combine",
-    "ops.derivatives",
-    "ops.oracle_nll",
-    "ops.registry",
-    "ops.text_distance",
 }
 FULL: set[str] = {
     "gradients",
-    "ops",
 }
 
 

@@ -25,7 +25,7 @@ import ctypes, sys
 for library in sys.argv[1:]:
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 import torch, fastdg
-from fastdg.ops.registry import OPS
+from fastdg.ops.dispatch.registry import OPS
 print(fastdg.__file__, fastdg.backends())
 print(sorted(name for name, op in OPS.items() if "cuda" in op.backends))
 """

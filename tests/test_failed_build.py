@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import fastdg
 from fastdg import native
 from fastdg.cli.app import app
+from fastdg.ops.dispatch import backends
 
-backends = importlib.import_module("fastdg.ops.backends")  # ops.backends is the function
 ROOT = Path(__file__).resolve().parent.parent
 ERROR = "csrc/kernel.cu(7): error: [bold]this is no CUDA"
 NVCC = f"""#!/bin/sh
@@ -183,7 +183,7 @@ def failed_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(native, "_RECORD", file)
     outcome = native.status.__wrapped__()
     monkeypatch.setattr(native, "status", lambda: outcome)
-    for op in fastdg.ops.registry.OPS.values():  # as there is none where that failed
+    for op in fastdg.ops.dispatch.registry.OPS.values():  # as there is none where that failed
         monkeypatch.setattr(op, "backends", {k: v for k, v in op.backends.items() if k != "cuda"})
     monkeypatch.delenv("FASTDG_BACKEND", raising=False)
     return file

@@ -16,7 +16,7 @@ _HERE = Path(__file__).resolve().parent
 if not (_HERE / "launch.py").exists():  # a clone
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
-from ..ops.registry import attach  # noqa: E402
+from ..ops.dispatch.registry import attach  # noqa: E402
 from . import (  # noqa: E402
     foreach_moments,
     launch,

@@ -1,4 +1,4 @@
-"""The ops: ``torch.ops.fastdg.*``, one file each; `fastdg.ops.registry` routes a call."""
+"""The ops: ``torch.ops.fastdg.*``, one file each; `fastdg.ops.dispatch.registry` routes a call."""
 
 from .agreement import agreement
 from .combine import combine
@@ -14,11 +14,10 @@ from .outer_domain import outer_domain
 from .outer_gram import outer_gram
 from .outer_moments import outer_moments
 from .outer_norms import outer_norms
-from .registry import use_backend
 from .text_distance import text_distance
 from .variance_gap import variance_gap
 
-from .backends import backends  # isort: skip  (attaches what is installed; needs the ops above)
+from .dispatch.backends import backends, use_backend  # isort: skip  (attaches to the ops above)
 
 __all__ = [
     "agreement",

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import checks
 from .combine import weighted_sum
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
-from .registry import define
 
 UNDEFINED = 1e-17  # what DomainBed makes of a variance or a mask that is not a number
 

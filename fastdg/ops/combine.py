@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
-from .registry import define
 
 
 def weighted_sum(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:

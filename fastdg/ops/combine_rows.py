@@ -8,9 +8,9 @@ from torch import Tensor
 
 from . import checks
 from .combine import weighted_sum
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .gradients import in_dtype_of, statistic_dtype
-from .registry import define
 
 
 def reference(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .moments import reference as dense_moments
 from .outer_domain import reference as outer_domain
 from .outer_moments import reference as outer_moments
-from .registry import define
 
 
 def reference(

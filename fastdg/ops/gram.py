@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .gradients import flatten, of_parameter, statistic_dtype
-from .registry import define
 
 # Elements of all domains that the reference holds in float64 at once (32 MiB).
 CHUNK_ELEMENTS = 1 << 22

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, not_recorded
+from .dispatch.derivatives import call, not_recorded
+from .dispatch.registry import define
 from .gradients import statistic_dtype
-from .registry import define
 
 
 @torch.no_grad()

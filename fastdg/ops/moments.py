@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
-from .registry import define
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 
 
 def reference(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

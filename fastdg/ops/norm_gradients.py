@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 from .gradients import by_rows, gradient_like, statistic_dtype
-from .registry import define
 
 
 def dtype_of(x: Tensor, delta: Tensor) -> torch.dtype:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 from .gradients import by_rows, gradient_like, statistic_dtype
-from .registry import define
 
 FLOOR = 1e-5  # of the variance, and so the bound of what coinciding features can gain
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from . import checks
 from .agreement import masked
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .gradients import in_dtype_of, statistic_dtype
 from .outer_moments import check_values, domain_rows
-from .registry import define
 from .window import sizes, unfold
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .moments import domain_of
 from .outer_moments import check, check_values
-from .registry import define
 from .window import sizes
 
 

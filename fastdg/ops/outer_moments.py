@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
-from .registry import define
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 from .window import fold, sizes, unfold
 
 # Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).

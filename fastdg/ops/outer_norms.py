@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, not_differentiable
+from .dispatch.derivatives import call, not_differentiable
+from .dispatch.registry import define
 from .outer_moments import chunks
-from .registry import define
 from .window import sizes, unfold
 
 

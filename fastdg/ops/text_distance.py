@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
-from .registry import define
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 
 RELATIVE_SCALE = 10.0  # the paper's
 

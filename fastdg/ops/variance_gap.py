@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .derivatives import call, differentiable, not_differentiable
-from .registry import define
+from .dispatch.derivatives import call, differentiable, not_differentiable
+from .dispatch.registry import define
 
 
 def _gap(variance: Tensor, ema: Tensor | None, present: Tensor, history: float) -> Tensor:

@@ -21,7 +21,7 @@ from .._torch import functorch_active, pytree
 from ..domains import Partition, partition
 from ..dtypes import to_statistics_dtype
 from ..factors import flat
-from ..ops.derivatives import call
+from ..ops.dispatch.derivatives import call
 from .moments import DomainMoments, merge
 
 Loss = Callable[..., Tensor]

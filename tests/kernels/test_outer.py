@@ -319,7 +319,7 @@ def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch
     attached = {}
     monkeypatch.setattr(kernels, "attach", lambda name, *rest: attached.update({name: rest}))
     kernels.attach_all()
-    assert set(attached) <= set(ops.registry.OPS)
+    assert set(attached) <= set(ops.dispatch.registry.OPS)
     a, delta, window = rows(4, 3, 5, 6)
     order, offsets = partition((4,), 0)
     mean = torch.zeros(1, 6, 5)

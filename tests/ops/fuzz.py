@@ -22,8 +22,8 @@ from torch import Tensor
 
 import fastdg
 from fastdg.ops import window as windows
-from fastdg.ops.derivatives import call
-from fastdg.ops.registry import OPS
+from fastdg.ops.dispatch.derivatives import call
+from fastdg.ops.dispatch.registry import OPS
 
 MEMORY = 6 << 30
 HUGE = (-1, 0, 2**31, 2**61, 2**62, 2**63 - 1, -(2**63))

@@ -19,7 +19,7 @@ cpp = torch.ops.fastdg_cpp
 # The submodules share their names with the functions that fastdg.ops exports.
 refs = {
     name: sys.modules[f"fastdg.ops.{name}"]
-    for name in fastdg.ops.registry.OPS
+    for name in fastdg.ops.dispatch.registry.OPS
     if f"fastdg.ops.{name}" in sys.modules
 }
 
@@ -360,7 +360,7 @@ def test_the_router_takes_the_compiled_ops() -> None:
         "moments": (a[:, 0], order, offsets),
         "variance_gap": ([torch.rand(2, 3)], [], torch.tensor([True, True]), 0.0),
     }.items():
-        op = fastdg.ops.registry.OPS[name]
+        op = fastdg.ops.dispatch.registry.OPS[name]
         assert op.route(*arguments) is getattr(cpp, name).default
         in_double = [
             x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments

@@ -46,7 +46,7 @@ def some_weights(D: int) -> Tensor:
 
 
 def reference(name: str, *args: object) -> object:
-    return ops.registry.OPS[name].reference(*args)
+    return ops.dispatch.registry.OPS[name].reference(*args)
 
 
 def assert_near(got: object, expected: object, limit: float = 2e-6) -> None:
@@ -186,6 +186,6 @@ def test_the_router_takes_the_compiled_ops() -> None:
         "combine": ([x, x], torch.ones(2)),
         "agreement": ([x, x], torch.ones(2), 1.0, INF),
     }.items():
-        op = ops.registry.OPS[name]
+        op = ops.dispatch.registry.OPS[name]
         assert op.route(*args) is getattr(cpp, name).default
         assert op.route([x.double(), x.double()], *args[1:]) is op.reference

@@ -20,8 +20,8 @@ from fuzz import Draw, leaves
 from torch import Tensor
 
 import fastdg
-from fastdg.ops.derivatives import call
-from fastdg.ops.registry import OPS
+from fastdg.ops.dispatch.derivatives import call
+from fastdg.ops.dispatch.registry import OPS
 
 SEED = int(os.environ.get("FASTDG_FUZZ_SEED", "0"))
 CALLS = int(os.environ.get("FASTDG_FUZZ_CALLS", "300"))

@@ -208,9 +208,9 @@ def test_every_instruction_set(isa: str, layout: str, kind: str) -> None:
         args, _ = problem(shape, kind, torch.float32)
         args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:]
         exact = [t.double() if isinstance(t, Tensor) else t for t in args]
-        reference = fastdg.ops.registry.OPS["norm_gradients"].reference
+        reference = fastdg.ops.dispatch.registry.OPS["norm_gradients"].reference
         up = torch.randn(2, shape[0], shape[2])
-        backward = fastdg.ops.registry.OPS["norm_gradients_backward"].reference
+        backward = fastdg.ops.dispatch.registry.OPS["norm_gradients_backward"].reference
         want = [*reference(*exact), *backward(*up.double(), *exact)]
         got = [*cpp.norm_gradients(*args), *cpp.norm_gradients_backward(*up, *args)]
         for one, two in zip(got, want, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastdg
 from fastdg import ops
-from fastdg.ops import derivatives
+from fastdg.ops.dispatch import derivatives
 
 # -- schemas and compilers --
 
@@ -108,7 +108,7 @@ def test_registration(device: str, name: str, grad: bool) -> None:
 
 def test_every_op_is_covered() -> None:
     tested = {name.split(",")[0] for name in arguments("cpu", False)}
-    assert tested == set(ops.registry.OPS)
+    assert tested == set(ops.dispatch.registry.OPS)
 
 
 def domains(flat: list[Tensor], D: int) -> list[list[Tensor]]:
@@ -261,11 +261,11 @@ def test_backends_name_themselves() -> None:
 
 
 def test_use_backend_ends_with_its_block() -> None:
-    route = ops.registry.OPS["moments"].route
+    route = ops.dispatch.registry.OPS["moments"].route
     args = arguments("cpu", False)["moments"]
     before = route(*args)
     with fastdg.use_backend("reference"):
-        assert route(*args) is ops.registry.OPS["moments"].reference
+        assert route(*args) is ops.dispatch.registry.OPS["moments"].reference
     with pytest.raises(KeyError), fastdg.use_backend("reference"):
         raise KeyError
     assert route(*args) is before
@@ -273,7 +273,7 @@ def test_use_backend_ends_with_its_block() -> None:
 
 def test_a_backward_runs_on_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """On whichever thread: autograd has one of its own for each accelerator."""
-    op, seen = ops.registry.OPS["moments_backward"], []
+    op, seen = ops.dispatch.registry.OPS["moments_backward"], []
     reference = op.reference
     monkeypatch.setattr(op, "reference", lambda *args: (seen.append(args), reference(*args))[1])
     grads, order, offsets = arguments("cpu", True)["moments"]

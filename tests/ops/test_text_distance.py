@@ -175,7 +175,7 @@ class TestCompiled:
 
     def test_the_router_takes_them(self) -> None:
         args = texts(6, 3, 2, 5, torch.float32)
-        op = ops.registry.OPS["text_distance"]
+        op = ops.dispatch.registry.OPS["text_distance"]
         assert op.route(*args) is torch.ops.fastdg_cpp.text_distance.default
         assert op.route(*texts(6, 3, 2, 5)) is op.reference
 

@@ -18,7 +18,7 @@ from torch.optim import SGD
 import fastdg
 from fastdg.core.combine import combiner
 from fastdg.experiments.memory import measured
-from fastdg.ops.registry import OPS
+from fastdg.ops.dispatch.registry import OPS
 
 ORDERED = ("PCGrad", "PCGrad-shared")  # draw one order of those present, or of all
 every = pytest.mark.parametrize("name", CASES)

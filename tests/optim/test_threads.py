@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdg
 from fastdg.carried import Carried, continued
-from fastdg.ops.registry import OPS, forced_backend
+from fastdg.ops.dispatch.registry import OPS, forced_backend
 
 needs_cpp = pytest.mark.skipif(
     not fastdg.backends()["cpp"][0], reason="there is one backend without the compiled ops"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import unknown_size_errors
-from ..carried import Carried
+from ..._torch import unknown_size_errors
+from ...carried import Carried
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Fastest first. Whatever is absent, or does not support the arguments, is passed over.
@@ -104,6 +104,7 @@ def first_float(args: Sequence[Any]) -> Tensor:
 
 
 OPS: dict[str, Op] = {}
+ABSENT: dict[str, str] = {}  # why nothing was attached as this backend
 
 
 def _check(forced: str) -> None:
@@ -111,9 +112,7 @@ def _check(forced: str) -> None:
     if forced not in BACKENDS:
         raise ValueError(f"FASTDG_BACKEND: expected one of {BACKENDS}, got {forced!r}")
     if forced != "reference" and not any(forced in op.backends for op in OPS.values()):
-        from . import backends  # the loaders import this module
-
-        raise RuntimeError(f"FASTDG_BACKEND={forced}: not available here: {backends()[forced][1]}")
+        raise RuntimeError(f"FASTDG_BACKEND={forced}: not available here: {ABSENT[forced]}")
 
 
 def define(
@@ -148,35 +147,9 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def force(backend: str) -> Iterator[None]:
-    """`use_backend` for a backend that is known to be here."""
+    """Compute every op on ``backend``, which is here, inside the ``with`` block."""
     token = _forced.set(backend)
     try:
         yield
     finally:
         _forced.reset(token)
-
-
-@contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Compute every op on ``backend`` inside the ``with`` block, and its derivative wherever
-    the backward runs.
-
-    Arguments that it cannot take go to the reference.
-
-    Args:
-        backend: one of ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``.
-
-    Raises:
-        ValueError: the name is unknown.
-        RuntimeError: the backend is not available here; says why.
-    """
-    from . import backends  # the loaders import this module
-
-    available = backends()
-    if backend not in available:
-        raise ValueError(f"backend: expected one of {tuple(available)}, got {backend!r}")
-    ok, reason = available[backend]
-    if not ok:
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    with force(backend):
-        yield

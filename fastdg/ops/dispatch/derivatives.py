@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .._torch import pytree
+from ... import _torch
+from ..._torch import pytree
 from .registry import OPS, force, forced_backend, library
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .. import native
-from .registry import OPS, Implementation, Supports, attach, first_float
+from ... import native
+from .registry import ABSENT, OPS, Implementation, Supports, attach, first_float, force
 
 COLUMN_OPS = (
     "gram",
@@ -128,7 +130,7 @@ def _native_fault(available: bool, reason: str, missing: list[str]) -> str | Non
 
 def _attach_triton() -> None:
     if importlib.util.find_spec("triton") is not None and torch.cuda.is_available():
-        from ..kernels import attach_all
+        from ...kernels import attach_all
 
         attach_all()
 
@@ -157,5 +159,30 @@ def backends() -> dict[str, tuple[bool, str]]:
     }
 
 
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Compute every op on ``backend`` inside the ``with`` block, and its derivative wherever
+    the backward runs.
+
+    Arguments that it cannot take go to the reference.
+
+    Args:
+        backend: one of ``"reference"``, ``"cpp"``, ``"triton"``, ``"cuda"``.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not available here; says why.
+    """
+    available = backends()
+    if backend not in available:
+        raise ValueError(f"backend: expected one of {tuple(available)}, got {backend!r}")
+    ok, reason = available[backend]
+    if not ok:
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    with force(backend):
+        yield
+
+
 _attach_native()
 _attach_triton()
+ABSENT.update({name: reason for name, (here, reason) in backends().items() if not here})
