@@ -42,8 +42,10 @@ class Batch:
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     """Samples of each domain ``[D]``, of all, and the names of the parameters looked at."""
     counts = [batch.partition.count for batch in staged]
-    domains = max(map(len, counts))
-    count = torch.stack([rows(count, domains) for count in counts]).sum(0)
+    count = counts[0]
+    if len(counts) > 1:
+        domains = max(map(len, counts))
+        count = torch.stack([rows(count, domains) for count in counts]).sum(0)
     used = sorted({name for batch in staged for name in batch.resolved.chosen})
     return count, sum(len(batch.losses) for batch in staged), used
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class GlobalBatch:
     counts: Tensor
     samples: int
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """Samples of each domain, ``[D]``."""
         return self.counts.sum(0)

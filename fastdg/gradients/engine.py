@@ -250,11 +250,13 @@ class _Sweep:
         made: dict[str, Any] = {}
         for (i, place), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
             self.waiting[i] -= 1
-            parts = self.parts.setdefault(i, [])
+            parts = self.parts.pop(i, [])
             if delta is not None:
                 parts.append(place.served.factor_beside(node, saved, delta, made))
-            if not self.waiting[i] and parts:
-                self.consume(self.forward.names[i], total(self.parts.pop(i)))
+            if self.waiting[i]:
+                self.parts[i] = parts
+            elif parts:
+                self.consume(self.forward.names[i], total(parts))
 
     def _arrive_at_boundary(self, node: Node, grads: Sequence[Tensor | None]) -> None:
         boundary = self.boundary_of[node]

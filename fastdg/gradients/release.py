@@ -24,7 +24,9 @@ def release(nodes: Iterable[Node]) -> None:
     """
     for node in nodes:
         for saved in raw_saved(node):
-            with suppress(RuntimeError):  # it was freed before, is None, or has hooks
+            if saved.data is None:  # not a tensor, or freed before; an error would take long
+                continue
+            with suppress(RuntimeError):  # it has hooks
                 saved.register_hooks(_nothing, _refuse)
 
 

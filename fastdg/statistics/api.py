@@ -157,9 +157,8 @@ def _by_name(
     out: dict[str, Tensor] = {}
 
     def use(name: str, factor: Factor) -> None:
-        with torch.no_grad():
-            if means is None or not means.takes(name, factor):
-                out[name] = compute(factor)
+        if means is None or not means.takes(name, factor):
+            out[name] = compute(factor)
 
     resolved = tape.resolve(losses)
     resolved.collect(use, retain_graph=retain_graph)
@@ -183,9 +182,8 @@ def moments_of(
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def use(name: str, factor: Factor) -> None:
-        with torch.set_grad_enabled(create_graph):
-            if create_graph or not small.takes(name, factor):
-                found[name] = factor.moments(parts)
+        if create_graph or not small.takes(name, factor):
+            found[name] = factor.moments(parts)
 
     rest = resolved.collect(
         use, create_graph=create_graph, retain_graph=retain_graph, extra=extra, scale=scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class DomainMoments:
     variance: dict[str, Tensor]
     count: Tensor
 
-    @property
+    @cached_property
     def present(self) -> Tensor:
         """Domains that have samples, ``[D]`` bool."""
         return self.count > 0

@@ -75,7 +75,7 @@ def call(name: str, *args: Any) -> Any:
             )
         return _applied(_FUNCTIONS[name], args)
     if _plain(args):
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and any(map(_recorded, args))):
             return OPS[name](*args)
         if name in _EAGER:
             return _applied(_EAGER[name], args)
@@ -102,6 +102,12 @@ def _ordinary(arg: Any) -> bool:
     if isinstance(arg, list):
         return all(_ordinary(item) for item in arg)
     return type(arg) is Tensor or not isinstance(arg, Tensor)
+
+
+def _recorded(arg: Any) -> bool:
+    if isinstance(arg, list):
+        return any(map(_recorded, arg))
+    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 def _tensors(arg: Any) -> int:
