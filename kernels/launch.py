@@ -18,6 +18,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31 - 1
 # Partial sums of one launch, in elements (256 MiB of fp32).
 PARTIAL_ELEMENTS = 1 << 26
+# Of a loop over products whose operands a table of samples points to: Triton spends two of them on
+# the table's loads, and three tiles of operands are under way.
+STAGES = 5
 
 
 def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
@@ -42,8 +45,9 @@ def fills(programs: int, device: torch.device) -> bool:
 
 
 def hopper(device: torch.device) -> bool:
-    """Whether matrix instructions read shared memory (compute capability 9 and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether matrix instructions read shared memory and leave the registers to accumulators. Later
+    GPUs do so too, but Triton spills some there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def gradient_like(x: Tensor, order: Tensor) -> Tensor:
@@ -72,6 +76,12 @@ def block(size: int, largest: int, smallest: int = 16) -> int:
 def warps(block_o: int, block_i: int) -> int:
     """Warps for a tile: at most 64 elements of it a thread."""
     return 8 if block_o * block_i > 64 * 64 else 4
+
+
+def stages(device: torch.device, windowed: bool) -> int:
+    """`STAGES` of a loop that has few registers left: none where they hold operands or the places
+    of patches, too."""
+    return STAGES if hopper(device) and not windowed else 3
 
 
 def tile(

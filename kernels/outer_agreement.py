@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops.agreement import UNDEFINED as _UNDEFINED
 from ..ops.window import sizes
-from .launch import fills, launch, paired, pointwise, precision, tile, warps
+from .launch import fills, launch, paired, pointwise, precision, stages, tile, warps
 from .outer_domain import grouped_product
 from .tiles import load_pairs
 
@@ -155,6 +155,8 @@ def outer_agreement(
     block_o, block_i, block_k = tile(outputs, inputs, precise, rows, places)
     if soft or (places and block_i > 64):  # two more accumulators; where each position is
         block_o = min(block_o, 64)
+    if soft and places:
+        block_i = min(block_i, 64)
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
 
     def run(
@@ -178,5 +180,5 @@ def outer_agreement(
         _outer_agreement_kernel, tiles, (x, delta, *samples, row, column),
         (T, outputs, inputs, *strides, *delta.stride()), WINDOW=windowed, PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
-        num_warps=8 if soft else warps(block_o, block_i), num_stages=3,
+        num_warps=8 if soft else warps(block_o, block_i), num_stages=stages(a.device, windowed),
     )  # fmt: skip

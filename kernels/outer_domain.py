@@ -16,28 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.window import sizes
-from .launch import block, launch, paired, parts, pointwise, precision, tile, warps
+from .launch import STAGES, block, launch, paired, parts, pointwise, precision, tile, warps
 from .tiles import biased_variance, finish_kernel, load_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])  # it depends on the batch size
 def _outer_domain_kernel(
-    a, delta, order, offsets, row, column, mean, variance, partial, slab, T, O, I,
+    a, delta, order, offsets, row, column, mean, variance, partial, slab, split, T, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
-    PARTS: tl.constexpr, WINDOW: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_O, BLOCK_I] of one domain; sums over its (sample, position) pairs."""
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tl.cdiv(O, BLOCK_O) * tiles_i
     tile = tl.program_id(0) % tiles
-    part = tl.program_id(0) // tiles % PARTS
-    domain = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
+    part = tl.program_id(0) // tiles % split
+    domain = (tl.program_id(0) // tiles // split).to(tl.int64)
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     first = tl.load(offsets + domain)
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), PARTS) * BLOCK_K
+    share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), split) * BLOCK_K
     end = tl.minimum(samples * T, (part + 1) * share)
     along_i = tl.load(column + i, mask=i < I, other=0) if WINDOW else i * a_column
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -55,7 +55,7 @@ def _outer_domain_kernel(
         total = tl.dot(d, tl.trans(x), total, input_precision=PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
     at = o[:, None] * I + i[None, :]
-    if PARTS == 1:
+    if split == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
         total = total / count
         tl.store(mean + domain * O * I + at, total, mask=inside)
@@ -64,7 +64,7 @@ def _outer_domain_kernel(
             tl.store(variance + domain * O * I + at, spread, mask=inside)
     else:
         powers: tl.constexpr = 2 if SQUARES else 1
-        at += part.to(tl.int64) * powers * slab + domain * O * I
+        partial += part.to(tl.int64) * powers * slab + domain * O * I
         tl.store(partial + at, total, mask=inside)
         if SQUARES:
             tl.store(partial + slab + at, second, mask=inside)
@@ -102,13 +102,13 @@ def grouped_product(
     (x, row, column, *strides, windowed), delta, T = paired(a, delta, window)
     launch(
         _outer_domain_kernel, domains * tiles * share,
-        x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(), T, outputs,
-        inputs,
+        x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(), share, T,
+        outputs, inputs,
         *strides, *delta.stride(),
-        PARTS=share, WINDOW=windowed, SQUARES=squares,
+        WINDOW=windowed, SQUARES=squares,
         PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
-        num_warps=8 if squares else warps(block_o, block_i), num_stages=3,
+        num_warps=8 if squares else warps(block_o, block_i), num_stages=3 if squares else STAGES,
     )  # fmt: skip
     finish(partial, offsets, mean, variance, share, squares)
     return mean, variance
@@ -123,7 +123,7 @@ def finish(
         launch(
             finish_kernel, domains * triton.cdiv(size, 512),
             partial, offsets, mean, variance, size, mean.numel(),
-            PARTS=share, SQUARES=squares, BLOCK=512,
+            share, SQUARES=squares, BLOCK=512,
         )  # fmt: skip
 
 

@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.window import sizes
-from .launch import address, block, launch, parts, pointwise, precision, summed_last, tile, warps
+from .launch import (
+    STAGES,
+    address,
+    block,
+    launch,
+    parts,
+    pointwise,
+    precision,
+    summed_last,
+    tile,
+    warps,
+)
 from .outer_domain import finish, grouped_product
 from .tiles import biased_variance, load_delta, load_rows
 
@@ -20,11 +31,11 @@ from .tiles import biased_variance, load_delta, load_rows
 DOT_POSITIONS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])  # it depends on the batch size
 def _outer_moments_kernel(
-    a, delta, order, offsets, row, column, mean, variance, partial, slab, T, T_delta, O, I,
+    a, delta, order, offsets, row, column, mean, variance, partial, slab, split, T, T_delta, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
-    PARTS: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_O, BLOCK_I] of one domain; each sample's gradient lives in registers only.
@@ -35,13 +46,13 @@ def _outer_moments_kernel(
     tiles_i = tl.cdiv(I, BLOCK_I)
     tiles = tl.cdiv(O, BLOCK_O) * tiles_i
     tile = tl.program_id(0) % tiles
-    part = tl.program_id(0) // tiles % PARTS
-    domain = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
+    part = tl.program_id(0) // tiles % split
+    domain = (tl.program_id(0) // tiles // split).to(tl.int64)
     o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     first = tl.load(offsets + domain)
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
-    share = tl.cdiv(samples, PARTS)
+    share = tl.cdiv(samples, split)
     begin = tl.minimum(samples, part * share)
     end = tl.minimum(samples, begin + share)
     g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -65,31 +76,28 @@ def _outer_moments_kernel(
             second += g * g
     else:
         blocks = tl.cdiv(T, BLOCK_T)
-        n = begin
-        at_block = 0
-        for _ in range((end - begin) * blocks):
-            sample = tl.load(order + first + n)
-            t = at_block * BLOCK_T + tl.arange(0, BLOCK_T)
+        for step in range((end - begin) * blocks):
+            # From the step alone: what depends on the `if` below could not be loaded before it
+            block = step % blocks
+            sample = tl.load(order + first + begin + step // blocks)
+            t = block * BLOCK_T + tl.arange(0, BLOCK_T)
             d = load_delta(delta + sample * d_sample, t, o, T_delta, O, d_row, d_column)
             x = load_rows(a + sample * a_sample, row, column, t, i, T, I, a_row, a_column, WINDOW)
             g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
-            at_block += 1
-            if at_block == blocks:
+            if block == blocks - 1:
                 total += g
                 second += g * g
                 g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-                at_block = 0
-                n += 1
     inside = (o < O)[:, None] & (i < I)[None, :]
     at = o[:, None] * I + i[None, :]
-    if PARTS == 1:
+    if split == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
         total = total / count
         tl.store(mean + domain * O * I + at, total, mask=inside)
         spread = biased_variance(second, total, count)
         tl.store(variance + domain * O * I + at, spread, mask=inside)
     else:
-        at += part.to(tl.int64) * 2 * slab + domain * O * I
+        partial += part.to(tl.int64) * 2 * slab + domain * O * I
         tl.store(partial + at, total, mask=inside)
         tl.store(partial + slab + at, second, mask=inside)
 
@@ -123,12 +131,12 @@ def outer_moments(
     launch(
         _outer_moments_kernel, domains * tiles * share,
         x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(),
-        T, T_delta, outputs, inputs,
+        share, T, T_delta, outputs, inputs,
         *strides, *delta.stride(),
-        PARTS=share, WINDOW=windowed, POSITIONS=0 if by_dot else T,
+        WINDOW=windowed, POSITIONS=0 if by_dot else T,
         PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_T=block_t,
-        num_warps=warps(block_o, block_i) if by_dot else 8, num_stages=3,
+        num_warps=warps(block_o, block_i) if by_dot else 8, num_stages=STAGES,
     )  # fmt: skip
     finish(partial, offsets, mean, variance, share, squares=True)
     return mean, variance

@@ -26,7 +26,7 @@ from .tiles import load_delta, load_rows
 UPSTREAM_ELEMENTS = 1 << 25
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _upstream_kernel(
     a, delta, order, domain, row, column, slope, level, upstream, first, T, T_delta, O, I,
     a_sample, a_row, a_column, d_sample, d_row, d_column,
@@ -54,7 +54,8 @@ def _upstream_kernel(
     tl.store(upstream + local * O * I + at, g, mask=inside)
 
 
-@triton.jit
+# Loads and stores lie along channels: nothing is wider for a number of positions that 16 divides
+@triton.jit(do_not_specialize=["first", "T", "taps"])
 def _grad_delta_kernel(
     a, upstream, order, row, tap_offset, out, first, T, O, C, taps, a_sample, a_row,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,7 +96,7 @@ def _grad_delta_kernel(
     tl.store(out + at, total, mask=(t < T)[:, None] & (o < O)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "places", "T", "taps"])
 def _grad_a_kernel(
     delta, upstream, order, position, source, out, first, places, T, O, C, taps,
     d_sample, d_row, out_sample, out_place, out_channel,

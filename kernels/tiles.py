@@ -82,12 +82,12 @@ def transpose_kernel(
     tl.store(out + sample * C * T_padded + at, tl.trans(values), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split"])
 def finish_kernel(
-    partial, offsets, mean, variance, size, slab,
-    PARTS: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+    partial, offsets, mean, variance, size, slab, split,
+    SQUARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``[PARTS, 1 or 2, D, size]`` of one or two powers -> mean (and variance)."""
+    """Partial sums ``[split, 1 or 2, D, size]`` of one or two powers -> mean (and variance)."""
     blocks = tl.cdiv(size, BLOCK)
     domain = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +95,7 @@ def finish_kernel(
     start = partial + domain * size + at
     total = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(PARTS):
+    for _ in range(split):
         total += tl.load(start, mask=inside, other=0.0)
         start += slab
         if SQUARES:

@@ -50,31 +50,41 @@ class Built:
     wgmma: int  # matrix instructions of Hopper, of earlier GPUs, and copies that pass registers by
     mma: int
     async_copies: int
+    under_way: int  # copies that the loop of products does not wait for; 0 also without such a loop
+    buffers: int  # tiles of operands in shared memory
 
 
-def compile_launch(
-    capability: int, kernel: Any, programs: int, args: tuple[Any, ...], named: dict[str, Any]
-) -> Built:
-    """Compile ``kernel[(programs,)](*args, **named)``."""
+def specialised(
+    kernel: Any, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[ASTSource, dict[str, int]]:
+    """What Triton compiles for ``kernel[...](*args, **named)``, and with which options."""
     options = {k: named[k] for k in ("num_warps", "num_stages") if k in named}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {k: v for k, v in named.items() if k not in options}
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
-        value = values[name]
+        value, parameter = values[name], kernel.params[position]
+        by_value = isinstance(value, int) and not parameter.do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif kernel.params[position].is_constexpr or (value == 1 and isinstance(value, int)):
+        elif parameter.is_constexpr or (value == 1 and by_value):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and by_value:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_launch(
+    capability: int, kernel: Any, programs: int, args: tuple[Any, ...], named: dict[str, Any]
+) -> Built:
+    """Compile ``kernel[(programs,)](*args, **named)``."""
+    source, options = specialised(kernel, args, named)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = resources(built.asm["cubin"])
     found = [
@@ -82,7 +92,18 @@ def compile_launch(
         for instruction in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async\.c[ag]")
     ]
     name, shared = kernel.__name__.strip("_"), built.metadata.shared
-    return Built(name, capability, programs, registers, stack, shared, *found)
+    pipeline = pipelined(built.asm["ttgir"])
+    return Built(name, capability, programs, registers, stack, shared, *found, *pipeline)
+
+
+def pipelined(ttgir: str) -> tuple[int, int]:
+    """`Built.under_way` and `Built.buffers` of a kernel whose operands are copied by cp.async."""
+    product = re.search(r"= (ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) ", ttgir)
+    if product is None or (start := ttgir.rfind("scf.for", 0, product.start())) < 0:
+        return 0, 0
+    waits = re.search(r"ttg\.async_wait .*num = (\d+)", ttgir[start : product.start()])
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", ttgir)
+    return int(waits[1]) if waits else 0, max(map(int, buffers), default=0)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -109,7 +130,7 @@ def compiling(capability: int, multiprocessors: int = 132) -> Iterator[list[Buil
         for module in vars(kernels).values():
             if callable(getattr(module, "launch", None)):
                 stack.enter_context(patch.object(module, "launch", compile_only))
-        for name, value in (("processors", multiprocessors), ("hopper", capability >= 90)):
+        for name, value in (("processors", multiprocessors), ("hopper", capability == 90)):
             answer = partial(lambda value, device: value, value)
             stack.enter_context(patch.object(kernels.launch, name, answer))
         yield built

@@ -15,19 +15,25 @@ pytest.importorskip("triton")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have on A100; H100 and H200
 
 
-@pytest.fixture(scope="module")
-def built() -> list[dict[str, Any]]:
-    """What `aot.py` compiles; a process of its own, as Triton cannot leave its interpreter."""
-    script = Path(__file__).with_name("aot.py")
+def rows_of(script: str) -> list[dict[str, Any]]:
+    """What a script prints; in a process of its own, as Triton cannot leave its interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+        [sys.executable, str(Path(__file__).with_name(script))],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr
     rows = [json.loads(line) for line in child.stdout.splitlines()]
     for row in rows:
         print(*(f"{name}={value}" for name, value in row.items()))
     return rows
+
+
+@pytest.fixture(scope="module")
+def built() -> list[dict[str, Any]]:
+    return rows_of("aot.py")
 
 
 def test_everything_is_compiled_for_both(built: list[dict[str, Any]]) -> None:
@@ -53,3 +59,24 @@ def test_products_are_on_tensor_cores_and_their_operands_prefetched(
             continue
         assert row["wgmma" if row["capability"] >= 90 else "mma"] > 0, row
         assert row["async_copies"] > 0, row
+
+
+def test_loads_of_the_next_products_are_under_way(built: list[dict[str, Any]]) -> None:
+    rows = [
+        row
+        for row in built
+        if row["kernel"] in ("outer_moments_kernel", "outer_domain_kernel")
+        and row["work"] in ("ViT MLP", "conv 3x3", "conv 1x1", "stem")
+    ]
+    assert len(rows) >= 18
+    for row in rows:
+        assert row["under_way"] > 0, row
+        assert row["buffers"] >= (3 if row["wgmma"] and row["tf32"] else 2), row
+
+
+def test_another_batch_size_compiles_nothing() -> None:
+    rows = {row["op"]: row["kernels"] for row in rows_of("specialisations.py")}
+    for op, counts in rows.items():
+        assert counts[0] == counts[-1], op
+    assert max(rows[op][0] for op in ("moments", "domain", "agreement")) <= 12
+    assert rows["moments"][0] + rows["backward"][0] <= 34
