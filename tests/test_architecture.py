@@ -41,8 +41,6 @@ LONG_ALGORITHMS: set[str] = {
     "algorithms.swad",
 }
 CIRCULAR: set[str] = {
-    "domainbed.adapter",
-    "domainbed.resume",
     "gradients.plan",
     "gradients.route",
     "gradients.rules",

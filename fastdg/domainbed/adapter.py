@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 
 from .._torch import BatchNorm, Dropout
 from ..core.optimizer import DomainOptimizer
-from .resume import Journal
-
-Minibatches = Sequence[tuple[Tensor, Tensor]]
+from .resume import Journal, Minibatches
 
 
 class Adapter:
@@ -32,6 +30,8 @@ class Adapter:
     network: nn.Module  # what DomainBed's class makes
     optimizer: Optimizer
     hparams: Mapping[str, Any]
+    state_dict: Callable[[], Mapping[str, Any]]
+    load_state_dict: Callable[[Mapping[str, Any]], Any]
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ from ..algorithms.sand_mask import SANDMask
 from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
 from ..text import PHOTOS
-from .adapter import Adapter, Entry, Minibatches
+from .adapter import Adapter, Entry
+from .resume import Minibatches
 from .rise import RISEAdapter, rise
 
 # The featurizers that MIRO has no preset for -> their layers

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..files import load_torch, replace
-
-if TYPE_CHECKING:
-    from .adapter import Adapter, Minibatches
 
 FILE = "fastdg_checkpoint.pt"
 
 REMEDY = "Remove it to start its run anew."
 PARTS = "arguments run batch values accuracies random cuda model optimizer results"
 
+Minibatches = Sequence[tuple[Tensor, Tensor]]
 Accuracy = Callable[[Any, Iterable[Any], Any, Any], float]
 
 
 class Refused(RuntimeError):
     """A run that cannot be made; the text says why, and what to do."""
+
+
+class Trained(Protocol):
+    """The algorithm of a run."""
+
+    hparams: Mapping[str, Any]
+    state_dict: Callable[[], Mapping[str, Any]]
+    load_state_dict: Callable[[Mapping[str, Any]], Any]
+
+    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
+        """Make one step; returns the values that DomainBed logs."""
+
+    def wrapper(self) -> Optimizer:
+        """The optimizer that makes the steps."""
 
 
 class Journal:
@@ -57,7 +70,7 @@ class Journal:
         if unfinished(self.path):
             self.saved = load(self.path)
 
-    def update(self, algorithm: Adapter, minibatches: Minibatches) -> dict[str, float]:
+    def update(self, algorithm: Trained, minibatches: Minibatches) -> dict[str, float]:
         """A step of the algorithm, or what it returned when it was made."""
         step = len(self.values)
         if step == 0:
@@ -98,7 +111,7 @@ class Journal:
         """The run has come to its end."""
         self.path.unlink(missing_ok=True)
 
-    def _save(self, algorithm: Adapter, minibatches: Minibatches) -> None:
+    def _save(self, algorithm: Trained, minibatches: Minibatches) -> None:
         state = {
             "arguments": self.arguments,
             "run": self.run,
@@ -107,20 +120,20 @@ class Journal:
             "accuracies": self.accuracies,
             "random": self.random,
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "model": algorithm.state_dict(),  # type: ignore[attr-defined]
+            "model": algorithm.state_dict(),
             "optimizer": algorithm.wrapper().state_dict(),
             "results": self.results.read_bytes(),
         }
         replace(self.path, lambda file: torch.save(state, file))
         self.evaluated = False
 
-    def _restore(self, algorithm: Adapter, minibatches: Minibatches) -> None:
+    def _restore(self, algorithm: Trained, minibatches: Minibatches) -> None:
         saved, self.saved = self.saved, None
         assert saved is not None
         replace(self.results, lambda file: file.write(saved["results"]))
         self._check({"batch": saved["batch"]}, {"batch": fingerprint(minibatches)})
         opt = algorithm.wrapper()  # before the weights: those of now may be an oracle
-        algorithm.load_state_dict(saved["model"])  # type: ignore[attr-defined]
+        algorithm.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         if saved["cuda"]:
             torch.cuda.set_rng_state_all(saved["cuda"])
@@ -166,7 +179,7 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
     return saved
 
 
-def identity(algorithm: Adapter, minibatches: Minibatches) -> dict[str, str]:
+def identity(algorithm: Trained, minibatches: Minibatches) -> dict[str, str]:
     """Of a run, at its first step."""
     return {
         "algorithm": type(algorithm).__name__,
