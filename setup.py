@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, run
@@ -33,6 +34,7 @@ if os.environ.get("FASTDG_SANITIZE"):
 else:
     SANITIZE = []
 RECORD = "_build.txt"  # read by fastdg/native.py: the outcome, and the compiler's errors below it
+SOURCES = "_sources.txt"  # of an editable install, read there too: a digest of what was compiled
 
 ERROR = re.compile(
     r"(?<![-\w])(?:error|fatal)\b|undefined reference|cannot find -l|not found|killed", re.I
@@ -177,6 +179,12 @@ def native_extension(cuda: bool):
     return extension
 
 
+def sources_digest() -> str:
+    """Return a digest of csrc/, by which an editable install sees that it has to be built again."""
+    files = sorted((ROOT / "csrc").glob("*.[ch]*"))
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def record(command: Command, outcome: str, errors: list[str] = []) -> None:  # noqa: B006
     """Print the outcome and leave it beside the modules, without an extension of earlier builds."""
     text = "\n    ".join([outcome, *errors])
@@ -185,6 +193,9 @@ def record(command: Command, outcome: str, errors: list[str] = []) -> None:  # n
     for stale in package.glob("_C*.so"):
         stale.unlink()
     (package / RECORD).write_text(text + "\n")
+    (package / SOURCES).unlink(missing_ok=True)
+    if command.editable_mode and not outcome.startswith("not compiled"):
+        (package / SOURCES).write_text(sources_digest())
     if errors and not os.isatty(1):
         # pip shows the output of a build only if that fails, and this one goes on without the
         # extension: say so on the terminal, if there is one.

@@ -245,19 +245,6 @@ std::vector<Tensor> variance_gap_backward(const Tensor& grad, const std::vector<
 }
 
 template <class Library>
-void define(Library& m) {
-  m.def("gram(Tensor[] gradients, int domains) -> Tensor");
-  m.def("combine(Tensor[] gradients, Tensor weights) -> Tensor[]");
-  m.def("combine_rows(Tensor[] rows, Tensor weights) -> Tensor[]");
-  m.def("agreement(Tensor[] gradients, Tensor weights, float threshold, float steepness) "
-        "-> (Tensor[], Tensor, Tensor)");
-  m.def("meta_step(Tensor(a!)[] parameters, Tensor(b!)[] kept, float rate) -> Tensor");
-  m.def("variance_gap(Tensor[] variance, Tensor[] ema, Tensor present, float history) -> Tensor");
-  m.def("variance_gap_backward(Tensor grad, Tensor[] variance, Tensor[] ema, Tensor present, "
-        "float history) -> Tensor[]");
-}
-
-template <class Library>
 void implement(Library& m) {
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("combine", TORCH_BOX(&combine));

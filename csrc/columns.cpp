@@ -63,6 +63,4 @@ void launch(const Op& op, const Operands& x, Sums sums) {
 }  // namespace
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) { fastdg::define(m); }
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) { fastdg::implement(m); }

@@ -264,6 +264,4 @@ void launch(const Op& op, const Operands& x, Sums out) {
 }  // namespace
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cuda, m) { fastdg::define(m); }
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cuda, CUDA, m) { fastdg::implement(m); }

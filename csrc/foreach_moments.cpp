@@ -56,11 +56,6 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> foreach_moments(
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("foreach_moments(Tensor order, Tensor offsets, Tensor[] grads, Tensor[] a, Tensor[] delta, bool variance) "
-        "-> (Tensor[], Tensor[])");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("foreach_moments", TORCH_BOX(&fastdg::foreach_moments));
 }

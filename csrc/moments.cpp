@@ -98,12 +98,6 @@ Tensor moments_backward(const Tensor& grad_mean, const Tensor& grad_variance, co
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("moments(Tensor grads, Tensor order, Tensor offsets) -> (Tensor, Tensor)");
-  m.def("moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor grads, Tensor mean, "
-        "Tensor order, Tensor offsets) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("moments", TORCH_BOX(&fastdg::moments));
   m.impl("moments_backward", TORCH_BOX(&fastdg::moments_backward));

@@ -116,12 +116,6 @@ std::tuple<Tensor, Tensor> norm_gradients_backward(const Tensor& grad_weight, co
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("norm_gradients(Tensor x, Tensor delta, Tensor? mean, Tensor? rstd, bool own) -> (Tensor, Tensor)");
-  m.def("norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, Tensor? mean, "
-        "Tensor? rstd, bool own) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("norm_gradients", TORCH_BOX(&fastdg::norm_gradients));
   m.impl("norm_gradients_backward", TORCH_BOX(&fastdg::norm_gradients_backward));

@@ -124,12 +124,6 @@ std::tuple<Tensor, Tensor> oracle_nll_backward(const Tensor& grad, const Tensor&
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("oracle_nll(Tensor features, Tensor oracle, Tensor bias) -> (Tensor, Tensor)");
-  m.def("oracle_nll_backward(Tensor grad, Tensor features, Tensor oracle, Tensor bias, "
-        "Tensor squares) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("oracle_nll", TORCH_BOX(&fastdg::oracle_nll));
   m.impl("oracle_nll_backward", TORCH_BOX(&fastdg::oracle_nll_backward));

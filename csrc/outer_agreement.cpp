@@ -130,11 +130,6 @@ std::tuple<Tensor, Tensor, Tensor> outer_agreement(const Tensor& a, const Tensor
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("outer_agreement(Tensor a, Tensor delta, Tensor order, Tensor offsets, Tensor weights, "
-        "float threshold, float steepness, int[] window) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("outer_agreement", TORCH_BOX(&fastdg::outer_agreement));
 }

@@ -152,14 +152,6 @@ Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, c
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("outer_moments(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) "
-        "-> (Tensor, Tensor)");
-  m.def("outer_domain(Tensor a, Tensor delta, Tensor order, Tensor offsets, int[] window) -> Tensor");
-  m.def("outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
-        "Tensor mean, Tensor order, Tensor offsets, int[] window) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("outer_moments", TORCH_BOX(&fastdg::outer_moments));
   m.impl("outer_moments_backward", TORCH_BOX(&fastdg::outer_moments_backward));

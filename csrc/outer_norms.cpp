@@ -19,10 +19,6 @@ Tensor outer_norms(const Tensor& a, const Tensor& delta, Window window) {
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("outer_norms", TORCH_BOX(&fastdg::outer_norms));
 }

@@ -101,13 +101,6 @@ Tensor text_distance_backward(const Tensor& grad_absolute, const Tensor& grad_re
 
 }  // namespace fastdg
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastdg_cpp, m) {
-  m.def("text_distance(Tensor embeddings, Tensor labels, Tensor classes, Tensor anchors, "
-        "Tensor teacher) -> (Tensor, Tensor)");
-  m.def("text_distance_backward(Tensor grad_absolute, Tensor grad_relative, Tensor embeddings, "
-        "Tensor labels, Tensor classes, Tensor anchors, Tensor teacher) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fastdg_cpp, CPU, m) {
   m.impl("text_distance", TORCH_BOX(&fastdg::text_distance));
   m.impl("text_distance_backward", TORCH_BOX(&fastdg::text_distance_backward));

@@ -193,3 +193,12 @@ def scaler_state(scaler: GradScaler, opt: Optimizer) -> Mapping[str, Any]:
 def takes_scale(opt: Optimizer) -> bool:
     """Whether its step divides by ``grad_scale``, as fused ones do; the scaler asks in this way."""
     return getattr(opt, "_step_supports_amp_scaling", False) is True
+
+
+# -- ops --
+
+
+def has_kernel(op: Any, key: str) -> bool:
+    """Whether an op is implemented for the dispatch key "CPU" or "CUDA". The method has a public
+    name, but neither documentation nor a public class."""
+    return op.has_kernel_for_dispatch_key(key)

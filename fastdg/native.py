@@ -6,12 +6,14 @@ that Python has defined. Without it every op runs its plain-PyTorch reference.
 
 import re
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 _PACKAGE = Path(__file__).parent
 _RECORD = _PACKAGE / "_build.txt"  # written by setup.py: what was built, or why nothing was
+_SOURCES = _PACKAGE / "_sources.txt"  # of an editable install: a digest of what was compiled
 _NOT_INSTALLED = (
     "not compiled: no fastdg/_C*.so beside the package; `pip install -v -e .` with a C++ compiler "
     "builds it and shows what fails"
@@ -26,6 +28,12 @@ def load() -> None:
 def _record() -> list[str]:
     """Return the lines that setup.py left: the outcome, and the compiler's errors if it failed."""
     return _RECORD.read_text().strip().splitlines() if _RECORD.is_file() else []
+
+
+def sources_digest() -> str:
+    """Return a digest of csrc/ as it is now; setup.py writes the same when it compiles."""
+    files = sorted((_PACKAGE.parent / "csrc").glob("*.[ch]*"))
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def failed() -> bool:
@@ -52,6 +60,8 @@ def status() -> tuple[bool, str]:
     library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
     if library is None:
         return False, record if record.startswith("not compiled") else _NOT_INSTALLED
+    if _SOURCES.is_file() and _SOURCES.read_text() != sources_digest():
+        return False, "built from other sources than csrc/ has now: `pip install -e .` compiles it"
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if version is None or (int(version[1]), int(version[2])) < (2, 10):
         return False, f"built for torch >= 2.10, found {torch.__version__}: upgrade torch"

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, supports
+from .launch import launch
+from .launch import supports as plain
 
 FIELDS = tl.constexpr(13)  # of each tensor in the table
 BLOCK_O, BLOCK_I = 16, 64
@@ -118,13 +119,13 @@ def foreach_moments(
     return means, variances
 
 
-def supports_lists(
+def supports(
     order: Tensor,
     offsets: Tensor,
     grads: Sequence[Tensor],
     a: Sequence[Tensor],
     delta: Sequence[Tensor],
     variance: bool,
-) -> bool:
-    """`supports` of all tensors."""
-    return supports(order, offsets, *grads, *a, *delta)
+) -> str | None:
+    """`launch.supports` of all tensors."""
+    return plain(order, offsets, *grads, *a, *delta)

@@ -169,33 +169,33 @@ def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
     return a, window
 
 
-def supports(*args: Any) -> bool:
-    """Whether all tensors are on a CUDA device, of one dtype that kernels read, not too large."""
+def supports(*args: Any) -> str | None:
+    """Why kernels cannot take the tensors: all on a CUDA device, of one dtype, not too large."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return (
-        all(tensor.is_cuda for tensor in tensors)
-        and all(tensor.dtype in DTYPES and tensor.dtype == floats[0].dtype for tensor in floats)
-        and all(_extent(tensor) <= INT32 for tensor in floats)
-    )
+    floats = [x for x in tensors if x.is_floating_point()]
+    for x in tensors:
+        if not x.is_cuda:
+            return f"kernels read tensors on a CUDA device, not on {x.device.type}"
+    for x in floats:
+        if x.dtype not in DTYPES:
+            return f"kernels read float32, bfloat16 and float16, not {x.dtype}"
+        if x.dtype != floats[0].dtype:
+            return f"its kernel reads one dtype, not {floats[0].dtype} and {x.dtype}"
+        if _extent(x) > INT32:
+            return "kernels address 2**31 - 1 elements of a row"
+    return None
 
 
-def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> bool:
+def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> str | None:
     """`supports`, for ``(a, delta, ..., window)``."""
     window = args[-1]
     T, inputs = windows.sizes(a.shape, window)
     outputs = delta.shape[2]
     padded = cdiv(T, 16) * 16  # by `positions_last`
     widest = outputs if window else max(outputs, inputs)
-    small = max(a.shape[0] * padded, outputs * inputs, padded * widest) <= INT32
-    return small and supports(a, delta, *args)
-
-
-def supports_weighted(
-    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, *args: Any
-) -> bool:
-    """`supports_outer`, and weights, which may be of another of the dtypes."""
-    return supports(weights) and supports_outer(a, delta, order, offsets, args[-1])
+    if max(a.shape[0] * padded, outputs * inputs, padded * widest) > INT32:
+        return "kernels address 2**31 - 1 rows, and as many elements of a gradient"
+    return supports(a, delta, *args)
 
 
 def _extent(tensor: Tensor) -> int:

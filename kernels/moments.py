@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import block, gradient_like, launch
+from .launch import supports as supports
 
 
 @triton.jit

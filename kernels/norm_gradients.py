@@ -182,6 +182,6 @@ def norm_gradients_backward(
     return of_x, of_delta
 
 
-def supports(*args: Tensor | bool | None) -> bool:
-    """Maps of two dtypes are fine, and statistics are in fp32."""
-    return all(plain(arg) for arg in args if isinstance(arg, Tensor))
+def supports(*args: Tensor | bool | None) -> str | None:
+    """`launch.supports` of each tensor: maps may have two dtypes, and statistics are in fp32."""
+    return next(filter(None, map(plain, args)), None)

@@ -110,6 +110,6 @@ def oracle_nll_backward(
     return out, bias_gradient(grad, bias, squares, P)
 
 
-def supports(*args: Tensor) -> bool:
-    """Maps of two dtypes are fine: an oracle may be in half precision."""
-    return all(plain(tensor) for tensor in args)
+def supports(*args: Tensor) -> str | None:
+    """`launch.supports` of each tensor: an oracle may be in half precision."""
+    return next(filter(None, map(plain, args)), None)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..ops.agreement import UNDEFINED as _UNDEFINED
 from ..ops.window import sizes
-from .launch import fills, launch, paired, pointwise, precision, stages, tile, warps
+from .launch import fills, launch, paired, pointwise, precision, stages, supports_outer, tile, warps
+from .launch import supports as plain
 from .outer_domain import grouped_product
 from .tiles import load_pairs
 
@@ -182,3 +183,10 @@ def outer_agreement(
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
         num_warps=8 if soft else warps(block_o, block_i), num_stages=stages(a.device, windowed),
     )  # fmt: skip
+
+
+def supports(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, weights: Tensor, *args: Any
+) -> str | None:
+    """`launch.supports_outer`, and weights, which may have another of the dtypes."""
+    return plain(weights) or supports_outer(a, delta, order, offsets, args[-1])

@@ -16,8 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.window import sizes
-from .launch import STAGES, block, launch, paired, parts, pointwise, precision, tile, warps
+from .launch import (
+    STAGES,
+    block,
+    launch,
+    paired,
+    parts,
+    pointwise,
+    precision,
+    supports_outer,
+    tile,
+    warps,
+)
 from .tiles import biased_variance, finish_kernel, load_pairs
+
+supports = supports_outer
 
 
 @triton.jit(do_not_specialize=["split"])  # it depends on the batch size

@@ -21,6 +21,7 @@ from .launch import (
     pointwise,
     precision,
     summed_last,
+    supports_outer,
     tile,
     warps,
 )
@@ -29,6 +30,8 @@ from .tiles import biased_variance, load_delta, load_rows
 
 # Below this many positions a padded tl.dot (K >= 16) does more work than plain multiply-adds.
 DOT_POSITIONS = 8
+
+supports = supports_outer
 
 
 @triton.jit(do_not_specialize=["split"])  # it depends on the batch size

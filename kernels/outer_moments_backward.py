@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import window as windows
-from .launch import block, gradient_like, launch, pointwise, precision, summed_last, tile, warps
+from .launch import (
+    block,
+    gradient_like,
+    launch,
+    pointwise,
+    precision,
+    summed_last,
+    supports_outer,
+    tile,
+    warps,
+)
+from .launch import supports as plain
 from .tiles import load_delta, load_rows
 
 # Elements of dL/dg that exist at once (128 MiB of fp32).
@@ -322,3 +333,8 @@ def outer_moments_backward(
             names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
         )  # fmt: skip
     return grad_a, grad_delta
+
+
+def supports(grad_mean: Tensor, grad_variance: Tensor, *args: Any) -> str | None:
+    """`launch.supports_outer` of the forward's arguments, and gradients of one dtype."""
+    return supports_outer(*args) or plain(grad_mean, grad_variance)

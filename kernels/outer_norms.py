@@ -12,8 +12,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.window import sizes
-from .launch import address, block, launch, pointwise, precision, summed_last, tile, warps
+from .launch import (
+    address,
+    block,
+    launch,
+    pointwise,
+    precision,
+    summed_last,
+    supports_outer,
+    tile,
+    warps,
+)
 from .tiles import load_delta, load_rows
+
+supports = supports_outer
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops.text_distance import RELATIVE_SCALE
 from .launch import block, launch
+from .launch import supports as supports
 
 TILE = 4096  # elements of a tile of anchors
 

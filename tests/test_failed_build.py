@@ -204,15 +204,27 @@ def test_import_warns_once_of_a_failed_build(
     backends._attach_native()
 
 
-def test_import_warns_of_an_extension_built_from_other_sources(
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_extension_built_from_other_sources_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native.status()[0]:
         pytest.skip(native.status()[1])
+    file = tmp_path / "_sources.txt"
+    monkeypatch.setattr(native, "_SOURCES", file)
+    assert native.status.__wrapped__()[0]  # as an install's, which has no sources to compare
+    file.write_text(native.sources_digest())
+    assert native.status.__wrapped__()[0]
+    file.write_text("0123456789abcdef")
+    outcome = native.status.__wrapped__()
+    assert outcome[0] is False
+    monkeypatch.setattr(native, "status", lambda: outcome)
     monkeypatch.delenv("FASTDG_BACKEND", raising=False)
-    monkeypatch.setattr(backends, "CPP_OPS", (*backends.CPP_OPS, "an_op_of_tomorrow"))
-    with pytest.warns(RuntimeWarning, match=r"lacks fastdg_cpp.an_op_of_tomorrow.*Install fastdg"):
+    with pytest.warns(RuntimeWarning, match=r"built from other sources than csrc/.*pip install"):
         backends._attach_native()
+
+
+def test_setup_and_package_agree_on_the_sources(setup_script: ModuleType) -> None:
+    assert setup_script.sources_digest() == native.sources_digest()
 
 
 def test_info_shows_the_errors_of_a_failed_build(

@@ -20,7 +20,9 @@ from fastdg import native
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_SOURCES = sorted(ROOT.glob("csrc/*.cu"))
-NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.so", "_build.txt", "*.egg-info")
+NOT_SHIPPED = shutil.ignore_patterns(
+    "__pycache__", "*.so", "_build.txt", "_sources.*", "*.egg-info"
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_sdist_can_build_and_test_itself(distributions: tuple[set[str], set[str]
     sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.*")}
     files = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
     assert sources | files | python_files("kernels") | python_files("tests") <= sdist
-    assert not [name for name in sdist if name.endswith((".so", "_build.txt", ".pyc"))]
+    assert not [name for name in sdist if name.endswith((".so", "_build.txt", "_sources.txt"))]
 
 
 PROBE = """
@@ -141,7 +143,8 @@ def test_installed_kernels_are_beside_their_package(tmp_path: Path) -> None:
         folder = tmp_path / target
         shutil.copytree(ROOT / source, folder, ignore=NOT_SHIPPED, dirs_exist_ok=True)
     (tmp_path / "kernels").mkdir()
-    code = "import fastdg.kernels as k; print(*k.__path__, k.launch.__file__, sep='\\n')"
+    code = "from fastdg import kernels as k; from fastdg.kernels import launch\n"
+    code += "print(*k.__path__, launch.__file__, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
@@ -266,6 +269,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty package folder for the loader to look at."""
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
     monkeypatch.setattr(native, "_RECORD", tmp_path / "_build.txt")
+    monkeypatch.setattr(native, "_SOURCES", tmp_path / "_sources.txt")
     return tmp_path
 
 

@@ -277,3 +277,13 @@ def test_what_is_not_compiled_leaves_the_graph() -> None:
     compiled = torch.compile(lambda x: look(x.sin()).cos(), backend="eager")
     torch.testing.assert_close(compiled(torch.zeros(2)), torch.ones(2).cos())
     assert seen == [False]
+
+
+def test_kernels_of_ops() -> None:
+    assert _torch.has_kernel(torch.ops.aten.mm.default, "CPU")
+    library = torch.library.Library("fastdg_test_kernels", "FRAGMENT")
+    library.define("f(Tensor x) -> Tensor")
+    op = torch.ops.fastdg_test_kernels.f.default
+    assert not _torch.has_kernel(op, "CPU") and not _torch.has_kernel(op, "CUDA")
+    library.impl("f", torch.neg, "CPU")
+    assert _torch.has_kernel(op, "CPU") and not _torch.has_kernel(op, "CUDA")

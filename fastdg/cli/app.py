@@ -32,7 +32,7 @@ from ..experiments import demo as demo_experiment
 from ..experiments import pacs as pacs_experiment
 from ..experiments.settings import ALGORITHMS, DEFAULT
 from ..experiments.units import cores
-from .tables import colored_mnist_table, demo_tables, pacs_table
+from .tables import ROUTE, colored_mnist_table, demo_tables, ops_table, pacs_table
 
 app = typer.Typer(
     add_completion=False,
@@ -126,7 +126,11 @@ def _main(
 
 
 @app.command()
-def info() -> None:
+def info(
+    why: Annotated[
+        bool, typer.Option("--why", help="Show what computes each op, and what it takes.")
+    ] = False,
+) -> None:
     """Versions, the backends that are here, and why one is not."""
     try:
         import triton
@@ -155,6 +159,9 @@ def info() -> None:
     for name, (available, reason) in backends().items():
         table.add_row(name, "[green]yes[/]" if available else "no", escape(reason))
     console.print(table)
+    if why:
+        console.print(ops_table())
+        console.print(ROUTE, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from .. import backends
 from ..data.digits import TASKS
 from ..data.pacs import DOMAINS
 from ..experiments.pacs import ALGORITHMS
+from ..ops.dispatch.registry import BACKENDS, OPS
 from ..report.pacs_figure import MEAN, accuracies, gain
 from ..report.summary import Estimate, Row, mean_and_error, rows
 
@@ -56,6 +58,28 @@ def _demo_table(results: dict[str, Any], task: str, columns: Sequence[Row]) -> T
     if not math.isnan(columns[0].ratio):
         table.add_row("ratio to ERM", *(f"{row.ratio:.2f}" for row in columns))
     table.add_row("peak memory (MB)", *(f"{row.peak_bytes / 1e6:.1f}" for row in columns))
+    return table
+
+
+ROUTE = """\
+A call goes to the first backend that is here, has the op and takes the arguments: cpp on the CPU,
+cuda and then triton on CUDA. The reference takes all others. cpp and cuda take float32; triton
+takes float32, bfloat16 and float16. To log why a backend passes a call on:
+
+    logging.basicConfig()
+    logging.getLogger("fastdg.ops").setLevel("DEBUG")"""
+
+
+def ops_table() -> Table:
+    """The backends that compute each op."""
+    table = Table(title="ops", title_justify="left")
+    names = [name for name in BACKENDS if name != "reference"]
+    here = {name: available for name, (available, _) in backends().items()}
+    for name in ("op", *names):
+        table.add_column(name)
+    for name, op in sorted(OPS.items()):
+        cells = ("[green]yes[/]" if b in op.backends and here[b] else "no" for b in names)
+        table.add_row(name, *cells)
     return table
 
 

@@ -1,58 +1,32 @@
 """Triton kernels, one file per op, each under the name of its op in ``fastdg.ops``.
 
+A module has functions with the names of the ops that it computes, and ``supports``, which says why
+their arguments cannot be taken.
+
 In a clone the kernels' files are in the top-level folder ``kernels/``; an install has them beside
 this one. The folder has no ``__init__.py``, so that Python started in the clone's root never
 imports it in place of the package ``kernels`` that transformers and others look for.
-
-``variance_gap`` is a CUDA op. ``outer_gram`` has no kernel of its own: its reference is
-``outer_domain`` and one matrix product, which run on the device without waiting for it.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
+from typing import Any
 
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "launch.py").exists():  # a clone
     __path__.append(str(_HERE.parents[1] / "kernels"))
 
-from ..ops.dispatch.registry import attach  # noqa: E402
-from . import (  # noqa: E402
-    foreach_moments,
-    launch,
-    moments,
-    norm_gradients,
-    oracle_nll,
-    outer_agreement,
-    outer_domain,
-    outer_moments,
-    outer_moments_backward,
-    outer_norms,
-    text_distance,
-)
 
-
-def attach_all() -> None:
-    """Let Triton compute what is here, for the arguments that each op's kernels support."""
-    plain, outer = launch.supports, launch.supports_outer
-    grouped = foreach_moments.foreach_moments
-    attach("foreach_moments", "triton", grouped, foreach_moments.supports_lists)
-    attach("moments", "triton", moments.moments, plain)
-    attach("moments_backward", "triton", moments.moments_backward, plain)
-    norms = norm_gradients
-    attach("norm_gradients", "triton", norms.norm_gradients, norms.supports)
-    attach("norm_gradients_backward", "triton", norms.norm_gradients_backward, norms.supports)
-    attach("oracle_nll", "triton", oracle_nll.oracle_nll, oracle_nll.supports)
-    attach("oracle_nll_backward", "triton", oracle_nll.oracle_nll_backward, oracle_nll.supports)
-    attach("outer_agreement", "triton", outer_agreement.outer_agreement, launch.supports_weighted)
-    attach("outer_domain", "triton", outer_domain.outer_domain, outer)
-    attach("outer_moments", "triton", outer_moments.outer_moments, outer)
-    attach("outer_norms", "triton", outer_norms.outer_norms, outer)
-    attach("text_distance", "triton", text_distance.text_distance, plain)
-    attach("text_distance_backward", "triton", text_distance.text_distance_backward, plain)
-    attach(
-        "outer_moments_backward",
-        "triton",
-        outer_moments_backward.outer_moments_backward,
-        lambda grad_mean, grad_variance, *args: outer(*args) and plain(grad_mean, grad_variance),
-    )
+def implementations(
+    ops: Container[str],
+) -> Iterator[tuple[str, Callable[..., Any], Callable[..., str | None]]]:
+    """Yield the name of each op that a module computes, its function, and ``supports``."""
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{found.name}")
+        for name, function in vars(module).items():
+            if name in ops and getattr(function, "__module__", None) == module.__name__:
+                yield name, function, module.supports

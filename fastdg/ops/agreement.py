@@ -81,6 +81,7 @@ define(
     reference,
     _fake,
     check,
+    mixed=True,
 )
 not_differentiable("agreement", "its mask is constant almost everywhere")
 

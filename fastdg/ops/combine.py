@@ -37,7 +37,9 @@ def check(gradients: Sequence[Tensor], weights: Tensor) -> None:
     checks.weighted(gradients, weights)
 
 
-define("combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake, check)
+define(
+    "combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake, check, mixed=True
+)
 not_differentiable("combine", "add the gradients with PyTorch's own functions instead")
 
 

@@ -43,7 +43,9 @@ def check(rows: Sequence[Tensor], weights: Tensor) -> None:
             )
 
 
-define("combine_rows(Tensor[] rows, Tensor weights) -> Tensor[]", reference, _fake, check)
+define(
+    "combine_rows(Tensor[] rows, Tensor weights) -> Tensor[]", reference, _fake, check, mixed=True
+)
 not_differentiable("combine_rows", "add the rows with PyTorch's own functions instead")
 
 

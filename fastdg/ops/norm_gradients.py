@@ -146,6 +146,7 @@ define(
     reference,
     _fake,
     check,
+    mixed=True,
 )
 define(
     "norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, "
@@ -153,6 +154,7 @@ define(
     reference_backward,
     _fake_backward,
     check_backward,
+    mixed=True,
 )
 
 

@@ -101,6 +101,7 @@ define(
     reference,
     _fake,
     check,
+    mixed=True,
 )
 define(
     "oracle_nll_backward(Tensor grad, Tensor features, Tensor oracle, Tensor bias, Tensor squares) "
@@ -108,6 +109,7 @@ define(
     reference_backward,
     _fake_backward,
     check_backward,
+    mixed=True,
 )
 
 

@@ -84,6 +84,7 @@ define(
     _fake,
     check,
     check_values,
+    mixed=True,
 )
 not_differentiable("outer_agreement", "its mask is constant almost everywhere")
 

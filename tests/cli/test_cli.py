@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import fastdg
 from fastdg.cli.app import app
 from fastdg.experiments import demo as experiment
+from fastdg.ops.dispatch.registry import OPS
 
 TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured", "--workers", "1"]
 
@@ -27,6 +28,19 @@ def test_info_names_versions_and_every_backend() -> None:
     assert fastdg.__version__ in result.output
     for name in fastdg.backends():
         assert name in result.output
+
+
+def test_info_says_what_computes_each_op() -> None:
+    result = call("info", "--why")
+    assert result.exit_code == 0
+    rows = {line.split()[1]: line for line in result.output.splitlines() if "│" in line}
+    assert set(OPS) <= set(rows)
+    assert ("yes" in rows["outer_moments"]) == any(
+        backend in OPS["outer_moments"].backends and here
+        for backend, (here, _) in fastdg.backends().items()
+    )
+    assert "yes" not in rows["outer_gram"]
+    assert 'logging.getLogger("fastdg.ops").setLevel("DEBUG")' in result.output
 
 
 def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from fastdg import kernels
 from fastdg.ops.window import sizes
 
+list(kernels.implementations(()))  # imports all modules
 CAPABILITIES = (80, 90)
 POINTERS = {
     torch.float32: "*fp32",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -304,80 +303,3 @@ def test_halves_are_summed_in_fp32(dtype: torch.dtype, T: int) -> None:
     assert combined.dtype == dtype and all(x.dtype == torch.float32 for x in sums)
     assert_near(combined, expected[0].sum(0), terms[0].sum(0))
     assert sums[0] == combined.numel()
-
-
-def cast(x: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in ``dtype``, in lists too."""
-    if isinstance(x, (list, tuple)):
-        return [cast(part, dtype) for part in x]
-    return x.to(DEVICE, dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def test_the_backends_are_told_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdg import kernels
-
-    attached = {}
-    monkeypatch.setattr(kernels, "attach", lambda name, *rest: attached.update({name: rest}))
-    kernels.attach_all()
-    assert set(attached) <= set(ops.dispatch.registry.OPS)
-    a, delta, window = rows(4, 3, 5, 6)
-    order, offsets = partition((4,), 0)
-    mean = torch.zeros(1, 6, 5)
-    up = torch.zeros(4)
-    maps = torch.zeros(4, 3, 5), torch.zeros(4, 3, 5)
-    norm = (torch.zeros(4, 3, 1, 5), torch.zeros(4, 3, 1, 5), *[torch.zeros(4, 3, 1)] * 2, False)
-    texts = torch.zeros(4, 5), order, torch.zeros(2, 5), torch.zeros(2, 3, 5), torch.zeros(2, 3)
-    arguments = {
-        "foreach_moments": (order, offsets, [a[:, 0]], [a], [delta], True),
-        "moments": (a[:, 0], order, offsets),
-        "moments_backward": (a[0, :1], a[0, :1], a[:, 0], a[0, :1], order, offsets),
-        "outer_agreement": (a, delta, order, offsets, torch.ones(1), 1.0, math.inf, window),
-        "outer_domain": (a, delta, order, offsets, window),
-        "outer_moments": (a, delta, order, offsets, window),
-        "outer_moments_backward": (mean, mean, a, delta, mean, order, offsets, window),
-        "outer_norms": (a, delta, window),
-        "norm_gradients": norm,
-        "norm_gradients_backward": (up.view(4, 1), up.view(4, 1), *norm),
-        "oracle_nll": (*maps, torch.zeros(3)),
-        "oracle_nll_backward": (up, *maps, torch.zeros(3), torch.zeros(4, 3)),
-        "text_distance": texts,
-        "text_distance_backward": (up, up, *texts),
-    }
-    assert set(arguments) == set(attached)
-    for name, (backend, _, supports) in attached.items():
-        assert backend == "triton"
-        for dtype, taken in ((torch.float32, True), (torch.float16, True), (torch.float64, False)):
-            assert supports(*cast(arguments[name], dtype)) == (taken and DEVICE == "cuda")
-
-
-@pytest.mark.gpu
-def test_nothing_waits_for_the_device() -> None:
-    a, delta, window = (x.cuda() if isinstance(x, Tensor) else x for x in rows(6, 20, 24, 48))
-    order, offsets = partition((2, 4), 0)
-    weights = torch.ones(2, device=DEVICE)
-
-    def step() -> None:
-        with ops.use_backend("triton"):
-            leaves = a.clone().requires_grad_(), delta.clone().requires_grad_()
-            sum(x.sum() for x in ops.outer_moments(*leaves, order, offsets, window)).backward()
-            ops.outer_gram(a, delta, order, offsets, window)
-            for steepness in (math.inf, 10.0):
-                ops.outer_agreement(a, delta, order, offsets, weights, 1.0, steepness, window)
-            ops.outer_norms(a, delta, window)
-
-    step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("T", [1, 16, 17])
-def test_positions_are_numbered_with_32_bits(monkeypatch: pytest.MonkeyPatch, T: int) -> None:
-    """Also those of zeros, which T is rounded up with."""
-    monkeypatch.setattr(launch, "supports", lambda *args: True)
-    fits = (2**31 - 1) // (32 if T == 17 else 16)
-    for N, fine in ((fits, True), (fits + 1, False)):
-        a, delta = torch.empty(1).expand(N, T, 1), torch.empty(1).expand(N, T, 2)
-        assert launch.supports_outer(a, delta, []) is fine

@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from cases import arguments, cast
 from torch import Tensor
 
 import fastdg
@@ -32,7 +33,7 @@ DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool,
 
 
 class Draw:
-    """Right arguments for each op, of random sizes."""
+    """Right arguments for each op, of random sizes where it has a method here."""
 
     def __init__(self, random: random.Random, dtype: torch.dtype = torch.float32) -> None:
         self.random, self.dtype = random, dtype
@@ -117,7 +118,12 @@ class Draw:
         return (self.tensor(N, E), labels, *tables)
 
     def arguments(self, name: str) -> list[Any]:
-        return list(getattr(self, f"_{name}")())
+        """Those of a method of the op's name, else those of one of its cases."""
+        if (draw := getattr(self, f"_{name}", None)) is not None:
+            return list(draw())
+        every = arguments("cpu", False)
+        key = self.random.choice([key for key in every if key.split(",")[0] == name])
+        return [cast(arg, self.dtype) for arg in every[key]]
 
     def _outer_moments(self) -> Any:
         return self.outer()
@@ -332,9 +338,8 @@ def main(seed: int, calls: int) -> None:
         runs = {"torch.ops": registered}
         if compiled:
             runs["cpp"] = lambda *a, n=name: call(n, *a)
-            own = getattr(torch.ops.fastdg_cpp, name, None)
-            if own is not None:
-                runs["own name"] = own
+            if "cpp" in OPS[name].backends:
+                runs["own name"] = getattr(torch.ops.fastdg_cpp, name)
         for way, run in runs.items():
             if way == "torch.ops":
                 with fastdg.use_backend("reference"):

@@ -30,7 +30,8 @@ from test_columns import (  # noqa: F401 - the tests are collected here too, on 
 from torch import Tensor
 
 from fastdg import ops
-from fastdg.ops.dispatch.backends import CUDA_OPS, _counting_writes, _float32
+from fastdg.ops.dispatch.backends import attach_compiled
+from fastdg.ops.dispatch.registry import OPS, force
 
 ROOT = Path(__file__).resolve().parents[2]
 INF = math.inf
@@ -62,24 +63,21 @@ def emulated(
         LIBRARIES[version] = builder.build(version, tmp_path_factory.mktemp("emulation"))
         torch.ops.load_library(str(LIBRARIES[version]))
     library = LIBRARIES[version]
-    namespace = getattr(torch.ops, library.stem)
-    before = {name: ops.dispatch.registry.OPS[name].backends.get("cuda") for name in CUDA_OPS}
-    for name in CUDA_OPS:
-        implementation = _counting_writes(getattr(namespace, name).default)
-        ops.dispatch.registry.attach(name, "cuda", implementation, _float32(name, "cpu"))
+    before = {name: op.backends.get("cuda") for name, op in OPS.items()}
+    attach_compiled("cuda", "cpu", library.stem)
     yield ctypes.CDLL(str(library)).emulation_schedule
     for name, entry in before.items():
         if entry is None:
-            del ops.dispatch.registry.OPS[name].backends["cuda"]
+            OPS[name].backends.pop("cuda", None)
         else:
-            ops.dispatch.registry.OPS[name].backends["cuda"] = entry
+            OPS[name].backends["cuda"] = entry
 
 
 @pytest.fixture
 def device(emulated: Callable[[int], None]) -> Iterator[str]:
     """In place of the fixture of all backends: the tests of test_columns.py run on this one."""
     emulated(0)
-    with ops.dispatch.registry.force("cuda"):
+    with force("cuda"):
         yield "cpu"
 
 
@@ -181,4 +179,4 @@ def test_the_ops_run_on_the_emulation(device: str) -> None:
         ("gram", ([torch.ones(2)], 1)),
         ("combine", ([torch.ones(2)], torch.ones(1))),
     ):
-        assert "emulated" in str(ops.dispatch.registry.OPS[name].route(*arguments))
+        assert "emulated" in str(OPS[name].route(*arguments))

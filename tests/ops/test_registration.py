@@ -2,95 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
+from cases import PUBLIC, arguments, cast, differentiable
 from op_cases import deal
 from torch import Tensor
 
 import fastdg
+import fastdg.kernels
 from fastdg import ops
-from fastdg.ops.dispatch import derivatives
+from fastdg.ops.dispatch import derivatives, registry
+
+KERNELS = [path for folder in fastdg.kernels.__path__ for path in Path(folder).glob("[a-z]*.py")]
 
 # -- schemas and compilers --
-
-
-def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
-    order, offsets = deal((4, 0, 2), device)
-    a = torch.randn(6, 3, 4, device=device, requires_grad=grad)
-    delta = torch.randn(6, 5, 3, device=device).transpose(1, 2).requires_grad_(grad)
-    x = torch.randn(6, 2, 5, 4, device=device, requires_grad=grad)
-    out = torch.randn(6, 9, 3, device=device, requires_grad=grad)
-    window = [3, 2, 1, 1, 1, 1]
-    flat = torch.randn(6, 9, device=device, requires_grad=grad)
-    variance = [torch.rand(3, n, device=device, requires_grad=grad) for n in (2, 5)]
-    ema = [torch.rand(3, n, device=device) for n in (2, 5)]
-    present = torch.tensor([True, False, True], device=device)
-    up, wide, patch = (torch.randn(3, *shape, device=device) for shape in ((9,), (5, 4), (3, 12)))
-    scalar = torch.ones((), device=device)
-    lists = [torch.randn(s, device=device, requires_grad=grad) for s in ((2, 3), (5,)) * 3]
-    weights = torch.tensor([0.5, 0.0, -2.0], device=device)
-    inf = float("inf")
-    labels = torch.tensor([0, 1, 1, 0, 2, 1], device=device)
-    tables = [torch.randn(3, *shape, device=device) for shape in ((9,), (2, 9), (2,))]
-    each = torch.randn(6, device=device)
-    scale = torch.randn(2, device=device)
-    maps = torch.randn(6, 2, 20, device=device, requires_grad=grad)
-    tokens = torch.randn(6, 3, 4, device=device).mT.requires_grad_(grad)
-    planes = torch.randn(6, 2, 4, 5, device=device, requires_grad=grad)
-    above = torch.randn(6, 2, 5, 4, device=device).mT
-    given = torch.randn(6, 2, 2, device=device), torch.rand(6, 2, 2, device=device)
-    return {
-        "gram": (lists, 3),
-        "combine": (lists, weights),
-        "combine_rows": (variance, weights),
-        "foreach_moments": (order, offsets, [flat], [a, flat], [delta, out[:, 0]], True),
-        "foreach_moments, means": (order, offsets, [], [a], [delta], False),
-        "agreement": (lists, weights, 0.5, inf),
-        "agreement, soft": (lists, weights, 0.5, 3.0),
-        "meta_step": (lists[:2], [x.detach() for x in lists[2:4]], 0.3),
-        "outer_agreement": (a, delta, order, offsets, weights, 0.5, inf, []),
-        "outer_agreement, window": (x, out, order, offsets, weights, 0.5, 3.0, window),
-        "moments": (flat, order, offsets),
-        "moments_backward": (up, up, flat, up, order, offsets),
-        "outer_moments": (a, delta, order, offsets, []),
-        "outer_moments, window": (x, out, order, offsets, window),
-        "outer_moments_backward": (wide, wide, a, delta, wide, order, offsets, []),
-        "outer_moments_backward, window": (patch, patch, x, out, patch, order, offsets, window),
-        "outer_domain": (a, delta, order, offsets, []),
-        "outer_domain, window": (x, out, order, offsets, window),
-        "outer_norms": (a, delta, []),
-        "outer_norms, window": (x, out, window),
-        "outer_gram": (a, delta, order, offsets, []),
-        "outer_gram, window": (x, out, order, offsets, window),
-        "norm_gradients": (planes, above, *given, True),
-        "norm_gradients, rows": (above.clone().requires_grad_(grad), above, *given, False),
-        "norm_gradients, no mean": (planes, above, None, given[1], True),
-        "norm_gradients, no norm": (planes, above, None, None, False),
-        "norm_gradients_backward": (flat[:, :4], flat[:, 4:8], planes, above, *given, True),
-        "norm_gradients_backward, rows": (
-            *(flat[:, :4], flat[:, 4:8], above.clone(), above, *given),
-            False,
-        ),
-        "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
-        "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
-        "oracle_nll, no maps": (maps.detach(), maps.detach() + 1, scale),
-        "oracle_nll_backward": (each, maps, maps.detach() + 1, scale, flat[:, :2]),
-        "oracle_nll_backward, rows": (each, tokens, tokens.detach() + 1, up[0, :4], flat[:, :4]),
-        "text_distance": (flat, labels, *tables),
-        "text_distance_backward": (each, each, flat, labels, *tables),
-        "variance_gap": (variance, ema, present, 2.0),
-        "variance_gap, no history": (variance, [], present, 0.0),
-        "variance_gap_backward": (scalar, variance, ema, present, 2.0),
-    }
-
-
-def differentiable(name: str) -> bool:
-    once = ("moments", "norm_gradients", "oracle_nll", "outer_moments", "text_distance")
-    return name.split(",")[0] in (*once, "variance_gap")
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -109,55 +40,6 @@ def test_registration(device: str, name: str, grad: bool) -> None:
 def test_every_op_is_covered() -> None:
     tested = {name.split(",")[0] for name in arguments("cpu", False)}
     assert tested == set(ops.dispatch.registry.OPS)
-
-
-def domains(flat: list[Tensor], D: int) -> list[list[Tensor]]:
-    P = len(flat) // D
-    return [flat[d * P : (d + 1) * P] for d in range(D)]
-
-
-def meta_step(parameters: list[Tensor], kept: list[Tensor], rate: float) -> list[Tensor]:
-    """On copies: what it changes is part of the result."""
-    parameters, kept = [p.clone() for p in parameters], [k.clone() for k in kept]
-    length = ops.meta_step(parameters, kept, rate)
-    return [length, *parameters, *kept]
-
-
-def norm_gradients(*args: Any) -> tuple[Tensor, Tensor]:
-    return ops.norm_gradients(*args[:-1], own=args[-1])
-
-
-PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
-    "moments": (ops.moments, "moments"),
-    "outer_moments": (ops.outer_moments, "outer_moments"),
-    "outer_moments, window": (ops.outer_moments, "outer_moments, window"),
-    "outer_domain": (ops.outer_domain, "outer_domain"),
-    "outer_norms": (ops.outer_norms, "outer_norms, window"),
-    "outer_gram": (ops.outer_gram, "outer_gram"),
-    "norm_gradients": (norm_gradients, "norm_gradients"),
-    "norm_gradients, rows": (norm_gradients, "norm_gradients, rows"),
-    "oracle_nll": (ops.oracle_nll, "oracle_nll"),
-    "oracle_nll, rows": (ops.oracle_nll, "oracle_nll, rows"),
-    "text_distance": (ops.text_distance, "text_distance"),
-    "variance_gap": (ops.variance_gap, "variance_gap"),
-    "gram": (lambda flat, D: ops.gram(domains(flat, D)), "gram"),
-    "combine": (lambda flat, w: ops.combine(domains(flat, 3), w), "combine"),
-    "combine_rows": (ops.combine_rows, "combine_rows"),
-    "foreach_moments": (
-        lambda order, offsets, grads, a, delta, variance: ops.foreach_moments(
-            grads, a, delta, order, offsets, variance
-        ),
-        "foreach_moments",
-    ),
-    "agreement": (lambda flat, *args: ops.agreement(domains(flat, 3), *args), "agreement"),
-    "agreement, soft": (
-        lambda flat, *args: ops.agreement(domains(flat, 3), *args),
-        "agreement, soft",
-    ),
-    "meta_step": (meta_step, "meta_step"),
-    "outer_agreement": (ops.outer_agreement, "outer_agreement"),
-    "outer_agreement, window": (ops.outer_agreement, "outer_agreement, window"),
-}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -338,3 +220,51 @@ def test_eager_calls_record_what_the_dispatcher_records(name: str, drop_lists: b
     (eager, one, grads), (dispatched, two, others) = found
     assert eager == dispatched
     torch.testing.assert_close((one, grads), (two, others), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not fastdg.backends()["cpp"][0], reason="no compiled ops")
+def test_the_extension_has_no_schemas_of_its_own() -> None:
+    for name in ops.dispatch.registry.OPS:
+        own = getattr(torch.ops.fastdg_cpp, name).default._schema
+        schema = getattr(torch.ops.fastdg, name).default._schema
+        assert str(own) == str(schema).replace("fastdg::", "fastdg_cpp::", 1)
+    sources = [path.read_text() for path in Path(fastdg.__file__).parents[1].glob("csrc/*")]
+    assert len(re.findall(r"m\.def\(", "".join(sources))) == 1  # set_instruction_set, no op
+
+
+def test_kernels_are_found_by_name_and_say_what_they_take() -> None:
+    pytest.importorskip("triton")
+    device, OPS = "cuda" if torch.cuda.is_available() else "cpu", ops.dispatch.registry.OPS
+    found = {name: supports for name, _, supports in fastdg.kernels.implementations(OPS)}
+    assert {path.stem for path in KERNELS} - {"launch", "tiles"} < set(found)
+    assert "moments_backward" in found
+    every = arguments(device, False)
+    for name, supports in found.items():
+        args = every[name]
+        for dtype in (torch.float32, torch.float16, torch.float64):
+            reason = supports(*cast(args, dtype))
+            if device == "cpu":
+                assert reason is not None and "CUDA device, not on cpu" in reason
+            elif dtype is torch.float64:
+                assert reason is not None and "not torch.float64" in reason
+            else:
+                assert reason is None
+
+
+@pytest.mark.skipif(not fastdg.backends()["cpp"][0], reason="no compiled ops")
+def test_the_log_says_why_a_call_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    registry._logged.clear()
+    order, offsets = deal((4, 2))
+    with caplog.at_level(logging.INFO, "fastdg.ops"):
+        ops.moments(torch.randn(6, 5).double(), order, offsets)
+        assert not caplog.records
+    with caplog.at_level(logging.DEBUG, "fastdg.ops"):
+        for dtype in (torch.float64, torch.float64, torch.float32):
+            ops.moments(torch.randn(6, 5, dtype=dtype), order, offsets)
+        registry.OPS["combine"].route([torch.ones(2)], torch.ones(1).double())
+    assert [record.getMessage() for record in caplog.records] == [
+        "fastdg::moments: cpp does not serve this call: it takes torch.float32 on cpu, not "
+        "torch.float64 on cpu",
+        "fastdg::combine: cpp does not serve this call: it takes torch.float32 alone, not "
+        "torch.float64",
+    ]

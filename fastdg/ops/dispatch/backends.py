@@ -12,59 +12,32 @@ from typing import Any
 import torch
 
 from ... import native
-from .registry import ABSENT, OPS, Implementation, Supports, attach, first_float, force
+from ..._torch import has_kernel
+from .registry import ABSENT, OPS, Implementation, Op, Supports, first_float, force
 
-COLUMN_OPS = (
-    "gram",
-    "combine",
-    "combine_rows",
-    "agreement",
-    "meta_step",
-    "variance_gap",
-    "variance_gap_backward",
-)
-CPP_OPS = (
-    *COLUMN_OPS,
-    "foreach_moments",
-    "moments",
-    "moments_backward",
-    "norm_gradients",
-    "norm_gradients_backward",
-    "oracle_nll",
-    "oracle_nll_backward",
-    "outer_moments",
-    "outer_moments_backward",
-    "outer_agreement",
-    "outer_domain",
-    "outer_norms",
-    "text_distance",
-    "text_distance_backward",
-)
-CUDA_OPS = COLUMN_OPS
+_LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as their library is
 
 
-# Ops whose tensors may have other dtypes than the first
-MIXED = (
-    *("combine", "combine_rows", "agreement", "outer_agreement"),
-    *("oracle_nll", "oracle_nll_backward", "norm_gradients", "norm_gradients_backward"),
-)
-
-
-def _float32(name: str, device: str) -> Supports:
+def _float32(op: Op, device: str) -> Supports:
     """The compiled ops take fp32 on their device; all else goes to the reference."""
 
-    def first(*args: Any) -> bool:  # which the others are like: `checks` saw to it
+    def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
         x = first_float(args)
-        return x.dtype is torch.float32 and x.device.type == device
+        if x.dtype is torch.float32 and x.device.type == device:
+            return None
+        return f"it takes torch.float32 on {device}, not {x.dtype} on {x.device.type}"
 
-    def every(*args: Any) -> bool:
-        return first(*args) and all(
-            x.dtype is torch.float32 or not x.is_floating_point()
-            for x in args[1:]
-            if isinstance(x, torch.Tensor)
-        )
+    def every(*args: Any) -> str | None:
+        for x in args[1:]:
+            if (
+                isinstance(x, torch.Tensor)
+                and x.dtype is not torch.float32
+                and x.is_floating_point()
+            ):
+                return f"it takes torch.float32 alone, not {x.dtype}"
+        return first(*args)
 
-    return every if name in MIXED else first
+    return every if op.mixed else first
 
 
 def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
@@ -86,38 +59,37 @@ def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
     return run
 
 
+def attach_compiled(backend: str, device: str, namespace: str) -> None:
+    """Attach the ops that a loaded extension implements in ``namespace``, with Python's schemas."""
+    space = getattr(torch.ops, namespace)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _LIBRARIES.append(library)
+    for op in OPS.values():
+        if not hasattr(space, op.name):
+            library.define(op.schema)
+        overload = getattr(space, op.name).default
+        if has_kernel(overload, device.upper()):
+            op.backends[backend] = _counting_writes(overload), _float32(op, device)
+
+
 def _attach_native() -> None:
     native.load()
     available, reason = native.status()
-    missing = []
-    for backend, device, names, namespace in (
-        ("cpp", "cpu", CPP_OPS, "fastdg_cpp"),
-        ("cuda", "cuda", CUDA_OPS, "fastdg_cuda"),
-    ):
-        for name in names:
-            implementation = getattr(getattr(torch.ops, namespace), name, None)
-            if implementation is not None:
-                run = _counting_writes(implementation.default)
-                attach(name, backend, run, _float32(name, device))
-            elif backend == "cpp" or reason.startswith("cuda"):
-                missing.append(f"{namespace}.{name}")
-    if fault := _native_fault(available, reason, missing):
+    if available:
+        attach_compiled("cpp", "cpu", "fastdg_cpp")
+        attach_compiled("cuda", "cuda", "fastdg_cuda")
+    if fault := _native_fault(available, reason):
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
 
 
-def _native_fault(available: bool, reason: str, missing: list[str]) -> str | None:
-    """What to warn of: the compiled ops that this install was to have and has not."""
+def _native_fault(available: bool, reason: str) -> str | None:
+    """Warning about compiled ops that this install was to have and has not."""
     if os.environ.get("FASTDG_BACKEND") == "reference":
         return None
     if not available:
         return (
             f"fastdg: the compiled CPU ops are not available ({reason}); "
             "using plain PyTorch, which is correct but slower"
-        )
-    if missing:
-        return (
-            f"fastdg: the compiled extension lacks {', '.join(missing)}, so that it was built from "
-            "other sources; these run in plain PyTorch. Install fastdg again."
         )
     if native.failed():
         return (
@@ -130,9 +102,10 @@ def _native_fault(available: bool, reason: str, missing: list[str]) -> str | Non
 
 def _attach_triton() -> None:
     if importlib.util.find_spec("triton") is not None and torch.cuda.is_available():
-        from ...kernels import attach_all
+        from ...kernels import implementations
 
-        attach_all()
+        for name, implementation, supports in implementations(OPS):
+            OPS[name].backends["triton"] = implementation, supports
 
 
 def backends() -> dict[str, tuple[bool, str]]:

@@ -2,11 +2,13 @@
 
 Every op lives in ``torch.ops.fastdg``. Its schema, shapes (fake) and reference are defined in
 Python; compiled parts only *attach*. The route is chosen per call, inside the op, so that a backend
-can be switched under ``torch.compile`` without recompiling.
+can be switched under ``torch.compile`` without recompiling. The logger ``fastdg.ops`` says at level
+DEBUG why a backend does not serve a call, each reason once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +27,11 @@ PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference
 
 Implementation = Callable[..., Any]
 Check = Callable[..., Any]
-Supports = Callable[..., bool]
+Supports = Callable[..., str | None]  # why the arguments cannot be taken; None: they can
 
 library = torch.library.Library("fastdg", "DEF")
+log = logging.getLogger("fastdg.ops")
+_logged: set[tuple[str, str, str]] = set()
 _forced: Carried[str | None] = Carried("fastdg_backend", None)
 
 
@@ -38,12 +42,17 @@ class Op:
     The first argument is a tensor, or a list of them, on the device where the op runs.
     """
 
-    name: str
+    schema: str
     reference: Implementation
     fake: Implementation
     check: Check
     check_values: Check | None = None
+    mixed: bool = False
     backends: dict[str, tuple[Implementation, Supports]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(", 1)[0]
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
@@ -85,9 +94,19 @@ class Op:
             if backend == "reference":
                 break
             entry = self.backends.get(backend)
-            if entry is not None and entry[1](*args):
+            if entry is None:
+                continue
+            reason = entry[1](*args)
+            if reason is None:
                 return entry[0]
+            if log.isEnabledFor(logging.DEBUG):
+                self._log(backend, reason)
         return self.reference
+
+    def _log(self, backend: str, reason: str) -> None:
+        if (entry := (self.name, backend, reason)) not in _logged:
+            _logged.add(entry)
+            log.debug("fastdg::%s: %s does not serve this call: %s", *entry)
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
@@ -121,23 +140,25 @@ def define(
     fake: Implementation,
     check: Check,
     check_values: Check | None = None,
+    *,
+    mixed: bool = False,
 ) -> Op:
-    """Define ``fastdg::<schema>`` with its reference, its shape rule and its checks: of shapes,
-    dtypes and devices, and of the values of indices, after one of them a tensor of the data."""
-    name = schema.split("(", 1)[0]
-    op = Op(name, reference, fake, check, check_values)
+    """Define ``fastdg::<schema>``.
+
+    Args:
+        schema: the name and the arguments, for ``torch.ops`` and for all backends.
+        reference: the op in plain PyTorch.
+        fake: the shapes of the result.
+        check: refuses wrong shapes, dtypes and devices.
+        check_values: refuses wrong values of indices.
+        mixed: whether some tensors may have another floating dtype than the first.
+    """
+    op = Op(schema, reference, fake, check, check_values, mixed)
     library.define(schema)
-    library.impl(name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastdg::{name}", op.shapes, lib=library)
-    OPS[name] = op
+    library.impl(op.name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastdg::{op.name}", op.shapes, lib=library)
+    OPS[op.name] = op
     return op
-
-
-def attach(
-    name: str, backend: str, implementation: Implementation, supports: Supports | None = None
-) -> None:
-    """Let ``backend`` compute op ``name`` for the arguments that ``supports`` accepts."""
-    OPS[name].backends[backend] = (implementation, supports or (lambda *args: True))
 
 
 def forced_backend() -> str | None:

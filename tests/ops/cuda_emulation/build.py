@@ -35,7 +35,7 @@ def rewritten(source: str, library: str) -> str:
             len(re.findall("(?<!extern )__shared__", source)),
         ),
         (r"IMPL\(fastdg_cuda, CUDA, m\)", "IMPL(fastdg_cuda, CPU, m)", 1),
-        ("fastdg_cuda", library, 2),
+        ("fastdg_cuda", library, 1),
     ):
         source, found = re.subn(what, by, source)
         assert found == count > 0, f"{what}: {found} of {count} rewritten"
