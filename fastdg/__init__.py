@@ -30,16 +30,16 @@ from .ops import backends, use_backend
 from .selfsup.adios import ADIOS
 from .selfsup.objectives import BYOL, Objective, SimCLR, SimSiam
 from .statistics.api import (
-    check,
     domain_gradients,
     domain_gram,
     domain_moments,
     explain,
     per_sample_gradients,
     per_sample_norms,
-    record,
 )
+from .statistics.check import check
 from .statistics.moments import DomainMoments
+from .statistics.record import record
 from .text import TextTables, text_tables
 from .tracking import log
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from ._torch import pytree
 from .domains import Partition, partition
 from .factors import flat
+from .statistics.chunked_vmap import stream
 from .statistics.moments import DomainMoments
-from .statistics.stream import Moments, Norms, Problem, Randomness, Samples, stream
+from .statistics.problem import Problem
+from .statistics.random_state import Randomness
+from .statistics.reductions import Moments, Norms, Samples
 
 __all__ = [
     "domain_gradients",

@@ -26,10 +26,7 @@ LAYERS = (
 )
 LINES, ALGORITHM_LINES, FILES = 350, 120, 20
 UPWARD: set[tuple[str, str]] = set()
-LONG: set[str] = {
-    "statistics.api",
-    "statistics.stream",
-}
+LONG: set[str] = set()
 LONG_ALGORITHMS: set[str] = {
     "algorithms.fish",
     "algorithms.fishr",

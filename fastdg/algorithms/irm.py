@@ -20,7 +20,7 @@ from ..domains import partition, tracing
 from ..dtypes import to_statistics_dtype
 from ..gradients.heads import Head, crossed_output, last_output
 from ..gradients.scale import root
-from ..statistics.api import TOLERANCE
+from ..statistics.check import TOLERANCE
 from ..warn import warn_user
 
 

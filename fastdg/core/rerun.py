@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..statistics.stream import random_state, restore
+from ..statistics.random_state import random_state, restore
 
 
 class Start:

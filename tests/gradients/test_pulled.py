@@ -15,7 +15,7 @@ import fastdg
 from fastdg.domains import partition
 from fastdg.factors import Factor
 from fastdg.gradients.pulled import Pulled
-from fastdg.statistics.api import tape_of
+from fastdg.statistics.record import tape_of
 
 N, C = 4, 3
 
