@@ -1,7 +1,9 @@
 """What every test relies on: a fixed seed, poisoned scratch memory, data where there is some."""
 
+import gc
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch.autograd import Variable
 
 sys.path.append(str(Path(__file__).parent))  # tests are no package (import-mode=importlib)
 
+from selection import LEFT_OUT, mark
 from torchvision_ops import fit_torchvision
 
 if not torch.cuda.is_available():
@@ -79,6 +82,31 @@ def small_clip() -> Callable[[Path, int], tuple[Any, Any]]:
         return model, tokenizer
 
     return make
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark(items)
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is nothing that any `gc.collect()` has to look at: of
+    thousands of tests and all of torch that takes half a second, and many tests call it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def collected() -> dict[str, bool]:
+    """The tests there are, by their names under tests/, and whether a run takes them by default."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    more = ["-p", "selection", "-s"]
+    listing = subprocess.run([*command, *more], cwd=here, capture_output=True, text=True)
+    assert listing.returncode == 0, listing.stdout + listing.stderr
+    lines = [line for line in listing.stdout.splitlines() if "::" in line]
+    names = {line.removeprefix(LEFT_OUT): not line.startswith(LEFT_OUT) for line in lines}
+    return {name.removeprefix("tests/"): by_default for name, by_default in names.items()}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -62,7 +62,7 @@ def setup_script() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("version", [oldest(), newest()])
 def test_setup_builds_with_cuda(setup_script: ModuleType, version: str, tmp_path: Path) -> None:
     if fault := setup_script.compiler_fault():

@@ -91,7 +91,6 @@ CPU = ("-c", "from setuptools import build_meta; build_meta.build_wheel('dist')"
 CUDA = (ROOT / "tests/cuda_torch.py", "13.0", "-", "build_wheel('dist')")
 
 
-@pytest.mark.slow
 def test_a_failed_compiler_leaves_plain_python(tree: Path) -> None:
     (tree / "csrc" / "broken.cpp").write_text("this is not C++\n")
     status, output, record, compiled = build(tree, *CPU, FASTDG_BUILD="auto")
@@ -107,7 +106,7 @@ def test_a_failed_compiler_leaves_plain_python(tree: Path) -> None:
     assert "broken.cpp:1:1: error: " in output.split("FASTDG_BUILD=cpp failed")[1]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "without ninja"])
 def test_a_failed_nvcc_leaves_the_cpp_ops(tree: Path, tmp_path: Path, ninja: bool) -> None:
     (tree / "csrc" / "kernel.cu").write_text("#include <cuda_runtime.h>\n")
@@ -132,7 +131,7 @@ def test_a_failed_nvcc_leaves_the_cpp_ops(tree: Path, tmp_path: Path, ninja: boo
     assert record == "cpp without CUDA: FASTDG_BUILD=cpp\n"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_both_compilers_may_fail(tree: Path, tmp_path: Path) -> None:
     (tree / "csrc" / "kernel.cu").write_text("#include <cuda_runtime.h>\n")
     (tree / "csrc" / "broken.cpp").write_text("this is not C++\n")
@@ -143,7 +142,7 @@ def test_both_compilers_may_fail(tree: Path, tmp_path: Path) -> None:
     assert "broken.cpp:1:1: error: " in record
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_pip_that_prints_nothing_leaves_the_errors_on_the_terminal(
     tree: Path, tmp_path: Path
 ) -> None:

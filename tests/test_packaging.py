@@ -234,6 +234,7 @@ def test_no_two_sources_make_one_object() -> None:
     assert sorted(set(stems)) == sorted(stems)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.name)
 def test_cuda_sources_compile_beside_any_torch(
     setup_script: ModuleType, source: Path, tmp_path: Path

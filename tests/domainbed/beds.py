@@ -32,8 +32,7 @@ class Bed(NamedTuple):
 
 def only(which: str) -> Any:
     """For a test of the "stand-in" alone, or of the "clone"."""
-    marks = [pytest.mark.slow] if which == "clone" else []
-    return pytest.mark.parametrize("bed", [pytest.param(which, marks=marks)], indirect=True)
+    return pytest.mark.parametrize("bed", [which], indirect=True)
 
 
 def repaired(own: Any, algorithms: Any) -> Any:

@@ -18,7 +18,7 @@ from fastdg.domainbed import plug
 CLONE = os.environ.get("DOMAINBED")
 
 
-@pytest.fixture(params=["stand-in", pytest.param("clone", marks=pytest.mark.slow)])
+@pytest.fixture(params=["stand-in", "clone"])
 def bed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bed]:
     clone = request.param == "clone"
     if clone and CLONE is None:

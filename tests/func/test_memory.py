@@ -157,7 +157,7 @@ def test_values_alone_compile() -> None:
         torch.testing.assert_close(compiled(w, x), samples(w, x))
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch in itself
 def test_compiles_with_inductor() -> None:
     def spread(w: Tensor, x: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ def agreement_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(outer_agreement, "fills", lambda programs, device: by_tile)
 
 
+@pytest.mark.product
 @pytest.mark.usefixtures("agreement_kernel")
 @pytest.mark.parametrize("steepness", [math.inf, 0.7])
 def test_outer_agreement(case: tuple, steepness: float) -> None:

@@ -132,6 +132,7 @@ def some_weights(D: int, device: str = "cpu") -> Tensor:
 # -- values --
 
 
+@pytest.mark.product("device", "shapes")
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 7, 16, 64])
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 def test_columns(device: str, shapes: list[tuple[int, ...]], D: int) -> None:

@@ -37,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 INF = math.inf
 BLOCK = 8192  # columns of a block
 LIBRARIES: dict[int, Path] = {}  # loaded, by the version of CUDA; each only once in a process
-pytestmark = pytest.mark.slow
 
 
 def load(path: Path) -> ModuleType:
@@ -133,6 +132,7 @@ SIZES = {
 
 
 # CUDA 12 has room for 40 tensors and 400 rows in a launch, CUDA 13 for 192 and 3600.
+@pytest.mark.product
 @pytest.mark.parametrize("emulated", [13000, 12080], indirect=True)
 @pytest.mark.parametrize("D", [1, 3, 9])
 @pytest.mark.parametrize("shapes", SIZES.values(), ids=SIZES.keys())

@@ -28,7 +28,6 @@ CALLS = int(os.environ.get("FASTDG_FUZZ_CALLS", "300"))
 BACKENDS = [name for name in ("reference", "cpp") if fastdg.backends()[name][0]]
 
 
-@pytest.mark.slow
 def test_any_arguments_are_answered() -> None:
     command = [sys.executable, str(Path(__file__).parent / "fuzz.py"), str(SEED), str(CALLS)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +50,6 @@ def near_a_jump(name: str, args: list[Any]) -> bool:
     return bool((mean[(mean != 0)].abs() < 1e-4).any())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_values_are_those_of_float64(name: str) -> None:
     torch.manual_seed(SEED)

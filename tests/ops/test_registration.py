@@ -24,6 +24,7 @@ KERNELS = [path for folder in fastdg.kernels.__path__ for path in Path(folder).g
 # -- schemas and compilers --
 
 
+@pytest.mark.product("name", "device")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", arguments("cpu", False))
 def test_registration(device: str, name: str, grad: bool) -> None:

@@ -125,6 +125,11 @@ class Case:
     base: str
 
     @property
+    def axes(self) -> tuple[str, str]:
+        """Of a product: every wrapper is tried, and every optimizer."""
+        return self.wrapper, self.base
+
+    @property
     def make(self) -> Make:
         return BASES[self.base]
 

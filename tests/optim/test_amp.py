@@ -23,6 +23,7 @@ def wrapper(request: pytest.FixtureRequest) -> Wrap:
     return WRAPPERS[request.param]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("make", "clip"), [("foreach", None), ("fused", None), ("fused", 1e-3)], ids=str
 )
@@ -38,6 +39,7 @@ def test_no_scale_leaves_a_trace(wrapper: Wrap, make: str, clip: float | None) -
         alike(opt.statistics, opt2.statistics)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("how", ["mixed", "a forward a domain"])
 @pytest.mark.parametrize("name", ["Fishr", "Fishr-all", "AgrSum", "PCGrad", "IGA", "VREx"])
@@ -157,6 +159,7 @@ def poisoned(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     return losses * weight, domains
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("make", MAKES)
 def test_a_skipped_step_leaves_no_trace(wrapper: Wrap, make: str) -> None:
     """Weights and states are those before it, and the run goes on as if it had not been."""

@@ -30,6 +30,7 @@ def losses_of(model: nn.Module, seed: int, autocast: bool) -> tuple[Tensor, Tens
         return F.cross_entropy(model(x), y, reduction="none"), domains
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("forward", ["autocast", "float32"])
 @pytest.mark.parametrize("name", ALL)

@@ -55,6 +55,7 @@ def whole(run: Run) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled, unavailable or uninit")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.product
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("name", LABELLED)
 def test_from_disk_into_a_fresh_process(name: str, flatten: bool, tmp_path: Path) -> None:
@@ -86,6 +87,7 @@ def test_from_disk_into_a_fresh_process(name: str, flatten: bool, tmp_path: Path
     ends_alike(run, fresh)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ["Fishr", "Fish", "GroupDRO", "AgrSum"])

@@ -26,7 +26,6 @@ WAYS: dict[str, Callable[..., Any]] = {
     "AgrRand": fastdg.AgrRand,
     "PCGrad": fastdg.PCGrad,
 }
-QUICK = ("Fishr", "AgrSum", "PCGrad", "IRM", "Fishr(MIRO)", "SWAD(Fishr)")
 
 
 @pytest.fixture
@@ -83,9 +82,7 @@ def twins(
 # -- forward and backward in one graph --
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WAYS]
-)
+@pytest.mark.parametrize("name", WAYS)
 def test_one_graph(name: str, counters: Counters) -> None:
     """As the eager wrapper, bit for bit; a graph each side of the anneal, and none after that."""
     model, opt, twin, other = twins(WAYS[name])
@@ -205,7 +202,7 @@ def test_the_whole_step(counters: Counters) -> None:
     assert opt.steps == other.steps
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_with_inductor(counters: Counters) -> None:
     model, opt, twin, other = twins(WAYS["Fishr"])
     backward = fastdg.compiled(other, losses_with(twin))

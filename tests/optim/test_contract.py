@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
+pytestmark = pytest.mark.product  # of wrappers, the optimizers inside and what a row adds
+
 
 def test_is_an_optimizer_and_shares_everything_with_the_one_inside(case: Case) -> None:
     _, opt = case.trained()

@@ -149,6 +149,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     assert error <= tolerance * scale, f"off by {error:.1e}, largest entry {scale:.1e}"
 
 
+@pytest.mark.product("name", "which")
 @pytest.mark.parametrize("settings", [{}, SCRIPT], ids=["domainbed", "script"])
 @pytest.mark.parametrize("num_domains", [None, 4])
 @pytest.mark.parametrize("which", ["head", "all", "list"])

@@ -212,6 +212,7 @@ def ends_alike(one: Run, other: Run) -> None:
     assert str(one.opt.state_dict()) == str(other.opt.state_dict())
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", MAKES)
 @pytest.mark.parametrize("through", ["file", "json", "inside", "deepcopy", "fresh DCP"])
 @pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled, unavailable or uninit")

@@ -13,6 +13,7 @@ from bases import Case, Make, batch, emas, network, same, steps, trained, wrap
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
+pytestmark = pytest.mark.product  # of wrappers, the optimizers inside and what a row adds
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -44,6 +44,7 @@ CASES = [
 ]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family} {case.name}")
 @pytest.mark.filterwarnings("ignore")  # of the packages, about their own models

@@ -16,6 +16,11 @@ STEPS = 5  # of one model
 MODELS = int(os.environ.get("FASTDG_FUZZ_STEPS", "150")) // STEPS
 BEGIN = int(os.environ.get("FASTDG_FUZZ_BEGIN", "0"))
 GROUP = 10  # models in one test
+ASKED = "FASTDG_FUZZ_STEPS" in os.environ or "FASTDG_FUZZ_BEGIN" in os.environ
+FIRST = [
+    pytest.param(first, marks=[] if ASKED or first == 0 else pytest.mark.matrix)
+    for first in range(BEGIN, BEGIN + MODELS, GROUP)
+]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_models import BEGIN, GROUP, MODELS, Case, begin, compare, losses_of
+from fuzz_models import FIRST, Case, begin, compare, losses_of
 from fuzz_operations import Weights
 from fuzz_wrappers import ORACLES, Part
 from oracle import naive_moments, one_by_one, scalar_of
@@ -200,11 +200,12 @@ def _wrong(got: Found, plain: Found, truth: Found, dtype: str) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", range(BEGIN, BEGIN + MODELS, GROUP))
+@pytest.mark.parametrize("first", FIRST)
 def test_random_models_in_other_dtypes(first: int) -> None:
     compare(first, case_of, differing)
 
 
+@pytest.mark.matrix
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_most_steps_tell_something(dtype: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_models import BEGIN, GROUP, MODELS, Case, begin, compare, losses_of
+from fuzz_models import FIRST, Case, begin, compare, losses_of
 from fuzz_operations import OPERATIONS, Weights
 from fuzz_wrappers import ORACLES, Expected, Oracle, Part
 from torch import Tensor
@@ -113,7 +113,7 @@ def _moved(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", range(BEGIN, BEGIN + MODELS, GROUP))
+@pytest.mark.parametrize("first", FIRST)
 def test_random_models_under_wrappers(first: int) -> None:
     compare(first, case_of, differing)
 
