@@ -285,7 +285,7 @@ def main() -> None:
     target, reason = plan(policy)
     setup(
         packages=find_packages(include=["fastdg*"]),
-        package_data={"fastdg": ["py.typed", RECORD], "fastdg.data": ["numerals.txt"]},
+        package_data={"fastdg": ["py.typed", RECORD], "fastdg.studies.data": ["numerals.txt"]},
         ext_modules=[native_extension(target == "cuda")] if target else [],
         cmdclass=commands(policy, target, reason),
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if target else {},

@@ -201,10 +201,10 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
 
 def left_out(results: dict[str, Any]) -> str:
     """README's table of PACS."""
-    from fastdg.data.pacs import DOMAINS
-    from fastdg.experiments.pacs import ALGORITHMS
-    from fastdg.report.pacs_figure import MEAN, accuracies, gain
-    from fastdg.report.summary import mean_and_error
+    from fastdg.studies.data.pacs import DOMAINS
+    from fastdg.studies.experiments.pacs import ALGORITHMS
+    from fastdg.studies.report.pacs_figure import MEAN, accuracies, gain
+    from fastdg.studies.report.summary import mean_and_error
 
     settings, keys = results["settings"], [key.split("/") for key in results["runs"]]
     names = [name for name in ALGORITHMS if any(name == of for _, _, of in keys)]
@@ -276,7 +276,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from fastdg.report.style import STYLE, save
+    from fastdg.figure_style import STYLE, save
 
     measured = results["cases"].values()
     order = [*QUESTIONS, *GIVEN]

@@ -29,7 +29,7 @@ from result_files import keep
 from fastdg.domainbed.__main__ import main, script
 from fastdg.domainbed.algorithms import ENTRIES
 from fastdg.domainbed.plug import find
-from fastdg.experiments.machine import machine
+from fastdg.studies.experiments.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "domainbed.json"
 HPARAMS = {  # their penalties from the first step on; a mask that is not all zeros

@@ -53,7 +53,7 @@ def log(
     }
     pictures = {}
     if "cosine" in statistics:
-        from .report.conflict_picture import conflict_picture
+        from .conflict_picture import conflict_picture
 
         cosine = statistics["cosine"]
         pictures[f"{PREFIX}/cosine"] = conflict_picture(cosine, _names(domains, len(cosine)))

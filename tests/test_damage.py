@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fastdg import text
-from fastdg.experiments import storage, units
-from fastdg.experiments.units import run_units
 from fastdg.files import load_arrays, load_torch
 from fastdg.models.resnet20 import ResNet20
+from fastdg.studies.experiments import storage, units
+from fastdg.studies.experiments.units import run_units
 
 SETTINGS = {"steps": 1, "given": {"lr": 0.1}}
 

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from fastdg import files
-from fastdg.experiments.units import run_units
 from fastdg.files import locked, replace
+from fastdg.studies.experiments.units import run_units
 
 SETTINGS = {"steps": 1, "given": {"lr": 0.1}}
 

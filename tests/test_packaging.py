@@ -83,7 +83,7 @@ def python_files(folder: str) -> set[str]:
 def test_wheel_ships_the_package_and_nothing_else(distributions: tuple[set[str], set[str]]) -> None:
     _, wheel = distributions
     expected = python_files("fastdg") | {f"fastdg/{name}" for name in python_files("kernels")}
-    expected |= {"fastdg/py.typed", "fastdg/_build.txt", "fastdg/data/numerals.txt"}
+    expected |= {"fastdg/py.typed", "fastdg/_build.txt", "fastdg/studies/data/numerals.txt"}
     assert expected == {name for name in wheel if ".dist-info/" not in name}
 
 

@@ -1,4 +1,4 @@
-"""The commands. They parse, show and draw; what they run is in `fastdg.experiments`."""
+"""The commands. They parse, show and draw; what they run is in `fastdg.studies`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__, backends
-from ..data.digits import TASKS
-from ..experiments import colored_mnist as experiment
-from ..experiments import demo as demo_experiment
-from ..experiments import pacs as pacs_experiment
-from ..experiments.settings import ALGORITHMS, DEFAULT
-from ..experiments.units import cores
+from ..studies.data.digits import TASKS
+from ..studies.experiments import colored_mnist as experiment
+from ..studies.experiments import demo as demo_experiment
+from ..studies.experiments import pacs as pacs_experiment
+from ..studies.experiments.settings import ALGORITHMS, DEFAULT
+from ..studies.experiments.units import cores
 from .tables import ROUTE, colored_mnist_table, demo_tables, ops_table, pacs_table
 
 app = typer.Typer(
@@ -182,9 +182,9 @@ def demo(
 
     A run that was killed goes on where it was.
     """
-    from ..report.cosine_figure import cosine_figure
-    from ..report.demo_figure import demo_figure
-    from ..report.summary import closing_words
+    from ..studies.report.cosine_figure import cosine_figure
+    from ..studies.report.demo_figure import demo_figure
+    from ..studies.report.summary import closing_words
 
     with _said():
         plan = demo_experiment.Plan(
@@ -227,7 +227,7 @@ def colored_mnist(
 
     A run that was killed goes on where it was.
     """
-    from ..report.colored_mnist_figure import colored_mnist_figure
+    from ..studies.report.colored_mnist_figure import colored_mnist_figure
 
     with _said():
         if data is None:
@@ -266,7 +266,7 @@ def pacs(
 
     An hour or more on two cores. A run that was killed goes on where it was.
     """
-    from ..report.pacs_figure import pacs_figure
+    from ..studies.report.pacs_figure import pacs_figure
 
     with _said():
         if data is None:

@@ -10,12 +10,12 @@ from typing import Any
 from rich.table import Table
 
 from .. import backends
-from ..data.digits import TASKS
-from ..data.pacs import DOMAINS
-from ..experiments.pacs import ALGORITHMS
 from ..ops.dispatch.registry import BACKENDS, OPS
-from ..report.pacs_figure import MEAN, accuracies, gain
-from ..report.summary import Estimate, Row, mean_and_error, rows
+from ..studies.data.digits import TASKS
+from ..studies.data.pacs import DOMAINS
+from ..studies.experiments.pacs import ALGORITHMS
+from ..studies.report.pacs_figure import MEAN, accuracies, gain
+from ..studies.report.summary import Estimate, Row, mean_and_error, rows
 
 
 def _value(estimate: Estimate) -> str:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 import fastdg
 from fastdg.cli.app import app
-from fastdg.experiments import demo as experiment
 from fastdg.ops.dispatch.registry import OPS
+from fastdg.studies.experiments import demo as experiment
 
 TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured", "--workers", "1"]
 

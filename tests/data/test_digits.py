@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdg.data.digits import (
+from fastdg.studies.data.digits import (
     ANGLES,
     COLOUR_FLIPS,
     LABEL_FLIP,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdg.data.mnist import IMAGES, LABELS, read_idx, read_train
+from fastdg.studies.data.mnist import IMAGES, LABELS, read_idx, read_train
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastdg.data.digits import ANGLES, turn
-from fastdg.data.numerals import coloured_texts, numerals, rotated_texts
+from fastdg.studies.data.digits import ANGLES, turn
+from fastdg.studies.data.numerals import coloured_texts, numerals, rotated_texts
 
 
 def test_they_are_what_the_file_says_they_are() -> None:

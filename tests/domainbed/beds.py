@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastdg.data import mnist
 from fastdg.domainbed.__main__ import script
 from fastdg.domainbed.plug import find
+from fastdg.studies.data import mnist
 
 STANDIN = Path(__file__).parent / "standin"
 

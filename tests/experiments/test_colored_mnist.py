@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdg.data.mnist import IMAGES, LABELS
-from fastdg.experiments import colored_mnist as experiment
-from fastdg.experiments.colored_mnist import ALGORITHMS, Protocol
+from fastdg.studies.data.mnist import IMAGES, LABELS
+from fastdg.studies.experiments import colored_mnist as experiment
+from fastdg.studies.experiments.colored_mnist import ALGORITHMS, Protocol
 
 SMALL = Protocol(steps=5, hidden=6, anneal_steps=2, train_size=40)
 

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from fastdg import Fishr
 from fastdg.cli.tables import demo_tables
-from fastdg.data.digits import TASKS
-from fastdg.experiments import demo, pretraining, training
-from fastdg.experiments.demo import Plan
-from fastdg.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
-from fastdg.report.summary import closing_words, mean_and_error, rows
+from fastdg.studies.data.digits import TASKS
+from fastdg.studies.experiments import demo, pretraining, training
+from fastdg.studies.experiments.demo import Plan
+from fastdg.studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
+from fastdg.studies.report.summary import closing_words, mean_and_error, rows
 
 SMALL = Plan(("erm", "fishr-head", "pcgrad"), ("coloured",), seeds=1, steps=4)
 MEASURED = ("step_seconds", "peak_bytes")

@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastdg.cli.app import app
-from fastdg.data import pacs as data
-from fastdg.experiments import pacs
 from fastdg.models.resnet20 import ResNet20
+from fastdg.studies.data import pacs as data
+from fastdg.studies.experiments import pacs
 
 
 @pytest.fixture(scope="module")

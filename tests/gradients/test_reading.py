@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastdg
-from fastdg.experiments.memory import measured
+from fastdg.studies.experiments.memory import measured
 
 BLOCKS = 3
 

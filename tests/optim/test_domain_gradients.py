@@ -17,8 +17,8 @@ from torch.optim import SGD
 
 import fastdg
 from fastdg.core.combine import combiner
-from fastdg.experiments.memory import measured
 from fastdg.ops.dispatch.registry import OPS
+from fastdg.studies.experiments.memory import measured
 
 ORDERED = ("PCGrad", "PCGrad-shared")  # draw one order of those present, or of all
 every = pytest.mark.parametrize("name", CASES)

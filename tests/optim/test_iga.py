@@ -150,7 +150,7 @@ def test_iga_closure_and_what_else_shares_the_graph() -> None:
 
 
 def peak(step: Any) -> int:
-    from fastdg.experiments.memory import measured
+    from fastdg.studies.experiments.memory import measured
 
     return measured(step)[1]
 

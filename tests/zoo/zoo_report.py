@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastdg.experiments.machine import processor
 from fastdg.files import locked
+from fastdg.studies.experiments.machine import processor
 
 HERE = Path(__file__).parent
 COMMAND = "OMP_NUM_THREADS=1 python tests/zoo"

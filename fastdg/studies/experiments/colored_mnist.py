@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import Fishr
+from ... import Fishr
 from ..data.mnist import read_train
 from .machine import machine
 from .storage import load_checkpoint, load_results, save_atomically, update_results

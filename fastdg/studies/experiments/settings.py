@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import (
+from ... import (
     IGA,
     IRM,
     MIRO,
@@ -26,8 +26,8 @@ from .. import (
     SANDMask,
     VREx,
 )
+from ...text import TextTables
 from ..data.numerals import coloured_texts, rotated_texts
-from ..text import TextTables
 
 EVALUATIONS = 10  # of a run
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import load_arrays
-from ..models.resnet20 import DEVIATION, MEAN
+from ...files import load_arrays
+from ...models.resnet20 import DEVIATION, MEAN
 from .digits import Task
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")

@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...figure_style import STYLE, save
 from ..experiments.colored_mnist import PAPER
-from .style import STYLE, save
 
 SHADES = {"train": "#7f7f7f", "test": "#d55e00", "grey": "#0072b2"}
 TITLES = {"erm": "ERM", "fishr": "Fishr, head"}

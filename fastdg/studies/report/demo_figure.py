@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from ...figure_style import COLOURS, STYLE, save
 from ..data.digits import TASKS
 from ..experiments.settings import ALGORITHMS, SETTINGS
-from .style import COLOURS, STYLE, save
 from .summary import Estimate, mean_and_error, rows
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
-from .. import MIRO, SWAD, AgrSum, DomainOptimizer, Fishr
+from ... import MIRO, SWAD, AgrSum, DomainOptimizer, Fishr
+from ...models.resnet20 import ResNet20
 from ..data.pacs import CLASSES, DOMAINS, check, read
-from ..models.resnet20 import ResNet20
 from .training import Part, domain_ids, split
 from .units import Told, check_names, run_units, silent
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..files import replace
+from .files import replace
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files import explained, load_torch, locked, replace
+from ...files import explained, load_torch, locked, replace
 
 CHECKSUM = "sha256"  # of the rest, in a result file
 Load = Callable[[Path], dict[str, Any] | None]

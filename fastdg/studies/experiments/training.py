@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
-from .._torch import foreach_div_
+from ... import RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from ..._torch import foreach_div_
 from ..data.digits import Task
 from .memory import measured
 from .pretraining import pretrain

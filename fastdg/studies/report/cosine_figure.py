@@ -11,10 +11,10 @@ from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
+from ...figure_style import COSINE, STYLE, save
 from ..data.digits import TASKS
 from ..experiments.settings import ALGORITHMS
 from .demo_figure import curves_of
-from .style import COSINE, STYLE, save
 
 
 def cosine_figure(results: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .style import COSINE, STYLE
+from .figure_style import COSINE, STYLE
 
 READABLE = 12  # domains whose cosines are written into the map
 

@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ...figure_style import COLOURS, STYLE, save
 from ..data.pacs import DOMAINS
 from ..experiments.pacs import ALGORITHMS
-from .style import COLOURS, STYLE, save
 from .summary import Estimate, difference, mean_and_error
 
 MEAN = "mean"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..text import TextTables
+from ...text import TextTables
 from .digits import ANGLES, turn
 
 _FILE = Path(__file__).with_name("numerals.txt")
