@@ -34,7 +34,7 @@ if os.environ.get("FASTDG_SANITIZE"):
 else:
     SANITIZE = []
 RECORD = "_build.txt"  # read by fastdg/native.py: the outcome, and the compiler's errors below it
-SOURCES = "_sources.txt"  # of an editable install, read there too: a digest of what was compiled
+SOURCES = "_sources.txt"  # of an editable install, read there too: a digest of the compiled sources
 
 ERROR = re.compile(
     r"(?<![-\w])(?:error|fatal)\b|undefined reference|cannot find -l|not found|killed", re.I

@@ -9,7 +9,7 @@ _EXACT = (torch.float32, torch.float64)
 
 
 def to_statistics_dtype(x: Tensor) -> Tensor:
-    """``x`` in the dtype statistics are computed in: float64 stays, all else is float32.
+    """Convert ``x`` to the dtype of statistics: float64 stays, all others become float32.
 
     Raises:
         TypeError: ``x`` is complex.
@@ -25,5 +25,5 @@ def refuse_complex(x: Tensor) -> None:
     if x.is_complex():
         raise TypeError(
             f"params: expected real parameters, got {x.dtype}. Keep real and imaginary part in a "
-            "real parameter and read it by torch.view_as_complex in the forward, or freeze this one"
+            "real parameter and read it by torch.view_as_complex in the forward, or freeze it."
         )

@@ -218,14 +218,14 @@ def _problem(
     """Check what was given and take it apart: tensors of ``params``, then those of the batch."""
     if not callable(loss):
         raise TypeError(
-            f"loss: expected a function loss(params, *sample), got {type(loss).__name__}"
+            f"loss: expected a function loss(params, *sample), got {type(loss).__name__}. Pass one."
         )
     if randomness not in ("error", "different", "same"):
         raise ValueError(f"randomness: expected 'error', 'different' or 'same', got {randomness!r}")
     if randomness != "error" and torch.compiler.is_compiling():
         raise ValueError(
-            f"randomness: expected 'error' under torch.compile, got {randomness!r}; a compiled "
-            "backward cannot draw the same numbers again. Pass them in the batch"
+            f"randomness: expected 'error' under torch.compile, got {randomness!r}. Pass "
+            "random numbers in the batch: a compiled backward cannot draw the same ones again."
         )
     named = _named(params)
     rows, batch_spec = pytree.tree_flatten(batch)
@@ -235,7 +235,7 @@ def _problem(
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"batch: expected tensors with the sample in dimension 0, got "
-                f"{type(tensor).__name__}; what is the same for all samples belongs into loss"
+                f"{type(tensor).__name__}. Let loss close over values that all samples share."
             )
         if tensor.dim() == 0:
             raise ValueError("batch: expected the sample in dimension 0, got a 0-dim tensor")
@@ -271,19 +271,19 @@ def _named(params: Any) -> dict[str, Tensor]:
             where = f"params[{name!r}]" if path else "params"
             expected = "a tensor" if path else "a dict name -> tensor"
             raise TypeError(
-                f"{where}: expected {expected}, got {type(leaf).__name__}; for a module "
-                "dict(model.named_parameters())"
+                f"{where}: expected {expected}, got {type(leaf).__name__}. For a module "
+                "pass dict(model.named_parameters())."
             )
         if not leaf.is_floating_point():
             raise TypeError(
-                f"params[{name!r}]: expected a floating dtype, got {leaf.dtype}; what is not "
-                "differentiated belongs into loss"
+                f"params[{name!r}]: expected a floating dtype, got {leaf.dtype}. Let loss "
+                "close over tensors that are not differentiated."
             )
         if name in named:
             raise ValueError(f"params: two of its tensors are called {name!r}")
         named[name] = leaf
     if not named:
-        raise ValueError("params: expected at least one tensor, got none")
+        raise ValueError("params: expected at least one tensor, got none. Pass the parameters.")
     return named
 
 

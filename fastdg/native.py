@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).parent
-_RECORD = _PACKAGE / "_build.txt"  # written by setup.py: what was built, or why nothing was
-_SOURCES = _PACKAGE / "_sources.txt"  # of an editable install: a digest of what was compiled
+_RECORD = _PACKAGE / "_build.txt"  # written by setup.py: the outcome, or why nothing was compiled
+_SOURCES = _PACKAGE / "_sources.txt"  # of an editable install: a digest of the compiled sources
 _NOT_INSTALLED = (
     "not compiled: no fastdg/_C*.so beside the package; `pip install -v -e .` with a C++ compiler "
     "builds it and shows what fails"
@@ -52,7 +52,7 @@ def without_cuda() -> str:
 
 @cache
 def status() -> tuple[bool, str]:
-    """Return whether the compiled extension is loaded, and what was built or why it is missing.
+    """Return whether the compiled extension is loaded, and the outcome of its build.
 
     The first call loads it; every later call returns the same answer.
     """
@@ -68,6 +68,6 @@ def status() -> tuple[bool, str]:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        # torch's own message names only the path; what the loader said is its cause
+        # torch's own message names only the path; the loader's message is its cause
         return False, f"{library.name} does not load: {error.__cause__ or error}"
     return True, record or library.name

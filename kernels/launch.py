@@ -1,4 +1,4 @@
-"""How kernels are launched: tile sizes, shares of the work, precision, and what they can take."""
+"""How kernels are launched: tile sizes, shares of the work, precision, supported arguments."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parts(programs: int, steps: int, size: int, device: torch.device) -> int:
 
     Args:
         programs: programs there are without a split.
-        steps: what the longest sum can be divided into.
+        steps: parts that the longest sum can be divided into.
         size: elements of the partial result of one part.
         device: where they run.
     """
@@ -69,7 +69,7 @@ def parts(programs: int, steps: int, size: int, device: torch.device) -> int:
 
 
 def block(size: int, largest: int, smallest: int = 16) -> int:
-    """Power of two that covers ``size``, within what `tl.dot` and the registers take."""
+    """Power of two that covers ``size``, within the limits of `tl.dot` and the registers."""
     return max(smallest, min(largest, next_power_of_2(max(1, size))))
 
 

@@ -125,7 +125,7 @@ def _tile(channels: int, positions: int, rows: bool) -> dict[str, int]:
 
 
 def _strides(x: Tensor, statistic: Tensor | None) -> tuple[Tensor, int, int, int]:
-    """A tensor to pass, and its strides: of none, those of a number."""
+    """Return a tensor to pass and its strides; for None, a placeholder with strides of 0."""
     return (x, 0, 0, 0) if statistic is None else (statistic, *statistic.stride())
 
 

@@ -163,7 +163,7 @@ def outer_agreement(
     def run(
         kernel: Any, programs: int, of: Sequence[Tensor], numbers: Sequence[int], **meta: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch it with where the results go, and sum up what its programs leave."""
+        """Launch it with its results, and add up the sums of its programs."""
         agreeing, magnitude = (a.new_empty((programs,), dtype=torch.float32) for _ in "am")
         launch(
             kernel, programs, *of, weights, combined, agreeing, magnitude,

@@ -130,7 +130,7 @@ def grouped_product(
 def finish(
     partial: Tensor, offsets: Tensor, mean: Tensor, variance: Tensor, share: int, squares: bool
 ) -> None:
-    """Sum what ``share`` parts left in ``partial``, where there is more than one."""
+    """Sum the ``share`` parts in ``partial``, where there is more than one."""
     if share > 1:
         domains, size = mean.shape[0], mean[0].numel()
         launch(

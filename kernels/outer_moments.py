@@ -80,7 +80,7 @@ def _outer_moments_kernel(
     else:
         blocks = tl.cdiv(T, BLOCK_T)
         for step in range((end - begin) * blocks):
-            # From the step alone: what depends on the `if` below could not be loaded before it
+            # From the step alone: a load that depends on the `if` below could not come before it
             block = step % blocks
             sample = tl.load(order + first + begin + step // blocks)
             t = block * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -80,7 +80,7 @@ def _text_distance_backward_kernel(
     down = tl.load(grad_absolute + sample).to(tl.float32)
     slope = share * (apart - tl.sum(share * apart))
     slope *= 2.0 * scale * tl.load(grad_relative + sample).to(tl.float32)
-    along = tl.sum(slope * around) - down * cosine  # what lies along the embedding turns nothing
+    along = tl.sum(slope * around) - down * cosine  # the part along the embedding turns nothing
     for begin in range(0, E, BLOCK_E):
         e = begin + tl.arange(0, BLOCK_E)
         s = tl.load(embedding + e * column_stride, mask=e < E, other=0.0).to(tl.float32)

@@ -18,12 +18,12 @@ from ..dtypes import to_statistics_dtype
 
 
 def flat(grads: Tensor) -> Tensor:
-    """``[N, *shape]`` as ``[N, numel]``; the shape may be that of a scalar."""
+    """Flatten ``[N, *shape]`` to ``[N, numel]``; a scalar parameter has ``[N]``."""
     return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
 
 
 class Agreement(NamedTuple):
-    """What `ops.agreement` makes of one parameter.
+    """The result of `ops.agreement` for one parameter.
 
     Attributes:
         combined: weighted sum of the domains' gradients times the mask, of the parameter's shape.

@@ -15,7 +15,7 @@ class Lookup(Factor):
 
     Args:
         index: row numbers ``[N, T]``.
-        delta: gradients at what was read, ``[N, T, E]``.
+        delta: gradients at the rows that were read, ``[N, T, E]``.
         rows: rows V of the table.
     """
 

@@ -14,7 +14,7 @@ from .dispatch.derivatives import call, not_differentiable
 from .dispatch.registry import define
 from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
 
-UNDEFINED = 1e-17  # what DomainBed makes of a variance or a mask that is not a number
+UNDEFINED = 1e-17  # DomainBed's value for a variance or a mask that is not a number
 
 
 def mask(
@@ -103,7 +103,7 @@ def agreement(
     A domain whose weight is 0 is absent: whatever stands in its gradients takes part in nothing.
     The sign of 0 is 0. Where a variance or a mask is not a number it is 1e-17, as in DomainBed: so
     with one domain present (no variance) and :math:`\tau < 1` the soft mask is the hard one. The
-    mask is a factor: what is not finite comes through.
+    mask is a factor: NaN and inf come through.
 
     Args:
         gradients: a list of tensors for each domain, ``gradients[d][k]`` of parameter k; every

@@ -52,7 +52,7 @@ def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tens
         gradients: a list of tensors for each domain, ``gradients[d][k]`` of parameter k; every
             domain has the same shapes. Views are fine.
         weights: ``[D]``, floating point, on the device of the gradients; taken in their dtype. A
-            weight of 0 is a factor like any other: what is not finite comes through.
+            weight of 0 is a factor like any other: NaN and inf come through.
 
     Returns:
         One contiguous tensor for each parameter, in the gradients' dtype. Not differentiable.

@@ -57,7 +57,7 @@ def combine_rows(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     Args:
         rows: one tensor ``[D, *shape]`` for each parameter, of one dtype and on one device.
         weights: ``[D]``, floating point, on the device of the rows; taken in their dtype. A weight
-            of 0 is a factor like any other: what is not finite comes through.
+            of 0 is a factor like any other: NaN and inf come through.
 
     Returns:
         One contiguous tensor ``[*shape]`` for each parameter. Not differentiable.

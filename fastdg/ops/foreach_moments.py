@@ -132,7 +132,7 @@ def foreach_moments(
     variance: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
     r"""`moments` of each of ``grads`` and `outer_moments` of each pair of ``a`` and ``delta``, in
-    one call: for parameters that are so small that the calls take longer than what they compute.
+    one call: for parameters so small that a call takes longer than its computation.
 
     Args:
         grads: per-sample gradients, each ``[N, *shape]``.

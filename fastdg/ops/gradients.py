@@ -36,7 +36,7 @@ def flatten(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def in_dtype_of(gradient: Tensor, weights: Tensor) -> Tensor:
-    """Weights in the dtype of the statistics of ``gradient``; the op refuses what is no tensor."""
+    """Weights in the dtype of the statistics of ``gradient``; the op refuses other types."""
     if isinstance(gradient, Tensor) and isinstance(weights, Tensor) and weights.is_floating_point():
         return weights.to(statistic_dtype(gradient.dtype))
     return weights

@@ -48,7 +48,7 @@ def gram(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
     Returns:
         ``[D, D]``, exactly symmetric; float32, or float64 for gradients in float64. Sums are
-        carried on in float64 across blocks: the result is that of float64 to about 1e-6 of the
+        carried on in float64 across blocks: the result differs from float64's by about 1e-6 of the
         norms, whatever the number of parameters, and the same bits whatever the number of threads.
         A NaN stays in the rows and columns of its domain. Not differentiable.
 

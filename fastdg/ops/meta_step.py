@@ -66,7 +66,7 @@ def meta_step(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float)
         parameters: the weights :math:`\theta` after the inner steps; overwritten.
         kept: the weights :math:`\theta_0` before them, of the same shapes, dtype and device;
             overwritten with the same numbers as ``parameters``.
-        rate: :math:`\epsilon`, what DomainBed calls ``meta_lr``.
+        rate: :math:`\epsilon`, DomainBed's ``meta_lr``.
 
     Returns:
         :math:`\|\theta - \theta_0\|^2` before the step, 0-dim: the squared length of the way that

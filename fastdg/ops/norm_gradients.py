@@ -57,7 +57,7 @@ def reference_backward(
     normal, channels = normalised(x.to(dtype), mean, rstd), x.shape[2]
     slope = grad_weight.unsqueeze(1).unsqueeze(3)
     of_delta = slope * normal + grad_bias.unsqueeze(1).unsqueeze(3)
-    of_x = slope * delta.to(dtype)  # so far that of the normalised input
+    of_x = slope * delta.to(dtype)  # so far the gradient of the normalised input
     if own:
         assert rstd is not None
         groups = rstd.shape[2]
@@ -75,13 +75,13 @@ def check(x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, ow
     checks.floating("x", x)
     checks.dims("x", x, "[N, T, C, S]", 4)
     checks.floating("delta", delta)
-    checks.shape("delta", delta, x.shape, "that of x")
+    checks.shape("delta", delta, x.shape, "as x")
     checks.on_device("delta", delta, x, "x")
     if rstd is None:
         if own or mean is not None:
             raise ValueError(
                 "rstd: expected the reciprocal standard deviation that goes with mean, got none. "
-                "Pass what the norm has saved."
+                "Pass both as the norm has saved them."
             )
         return
     checks.floating("rstd", rstd)
@@ -196,11 +196,11 @@ def norm_gradients(
 
     Args:
         x: the norm's input ``[N, T, C, S]``, of any strides: S positions of C channels (1 of the
-            features of a layer norm), and T rows of those in each of N samples.
+            features of a layer norm), and T such rows in each of N samples.
         delta: gradient at the norm's output, of the shape of ``x``; the dtype may be another.
         mean: :math:`\mu` ``[N, T, G]``, G a divisor of C; None of a norm that takes none away.
         rstd: r ``[N, T, G]``; None, together with ``mean``, of a weight without a norm.
-        own: whether mean and rstd are those of ``x`` itself, whose derivative goes through them;
+        own: whether mean and rstd belong to ``x`` itself, so that its derivative goes through them;
             else they are constants.
 
     Returns:

@@ -1,4 +1,4 @@
-"""``oracle_nll``: how likely an oracle's feature map is, given that of the network in training."""
+"""``oracle_nll``: how likely an oracle's feature map is, given the trained network's map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .dispatch.derivatives import call, differentiable, not_differentiable
 from .dispatch.registry import define
 from .gradients import by_rows, gradient_like, statistic_dtype
 
-FLOOR = 1e-5  # of the variance, and so the bound of what coinciding features can gain
+FLOOR = 1e-5  # of the variance: it bounds the gain of coinciding features
 
 
 def variance_of(bias: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def check(features: Tensor, oracle: Tensor, bias: Tensor) -> None:
     checks.floating("features", features)
     checks.dims("features", features, "[N, C, P]", 3)
     checks.floating("oracle", oracle)
-    checks.shape("oracle", oracle, features.shape, "that of features")
+    checks.shape("oracle", oracle, features.shape, "as features")
     checks.floating("bias", bias)
     checks.shape("bias", bias, features.shape[1:2], "C, a value for each channel")
     checks.on_device("oracle", oracle, features, "features")
@@ -192,7 +192,7 @@ def both(features: Tensor, oracle: Tensor, sample: int, channel: int) -> tuple[T
     """Both maps as ``[N, C, P]``, after a look at their shapes, which these do not show."""
     for name, x in (("features", features), ("oracle", oracle)):
         checks.floating(name, x)
-        checks.shape(name, x, features.shape, "that of features")
+        checks.shape(name, x, features.shape, "as features")
     return arranged(features, sample, channel), arranged(oracle, sample, channel)
 
 

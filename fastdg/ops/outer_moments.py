@@ -50,7 +50,7 @@ def reference(
                 m += g.sum(0)
                 v += g.square_().sum(0)
         if rows.numel() == 1:
-            torch.sub(m, m, out=v)  # nothing but 0, or the NaN of what is not finite
+            torch.sub(m, m, out=v)  # 0, or NaN where a value is not finite
             continue
         m /= rows.numel()
         # v - m*m cancels where the samples agree; rounding must not make a negative variance of it.

@@ -58,7 +58,7 @@ def reference_backward(
     slope = slope * (grad_relative * (2 * RELATIVE_SCALE / max(1, anchors.shape[1]))).unsqueeze(1)
     towards = torch.bmm(slope.unsqueeze(1), anchors[labels]).squeeze(1)
     towards = towards - classes[labels] * grad_absolute.unsqueeze(1)
-    # Of that, what lies along the embedding does not turn it
+    # The part along the embedding does not turn it
     along = (slope * around).sum(1) - grad_absolute * cosine
     return (towards - unit * along.unsqueeze(1)) * inverse
 

@@ -1,1 +1,1 @@
-"""What algorithms ask for: per-domain gradients, moments, Gram matrices, per-sample norms."""
+"""The statistics: per-domain gradients, moments, Gram matrices, per-sample norms."""

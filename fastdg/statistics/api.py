@@ -43,7 +43,7 @@ def _by_name(
     retain_graph: bool,
     means: Small[str] | None = None,
 ) -> dict[str, Tensor]:
-    """What is computed of each parameter's gradients; of small ones the ``means``, if wanted."""
+    """Compute a value of each parameter's gradients; ``means`` takes small parameters, if given."""
     out: dict[str, Tensor] = {}
 
     def use(name: str, factor: Factor) -> None:
@@ -66,7 +66,7 @@ def moments_of(
     extra: Sequence[Tensor] = (),
     scale: Tensor | None = None,
 ) -> tuple[DomainMoments, list[Tensor | None]]:
-    """Moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
+    """Return moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
     ``extra``; ``scale`` as in `Resolved.collect`."""
     small: Small[str] = Small(parts, variance=True)
     found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,11 +105,11 @@ def domain_moments(
     Call it as ``domain_moments(losses, domains, params=model)``, or with a tape.
 
     Args:
-        tape: whose gradients are meant, from `record` or a wrapper's ``opt.tape``; left out where
-            ``params`` is given.
+        tape: the parameters, as `record` or a wrapper's ``opt.tape`` names them; leave it out if
+            you pass ``params``.
         losses: per-sample losses ``[N]``.
         domains: domain of each sample ``[N]``, integer.
-        params: whose gradients are meant, in place of a tape: a model, an optimizer, a parameter,
+        params: the parameters, in place of a tape: a model, an optimizer, a parameter,
             a list of parameters, or a mapping from names to them.
         num_domains: D; default one more than the largest id.
         create_graph: make the result differentiable with respect to the model's parameters.

@@ -10,7 +10,7 @@ from ..gradients.plain import gradients_of
 from ..gradients.tape import Tape
 from .record import tape_and_tensors
 
-# Relative to what rounding can do: the sum of the norms of what is added up.
+# Relative to the sum of the norms of all terms, which bounds the rounding error
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -18,8 +18,7 @@ def check(tape: Tape, losses: Tensor) -> None:
     r"""Compare :math:`\sum_i w_i g_i` of the per-sample gradients with autograd's gradient of
     :math:`\sum_i w_i \ell_i`, for random :math:`w` (two backward passes).
 
-    There is no need to: which row belongs to which sample is found exactly. It guards rules of your
-    own.
+    Rows and samples are matched exactly without it. It is a test for rules of your own.
 
     Args:
         tape: from `record`, or a wrapper's ``opt.tape``.
@@ -56,5 +55,5 @@ def check(tape: Tape, losses: Tensor) -> None:
             raise RuntimeError(
                 f"params: the per-sample gradients of {name!r} do not add up to autograd's "
                 f"gradient, relative difference {error / size:.1e}. Look at the rule that serves "
-                "it, which fastdg.explain names, and at hooks on activations that change gradients"
+                "it, which fastdg.explain names, and at hooks on activations that change gradients."
             )

@@ -1,5 +1,5 @@
-"""Per-sample gradients by `torch.func`, a chunk at a time: reduced as they come, and made again for
-a backward.
+"""Per-sample gradients by `torch.func`, a chunk at a time: each is reduced at once, and computed
+again for a backward.
 
 ``vmap(grad(loss))`` gives a chunk, the chunk is reduced, and the next one takes its place. The
 graph keeps the parameters and the batch alone.

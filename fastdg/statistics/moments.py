@@ -1,4 +1,4 @@
-"""Moments by domain, and how those of two batches become those of their union."""
+"""Moments by domain, and their merge over batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DomainMoments:
 
 
 def rows(tensor: Tensor, domains: int) -> Tensor:
-    """``tensor [d, *]`` with zero rows added up to ``[domains, *]``."""
+    """Pad ``tensor [d, *]`` with zero rows to ``[domains, *]``."""
     if tensor.shape[0] == domains:
         return tensor
     return torch.cat([tensor, tensor.new_zeros((domains - tensor.shape[0], *tensor.shape[1:]))])
@@ -41,14 +41,14 @@ def rows(tensor: Tensor, domains: int) -> Tensor:
 def variance_gap(
     values: Sequence[Tensor], history: Sequence[Tensor], present: Tensor, decay: float
 ) -> Tensor:
-    """`ops.variance_gap`, also of parameters some of which are float64."""
+    """Call `ops.variance_gap`; parameters of two dtypes are taken in float64."""
     if len({v.dtype for v in values}) > 1:
         values, history = [v.double() for v in values], [m.double() for m in history]
     return ops.variance_gap(values, history, present, decay)
 
 
 def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
-    r"""Moments of the union of batches, by count; differentiable.
+    r"""Merge the moments of batches, weighted by count; differentiable.
 
     .. math:: m = \sum_b \tfrac{n_b}{n} m_b, \qquad v = \sum_b \tfrac{n_b}{n}\left(v_b + (m_b -
     m)^2\right)

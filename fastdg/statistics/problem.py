@@ -25,14 +25,15 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked for, except its tensors: those of ``params``, then those of the batch.
+    """A function whose per-sample gradients are taken; its tensors are passed beside it, first the
+    parameters, then the batch.
 
     Attributes:
         loss: ``loss(params, *sample)``, one sample's loss.
         names: one for each tensor of ``params``.
         params_spec, batch_spec: how the tensors make up ``params`` and the batch.
         samples: N.
-        chunk_size: samples of which gradients exist at a time.
+        chunk_size: samples whose gradients exist at the same time.
         randomness: as in `torch.func.vmap`.
     """
 
@@ -49,18 +50,18 @@ class Problem:
         return [Chunk(start, min(start + self.chunk_size, self.samples)) for start in starts]
 
     def cut(self, tensors: Sequence[Tensor], rows: slice | int) -> list[Tensor]:
-        """``tensors`` with only ``rows`` of the batch."""
+        """Return ``tensors`` with only ``rows`` of the batch."""
         split = len(self.names)
         return [*tensors[:split], *(t[rows] for t in tensors[split:])]
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-        """``tensors`` as the user gave them: ``params`` and the batch."""
+        """Return ``tensors`` as the user passed them: ``params`` and the batch."""
         split = len(self.names)
         params = pytree.tree_unflatten(list(tensors[:split]), self.params_spec)
         return params, pytree.tree_unflatten(list(tensors[split:]), self.batch_spec)
 
     def gradients(self, *tensors: Tensor) -> list[Tensor]:
-        """Per-sample gradients ``[n, *shape]`` in the dtype of statistics; the batch is cut."""
+        """Return per-sample gradients ``[n, *shape]`` in the dtype of statistics."""
         params, batch = self.arguments(tensors)
         dims = (None, *[0] * len(batch))
         gradient = torch.func.vmap(torch.func.grad(self.scalar), dims, randomness=self.randomness)
@@ -69,11 +70,10 @@ class Problem:
     def pull(
         self, tensors: Sequence[Tensor], wanted: Sequence[int], upstream: list[Tensor]
     ) -> list[Tensor]:
-        """From ``upstream``, the gradients of `gradients`, those of the ``wanted`` tensors.
+        """Pull ``upstream``, the gradients of `gradients`, back to the ``wanted`` tensors.
 
-        Sample by sample under one vmap: not all that vmap makes of an operation has the right
-        derivative (it takes mean and spread of a layer norm for constants), but its outside is not
-        differentiated here.
+        Sample by sample under one vmap. The derivatives are taken inside it, since vmap's form of
+        an operation may have a wrong one: it treats mean and spread of a layer norm as constants.
         """
         split = len(self.names)
 
@@ -94,28 +94,34 @@ class Problem:
         return [g.sum(0) if i < split else g for i, g in zip(wanted, pulled, strict=True)]
 
     def scalar(self, params: Any, *sample: Any) -> Tensor:
-        """One sample's loss, checked."""
+        """Return one sample's loss, checked."""
         value = self.loss(params, *sample)
         if not isinstance(value, Tensor):
-            raise TypeError(f"loss: expected a 0-dim tensor, got {type(value).__name__}")
+            raise TypeError(
+                f"loss: expected a 0-dim tensor, got {type(value).__name__}. Return one sample's "
+                "loss."
+            )
         if value.dim() != 0:
             raise ValueError(
-                f"loss: expected one sample's loss, a 0-dim tensor, got shape {tuple(value.shape)};"
-                " it is called as loss(params, *sample), without the sample dimension"
+                f"loss: expected one sample's loss, a 0-dim tensor, got shape {tuple(value.shape)}."
+                " Write it as loss(params, *sample), without the sample dimension."
             )
         if not value.is_floating_point():
-            raise TypeError(f"loss: expected a floating dtype, got {value.dtype}")
+            raise TypeError(
+                f"loss: expected a floating dtype, got {value.dtype}. Return one sample's loss."
+            )
         return value
 
     def refuse_captured(self, tensors: Sequence[Tensor]) -> None:
-        """A backward reaches what was given, not what ``loss`` closes over."""
+        """Raise if ``loss`` closes over a tensor that a backward would miss."""
         params, sample = self.arguments(self.cut([t.detach() for t in tensors], 0))
         device = tensors[0].device
         with replay(random_state(self.randomness, device), device):
             captured = self.scalar(params, *sample).requires_grad
         if captured:
             raise ValueError(
-                "loss: it uses a tensor that requires a gradient and is neither in params nor in "
-                "the batch, so a backward would not reach it. Pass it in one of them, detach() it "
-                "if it is a constant, or call under torch.no_grad() if only values are wanted"
+                "loss: expected all tensors that require a gradient in params or in the batch, got "
+                "one outside of them, which a backward would not reach. Pass it in one of them, "
+                "detach() it if it is a constant, or call under torch.no_grad() if you need only "
+                "values."
             )

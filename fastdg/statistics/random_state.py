@@ -13,7 +13,7 @@ Randomness = Literal["error", "different", "same"]
 
 
 def random_state(randomness: Randomness, device: torch.device) -> list[Tensor]:
-    """State of the generators that ``loss`` may draw from; none where it must not."""
+    """Return the state of the generators that ``loss`` may draw from; none where it must not."""
     if randomness == "error":
         return []
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -29,7 +29,7 @@ def restore(state: Sequence[Tensor], device: torch.device) -> None:
 
 @contextmanager
 def replay(state: Sequence[Tensor], device: torch.device) -> Iterator[None]:
-    """Draw again what was drawn from ``state`` on, and leave the generators as they are."""
+    """Repeat the random numbers that follow ``state``; restore the generators at the end."""
     if not state:
         yield
         return

@@ -1,4 +1,4 @@
-"""Whose gradients are meant: a tape, from all that users may pass in its place."""
+"""The tape of a statistic: the parameters whose gradients it describes, as users name them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
         model: the module whose parameters are meant.
         params: ``"head"`` (the parameters of the last layer before the losses), ``"all"``, a list
             of names or parameters, or a predicate ``(name, parameter)``.
-        check: has no effect any more: which row belongs to which sample is found exactly.
+        check: has no effect any more: rows and samples are matched exactly.
 
-    Nothing is recorded: all that is needed is in the graph of the losses. The functions take
-    ``params=model`` just as well.
+    Nothing is recorded: the graph of the losses holds all that the statistics need. The functions
+    take ``params=model`` just as well.
 
     Statistics run backward from ``losses.sum()``: hooks on activations (``tensor.register_hook``)
     see N times the gradient that ``losses.mean()`` gives them.
@@ -41,10 +41,15 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
         >>> fastdg.domain_moments(tape, losses, domains).variance["0.weight"]  # (D, O, I)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected an nn.Module, got {type(model).__name__}. Pass the whole network."
+        )
     named = dict(model.named_parameters())
     if not any(p.requires_grad for p in named.values()):
-        raise ValueError("model: it has no parameter that requires a gradient")
+        raise ValueError(
+            "model: expected a parameter that requires a gradient, got none. Unfreeze one with "
+            "requires_grad_()."
+        )
     if not callable(params):
         params = listed(params) if isinstance(params, Iterable) else params
         select(params, named)
@@ -85,10 +90,13 @@ def tape_of(params: Any) -> Tape:
     ):
         raise TypeError(
             "params: expected a model, an optimizer, a tape, a parameter, a list of parameters or "
-            f"a mapping from names to them, got {type(params).__name__}"
+            f"a mapping from names to them, got {type(params).__name__}. Pass one of these."
         )
     if not any(p.requires_grad for p in named.values()):
-        raise ValueError("params: none of them requires a gradient")
+        raise ValueError(
+            "params: expected a parameter that requires a gradient, got none. Unfreeze one with "
+            "requires_grad_()."
+        )
     return Tape({p: name for name, p in named.items()}, "all", leaf_of(modules))
 
 
@@ -97,21 +105,24 @@ def tape_and_tensors(given: Sequence[Any], params: Any, wanted: int) -> tuple[An
     first, *others = [x for x in given if x is not None] or [None]
     if params is not None:
         if isinstance(first, Tape):
-            raise TypeError("params: expected either a tape or params=, got both")
+            raise TypeError("params: expected either a tape or params=, got both. Leave one out.")
         tape, rest = tape_of(params), [first, *others]
     elif isinstance(first, Tape):
         tape, rest = first, others
     elif isinstance(first, Tensor):
         raise TypeError(
-            "params: expected whose gradients are meant, as in fastdg.domain_moments(losses, "
-            "domains, params=model), got none"
+            "params: expected a model, an optimizer or parameters, got none. Call for example "
+            "fastdg.domain_moments(losses, domains, params=model)."
         )
     else:
         raise TypeError(
-            "tape: expected what `with fastdg.record(model) as tape:` gives, or a wrapper's "
-            f"opt.tape, got {type(first).__name__}"
+            f"tape: expected a tape or losses, got {type(first).__name__}. Pass params=model, the "
+            "tape of `with fastdg.record(model) as tape:`, or a wrapper's opt.tape."
         )
     if len(rest) != wanted:
         missing = ("losses", "domains")[len(rest) : wanted] or ("domains",)
-        raise TypeError(f"{missing[0]}: expected {wanted} tensors in all, got {len(rest)}")
+        raise TypeError(
+            f"{missing[0]}: expected {wanted} tensors in all, got {len(rest)}. "
+            "Call it as in the docstring."
+        )
     return (tape, *rest)

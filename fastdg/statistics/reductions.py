@@ -17,32 +17,32 @@ from .problem import Chunk, Problem
 
 
 class Reduction(ABC):
-    """What becomes of the chunks."""
+    """A statistic that takes in one chunk after the other."""
 
     def __init__(self, problem: Problem, domains: Tensor, num_domains: int) -> None:
         self.problem, self.domains, self.num_domains = problem, domains, num_domains
 
     @abstractmethod
     def part(self, chunk: Chunk, grads: list[Tensor]) -> list[Tensor]:
-        """What is left of a chunk of per-sample gradients."""
+        """Reduce a chunk of per-sample gradients."""
 
     @abstractmethod
     def add(self, chunk: Chunk, part: list[Tensor]) -> None:
-        """Take in the `part` of a chunk."""
+        """Add the `part` of a chunk."""
 
     @abstractmethod
     def result(self) -> list[Tensor]:
-        """The statistic of all chunks."""
+        """Return the statistic of all chunks."""
 
     @abstractmethod
     def pull(
         self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
     ) -> list[Tensor]:
-        """From ``upstream``, the gradients of `result`, those of a chunk's ``grads``."""
+        """Pull ``upstream``, the gradients of `result`, back to a chunk's ``grads``."""
 
 
 class Moments(Reduction):
-    """Means, then variances, by domain: those of each chunk, merged."""
+    """Means, then variances, by domain: merged from the moments of each chunk."""
 
     merged: DomainMoments | None = None
 
@@ -77,7 +77,7 @@ class Moments(Reduction):
         for g, mean, up_mean, up_variance in zip(
             grads, result[:P], upstream[:P], upstream[P:], strict=True
         ):
-            # The op divides by the samples in the chunk; the moments are those of all chunks.
+            # The op divides by the samples of the chunk; the moments belong to all chunks.
             share = (parts.count.to(g.dtype) / total).unsqueeze(1)
             back = call(
                 "moments_backward",
@@ -139,5 +139,5 @@ class Norms(Reduction):
         self, chunk: Chunk, grads: list[Tensor], result: list[Tensor], upstream: Sequence[Tensor]
     ) -> list[Tensor]:
         norm, up = result[0][slice(*chunk)], upstream[0][slice(*chunk)]
-        scale = torch.where(norm == 0, 0, up / norm)  # of the subgradients at zero: zero
+        scale = torch.where(norm == 0, 0, up / norm)  # the subgradient at zero is zero
         return [(flat(g) * scale.to(g.dtype).unsqueeze(1)).view(g.shape) for g in grads]

@@ -1,5 +1,5 @@
-"""Moments of many small parameters in one call, which each alone would take longer to call than to
-compute."""
+"""Moments of many small parameters in one call: a call for each would take longer than its
+computation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .. import ops
 from ..domains import Partition
 from ..factors import Dense, Factor, Outer
 
-SMALL = 1 << 16  # entries of what a factor holds, and of a parameter, that may wait for others
-WAITING = 1 << 18  # of all that wait
+SMALL = 1 << 16  # entries of a factor's tensors, and of a parameter, that may wait for others
+WAITING = 1 << 18  # entries of all factors that wait
 
 K = TypeVar("K", bound=Hashable)
 
 
 class _Waiting(NamedTuple):
-    """The factors of one dtype that wait, and whose they are."""
+    """The factors of one dtype that wait, each with the key of its parameter."""
 
     grads: list[tuple[Hashable, Dense]]
     products: list[tuple[Hashable, Outer]]
@@ -31,7 +31,7 @@ class Small(Generic[K]):
 
     Args:
         partition: of the samples.
-        variance: whether the variances are wanted, too.
+        variance: whether to compute the variances, too.
     """
 
     def __init__(self, partition: Partition, *, variance: bool) -> None:
@@ -41,7 +41,7 @@ class Small(Generic[K]):
         self.made: dict[K, tuple[Tensor, Tensor | None]] = {}
 
     def takes(self, key: K, factor: Factor) -> bool:
-        """Whether these gradients are small, and are in `results` then."""
+        """Return whether these gradients are small; then `results` has their moments."""
         if isinstance(factor, Dense):
             size, dtype = factor.grads.numel(), factor.grads.dtype
         elif isinstance(factor, Outer) and factor.groups == 1 and not factor.window:
@@ -63,7 +63,7 @@ class Small(Generic[K]):
         return True
 
     def results(self) -> dict[K, tuple[Tensor, Tensor | None]]:
-        """Key -> its mean and variance, each ``[D, *shape]``."""
+        """Return key -> mean and variance, each ``[D, *shape]``."""
         self._flush()
         return self.made
 

@@ -153,7 +153,7 @@ CAPTURED = torch.randn(3, requires_grad=True)
         (lambda p, x: 1.0, TypeError, "loss: expected a 0-dim tensor, got float"),
         (lambda p, x: x @ p["w"], ValueError, r"loss: .* a 0-dim tensor, got shape \(2,\)"),
         (lambda p, x: (x @ p["w"]).sum().long(), TypeError, "loss: expected a floating dtype"),
-        (lambda p, x: (x @ p["w"]).sum() * CAPTURED[0], ValueError, "neither in params nor in"),
+        (lambda p, x: (x @ p["w"]).sum() * CAPTURED[0], ValueError, r"loss: .*one outside of them"),
     ],
 )
 def test_bad_losses(loss: Any, error: type[Exception], message: str) -> None:
@@ -171,7 +171,7 @@ def test_captured_tensors_are_fine_for_values() -> None:
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        (nn.Linear(3, 2), TypeError, r"params: .*, got Linear; .* dict\(model.named_parameters"),
+        (nn.Linear(3, 2), TypeError, r"params: .*, got Linear.* dict\(model.named_parameters"),
         (W, TypeError, "params: expected a dict name -> tensor, got Tensor"),
         ({"w": 3.0}, TypeError, r"params\['w'\]: expected a tensor, got float"),
         ({"w": W, "n": {"b": None}}, TypeError, r"params\['n.b'\]: .*, got NoneType"),
@@ -189,7 +189,7 @@ def test_bad_params(params: Any, error: type[Exception], message: str) -> None:
     ("batch", "error", "message"),
     [
         ((), ValueError, "batch: expected at least one tensor"),
-        ((X, 0.5), TypeError, "batch: .*, got float; what is the same for all samples"),
+        ((X, 0.5), TypeError, "batch: .*, got float"),
         ((X, torch.tensor(1.0)), ValueError, "batch: .* got a 0-dim tensor"),
         ((X, torch.randn(3)), ValueError, r"as many samples in every tensor, got \[4, 3\]"),
         ((X[:0],), ValueError, "batch: expected at least one sample, got an empty batch"),

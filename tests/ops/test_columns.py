@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "another shape": (
         lambda g: ops.gram([g[0], [g[1][0], g[1][1].t()]]),
         ValueError,
-        r"gradients\[1\]\[1\]: expected shape \(3, 4\) .*of gradients\[0\]\[1\]\), got \(4, 3\)",
+        r"gradients\[1\]\[1\]: expected shape \(3, 4\) .*as gradients\[0\]\[1\]\), got \(4, 3\)",
     ),
     "another dtype": (
         lambda g: ops.combine([g[0], [g[1][0], g[1][1].double()]], torch.ones(2)),
@@ -410,7 +410,7 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "kept otherwise": (
         lambda g: ops.meta_step(g[0], [g[1][0], g[1][1].t()], 0.5),
         ValueError,
-        r"kept\[1\]: expected shape \(3, 4\) .*of parameters\[1\]\), got \(4, 3\)",
+        r"kept\[1\]: expected shape \(3, 4\) .*as parameters\[1\]\), got \(4, 3\)",
     ),
     "in a transform": (
         lambda g: torch.func.vmap(lambda x: ops.meta_step([x], [x], 0.5))(g[0][1]),

@@ -183,7 +183,7 @@ def test_half_precision(device: str) -> None:
     ("change", "message"),
     [
         ({"x": (2, 3, 4)}, r"x: expected \[N, T, C, S\], got 3 dimensions"),
-        ({"delta": (2, 3, 4, 6)}, r"delta: expected shape \(2, 3, 4, 5\) \(that of x\)"),
+        ({"delta": (2, 3, 4, 6)}, r"delta: expected shape \(2, 3, 4, 5\) \(as x\)"),
         ({"rstd": (2, 3, 3)}, "rstd: expected groups that divide 4 channels, got 3"),
         ({"mean": (2, 3, 1)}, r"mean: expected shape \(2, 3, 2\) \(N, T, G\)"),
         ({"rstd": None}, "rstd: expected the reciprocal standard deviation"),

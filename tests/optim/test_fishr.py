@@ -290,9 +290,9 @@ def test_a_predicate_on_names_that_nobody_knows() -> None:
 
     assert chosen(lambda name, p: "bias" not in name, model=model) == [2, 2]
     assert chosen(lambda name, p: p.dim() == 1) == [1, 1]
-    with pytest.raises(ValueError, match=r"looks at names .*give model="):
+    with pytest.raises(ValueError, match=r"params: .*names .*Pass model="):
         chosen(lambda name, p: "bias" not in name)
-    with pytest.raises(ValueError, match=r"looks at names .*give model="):
+    with pytest.raises(ValueError, match=r"params: .*names .*Pass model="):
         chosen(lambda name, p: name.endswith("weight"))
 
 

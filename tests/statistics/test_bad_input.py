@@ -99,7 +99,7 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "no tape": (
             lambda t, losses, d: (net(), losses, d),
             TypeError,
-            r"tape: expected .*fastdg\.record\(model\).* got Sequential",
+            r"tape: .*got Sequential.*fastdg\.record\(model\)",
         ),
     }
 
@@ -148,9 +148,9 @@ def test_any_integer_dtype(dtype: torch.dtype) -> None:
     ("params", "error", "message"),
     [
         ("heads", ValueError, "expected 'head', 'all', a list .* got 'heads'"),
-        ("2.weight", ValueError, r"for that parameter alone: \['2\.weight'\]"),
-        (["2.wieght"], ValueError, r"no parameter is called '2\.wieght'; nearest: \['2\.weight'"),
-        ([torch.zeros(5, 4)], ValueError, r"a tensor of shape \(5, 4\) is not one of the tracked"),
+        ("2.weight", ValueError, r"for that parameter alone \['2\.weight'\]"),
+        (["2.wieght"], ValueError, r"params: .*got '2\.wieght'.*\['2\.weight'"),
+        ([torch.zeros(5, 4)], ValueError, r"params: .*tensor of shape \(5, 4\)"),
         ([0], TypeError, "params: expected names or parameters, got int"),
         ([], ValueError, "got an empty list"),
         (3, TypeError, "params: .* got int"),
@@ -170,7 +170,7 @@ def test_params_that_select_nothing() -> None:
 def test_model() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
         fastdg.record(list(net().parameters())).__enter__()
-    with pytest.raises(ValueError, match="model: it has no parameter that requires a gradient"):
+    with pytest.raises(ValueError, match=r"model: .*requires a gradient"):
         fastdg.record(net().requires_grad_(False)).__enter__()
 
 
@@ -261,11 +261,15 @@ def test_call_forms() -> None:
         (lambda t, ls: fastdg.per_sample_norms(ls, params=3), TypeError, "params: .* got int"),
         (lambda t, ls: fastdg.per_sample_norms(ls, params="all"), TypeError, "params: .* got str"),
         (lambda t, ls: fastdg.per_sample_norms(ls, params=[net()]), TypeError, "params: expected"),
-        (lambda t, ls: fastdg.per_sample_norms(ls, params=[]), ValueError, "params: none of them"),
+        (
+            lambda t, ls: fastdg.per_sample_norms(ls, params=[]),
+            ValueError,
+            r"params: .*requires a gradient",
+        ),
         (
             lambda t, ls: fastdg.per_sample_norms(ls, params=net().requires_grad_(False)),
             ValueError,
-            "params: none of them requires a gradient",
+            "params: .*requires a gradient",
         ),
         (lambda t, ls: fastdg.explain(ls.sum(), net()), ValueError, "reduction='none'"),
         (lambda t, ls: fastdg.explain(ls, net()), RuntimeError, "none of the tracked parameters"),

@@ -37,7 +37,7 @@ def gradients(flat: Sequence[Tensor], domains: Any) -> None:
         ):
             name = f"gradients[{index // P}][{index % P}]"
             floating(name, x, first, "gradients[0][0]")
-            shape(name, x, flat[index % P].shape, f"that of gradients[0][{index % P}]")
+            shape(name, x, flat[index % P].shape, f"as gradients[0][{index % P}]")
 
 
 def one_each(name: str, x: Any, domains: Any) -> None:
@@ -68,10 +68,10 @@ def alike(name: str, tensors: Sequence[Tensor], first: Tensor, of: str) -> None:
 
 
 def shaped(name: str, tensors: Sequence[Tensor], likes: Sequence[Tensor], of: str) -> None:
-    """Check the shapes of a list by those of another."""
+    """Check that the tensors of two lists have the same shapes."""
     for k, (x, like) in enumerate(zip(tensors, likes, strict=True)):
         if x.shape != like.shape:
-            shape(f"{name}[{k}]", x, like.shape, f"that of {of}[{k}]")
+            shape(f"{name}[{k}]", x, like.shape, f"as {of}[{k}]")
 
 
 def written(**lists: Sequence[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Which backends are here, and why one is not. Importing this attaches what is installed."""
+"""Which backends are here, and why one is not. Importing this attaches all that are installed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _attach_triton() -> None:
 
 
 def backends() -> dict[str, tuple[bool, str]]:
-    """What can compute the ops here: name -> (available, why or why not)."""
+    """Return the backends of the ops: name -> (available, why or why not)."""
     has_native, native_reason = native.status()
     has_cuda_ops = any("cuda" in op.backends for op in OPS.values())
     if importlib.util.find_spec("triton") is None:

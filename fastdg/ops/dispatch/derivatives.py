@@ -1,10 +1,10 @@
 """The derivatives of the ops, for autograd and for the transforms of ``torch.func``.
 
 ``torch.library.register_autograd`` serves autograd and ``torch.compile``. The transforms of
-``torch.func`` and forward-mode differentiation do not see what is registered there: inside them
-an op is called through a `torch.autograd.Function` of the same formulas. So it is in eager code,
-where the way through the dispatcher takes longer than a small op does: by another one, as torch
-binds the arguments of those with a ``setup_context`` to their signature, which takes as long.
+``torch.func`` and forward-mode differentiation do not see a derivative that is registered there:
+inside them an op is called through a `torch.autograd.Function` of the same formulas. Eager code
+calls another such function, since the dispatcher takes longer than a small op; it has no
+``setup_context``, as torch would bind its arguments to a signature, which takes as long.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _applied(function: type[torch.autograd.Function], args: Sequence[Any]) -> An
 
 
 def _gathered(given: Sequence[Any]) -> tuple[list[Any], Sequence[int]]:
-    """From what `_applied` gives, the arguments and `_tensors` of each."""
+    """Return the arguments and `_tensors` of each from the flat list of `_applied`."""
     *flat, sizes = given
     rest = iter(flat)
     return [[next(rest) for _ in range(n)] if n else next(rest) for n in sizes], sizes
@@ -174,6 +174,6 @@ def _functions(
             output = pytree.tree_map(lambda *parts: torch.stack(parts), *rows)
             return output, pytree.tree_map(lambda part: 0, output)
 
-    # Its node is called as that of `register_autograd`, so that rules know both
+    # Its node has the name that `register_autograd` gives, so that rules know both
     title = f"GeneratedBackwardFor_fastdg_{name}_default"
     return type(title, (Derivative,), {"forward": staticmethod(forward)}), Transformed

@@ -60,7 +60,7 @@ class Op:
         if device == "meta":
             return self.fake(*args)
         if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # numbers are those outside of it
+            with torch.autocast(device, enabled=False):  # the op computes as it does outside of it
                 return self._run(*args)
         return self._run(*args)
 
