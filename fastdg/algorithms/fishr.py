@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from .._torch import foreach_lerp_
-from ..core import checkpoint
+from ..averaging.by_domain import WAY, DomainAverages
 from ..core.annealed import Annealed
 from ..core.hyper import check_count, check_decay, check_reduction, check_weight, hyper, option
-from ..core.nesting import terms_of
 from ..core.step_batch import StepBatch, StepRecord
-from ..distributed.sharding import local
-from ..dtypes import to_statistics_dtype
-from ..selection import Selection, listed, select
-from ..statistics.moments import rows, variance_gap
-from ..warn import warn_user
+from ..selection import Selection, listed
+from ..statistics.moments import variance_gap
 
 
 class Fishr(Annealed):
@@ -77,7 +70,6 @@ class Fishr(Annealed):
     """
 
     prefix = "fishr"
-    tensors = ("ema",)
     compares = True
 
     params: Selection = option("head", convert=listed)
@@ -87,102 +79,28 @@ class Fishr(Annealed):
     reduction: Literal["mean", "sum"] = hyper("mean", check_reduction)
     pre_anneal_weight: float = hyper(0.0, check_weight)
 
-    def _start(self) -> None:
-        self._resumed = False  # with a history that was loaded and has not moved yet
+    variances = DomainAverages(
+        "ema",
+        "history",
+        needed=lambda opt, group: group.get("fishr_ema", opt._given["ema"]) is not None,
+        way=f"{WAY}; or set fishr_ema to None in its param_groups",
+    )
 
     def objective(self, batch: StepBatch) -> Tensor:
         weight = self.weight
         moments = batch.moments(
             differentiable=weight > 0, loss_only=weight == 0, ever=self.penalty_weight > 0
         )
-        variances, decay = moments.variance, 0.0
-        history: list[Tensor] = []
+        history, decay = [], 0.0
         if self.ema is not None:
-            decay = self.ema / (1 - self.ema)
-            history = [self._history(name, v) for name, v in variances.items()]
-        penalty = variance_gap([*variances.values()], history, moments.present, decay)
+            history, decay = self.variances.of(moments.variance), self.ema / (1 - self.ema)
+        variances = [*moments.variance.values()]
+        penalty = variance_gap(variances, history, moments.present, decay)
         if self.reduction == "mean":
-            numel = sum(v.shape[1:].numel() for v in variances.values())
+            numel = sum(v.shape[1:].numel() for v in variances)
             penalty = penalty / (numel * moments.present.sum().clamp(min=1))
         return batch.penalised(batch.loss, weight, penalty)
 
     def after_step(self, record: StepRecord) -> None:
-        if self.ema is None:
-            return
-        kept, named = self._own_state["ema"], self._tape.names
-        variance = {named[name]: v for name, v in record.variance.items()}
-        if self._resumed and (new := [p for p in variance if p not in kept]):
-            more = f" and of {len(new) - 1} more" if new[1:] else ""
-            warn_user(
-                f"the loaded state has no Fishr history of {self._names[new[0]]}{more}, which "
-                f"starts from 0 now: was it saved with other params than {self.params!r}?",
-            )
-        self._resumed = False
-        if self.steps == 1:  # which parameters it is about was guessed before the first forward
-            for p in kept.keys() - variance.keys():
-                del kept[p]
-                self.state[p].pop("fishr_ema", None)
-        moved: list[Tensor] = []
-        weights: list[Tensor] = []
-        rates: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
-        for p, v in variance.items():
-            D, kind = v.shape[0], (v.dtype, v.dim())
-            own = kept.get(p)
-            if own is None:
-                own = kept[p] = torch.zeros_like(v)
-            elif own.shape[0] < D:  # domains not seen before
-                own = kept[p] = rows(own, D)
-            moved.append(own if own.shape[0] == D else own[:D])
-            if (rate := rates.get(kind)) is None:
-                rate = (1 - self.ema) * record.present[:D].to(v.dtype)
-                rate = rates[kind] = rate.view(-1, *[1] * (v.dim() - 1))
-            weights.append(rate)
-        if moved:
-            foreach_lerp_(moved, [*variance.values()], weights)
-
-    # -- the history --
-
-    def _history(self, name: str, v: Tensor) -> Tensor:
-        """That of a parameter, for the domains of ``v``, ``[D, *]``: those beyond take no part, and
-        those not seen before have none."""
-        ema, D = self._own_state["ema"].get(self._tape.names[name]), v.shape[0]
-        if ema is None:
-            return torch.zeros_like(v, requires_grad=False)
-        return ema if ema.shape[0] == D else rows(ema[:D], D)
-
-    def _known_domains(self) -> int:
-        return max(map(len, self._own_state["ema"].values()), default=0)
-
-    def _initial_state(self) -> checkpoint.Kept:
-        if self.ema is None or self.num_domains is None:
-            return {}
-        terms = {p for term in terms_of(self) for m in term.modules() for p in m.parameters()}
-        named = {name: p for p, name in self._names.items() if p not in terms}
-        chosen = select(self.params, named)
-        found = [p for name, p in named.items() if chosen(name, p)]
-        if self.params == "head":  # as far as it can be told: the last weight, and its bias
-            alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
-            found = found[-1:] if alone else found[-2:]
-        D = self.num_domains
-        made = {p: to_statistics_dtype(local(p.detach())).new_zeros((D, *p.shape)) for p in found}
-        return {"ema": made}
-
-    def _finish_load(self) -> None:
-        super()._finish_load()
-        self._resumed = bool(self._own_state["ema"])
-
-    def _validate_state(self, kept: checkpoint.Kept, groups: Sequence[dict[str, Any]]) -> None:
-        if groups[0].get("fishr_ema", self._given["ema"]) is not None:
-            way = (
-                "give num_domains= (and params=, unless the head is the optimizer's last layer), "
-                "or run one backward and step before loading; or set fishr_ema to None in its "
-                "param_groups"
-            )
-            self._require_kept(kept, groups, "ema", "the history", way)
-        self._check_domains(kept, "ema", "history")
-        for p, ema in kept["ema"].items():
-            if ema.shape[1:] != p.shape:
-                raise ValueError(
-                    f"state_dict: its history of {self._names[p]} has shape {tuple(ema.shape[1:])} "
-                    f"a domain, but the parameter has shape {tuple(p.shape)}"
-                )
+        if self.ema is not None:
+            self.variances.move(record.variance, 1 - self.ema, record.present)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import Kept
+from ..core.declared_state import DOMAINS, STEP_FIRST, PerRun
 from ..core.hyper import check_weight, hyper
 from ..core.optimizer import DomainOptimizer
 from ..core.step_batch import StepBatch, StepRecord
@@ -51,11 +48,18 @@ class GroupDRO(DomainOptimizer):
     """
 
     prefix = "groupdro"
-    tensors = ("q",)
     compares = True
     looks_at_samples = False
 
     eta: float = hyper(0.01, check_weight)
+
+    q = PerRun(
+        "q",
+        "weights of the domains",
+        rows=DOMAINS,
+        begin=lambda opt: equal(opt.num_domains, opt._owner().device) if opt.num_domains else None,
+        way=f"give num_domains=, or {STEP_FIRST}",
+    )
 
     def objective(self, batch: StepBatch) -> Tensor:
         grown = self._grown(batch.domain_losses.detach(), batch.counts)
@@ -68,7 +72,7 @@ class GroupDRO(DomainOptimizer):
         q = self._spread(record.counts)
         grown = self._grown(record.domain_losses, record.counts)
         share = q.where(record.present, 0).sum()
-        self._keep(torch.where(record.present, grown / grown.sum() * share, q))
+        self.q = torch.where(record.present, grown / grown.sum() * share, q)
 
     def _grown(self, losses: Tensor, counts: Tensor) -> Tensor:
         """``q_d exp(eta loss_d)``, up to one factor; 0 for an empty domain."""
@@ -76,39 +80,18 @@ class GroupDRO(DomainOptimizer):
         # One exponent may be subtracted from all, and then none overflows
         return self._spread(counts) * (exponents - exponents.max()).exp()
 
-    # -- q --
-
-    def _known_domains(self) -> int:
-        return max(map(len, self._own_state["q"].values()), default=0)
-
     def _spread(self, count: Tensor) -> Tensor:
         """q ``[D]``, made or extended where there are domains that were not seen before."""
-        q = next(iter(self._own_state["q"].values()), None)
+        q = self.q
         if q is None:
-            return torch.full(count.shape, 1 / len(count), dtype=torch.float64, device=count.device)
+            return equal(len(count), count.device)
         if len(q) < len(count):
             q = torch.cat([q, q.mean().expand(len(count) - len(q))])
             q = q / q.sum()
         # What has come down to 0 could never grow again
         return q.clamp(min=torch.finfo(q.dtype).tiny)
 
-    def _initial_state(self) -> Kept:
-        if self.num_domains is None:
-            return {}
-        p = self._owner()
-        equal = 1 / self.num_domains
-        q = torch.full((self.num_domains,), equal, dtype=torch.float64, device=p.device)
-        return {"q": {p: q}}
 
-    def _keep(self, new: Tensor) -> None:
-        kept = self._own_state["q"]
-        for owner, q in kept.items() or [(self._owner(), None)]:
-            if q is not None and q.shape == new.shape:
-                q.copy_(new)
-            else:
-                kept[owner] = new
-
-    def _validate_state(self, kept: Kept, groups: Sequence[dict[str, Any]]) -> None:
-        way = "give num_domains=, or run one backward and step before loading"
-        self._require_kept(kept, groups, "q", "the domains' weights", way)
-        self._check_domains(kept, "q", "groupdro_q")
+def equal(domains: int, device: torch.device) -> Tensor:
+    """q of a new run."""
+    return torch.full((domains,), 1 / domains, dtype=torch.float64, device=device)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..core.backward import accumulate, check_reached, hooks_at_the_end, put
-from ..core.closures import asks_for_domain, check_same, losses_of
-from ..core.errors import refuse_groups, refuse_ranks
+from ..core.closures import DomainClosure, Gradients
 from ..core.hyper import check_weight, hyper
-from ..core.nesting import terms_of
-from ..core.optimizer import Closure, DomainOptimizer
-from ..core.rerun import Start
+from ..core.optimizer import DomainOptimizer
 from ..core.step_batch import StepBatch
-from ..domains import partition
 from ..dtypes import to_statistics_dtype
-from ..gradients.graph import Graph
-from ..gradients.release import release
-from ..gradients.tape import check_losses
 from ..statistics.moments import variance_gap
 
 
@@ -87,102 +77,17 @@ class IGA(DomainOptimizer):
         risk = batch.domain_mean(batch.domain_losses)
         return batch.penalised(risk, self.penalty_weight, penalty)
 
-    def _evaluate(self, closure: Closure) -> Tensor:
-        if not asks_for_domain(closure):
-            return super()._evaluate(closure)
-        name = type(self).__name__
-        refuse_ranks(f"{name}.step(closure)", "call opt.backward(losses, domains) and opt.step()")
-        refuse_groups(self.param_groups, name)
-        if terms := terms_of(self):
-            raise ValueError(
-                f"closure: IGA runs a closure that asks for a domain twice, which "
-                f"{type(terms[0]).__name__} cannot follow; call opt.backward(losses, domains) on a "
-                "mixed batch"
-            )
-        if self.num_domains is None:
-            raise ValueError(
-                "num_domains: opt.step(closure) asks for the losses of each domain in turn; pass "
-                f"num_domains= to {name}"
-            )
-        self.zero_grad()
-        try:
-            with hooks_at_the_end(self._trained()):
-                loss = self._two_passes(closure, self.num_domains)
-        except BaseException:
-            self.zero_grad()
-            raise
-        check_reached(self.param_groups, name)
-        self._mark_grad_owned()
-        return loss
+    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
+        return closure.two_passes(self._align)
 
-    def _trained(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _two_passes(self, closure: Closure, domains: int) -> Tensor:
-        trained, weight = self._trained(), self.penalty_weight
-        start = Start(self.param_groups[0]["params"][0].device)
-        sums, counts = [], []
-        with start.watched():
-            for d in range(domains):
-                losses = self._ask(closure, d)
-                sums.append(to_statistics_dtype(losses.detach()).sum())
-                counts.append(len(losses))
-                losses.backward(torch.full_like(losses, 1 / (len(losses) * domains)))
-                del losses
-        means = [p.grad for p in trained]
-        put(dict.fromkeys(trained))
-        start.again()
-        squares = sums[0].new_zeros(())
-        for d in range(domains):
-            losses = self._ask(closure, d)
-            if self.check and self.steps == 0:
-                self._compare(losses, sums[d], counts[d], d)
-            squares = squares + self._align(losses, trained, means, weight)
-            del losses
-        for p, mean in zip(trained, means, strict=True):
-            if mean is not None:
-                accumulate(p, mean)
-        total, count = torch.stack(sums), torch.tensor(counts)
-        count = count.to(total.device, non_blocking=True)
-        domain_loss = total / count.to(total.dtype)
-        self._statistics = {
-            "loss": total.sum() / sum(counts),
-            "domain_loss": domain_loss,
-            "domain_count": count,
-            "penalty": squares,
-            "objective": domain_loss.mean() + weight * squares,
-        }
-        return self._statistics["loss"]
-
-    def _ask(self, closure: Closure, d: int) -> Tensor:
-        held = {p: p.grad for p in self._trained()}
-        put(dict.fromkeys(held))  # closures clear gradients, by custom
-        losses, domains, _ = losses_of(closure(d), d)
-        put(held)
-        check_losses(losses)
-        partition(domains, losses, self.num_domains)
-        check_same(domains, d, f"closure: it was asked for the losses of domain {d}")
-        return losses
-
-    def _align(
-        self,
-        losses: Tensor,
-        trained: Sequence[Tensor],
-        means: Sequence[Tensor | None],
-        weight: float,
-    ) -> Tensor:
+    def _align(self, losses: Tensor, means: Gradients) -> Tensor:
         """Add ``2w H (G - mean G)`` of one domain to ``.grad``; returns ``|G - mean G|^2``."""
+        weight, share = self.penalty_weight, torch.full_like(losses, 1 / len(losses))
         grads = list(
-            torch.autograd.grad(
-                losses,
-                trained,
-                torch.full_like(losses, 1 / len(losses)),
-                create_graph=weight > 0,
-                allow_unused=True,
-            )
+            torch.autograd.grad(losses, [*means], share, create_graph=weight > 0, allow_unused=True)
         )
         square, grad, gap = to_statistics_dtype(losses.detach()).new_zeros(()), None, None
-        for mean in reversed(means):
+        for mean in reversed(means.values()):
             grad = grads.pop()
             if mean is not None:  # a domain uses it
                 gap = -mean if grad is None else grad - mean
@@ -190,16 +95,4 @@ class IGA(DomainOptimizer):
         del grad, gap  # the graph has what it needs
         if square.requires_grad:
             (weight * square).backward()
-        assert losses.grad_fn is not None
-        release(Graph(losses.grad_fn).nodes)  # neither backward may have passed all of it
         return square.detach()
-
-    def _compare(self, losses: Tensor, total: Tensor, count: int, d: int) -> None:
-        again = to_statistics_dtype(losses.detach()).sum()
-        if len(losses) != count or not torch.allclose(again, total, rtol=1e-4, equal_nan=True):
-            raise RuntimeError(
-                f"closure: called a second time for domain {d} it returned other losses (mean "
-                f"{float(again) / len(losses):.6g}, {len(losses)} samples) than the first time "
-                f"({float(total) / count:.6g}, {count} samples). Draw the batch before opt.step, "
-                "and take random numbers from torch's default generators"
-            )

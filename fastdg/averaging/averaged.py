@@ -2,31 +2,107 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from ..core.optimizer import DomainOptimizer
+from .._torch import not_compiled
+from ..core import amp, errors
+from ..core.base_optimizer import check_result
+from ..core.base_state import is_new
+from ..core.checkpoint import begin
+from ..core.declared_state import PerParameter, Rows, RunValue
+from ..core.nesting import chain, innermost
+from ..core.optimizer import Closure, DomainOptimizer
 from ..distributed.sharding import reshard
-from .averages import Segments
+from ..dtypes import to_statistics_dtype
+from ..gradients.tape import Tape
+from .averages import Segments, finite
+
+_average = get_swa_multi_avg_fn()
+_WAY = (
+    "save with torch.save, or turn its files into one, which is loaded as a whole, with "
+    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+)
+_SEGMENTS = Rows(
+    "segments",
+    "the number of losses",
+    lambda opt, group: len(group.get(f"{opt.prefix}_losses", ())),
+)
+
+
+def _zeros(opt: Averaged) -> dict[Tensor, Tensor]:
+    like = [p for parameters in opt._alike() for p in parameters]
+    return {p: torch.zeros_like(to_statistics_dtype(p.detach())) for p in like}
+
+
+def _none(opt: Averaged) -> dict[Tensor, Tensor]:
+    return {p: zero.new_zeros((0, *zero.shape)) for p, zero in _zeros(opt).items()}
 
 
 class Averaged(DomainOptimizer):
-    """Base of wrappers that keep an average of the weights beside the model."""
+    """Base of wrappers that keep an average of the weights beside the model.
+
+    Every step's weights join the mean of a segment; what becomes of the segments the class decides,
+    see `Segments`. Around a plain optimizer `backward` and ``statistics`` are those of `ERM`,
+    around a wrapper that one's.
+    """
 
     role = "average"
     looks_at_samples = False
-    _network: nn.Module  # which goes with this wrapper wherever it is copied
-    _shown: bool  # the model has the averaged weights for a while
+    model: nn.Module
+    _shown = False  # whether the model has the averaged weights for a while
     _transient = (*DomainOptimizer._transient, "_shown")
+
+    segment = PerParameter("segment", "average of a segment", begin=_zeros, way=_WAY)
+    pending = PerParameter("pending", "averages that wait", rows=_SEGMENTS, begin=_none, way=_WAY)
+    average = PerParameter(
+        "average",
+        "average",
+        begin=_zeros,
+        needed=lambda opt, group: group.get(f"{opt.prefix}_average_steps"),
+        way=_WAY,
+    )
+    # Of `segment`, of each that waits, and of `average`; lists are replaced, never changed
+    segment_steps = RunValue(0)
+    pending_steps = RunValue[list[int]]([])
+    losses = RunValue[list[float]]([])  # at the end of each segment that waits
+    average_steps = RunValue(0)
+    threshold = RunValue[float | None](None)  # of a valley
+    early = RunValue(0)
+    finished = RunValue(False)  # the valley has ended, so that the average changes no more
+
+    @property
+    def started(self) -> bool:
+        """Whether a valley was found."""
+        return self.threshold is not None
 
     @abstractmethod
     def _segments(self) -> Segments:
         """What the average is made of."""
+
+    # -- the averages --
+
+    def loss_of_ranks(self, name: str, value: Any) -> float:
+        """The mean of a number over the ranks.
+
+        Raises:
+            TypeError, ValueError: it is not a finite number, or that of another rank is not.
+        """
+        try:
+            own = finite(name, value)
+        except (TypeError, ValueError):
+            self._ranks.mean(math.nan)  # the others wait for this rank
+            raise
+        return finite(f"{name}: on some rank", self._ranks.mean(own))
 
     @torch.no_grad()
     def averaged(self) -> AveragedModel:
@@ -36,9 +112,9 @@ class Averaged(DomainOptimizer):
             RuntimeError: no step was made yet.
         """
         weights, count = self._segments().mean()
-        copied = AveragedModel(self._network)
+        copied = AveragedModel(self.model)
         copied.n_averaged.fill_(count)
-        pairs = zip(copied.module.parameters(), self._network.parameters(), strict=True)
+        pairs = zip(copied.module.parameters(), self.model.parameters(), strict=True)
         for own, p in pairs:
             if p in weights:
                 own.copy_(weights[p])
@@ -51,7 +127,7 @@ class Averaged(DomainOptimizer):
         Raises:
             RuntimeError: no step was made yet.
         """
-        reshard(self._network)
+        reshard(self.model)
         for p, weight in self._segments().mean()[0].items():
             p.copy_(weight)
 
@@ -63,19 +139,128 @@ class Averaged(DomainOptimizer):
         Raises:
             RuntimeError: no step was made yet.
         """
-        reshard(self._network)
-        tensors = [*self._network.parameters(), *self._network.buffers()]
+        reshard(self.model)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         self.apply()
         self._shown = True
         try:
-            yield self._network
+            yield self.model
         finally:
             self._shown = False
-            reshard(self._network)
+            reshard(self.model)
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+
+    # -- training --
+
+    def backward(
+        self,
+        losses: Tensor,
+        domains: Tensor | int | None = None,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """That of the wrapper inside, or of `ERM`; see there."""
+        if not isinstance(self.base, DomainOptimizer):
+            return super().backward(losses, domains, final, scaler=scaler, **inputs)
+        loss = self.base.backward(losses, domains, final, scaler=scaler, **inputs)
+        if final:
+            self._mark_grad_owned()
+        return loss
+
+    def _evaluate(self, closure: Closure) -> Tensor:
+        """Run a closure for a plain optimizer, and backward on the losses if it returned them."""
+        result = closure()
+        if not isinstance(result, tuple):
+            return result
+        losses, domains, inputs = check_result(result)
+        return self.backward(losses, domains, **inputs)
+
+    def _step(self, closure: Closure | None) -> Tensor | None:
+        """A step of the optimizer inside; its new weights join the average."""
+        if self._shown:
+            raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
+        probe = closure is None and errors.is_probe(self.base)
+        if not isinstance(self.base, DomainOptimizer):
+            if self._micro_batches:
+                raise errors.no_backward(type(self).__name__, staged=True)
+            amp.refuse_scaled(self)
+            closure = None if closure is None else partial(self._evaluate, closure)
+        moves = not probe or is_new(innermost(self.base))
+        loss = self._step_base(closure) if moves else None
+        self._release_grad()
+        if probe:
+            begin(self, [p for p in self._names if p.grad is not None])
+        else:
+            self._commit()
+        return loss
+
+    @not_compiled
+    def _commit(self) -> None:
+        self._count()
+        self.steps += 1
+        if not self.finished:
+            kept = self.segment
+            for alike in self._alike():
+                kept.update(
+                    {p: to_statistics_dtype(p.detach()).clone() for p in alike if p not in kept}
+                )
+                averages = [kept[p] for p in alike]
+                now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
+                _average(averages, now, self.segment_steps)  # of which the first is a copy
+            self.segment_steps += 1
+        for name, tensors in self._own_state.items():
+            for p, tensor in tensors.items():
+                if p.grad is not None:  # the wrapped optimizer has made its own state by now
+                    self.state[p][f"{self.prefix}_{name}"] = tensor
+
+    def _alike(self) -> list[list[Tensor]]:
+        """The parameters that are averaged, by device and dtype."""
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self.model.parameters():
+            if p in self._names:
+                groups.setdefault((p.device, p.dtype), []).append(p)
+        return list(groups.values())
+
+    # -- around another wrapper --
+
+    def _follow(self) -> None:
+        super()._follow()
+        self._share_extent()
+
+    def _share_extent(self) -> None:
+        """Tell the wrappers inside the number of domains that was given here."""
+        for link in chain(self.base):
+            own = getattr(link, "num_domains", None)
+            if self.num_domains is None or own == self.num_domains:
+                continue
+            if own is not None:
+                raise ValueError(
+                    f"num_domains: expected {own}, as the {type(link).__name__} inside has, got "
+                    f"{self.num_domains}; give it to one of them"
+                )
+            link.num_domains = self.num_domains  # type: ignore[attr-defined]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """Whether a ``torch.amp.GradScaler`` shows itself to `step`: for the wrapper inside, or
+        since `backward` was given it."""
+        return isinstance(self.base, DomainOptimizer) or self._scaler is not None
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Those of the wrapper inside; around a plain optimizer, of the last final `backward`."""
+        inner = isinstance(self.base, DomainOptimizer)
+        return self.base.statistics if inner else self._statistics  # type: ignore[attr-defined]
+
+    @property
+    def tape(self) -> Tape:
+        """That of the wrapper inside, or its own."""
+        return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
 
     def _clear(self) -> None:
         super()._clear()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import foreach_copy_, not_compiled
+from .._torch import foreach_copy_
 
 KINDS: dict[str, Callable[[Tensor], bool]] = {
     "buffers": torch.is_floating_point,
@@ -51,25 +49,6 @@ class Buffers:
             pieces = start.split([b.numel() for b in tensors])
             views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
             foreach_copy_(tensors, views)
-
-
-class Before:
-    """A forward pre-hook that neither keeps ``owner`` alive nor follows a copied or pickled
-    model."""
-
-    def __init__(self, owner: Any = None) -> None:
-        self.owner = weakref.ref(owner) if owner is not None else lambda: None
-
-    @not_compiled
-    def __call__(self, module: nn.Module, args: Sequence[Any]) -> None:
-        if (owner := self.owner()) is not None:
-            owner._before_forward()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Before:
-        return Before()
-
-    def __reduce__(self) -> tuple[type[Before], tuple[()]]:
-        return Before, ()
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:

@@ -12,10 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .._torch import pytree, version_of
+from .._torch import pytree
 from ..distributed.sharding import sharded
+from ..warn import warn_user
 from .axes import Axes
 from .backbones import find_layers
+from .graph_notes import Seen
 
 Layout: TypeAlias = tuple[int, int]  # the dimensions of the samples and of the channels
 LAYOUTS: dict[str, Layout] = {"NC": (0, 1), "NLC": (0, -1), "LNC": (1, -1)}
@@ -154,6 +156,16 @@ class Oracle:
                 found = zlib.crc32(octets.numpy(), found)
         return found
 
+    def recognise(self, group: dict[str, Any], key: str, steps: int) -> None:
+        """Note in a parameter group which oracle a run has, and warn if it had another before."""
+        before, group[key] = group.get(key, 0), self.fingerprint()
+        if before not in (0, group[key]):
+            warn_user(
+                f"oracle: the loaded run made its {steps} steps with another oracle, or another "
+                "dtype= of it. Make the wrapper from the same pre-trained weights before the model "
+                "loads its own, or pass the network that has them as oracle="
+            )
+
     @torch.no_grad()
     def maps(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], layouts: dict[str, Layout | None]
@@ -168,11 +180,11 @@ class Oracle:
             if layouts[name] is None:
                 assert axes is not None
                 layouts[name] = layout_of(name, axes, found[name])
-            versions[name] = version_of(found[name])
+            seen[name] = Seen.now(found[name])
             if len(found) == len(self.names):
                 raise _Enough
 
-        versions: dict[str, int] = {}
+        seen: dict[str, Seen] = {}
         layers = find_layers(self.network, self.names, "oracle")
         handles = [
             layer.register_forward_hook(lambda module, inputs, out, name=name: see(name, out))
@@ -196,7 +208,7 @@ class Oracle:
         for name in self.names:
             if name not in found:
                 raise RuntimeError(not_run(name, "oracle"))
-            if version_of(found[name]) != versions[name]:
+            if seen[name].changed():
                 raise changed_in_place(name, "oracle")
         return found
 

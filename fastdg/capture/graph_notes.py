@@ -7,13 +7,14 @@ forwards there are.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from .._torch import functorch_active, jit_tracing, not_compiled, pytree
+from .._torch import functorch_active, jit_tracing, not_compiled, pytree, version_of
 
 _KEY = "fastdg_left"
 
@@ -95,6 +96,32 @@ def found(losses: Tensor, owner: object) -> list[Any]:
                 seen.add(below)
                 pending.append(below)
     return values
+
+
+class Seen(NamedTuple):
+    """What a module returned, and the version of that tensor then."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> Seen:
+        return cls(tensor, version_of(tensor))
+
+    def changed(self) -> bool:
+        """Whether the tensor was changed in place since."""
+        return version_of(self.tensor) != self.version
+
+
+def hook_on(register: Callable[..., Any], owner: object, method: str, *args: Any) -> None:
+    """Register a hook of a module that calls a method of ``owner``, for as long as that lives.
+
+    Args:
+        register: ``module.register_forward_hook`` or the like; or a partial of it.
+        args: what the method is given before what the hook is.
+    """
+    handle = register(Hook(owner, method, *args))
+    weakref.finalize(owner, handle.remove).atexit = False
 
 
 class Hook:

@@ -22,13 +22,18 @@ BIAS = math.log(math.expm1(START - FLOOR))
 class VarianceEncoder(nn.Module):
     """The variance of one layer's channels, and how likely the oracle's maps are with it."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, layout: Layout | None) -> None:
         super().__init__()
         # How many channels there are is seen in the first forward
         self.bias = nn.Parameter(
             torch.empty(0, dtype=to_statistics_dtype(like).dtype, device=like.device)
         )
-        self.layout: Layout | None = None
+        self.layout = layout
+
+    def begin(self, channels: int, device: torch.device) -> None:
+        """The number of channels is known: b gets its size, if it has none."""
+        if self.bias.numel() == 0:
+            self.bias.data = self.bias.new_full((channels,), BIAS, device=device)
 
     def forward(self, features: Tensor, oracle: Tensor) -> Tensor:
         sample, channel = self.layout or (0, 1)

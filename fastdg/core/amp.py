@@ -18,14 +18,13 @@ from torch.optim import Optimizer
 from .._torch import scale_of, scaler_state, takes_scale
 from ..distributed.sharding import sharded
 from . import errors
+from .base_optimizer import Wrapping
 from .nesting import chain, innermost
-
-DomainOptimizer = Any  # of `optimizer.py`, which imports this
 
 _SHOWN = ("grad_scale", "found_inf")  # what the scaler sets on an optimizer before its step
 
 
-def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
+def factor(opt: Wrapping, scaler: Any, losses: Tensor) -> Tensor | None:
     """The scaler's factor for this `backward` (0-dim, on the device), None if there is none.
 
     Raises:
@@ -70,7 +69,7 @@ def factor(opt: DomainOptimizer, scaler: Any, losses: Tensor) -> Tensor | None:
     return scale
 
 
-def refuse_scaled(opt: DomainOptimizer) -> None:
+def refuse_scaled(opt: Wrapping) -> None:
     """Raise if a step is about to be made on gradients that have a factor."""
     if opt._scaler is not None:
         raise RuntimeError(
@@ -80,7 +79,7 @@ def refuse_scaled(opt: DomainOptimizer) -> None:
         )
 
 
-def step(opt: DomainOptimizer, closure: Any) -> None:
+def step(opt: Wrapping, closure: Any) -> None:
     """``opt.step()`` where it is called by ``scaler.step(opt)``.
 
     Where the scaler has found an infinity nothing moves. A fused optimizer inside takes the factor
@@ -115,7 +114,7 @@ def step(opt: DomainOptimizer, closure: Any) -> None:
         raise
 
 
-def _caller(opt: DomainOptimizer, closure: Any) -> GradScaler:
+def _caller(opt: Wrapping, closure: Any) -> GradScaler:
     """The scaler that calls, if it is the one whose factor is in ``.grad``, just once."""
     name = type(opt).__name__
     maker = next((link for link in chain(opt) if link.role != "average"), opt)

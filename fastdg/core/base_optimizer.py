@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ class Wrapping(Optimizer):
     _scaler: GradScaler | None  # by whose factor it is too large
     _micro_batches: list[Any]  # of what `_batch` makes, or of what `_on_micro_batch` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _before: dict[str, Any] | None = None  # states of objects before a step that may be skipped
     # A parameter, and the .grad it was given
     _owned_grad: tuple[Tensor, weakref.ref[Tensor]] | None = None
     _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
     _reads_grad = False  # in `_prepare`
+    _resumed = False  # from a state that was loaded, and no step was made since
     # Which parameters' per-sample gradients the algorithm looks at: "head" (those of the last layer
     # before the losses), "all", a list of names or parameters, or a predicate (name, parameter)
     params: Any = "all"
@@ -47,6 +49,7 @@ class Wrapping(Optimizer):
         "_owned_grad",
         "_stepping",
         "_pending",
+        "_before",
         "_statistics",
         "_scale",
         "_scaler",
@@ -115,6 +118,7 @@ class Wrapping(Optimizer):
     def _release_grad(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""
         self._ready, self._owned_grad, self._scaler, self._pending = False, None, None, None
+        self._before = None
 
     def _step_base(self, *args: Any) -> Any:
         """A step of the optimizer inside."""
@@ -123,6 +127,10 @@ class Wrapping(Optimizer):
             return self.base.step(*args)
         finally:
             self._stepping = False
+
+    def _step(self, closure: Callable[..., Any] | None) -> Tensor | None:
+        """`step`, where no GradScaler is between it and the caller."""
+        raise NotImplementedError
 
     def _skip(self) -> None:
         """Called in place of a step that a GradScaler skips: own state stays as it is."""
@@ -178,20 +186,14 @@ def check_base(base: Any, name: str) -> None:
         )
 
 
-def check_extent(num_domains: Any, model: Any) -> None:
-    """Raise unless these are a number of domains and a model, or None."""
-    integer = isinstance(num_domains, int) and not isinstance(num_domains, bool)
-    if num_domains is not None and (not integer or num_domains < 1):
-        raise ValueError(f"num_domains: expected an integer >= 1, got {num_domains!r}")
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-
-
-def check_result(result: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """What a closure returned, if it is ``(losses, domains)``, with the further inputs of
-    `backward` as a third or without."""
-    if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], dict):
-        return result
+    `backward` as a third or without; of an algorithm that ``takes`` one, itself."""
+    if isinstance(result, tuple) and len(result) == 3:
+        if isinstance(result[2], dict):
+            return result
+        if len(takes) == 1:
+            return *result[:2], {takes[0]: result[2]}
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             "closure: expected it to return (losses, domains) and to leave backward to step, or to "

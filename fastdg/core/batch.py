@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..capture.head_output import HeadOutput
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
 from ..gradients.tape import Resolved
@@ -30,13 +31,15 @@ class PenaltyOutput(NamedTuple):
 @dataclass
 class Batch:
     """One staged micro-batch: its losses, its domains, what the tape knows of its forward, what
-    terms add to each loss ``[N]``, and the factor of the `backward`'s GradScaler, 0-dim."""
+    terms add to each loss ``[N]``, the factor of the `backward`'s GradScaler, 0-dim, and the logits
+    of the losses, where an algorithm asks for them."""
 
     losses: Tensor
     partition: Partition
     resolved: Resolved
     terms: Tensor | None
     scale: Tensor | None
+    output: HeadOutput | None = field(default=None, kw_only=True)
 
 
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:

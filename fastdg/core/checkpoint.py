@@ -18,11 +18,31 @@ from ..warn import warn_user
 from . import errors
 from .base_optimizer import Wrapping
 from .base_state import is_standard, own_part
+from .declared_state import Group, declared_state
 from .nesting import chain, innermost
 
-Stateful = Any  # of `state.py`, which imports this
-
 Kept = dict[str, dict[Tensor, Tensor]]
+
+
+class Keeping(Wrapping):
+    """What is asked here of a wrapper that keeps state; `Stateful` does it."""
+
+    _names: dict[Tensor, str]
+    _own_state: Kept
+    _loading = False
+    _group: dict[str, Any]
+
+    def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        raise NotImplementedError
+
+    def _remember(self) -> None:
+        raise NotImplementedError
+
+    def _split_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _finish_load(self) -> None:
+        raise NotImplementedError
 
 
 class Loading:
@@ -33,7 +53,7 @@ class Loading:
     long as its user wants, and one that is copied hooks itself onto its own optimizer.
     """
 
-    def __init__(self, wrapper: Stateful | None = None) -> None:
+    def __init__(self, wrapper: Keeping | None = None) -> None:
         self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -42,7 +62,7 @@ class Loading:
     def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
         return Loading()
 
-    def _idle(self) -> Stateful | None:
+    def _idle(self) -> Keeping | None:
         wrapper = self.wrapper() if self.wrapper is not None else None
         return None if wrapper is None or wrapper._loading else wrapper
 
@@ -121,7 +141,7 @@ def split(
     return kept, rest
 
 
-def catch_up(wrapper: Stateful) -> None:
+def catch_up(wrapper: Keeping) -> None:
     """Notice a state that was loaded into the wrapped optimizer, if that calls no hooks.
 
     Raises:
@@ -129,7 +149,7 @@ def catch_up(wrapper: Stateful) -> None:
     """
     if wrapper._group is wrapper.param_groups[0]:
         return
-    if isinstance(wrapper.base, Wrapping):
+    if isinstance(wrapper.base, Keeping):
         catch_up(wrapper.base)
     saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
     pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
@@ -139,7 +159,7 @@ def catch_up(wrapper: Stateful) -> None:
 
 
 def check_complete(
-    wrapper: Stateful,
+    wrapper: Keeping,
     state_dict: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> None:
@@ -169,7 +189,49 @@ def check_complete(
         warn_user(message)
 
 
-def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:
+def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
+    """Refuse a state that does not fit what the wrapper declares, before anything is changed.
+
+    Args:
+        kept: the wrapper's tensors in it.
+        group: its first one.
+
+    Raises:
+        ValueError: a run that has made steps lacks tensors; they have other shapes, or are of
+            another number of domains; an object cannot have the state that was saved.
+    """
+    name, steps = type(wrapper).__name__, group.get(f"{wrapper.prefix}_steps", 0)
+    for state in declared_state(type(wrapper)).tensors:
+        if not state.needed(wrapper, group):
+            continue
+        key = f"{wrapper.prefix}_{state.key}"
+        counted = state.rows
+        rows = None if counted is None else counted.number(wrapper, group)
+        if steps and not kept[state.key] and rows != 0:
+            raise ValueError(
+                f"state_dict: it comes from a {name} run of {steps} steps but has no {key}, so the "
+                f"{state.what} would silently start anew. torch.distributed.checkpoint fills in "
+                f"only what the optimizer already has: {state.way}"
+            )
+        for p, tensor in kept[state.key].items():
+            if counted is not None and rows is not None and len(tensor) != rows:
+                raise ValueError(
+                    f"state_dict: {key} has {len(tensor)} {counted.unit}, but {counted.source} is "
+                    f"{rows}"
+                )
+            if not state.fits(p, tensor):
+                own, each = tensor.shape, ""
+                if counted is not None:
+                    own, each = own[1:], f" for each of the {counted.unit}"
+                raise ValueError(
+                    f"state_dict: {key} of {wrapper._names[p]} has shape {tuple(own)}{each}, but "
+                    f"the parameter has shape {tuple(p.shape)}"
+                )
+    for item in declared_state(type(wrapper)).objects:
+        item.check(wrapper, group)
+
+
+def begin(wrapper: Keeping, parameters: Iterable[Tensor]) -> None:
     """Give the wrapper's tensors of a new run to those of ``parameters`` that lack them.
 
     torch.distributed.checkpoint, which loads into what an optimizer already has, makes a step with
@@ -177,24 +239,25 @@ def begin(wrapper: Stateful, parameters: Iterable[Tensor]) -> None:
     needs none: an entry of ours alone would pass for it.
     """
     there = set(parameters)
-    for name, tensors in wrapper._initial_state().items():
-        for p in there & tensors.keys() - wrapper._own_state[name].keys():
-            wrapper._own_state[name][p] = tensors[p]
+    for state in declared_state(type(wrapper)).tensors:
+        kept, tensors = wrapper._own_state[state.key], state.begin(wrapper)
+        for p in there & tensors.keys() - kept.keys():
+            kept[p] = tensors[p]
     for p, key, tensor in wrapper._own_tensors():
         if p in there:
             wrapper.state[p][key] = tensor
 
 
-def adopt(wrapper: Stateful) -> None:
+def adopt(wrapper: Keeping) -> None:
     """Take over what an optimizer that was wrapped before, or is born with state, has."""
     for p in wrapper._names:
-        for name in wrapper.tensors:
+        for name, kept in wrapper._own_state.items():
             if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
-                wrapper._own_state[name][p] = to_statistics_dtype(tensor)
+                kept[p] = to_statistics_dtype(tensor)
     begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
 
 
-def without_others(wrapper: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
+def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state without what wrappers that are not in this chain have left in it.
 
     Raises:

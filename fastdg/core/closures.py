@@ -1,4 +1,4 @@
-"""Batches of one domain: closures that are asked for one, and a check."""
+"""Closures that run the model on the domain they are asked for, and batches of one domain."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from .._torch import assert_later
-from ..domains import as_ids, readable
+from ..domains import as_ids, partition, readable
+from ..dtypes import to_statistics_dtype
+from ..gradients.graph import Graph
+from ..gradients.release import release
+from ..gradients.tape import check_losses
+from . import errors
+from .backward import accumulate, check_reached, hooks_at_the_end, put
 from .base_optimizer import check_result
+from .nesting import terms_of
+from .rerun import Start
+
+Gradients = dict[Tensor, Tensor | None]  # None: of a parameter that is not used
 
 
 def asks_for_domain(closure: Callable[..., Any]) -> bool:
@@ -46,7 +56,143 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
         raise ValueError(f"{message}; got domains {got[:8]}")
 
 
-def together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+class DomainClosure:
+    """A closure that runs the model on one domain, as an algorithm asks it.
+
+    Either `steps` makes a step on each domain, or `two_passes` runs all domains twice before one.
+
+    Args:
+        opt: the wrapper.
+        closure: ``closure(d)`` returns the losses of domain d, or ``(losses, domains)``.
+    """
+
+    def __init__(self, opt: Any, closure: Callable[[int], Any]) -> None:
+        self.opt, self.closure = opt, closure
+
+    # -- a step on each domain --
+
+    def steps(self, domains: int) -> Tensor:
+        """A `backward` and a step on each domain, but for the last step; returns the mean loss."""
+        opt = self.opt
+        seen: list[dict[str, Tensor]] = []
+        for d in range(domains):
+            if d:
+                opt._advance()
+            opt.zero_grad()
+            losses, ids, inputs = losses_of(self.closure(d), d)
+            opt.backward(losses, ids, **inputs)
+            seen.append(opt._statistics)
+        opt._statistics = {**opt._statistics, **_together(seen)}
+        return opt._statistics["loss"]
+
+    # -- two passes over all domains --
+
+    def two_passes(self, domain_penalty: Callable[[Tensor, Gradients], Tensor]) -> Tensor:
+        """``.grad`` of the mean of the domains' losses and of what a second pass adds.
+
+        Args:
+            domain_penalty: losses of one domain in the second pass, and the mean gradient -> the
+                domain's penalty, detached; its gradient this adds to ``.grad``.
+
+        Returns:
+            The mean loss of all samples, detached.
+
+        In between, random numbers and the modules' buffers are put back. The graph of one domain
+        alone is alive. Hooks on parameters are called once, with the final gradient.
+        """
+        opt, name = self.opt, type(self.opt).__name__
+        errors.refuse_ranks(
+            f"{name}.step(closure)", "call opt.backward(losses, domains) and opt.step()"
+        )
+        errors.refuse_groups(opt.param_groups, name)
+        if terms := terms_of(opt):
+            raise ValueError(
+                f"closure: {name} runs a closure that asks for a domain twice, which "
+                f"{type(terms[0]).__name__} cannot follow; call opt.backward(losses, domains) on a "
+                "mixed batch"
+            )
+        if opt.num_domains is None:
+            raise ValueError(
+                "num_domains: opt.step(closure) asks for the losses of each domain in turn; pass "
+                f"num_domains= to {name}"
+            )
+        opt.zero_grad()
+        try:
+            with hooks_at_the_end(self._trained()):
+                loss = self._passes(opt.num_domains, domain_penalty)
+        except BaseException:
+            opt.zero_grad()
+            raise
+        check_reached(opt.param_groups, name)
+        opt._mark_grad_owned()
+        return loss
+
+    def _passes(
+        self, domains: int, domain_penalty: Callable[[Tensor, Gradients], Tensor]
+    ) -> Tensor:
+        opt, trained = self.opt, self._trained()
+        start = Start(opt.param_groups[0]["params"][0].device)
+        sums, counts = [], []
+        with start.watched():
+            for d in range(domains):
+                losses = self._ask(d)
+                sums.append(to_statistics_dtype(losses.detach()).sum())
+                counts.append(len(losses))
+                losses.backward(torch.full_like(losses, 1 / (len(losses) * domains)))
+                del losses
+        means = {p: p.grad for p in trained}
+        put(dict.fromkeys(trained))
+        start.again()
+        penalty = sums[0].new_zeros(())
+        for d in range(domains):
+            losses = self._ask(d)
+            if opt.check and opt.steps == 0:
+                _compare(losses, sums[d], counts[d], d)
+            penalty = penalty + domain_penalty(losses, means)
+            assert losses.grad_fn is not None
+            release(Graph(losses.grad_fn).nodes)  # no backward may have passed all of it
+            del losses
+        for p, mean in means.items():
+            if mean is not None:
+                accumulate(p, mean)
+        total, count = torch.stack(sums), torch.tensor(counts)
+        count = count.to(total.device, non_blocking=True)
+        domain_loss = total / count.to(total.dtype)
+        opt._statistics = {
+            "loss": total.sum() / sum(counts),
+            "domain_loss": domain_loss,
+            "domain_count": count,
+            "penalty": penalty,
+            "objective": domain_loss.mean() + opt.penalty_weight * penalty,
+        }
+        return opt._statistics["loss"]
+
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.opt.param_groups for p in group["params"] if p.requires_grad]
+
+    def _ask(self, d: int) -> Tensor:
+        held = {p: p.grad for p in self._trained()}
+        put(dict.fromkeys(held))  # closures clear gradients, by custom
+        losses, domains, _ = losses_of(self.closure(d), d)
+        put(held)
+        check_losses(losses)
+        partition(domains, losses, self.opt.num_domains)
+        check_same(domains, d, f"closure: it was asked for the losses of domain {d}")
+        return losses
+
+
+def _compare(losses: Tensor, total: Tensor, count: int, d: int) -> None:
+    again = to_statistics_dtype(losses.detach()).sum()
+    if len(losses) != count or not torch.allclose(again, total, rtol=1e-4, equal_nan=True):
+        raise RuntimeError(
+            f"closure: called a second time for domain {d} it returned other losses (mean "
+            f"{float(again) / len(losses):.6g}, {len(losses)} samples) than the first time "
+            f"({float(total) / count:.6g}, {count} samples). Draw the batch before opt.step, "
+            "and take random numbers from torch's default generators"
+        )
+
+
+def _together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The statistics of several inner steps as those of one."""
     counts = torch.stack([s["domain_count"] for s in seen])
     losses = torch.stack([s["domain_loss"] for s in seen])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from dataclasses import InitVar
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,20 @@ from ..gradients.sharded import leaf_of
 from ..gradients.tape import Tape
 from ..statistics.api import explain
 from . import checkpoint, errors
-from .base_optimizer import check_base, check_extent, check_params, names_of
+from .base_optimizer import check_base, check_params, names_of
+from .declared_state import RunValue, declared_state
 from .hyper import (
+    NEEDED,
     Hyper,
+    NotKept,
+    argument,
     bound,
+    check_extent,
     check_keywords,
+    check_model,
     declared,
     declared_signature,
-    needed,
+    option,
     own_signature,
 )
 from .nesting import check_order
@@ -35,11 +40,11 @@ from .state import Stateful
 class Configured(Stateful):
     """Takes the arguments that its class declares, and follows what the optimizer is given."""
 
-    if TYPE_CHECKING:  # the arguments of every wrapper, before those that its class declares
-        base: Optimizer = needed(lambda base: base, kw_only=False)
-        num_domains: int | None = None
-        model: InitVar[nn.Module | None] = None
-        check: bool = True
+    if TYPE_CHECKING:  # before all that is declared
+        base: Optimizer = argument(kw_only=False)
+    num_domains: int | None = option(None, check_extent)
+    model: InitVar[nn.Module | None] = NotKept(None, check_model)
+    check: bool = option(True, show=None)
 
     penalises = True  # adds a term that an optimizer which ascends would turn around
 
@@ -48,7 +53,7 @@ class Configured(Stateful):
         if not hasattr(cls, "prefix") and not cls.__module__.startswith("fastdg."):
             cls.prefix = cls.__name__.lower()
         cls.__signature__ = (  # type: ignore[attr-defined]
-            declared_signature(cls, COMMON)
+            declared_signature(cls)
             if cls.__init__ is Configured.__init__
             else own_signature(cls.__init__)
         )
@@ -57,56 +62,57 @@ class Configured(Stateful):
         check_keywords(cls, keywords)
         return super().__new__(cls)
 
-    def __init__(
-        self,
-        base: Optimizer,
-        *places: Any,
-        num_domains: int | None = None,
-        model: nn.Module | None = None,
-        check: bool = True,
-        **given: Any,
-    ) -> None:
+    def __init__(self, base: Any = NEEDED, *places: Any, **given: Any) -> None:
+        name = type(self).__name__
         if not hasattr(type(self), "prefix"):
             raise TypeError(
-                f"{type(self).__name__}: it is a base class. Derive from it and write objective(), "
-                "or use fastdg.ERM."
+                f"{name}: it is a base class. Derive from it and write objective(), or use "
+                "fastdg.ERM."
+            )
+        if base is NEEDED:
+            raise TypeError(
+                f"base: {name} needs the optimizer that it wraps: "
+                f"fastdg.{name}(torch.optim.Adam(model.parameters()))"
             )
         check_order(self, base)
-        check_base(base, type(self).__name__)
-        errors.refuse_groups(base.param_groups, type(self).__name__, self.penalises)
-        check_extent(num_domains, model)
-        self.base = base
-        self.num_domains = num_domains
-        self.check = check
+        check_base(base, name)
+        errors.refuse_groups(base.param_groups, name, self.penalises)
         values, kinds = bound(type(self), places, given), declared(type(self))
-        hypers = {name: values[name] for name, o in kinds.items() if isinstance(o, Hyper)}
-        for name in values.keys() - hypers.keys():
-            setattr(self, name, values[name])
+        self.base = base
+        for key, o in kinds.items():
+            if not isinstance(o, Hyper):
+                setattr(self, key, values[key])
+        hypers = {
+            key: o.fill(self) if values[key] is None and o.fill is not None else values[key]
+            for key, o in kinds.items()
+            if isinstance(o, Hyper)
+        }
         self._start()
-        self._own_state: dict[str, dict[Tensor, Tensor]] = {name: {} for name in self.tensors}
+        self._own_state: dict[str, dict[Tensor, Tensor]] = {
+            state.key: {} for state in declared_state(type(self)).tensors
+        }
+        model = values.get("model")
         self._names = names_of(self.param_groups, model, self._known())
         check_params(self.params, self._names, self.param_groups, model)
         Optimizer.__setstate__(self, {})  # every hook table torch knows, and nothing else
         self._look(model)
         self._clear()
         checkpoint.attach(self)
-        self._given = {"steps": 0, **self._counters(), **hypers}
+        objects = {x.key: x.read(self) for x in declared_state(type(self)).objects if x.fresh}
+        self._given = {**declared_state(type(self)).values, **objects, **hypers}
         self.param_groups[0].update({f"{self.prefix}_{k}": v for k, v in hypers.items()})
         self._set_defaults()
         checkpoint.adopt(self)
         self._group = self.param_groups[0]
+        self._follow()
 
     def _start(self) -> None:
         """Called once, by the constructor, before anything is made of its arguments."""
 
-    def _counters(self) -> dict[str, Any]:
-        """What a new run has in the first group beside the hyper-parameters and ``steps``."""
-        return {}
+    def _follow(self) -> None:
+        """Hook onto modules that were given: called at the end of the constructor and of a copy."""
 
-    @property
-    def steps(self) -> int:
-        """Steps taken so far; kept in ``param_groups`` and so in every checkpoint."""
-        return int(self.param_groups[0].get(f"{self.prefix}_steps", 0))
+    steps = RunValue(0)  # taken so far
 
     @property
     def tape(self) -> Tape:
@@ -161,23 +167,22 @@ class Configured(Stateful):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
         Optimizer.__setstate__(self, state)
-        self._look(None)
+        self._look(vars(self).get("model"))
         self._clear()
         checkpoint.attach(self)
         self._group = self.param_groups[0]
+        self._follow()
 
     def settings(self) -> dict[str, Any]:
         """The wrapper's own settings, for ``repr`` and logs."""
-        own = {name: getattr(self, name) for name in declared(type(self))}
+        own = {
+            name: o.show(getattr(self, name))
+            for name, o in declared(type(self)).items()
+            if o.show is not None
+        }
         if isinstance(own.get("params"), list):
             own["params"] = [self._names[p] if isinstance(p, Tensor) else p for p in self.params]
-        return {**own, "num_domains": self.num_domains}
+        return own
 
 
-# `base` and the keywords of every wrapper, without self, the places and the rest
-COMMON = [
-    p
-    for p in list(inspect.signature(Configured.__init__).parameters.values())[1:]
-    if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-]
 Configured.__init_subclass__.__func__(Configured)  # type: ignore[attr-defined]

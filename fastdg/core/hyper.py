@@ -17,9 +17,18 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
 
 Check = Callable[[str, Any], Any]
 NEEDED = inspect.Parameter.empty  # an argument without a default
+
+
+def itself(value: Any) -> Any:
+    return value
+
+
+def type_name(value: Any) -> str:
+    return type(value).__name__
 
 
 class Option:
@@ -30,6 +39,8 @@ class Option:
         check: raises unless ``(name, value)`` is a good value.
         convert: value -> the one to keep.
         positional: whether it may be given by its place after ``base``.
+        show: value -> how ``repr`` shows it; None: not at all.
+        fill: wrapper -> the value in place of a None that was given.
     """
 
     def __init__(
@@ -38,8 +49,11 @@ class Option:
         check: Check | None = None,
         convert: Callable[[Any], Any] | None = None,
         positional: bool = False,
+        show: Callable[[Any], Any] | None = itself,
+        fill: Callable[[Any], Any] | None = None,
     ) -> None:
         self.default, self.convert, self.positional = default, convert, positional
+        self.show, self.fill = show, fill
         self.check = check or _anything
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -64,6 +78,16 @@ class Option:
         return inspect.Parameter(self.name, kind, default=self.default, annotation=self.annotation)
 
 
+class NotKept(Option):
+    """An argument that the wrapper does not hold: it is for the constructor alone."""
+
+    def __init__(self, default: Any, check: Check) -> None:
+        super().__init__(default, check, show=None)
+
+    def __set__(self, opt: Any, value: Any) -> None:
+        pass
+
+
 class Hyper(Option):
     """A hyper-parameter: an `Option` kept in ``param_groups[0]`` under the wrapper's prefix.
 
@@ -83,31 +107,43 @@ class Hyper(Option):
 
 # The return type is Any, so that `weight: float = hyper(1.0, check_weight)` reads as it does in a
 # dataclass; `DomainOptimizer` is one to type checkers.
-def hyper(default: Any, check: Check) -> Any:
+def hyper(default: Any, check: Check, *, fill: Callable[[Any], Any] | None = None) -> Any:
     """Declare a hyper-parameter, see `Hyper`."""
-    return Hyper(default, check)
+    return Hyper(default, check, fill=fill)
 
 
 def option(
-    default: Any, check: Check | None = None, convert: Callable[[Any], Any] | None = None
+    default: Any,
+    check: Check | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    *,
+    show: Callable[[Any], Any] | None = itself,
 ) -> Any:
     """Declare an argument that is no hyper-parameter, see `Option`."""
-    return Option(default, check, convert)
+    return Option(default, check, convert, show=show)
 
 
-def needed(convert: Callable[[Any], Any], *, kw_only: bool) -> Any:
-    """Declare an argument without a default, see `Option`; ``kw_only`` tells type checkers."""
-    return Option(NEEDED, None, convert, positional=not kw_only)
+def argument(
+    check: Check | None = None,
+    *,
+    default: Any = NEEDED,
+    convert: Callable[[Any], Any] | None = None,
+    kw_only: bool,
+    show: Callable[[Any], Any] | None = itself,
+) -> Any:
+    """Declare an argument that has no default, or may be given by its place, see `Option`;
+    ``kw_only`` tells type checkers, too."""
+    return Option(default, check, convert, not kw_only, show)
 
 
 def declared(kind: type) -> dict[str, Option]:
-    """The arguments that a class declares: its own in their order, then those of its bases."""
-    found: dict[str, Option] = {}
+    """The arguments that a class declares: its own in their order, then those of its bases, but
+    for those in place of which it has an attribute of another kind."""
+    found: dict[str, Option | None] = {}
     for base in kind.__mro__:
         for name, value in vars(base).items():
-            if isinstance(value, Option):
-                found.setdefault(name, value)
-    return found
+            found.setdefault(name, value if isinstance(value, Option) else None)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def own_signature(init: Callable[..., Any]) -> inspect.Signature:
@@ -115,18 +151,15 @@ def own_signature(init: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature(list(inspect.signature(init).parameters.values())[1:])
 
 
-def declared_signature(kind: type, common: Iterable[inspect.Parameter]) -> inspect.Signature:
-    """The signature of the constructor of a wrapper that declares its arguments.
-
-    Args:
-        kind: the wrapper.
-        common: ``base``, then the keywords of every wrapper.
-    """
-    base, *rest = common
+def declared_signature(kind: type) -> inspect.Signature:
+    """The signature of the constructor of a wrapper: ``base``, and what it declares."""
+    base = inspect.Parameter(
+        "base", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Optimizer"
+    )
     options = declared(kind).values()
     first = [o.parameter() for o in options if o.positional]
     keywords = [o.parameter() for o in options if not o.positional]
-    return inspect.Signature([base, *first, *keywords, *rest])
+    return inspect.Signature([base, *first, *keywords])
 
 
 def check_keywords(kind: type, given: Iterable[str]) -> None:
@@ -148,13 +181,22 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
                 f"{key}: {name} does not declare it as an argument. Write "
                 f"{key}: ... = hyper(default, check) in the class, from fastdg.core.hyper."
             )
-        if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
-            raise TypeError(f"{key}: {name} has no such argument; did you mean {near[0]}=?")
+        if near := nearest(key, known):
+            raise TypeError(f"{key}: {name} has no such argument; did you mean {near}=?")
         raise TypeError(
             f"{key}: {name} has no such argument; it takes {', '.join(known)}. It wraps an "
             f"optimizer, to which {key} may belong: "
             f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))"
         )
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The name among ``known`` that was meant by ``key``, if one is like it."""
+    known = list(known)
+    # Short names are the optimizer's: lr
+    longer = [name for name in known if len(key) > 3 and name.startswith(f"{key}_")]
+    near = longer or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return near[0] if near else None
 
 
 def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +222,8 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
         value = given.get(name, o.default)
         if value is NEEDED:
             raise TypeError(f"{name}: {kind.__name__} needs it. Pass {name}=.")
-        o.check(name, value)
+        if value is not None or o.fill is None:
+            o.check(name, value)
         values[name] = value
     return values
 
@@ -228,6 +271,21 @@ def check_steepness(name: str, value: Any) -> None:
 def check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_extent(name: str, value: Any) -> None:
+    if value is not None:
+        check_steps(name, value)
+
+
+def check_model(name: str, value: Any) -> None:
+    if value is not None:
+        check_module(name, value)
+
+
+def check_module(name: str, value: Any) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
 
 
 def check_generator(name: str, value: Any) -> None:

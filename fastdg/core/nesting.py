@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed.global_batch import GlobalBatch
 from ..distributed.handshake import shown
 from .base_optimizer import Wrapping
 from .batch import PenaltyOutput
+from .hyper import nearest
 
-Term = Any  # of `term.py`, which imports this
+
+class Penalty(Protocol):
+    """What a wrapper asks of the terms inside it; `Term` is one."""
+
+    def inputs(self) -> dict[str, bool]: ...
+    def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput: ...
+    def modules(self) -> Sequence[nn.Module]: ...
+
 
 TermStatistics = tuple[
     int, Tensor, Mapping[str, Tensor]
@@ -35,9 +43,9 @@ def innermost(opt: Optimizer) -> Optimizer:
     return opt
 
 
-def terms_of(opt: Optimizer) -> list[Term]:
+def terms_of(opt: Optimizer) -> list[Penalty]:
     """The terms among ``opt`` and the wrappers inside it, from the outermost on."""
-    return [link for link in chain(opt) if link.role == "term"]
+    return [cast("Penalty", link) for link in chain(opt) if link.role == "term"]
 
 
 def settings_of(opt: Optimizer) -> dict[str, str]:
@@ -78,20 +86,29 @@ def check_order(outer: Wrapping, base: Any) -> None:
 
 
 def collect_penalties(
-    terms: Sequence[Term], losses: Tensor, inputs: Mapping[str, Any], name: str
+    terms: Sequence[Penalty],
+    losses: Tensor,
+    inputs: Mapping[str, Any],
+    name: str,
+    own: Sequence[str] = (),
 ) -> PenaltyOutput | None:
     """What ``terms`` add to these losses; each is handed those of the inputs that it takes.
 
+    Args:
+        name: of the algorithm, which takes the inputs ``own`` itself.
+
     Raises:
-        TypeError: no term takes one of the inputs, or one that a term needs is missing.
+        TypeError: nobody takes one of the inputs, or one that a term needs is missing.
     """
-    known = {key for term in terms for key in term.inputs()}
+    takes = {key: type(term).__name__ for term in terms for key in term.inputs()}
+    takes |= dict.fromkeys(own, name)
     for key in inputs:
-        if key not in known:
-            takes = [f"{key!r} ({type(t).__name__})" for t in terms for key in t.inputs()]
+        if key not in takes:
+            near = nearest(key, takes)
+            known = ", ".join(f"{key}= ({of})" for key, of in takes.items()) or "none"
             raise TypeError(
-                f"{name}.backward: nothing here takes an input {key!r}; known are "
-                f"{', '.join(takes) or 'none'}"
+                f"{key}: {name}.backward has no such input; "
+                + (f"did you mean {near}=?" if near else f"known are {known}")
             )
     found = [term.added(losses, inputs) for term in terms]
     if not found:

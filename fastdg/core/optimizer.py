@@ -16,11 +16,10 @@ from ..gradients.plain import without_autocast
 from ..gradients.tape import Resolved, check_losses
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
-from .base_optimizer import (
-    check_result,
-)
+from .base_optimizer import check_result
 from .base_state import is_new
 from .batch import Batch, described
+from .closures import DomainClosure, asks_for_domain
 from .configured import Configured
 from .nesting import (
     chain,
@@ -60,6 +59,7 @@ class DomainOptimizer(Configured):
     """
 
     compares = False  # the domains of a step, so that a step of one domain is plain training
+    takes: tuple[str, ...] = ()  # names of further inputs of `backward`, handed to `_batch`
     looks_at_samples = True  # whether backwards for statistics run before that of the step
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
 
@@ -113,6 +113,7 @@ class DomainOptimizer(Configured):
                 staged, self._micro_batches = self._micro_batches, []
                 terms, self._term_statistics = self._term_statistics, []
                 self._global_batch: GlobalBatch = self._meet(staged)
+                self._note_objects()
                 with rollback_on_error(self.param_groups, copied=self._ranks.size > 1):
                     loss = self._gradient(staged)
             self._statistics = merged(terms, self._statistics, self._global_batch)
@@ -143,22 +144,24 @@ class DomainOptimizer(Configured):
         note: Any = losses.grad_fn.metadata  # type: ignore[union-attr]
         if note.get(_USED):
             raise errors.used_twice(type(self).__name__)
-        added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__)
-        batch = self._batch(losses, domains, added.values if added is not None else None)
+        added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__, self.takes)
+        own = {name: inputs[name] for name in self.takes if name in inputs}
+        batch = self._batch(losses, domains, added.values if added is not None else None, **own)
         if batch.resolved.chosen:
             note[_USED] = True
         self._micro_batches.append(batch)
         if added is not None:
             self._term_statistics.append(term_statistics(added))
 
-    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> Batch:
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
         resolved = UNSEEN
         if not self.looks_at_samples:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         parts = partition(domains, losses, self.num_domains)
         if self.looks_at_samples:
-            resolved = self._tape.resolve(losses)
+            resolved = self._tape.resolve(losses, warn=False)
+            self._tape.warn(resolved, _advice(type(self)))
         return Batch(losses, parts, resolved, terms, self._scale)
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
@@ -181,6 +184,14 @@ class DomainOptimizer(Configured):
     def after_step(self, record: StepRecord) -> None:
         """Called after the wrapped optimizer has stepped: the only place where own state moves."""
 
+    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
+        """Leave in ``.grad`` the gradient of a step whose closure asks for a domain; returns the
+        mean loss."""
+        raise TypeError(
+            f"closure: {type(self).__name__} calls it without an argument; return (losses, "
+            "domains) of a batch with all domains"
+        )
+
     # -- what the machinery makes of it --
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
@@ -194,10 +205,6 @@ class DomainOptimizer(Configured):
         check_reached(self.param_groups, type(self).__name__)
         self._pending, self._statistics = batch.record(), batch.statistics
         return batch.statistics["loss"]
-
-    def _known_domains(self) -> int:
-        """How many domains own state knows of already."""
-        return 0
 
     def _prepare(self) -> None:
         """Called right before the wrapped optimizer steps."""
@@ -245,10 +252,12 @@ class DomainOptimizer(Configured):
 
     def _evaluate(self, closure: Closure) -> Tensor:
         """Run the closure of a `step`, and backward on what it returns if it has not done so."""
+        if asks_for_domain(closure):
+            return self.evaluate_by_domain(DomainClosure(self, closure))
         result = closure()
         if self._ready or result is None:
             return result
-        losses, domains, inputs = check_result(result)
+        losses, domains, inputs = check_result(result, self.takes)
         return self.backward(losses, domains, **inputs)
 
     def _advance(self) -> None:
@@ -256,8 +265,9 @@ class DomainOptimizer(Configured):
         amp.refuse_scaled(self)
         self._prepare()
         self._step_base()
-        self.param_groups[0][f"{self.prefix}_steps"] = self.steps + 1
+        self.steps += 1
         self._commit()
+        self._resumed = False
         self._release_grad()
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has made its own state by now
@@ -273,6 +283,16 @@ class DomainOptimizer(Configured):
     def statistics(self) -> dict[str, Tensor]:
         """What the last final `backward` saw: detached tensors, on the device."""
         return self._statistics
+
+
+def _advice(kind: type[DomainOptimizer]) -> str:
+    """What a user's own class may say to cost less."""
+    if kind.objective.__module__.startswith("fastdg.") or not kind.looks_at_samples:
+        return ""
+    return (
+        f" If {kind.__name__}.objective asks for no gradients of samples or domains, write "
+        "looks_at_samples = False in the class"
+    )
 
 
 def check_objective(objective: Any, name: str) -> None:

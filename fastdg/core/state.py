@@ -12,32 +12,33 @@ from typing_extensions import dataclass_transform
 from .._torch import optimizer_hooks
 from . import base_state, checkpoint
 from .base_optimizer import Wrapping
-from .checkpoint import Kept
-from .hyper import needed
+from .declared_state import DOMAINS, DeclaredState, declared_state
+from .hyper import argument
 from .nesting import chain
 
 
 # To type checkers the arguments that a wrapper declares are the fields of a dataclass
-@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(needed,))
-class Stateful(Wrapping):
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(argument,))
+class Stateful(checkpoint.Keeping):
     """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
 
     Own tensors are copied and loaded in the dtype that they have, whatever that of the parameter.
     """
 
-    tensors: tuple[str, ...] = ()  # names of per-parameter tensors the algorithm keeps
-    _names: dict[Tensor, str]
-    _own_state: Kept
     _loaded_groups: Sequence[dict[str, Any]] = ()
     _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
-    _loading = False
 
     def _clear(self) -> None:
         """Forget what was staged, and what belongs to the run so far."""
 
-    def _initial_state(self) -> Kept:
-        """Own tensors as a new run has them, if their shapes are known before any forward."""
-        return {}
+    @property
+    def _declared(self) -> DeclaredState:
+        return declared_state(type(self))
+
+    def _known_domains(self) -> int:
+        """How many domains own state knows of already."""
+        kept = [self._own_state[x.key] for x in self._declared.tensors if x.rows is DOMAINS]
+        return max((len(tensor) for tensors in kept for tensor in tensors.values()), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's own ``state_dict()`` with the wrapper's state in it.
@@ -64,6 +65,21 @@ class Stateful(Wrapping):
 
     def _remember(self) -> None:
         """Write down in ``param_groups`` what is kept elsewhere, before it is saved."""
+        for state in self._declared.objects:
+            value = state.read(self)
+            if value is not None or state.fresh:
+                self.param_groups[0][f"{self.prefix}_{state.key}"] = value
+
+    def _note_objects(self) -> None:
+        """Before a step that a GradScaler may skip: what to put back then."""
+        if self._scaler is not None and self._before is None:
+            self._before = {state.key: state.read(self) for state in self._declared.objects}
+
+    def _skip(self) -> None:
+        for state in self._declared.objects:
+            if self._before and self._before[state.key] is not None:
+                state.write(self, self._before[state.key])
+        self._remember()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this wrapper, or by the bare wrapped optimizer.
@@ -93,11 +109,11 @@ class Stateful(Wrapping):
         part = checkpoint.without_others(self, part)
         groups = part["param_groups"]
         named = base_state.by_id(groups, (p for g in self.param_groups for p in g["params"]))
-        own = {f"{self.prefix}_{name}": name for name in self.tensors}
+        own = {f"{self.prefix}_{state.key}": state.key for state in self._declared.tensors}
         # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
         self._loaded, rest = checkpoint.split(part["state"], named, own)
         if sum(len(group["params"]) for group in groups) == self._size():  # or it is refused there
-            self._validate_state(self._loaded, groups)
+            checkpoint.validate(self, self._loaded, groups[0])
         self._loaded_groups = groups
         if base_state.KEY in state_dict and not isinstance(self.base, Wrapping):
             return {key: value for key, value in state_dict.items() if key != base_state.KEY}
@@ -105,7 +121,7 @@ class Stateful(Wrapping):
 
     def _finish_load(self) -> None:
         """The wrapped optimizer has loaded its part: now the wrapper does."""
-        self._own_state, self._loaded = self._loaded, {}
+        self._own_state, self._loaded, self._resumed = self._loaded, {}, True
         mark = f"{self.prefix}_"
         # Each optimizer has its own way to load its groups: the wrapper's keys are set again
         for group, loaded in zip(self.param_groups, self._loaded_groups, strict=False):
@@ -119,37 +135,9 @@ class Stateful(Wrapping):
         self._clear()
         self._set_defaults()
         self._group = self.param_groups[0]
-
-    def _validate_state(
-        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
-    ) -> None:
-        """Refuse a state that does not fit, before anything is changed."""
-
-    def _require_kept(
-        self, kept: Kept, groups: Sequence[dict[str, Any]], name: str, lost: str, way: str
-    ) -> None:
-        """Raise ValueError if a run that has made steps was saved without its tensors ``name``.
-
-        Args:
-            lost: what would start anew.
-            way: what makes an optimizer have them before it loads.
-        """
-        steps = groups[0].get(f"{self.prefix}_steps", 0)
-        if steps and not kept[name]:
-            raise ValueError(
-                f"state_dict: it comes from a {type(self).__name__} run of {steps} steps but has "
-                f"no {self.prefix}_{name}, so {lost} would silently start anew. "
-                f"torch.distributed.checkpoint fills in only what the optimizer already has: {way}"
-            )
-
-    def _check_domains(self, kept: Kept, name: str, what: str) -> None:
-        """Raise ValueError if a tensor ``name`` has not a row for each of ``num_domains``."""
-        D = getattr(self, "num_domains", None)
-        for tensor in kept[name].values():
-            if D is not None and len(tensor) != D:
-                raise ValueError(
-                    f"state_dict: its {what} has {len(tensor)} domains, but num_domains is {D}"
-                )
+        for state in self._declared.objects:
+            if (value := self._group.get(f"{self.prefix}_{state.key}")) is not None:
+                state.write(self, value)
 
     def _set_defaults(self) -> None:
         """Give the first group what it lacks of the wrapper's settings and counters."""

@@ -117,6 +117,12 @@ class StepBatch:
             before[: partition.num_domains] += partition.count
         return places
 
+    def logit_products(self, differentiable: bool) -> list[Tensor]:
+        """Derivative of each sample's loss by a factor on its logits, ``[N]`` of each micro-batch,
+        for an algorithm that stages the logits."""
+        outputs = [(part.output, part.scale) for part in self.parts if part.output is not None]
+        return [output.products(scale, differentiable) for output, scale in outputs]
+
     # -- statistics of gradients --
 
     def moments(

@@ -7,9 +7,13 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..capture.variance_encoder import BIAS, VarianceEncoder
+from .base_state import own_part, with_part
 from .batch import PenaltyOutput
+from .declared_state import PerParameter
 from .optimizer import DomainOptimizer
 
 
@@ -23,17 +27,34 @@ class Term(DomainOptimizer):
     gradients see losses with their terms; those that penalise something of the losses see the
     losses alone, and the terms' mean joins the objective.
 
-    A term implements `_term`. What that takes by keyword the user passes to `backward` of the
-    outermost wrapper, by that name; an argument without a default is needed.
+    A term implements `sample_penalty`. What that takes by keyword the user passes to `backward`
+    of the outermost wrapper, by that name; an argument without a default is needed.
     """
 
     role = "term"
     looks_at_samples = False
 
     @abstractmethod
-    def _term(self, losses: Tensor, *args: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def sample_penalty(
+        self, losses: Tensor, *args: Any, **inputs: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is added to each of ``losses`` ``[N]``, times the weight and with its graph, and
         statistics that are means over the samples, detached."""
+
+    def weighted(
+        self, parts: Mapping[str, tuple[float, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of weight times values ``[N]``, and the mean of the values by name.
+
+        What has no weight stays out: 0 * inf is NaN.
+        """
+        found = [weight * values for weight, values in parts.values() if weight > 0]
+        (_, first), *_ = parts.values()
+        total = sum(found[1:], found[0]) if found else torch.zeros_like(first)
+        if not total.requires_grad:  # where all it depends on is frozen; a backward starts here
+            total.requires_grad_()
+        names = {f"{self.prefix}_{key}": values for key, (_, values) in parts.items()}
+        return total, {name: values.detach().mean() for name, values in names.items()}
 
     def modules(self) -> Sequence[nn.Module]:
         """What owns the term's own parameters, if it has any."""
@@ -42,7 +63,7 @@ class Term(DomainOptimizer):
     def inputs(self) -> dict[str, bool]:
         """Name of each further input of `backward` that this term takes -> whether it needs it."""
         kinds = inspect.Parameter.KEYWORD_ONLY
-        parameters = inspect.signature(self._term).parameters.values()
+        parameters = inspect.signature(self.sample_penalty).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is kinds}
 
     def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput:
@@ -55,10 +76,107 @@ class Term(DomainOptimizer):
                 f"{name} needs {' and '.join(missing)}: opt.backward(losses, domains, {more})"
             )
         own = {key: value for key, value in inputs.items() if key in takes}
-        values, statistics = self._term(losses, **own)
+        values, statistics = self.sample_penalty(losses, **own)
         if values.shape != losses.shape:
             raise ValueError(
                 f"losses: there are {len(losses)}, but the forward that they come from had "
                 f"{len(values)} samples for {name}; pass one loss for each sample of the forward"
             )
         return PenaltyOutput(values, statistics)
+
+
+class TrainedTerm(Term):
+    """A term with parameters of its own, which the wrapped optimizer trains in a group that this
+    adds: with the settings of the first, and ``lr_multiplier`` times its learning rate.
+
+    They are the biases of encoders, one for a layer. A bias gets its size in the first forward, by
+    when a loaded state may have given it values; so they are kept as state, too.
+    """
+
+    lr_multiplier: float
+
+    bias = PerParameter(
+        "bias",
+        "variances",
+        begin=lambda opt: {b: b.detach() for b in opt.biases.values() if b.numel()},
+        way="run the model once, in training mode, before loading",
+    )
+
+    def _start(self) -> None:
+        self._encoders: dict[str, VarianceEncoder] = {}
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Layer -> the parameter of its encoder; empty before the first forward."""
+        return {name: encoder.bias for name, encoder in self._encoders.items()}
+
+    def modules(self) -> list[nn.Module]:
+        return list(self._encoders.values())
+
+    def _join(self, marks: Mapping[str, Any], more: Mapping[str, Any]) -> None:
+        """Find the group with the entries ``marks`` and take its parameters; or give the optimizer
+        such a group, with those and ``more``."""
+        marks = {f"{self.prefix}_{key}": value for key, value in marks.items()}
+        name, first, biases = type(self).__name__, self.param_groups[0], self.biases
+        for group in self.param_groups:
+            if all(group.get(key) == value for key, value in marks.items()):
+                for encoder, bias in zip(self._encoders.values(), group["params"], strict=True):
+                    encoder.bias = bias
+                return
+        if any("initial_lr" in group for group in self.param_groups):
+            raise ValueError(
+                "base: a scheduler was made for it, and would not know the parameter group that "
+                f"{name} adds; make the scheduler after the wrapper"
+            )
+        group = {key: value for key, value in first.items() if key in self.defaults}
+        if "lr" in first:
+            group["lr"] = first["lr"] * self.lr_multiplier
+        named = [(f"{self.prefix}.{key}", bias) for key, bias in biases.items()]
+        params = named if "param_names" in first else [bias for _, bias in named]
+        own = {f"{self.prefix}_{key}": value for key, value in more.items()}
+        self.base.add_param_group({**group, "params": params, **marks, **own})
+
+    def _own_group(self) -> int:
+        """Where among the groups that of the parameters is."""
+        own = {id(bias) for bias in self.biases.values()}
+        return next(i for i, g in enumerate(self.param_groups) if own & set(map(id, g["params"])))
+
+    def _known(self) -> dict[Tensor, str]:
+        own = {bias: f"{self.prefix}.{name}" for name, bias in self.biases.items()}
+        return {**super()._known(), **own}
+
+    def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput:
+        self._remember()
+        return super().added(losses, inputs)
+
+    def _remember(self) -> None:
+        super()._remember()
+        for bias in self.biases.values():
+            if bias.numel() and bias not in self.bias:
+                self.bias[bias] = bias.detach()
+
+    def _split_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        own = self._own_group()
+        part = own_part(state_dict, self.param_groups)
+        groups = list(part["param_groups"])
+        if len(groups) == len(self.param_groups) - 1:  # of the optimizer inside, without the term
+            ids = [f"{self.prefix}.{name}" for name in self.biases]
+            groups.insert(own, {**self.param_groups[own], "params": ids})
+            state_dict = with_part(state_dict, {**part, "param_groups": groups})
+        return super()._split_state(state_dict)
+
+    def _finish_load(self) -> None:
+        super()._finish_load()
+        loaded = dict(self.bias)
+        self.bias.clear()
+        for bias in self.biases.values():
+            if bias in loaded:
+                bias.data = loaded[bias].to(bias.dtype)
+            elif bias.numel():
+                bias.data = torch.full_like(bias, BIAS)
+        self._remember()
+
+    def _follow(self) -> None:
+        super()._follow()
+        self.bias.clear()  # of a copy they would share no memory
+        self._remember()

@@ -236,8 +236,9 @@ class Tape:
                 "or name those meant, params=[...]"
             )
 
-    def warn(self, resolved: Resolved) -> None:
-        """Say once which parameters cost more than others, why, and what would change it."""
+    def warn(self, resolved: Resolved, more: str = "") -> None:
+        """Say once which parameters cost more than others, why, and what would change it; and
+        ``more``."""
         forward = resolved.forward
         assert forward is not None
         plan = forward.plan
@@ -263,6 +264,7 @@ class Tape:
             f"params: {listed(names)} take one call of autograd for each domain "
             f"(each sample, for variances), since {reason}. The result is exact. {advice}."
             + (f" {NAMES}." if any(name.startswith("param_groups[") for name in names) else "")
+            + more
         )
 
 

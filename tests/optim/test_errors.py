@@ -279,7 +279,7 @@ def test_a_state_of_another_number_of_domains() -> None:
     model, opt = trained(Adam, num_domains=3)
     state = copy.deepcopy(opt.state_dict())
     other = wrap(Adam(copy.deepcopy(model).parameters()), num_domains=4)
-    with pytest.raises(ValueError, match="its history has 3 domains, but num_domains is 4"):
+    with pytest.raises(ValueError, match="fishr_ema has 3 domains, but num_domains is 4"):
         other.load_state_dict(state)
     assert other.steps == 0 and not other.state
     free = wrap(Adam(model.parameters()))  # as many as are seen: these three, and then more
@@ -291,7 +291,7 @@ def test_a_state_of_another_model() -> None:
     _, opt = trained(Adam)
     wide = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
     other = wrap(Adam(wide.named_parameters()))
-    with pytest.raises(ValueError, match=r"history of 2.weight has shape \(3, 5\) a domain, but"):
+    with pytest.raises(ValueError, match=r"fishr_ema of 2.weight has shape \(3, 5\) for each"):
         other.load_state_dict(opt.state_dict())
     small = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="parameter group"):

@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, Adam
 
 import fastdg
-from fastdg.algorithms import gram_surgery
-from fastdg.core.combine import combiner
+from fastdg.core.combine import combiner, weighted
 
 A = pytest.importorskip("torchjd.aggregation", reason="torchjd is not installed")
 
@@ -161,7 +160,7 @@ def test_solvers_without_state_see_the_domains_of_the_batch_alone(
 ) -> None:
     """A row of zeros would get all of MGDA's weight; ids on a GPU are waited for."""
     if not known:
-        for module in (combiner, gram_surgery):
+        for module in (combiner, weighted):
             monkeypatch.setattr(module, "readable", lambda domains: False)
     g = torch.randn(4, 6).double()
     model = given(6)

@@ -317,7 +317,7 @@ def test_a_state_without_miro_starts_it_anew() -> None:
         )
         assert opt.param_groups[1]["lr"] == RATE * opt.param_groups[0]["lr"]
         assert opt.state[opt.param_groups[0]["params"][0]]["step"] == 1
-        run(opt, opt._network, [batch])
+        run(opt, opt.model, [batch])
         assert all(bias.numel() for bias in opt.biases.values())
     state = opt.state_dict()
     for entry in state["state"].values():

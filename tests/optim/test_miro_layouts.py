@@ -277,7 +277,7 @@ def test_an_unknown_layout_is_asked_for(name: str) -> None:
     del opt
     for given in ((0, 2), {"layer": (0, -1)}):
         told = miro(Model(0, run, *(part() for part in parts)), layouts=given)
-        told._network(x)
+        told.model(x)
         assert told._encoders["layer"].layout in ((0, 2), (0, -1))
 
 

@@ -463,7 +463,7 @@ def test_what_cannot_be_mixed(mix: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"embedding": torch.zeros(3)}, TypeError, "embedding: expected the module whose output"),
+        ({"embedding": torch.zeros(3)}, TypeError, "^embedding: expected"),
         ({"classes": [1.0]}, TypeError, "classes: expected a floating-point tensor.*got list"),
         ({"classes": torch.zeros(3, 5).long()}, TypeError, r"\[C, E\], got torch.int64"),
         ({"classes": torch.zeros(5)}, ValueError, r"classes: expected a tensor \[C, E\], got \[5"),
@@ -497,13 +497,13 @@ def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: s
         ({"labels": torch.full((N,), -100)}, ValueError, "got -100 to -100"),
         ({"labels": torch.zeros(N, device="meta").long()}, ValueError,
          "labels: expected them on cpu, as the embeddings, or on the CPU, got meta"),
-        ({"logits": None}, TypeError, "logits: RISE needs the model's with teacher_logits"),
+        ({"logits": None}, TypeError, r"logits: .* with teacher_logits"),
         ({"logits": torch.zeros(N, 4)}, ValueError, r"logits: expected a tensor \[8, 3\].*got \[8"),
         ({"teacher_logits": torch.zeros(N, 4)}, ValueError,
          r"teacher_logits: expected a tensor \[8, 3\], samples and classes with texts, got \[8, 4"),
         ({"teacher_logits": torch.zeros(N, C, device="meta")}, ValueError,
          "teacher_logits: expected them on cpu, as the logits, got meta"),
-        ({"image": 1}, TypeError, "nothing here takes an input 'image'"),
+        ({"image": 1}, TypeError, "^image: .* has no such input"),
     ],
 )  # fmt: skip
 def test_bad_inputs(given: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -167,7 +167,9 @@ class GradientCombiner(DomainOptimizer):
     def combine(self, gradients: DomainGradients) -> Combined:
         """The gradient to step along."""
 
-    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None) -> DomainBatch:
+    def _batch(
+        self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any
+    ) -> DomainBatch:
         total = losses if terms is None else losses + terms
         parts = partition(domains, losses, self.num_domains)
         extent = parts.num_domains

@@ -8,8 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..declared_state import Group, ObjectState
 from ..hyper import check_generator, option
 from .combiner import Combined, GradientCombiner
+
+
+def random_state(name: str) -> ObjectState:
+    """Declare that a generator, which is the attribute ``name`` or None, is saved with a run."""
+
+    def read(opt: Any) -> Tensor | None:
+        generator = getattr(opt, name)
+        return None if generator is None else generator.get_state()
+
+    def write(opt: Any, state: Tensor) -> None:
+        getattr(opt, name).set_state(state.cpu())
+
+    def check(opt: Any, group: Group) -> None:
+        generator, state = getattr(opt, name), group.get(f"{opt.prefix}_{name}")
+        if state is None:
+            return
+        if generator is None:
+            raise ValueError(
+                f"state_dict: it has the state of a generator, but this {type(opt).__name__} has "
+                "none, so its run would not go on as it was; pass generator=torch.Generator()"
+            )
+        if len(state) != len(generator.get_state()):
+            raise ValueError(
+                "state_dict: its generator was not one of the device "
+                f"{str(generator.device)!r}, as the one given here is"
+            )
+
+    return ObjectState(name, read=read, write=write, check=check, fresh=True)
 
 
 class RandomCombiner(GradientCombiner):
@@ -22,13 +51,9 @@ class RandomCombiner(GradientCombiner):
         num_domains, model, check: as in `GradientCombiner`.
     """
 
-    generator: torch.Generator | None = option(None, check_generator)
+    generator: torch.Generator | None = option(None, check_generator, show=None)
 
-    def _counters(self) -> dict[str, Any]:
-        return {**super()._counters(), "generator": self._generator_state()}
-
-    def _generator_state(self) -> Tensor | None:
-        return None if self.generator is None else self.generator.get_state()
+    drawn = random_state("generator")
 
     def device_of(self, combined: Combined) -> torch.device:
         """Where to draw numbers for these gradients: the generator's device, else theirs."""
@@ -48,45 +73,7 @@ class RandomCombiner(GradientCombiner):
         source.set_state(state)
         return source
 
-    def _remember(self) -> None:
-        """Write down how far the generator has come."""
-        self.param_groups[0][f"{self.prefix}_generator"] = self._generator_state()
-
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
-        if self._pending is None and self._scaler is not None:
-            self._pending = self._generator_state()
         loss = super()._gradient(staged)
-        self._remember()
+        self._remember()  # how far the generator has come
         return loss
-
-    def _skip(self) -> None:
-        if self.generator is not None:
-            self.generator.set_state(self._pending)
-            self._remember()
-
-    def _finish_load(self) -> None:
-        super()._finish_load()
-        state = self.param_groups[0][f"{self.prefix}_generator"]
-        if self.generator is not None and state is not None:
-            self.generator.set_state(state.cpu())
-
-    def _validate_state(
-        self, kept: dict[str, dict[Tensor, Tensor]], groups: Sequence[dict[str, Any]]
-    ) -> None:
-        super()._validate_state(kept, groups)
-        state = groups[0].get(f"{self.prefix}_generator")
-        if state is None:
-            return
-        if self.generator is None:
-            raise ValueError(
-                f"state_dict: it has the state of a generator, but this {type(self).__name__} has "
-                "none, so its run would not go on as it was; pass generator=torch.Generator()"
-            )
-        if len(state) != len(self.generator.get_state()):
-            raise ValueError(
-                "state_dict: its generator was not one of the device "
-                f"{str(self.generator.device)!r}, as the one given here is"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name != "generator"}

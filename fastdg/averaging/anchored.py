@@ -1,0 +1,233 @@
+"""Iterations of several steps that end a part of the way from where they began."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .._torch import not_compiled, version_of
+from ..capture.graph_notes import hook_on
+from ..core.batch import Batch
+from ..core.closures import DomainClosure, check_same
+from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
+from ..core.hyper import check_model, option
+from ..core.optimizer import DomainOptimizer
+from ..distributed.sharding import local, sharded
+from .buffers import Buffers, stored
+
+ONE_DOMAIN = (
+    "domains: {} takes its steps on one domain after the other, so a batch holds the samples of "
+    "one: draw each batch from one domain, or split a mixed one and call backward and step for "
+    "each part (domains == d)"
+)
+
+
+@dataclass
+class Single(Batch):
+    """A micro-batch of one domain, whose id is on the device that all ids were on."""
+
+    domain: Tensor
+
+
+def _inside(opt: Anchored, group: Group) -> Any:
+    return group.get(f"{opt.prefix}_position")  # elsewhere an iteration begins from what there is
+
+
+def _buffers(kind: str) -> PerRun:
+    def now(opt: Anchored) -> Tensor | None:
+        return opt._buffers.now().get(kind)
+
+    def count(opt: Anchored, group: Group) -> int:
+        return 0 if (value := now(opt)) is None else len(value)
+
+    return PerRun(
+        kind,
+        f"{kind} that the meta-iteration began with",
+        rows=Rows("numbers", "the number in those of model=", count),
+        begin=now,
+        needed=_inside,
+    )
+
+
+class Anchored(DomainOptimizer):
+    """Keeps the weights, and the buffers of ``model``, that an iteration of ``meta_steps`` steps
+    begins with.
+
+    They are kept when the first step is made; the buffers, which a forward may change, before the
+    first forward. Weights that were changed since the last iteration are where the next one begins.
+    """
+
+    looks_at_samples = False
+    _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_meta")
+    _transient = (*DomainOptimizer._transient, *_fleeting)
+
+    model: nn.Module | None = option(None, check_model, show=None)
+    meta_steps: int
+    position = RunValue(0)  # inner steps taken in this meta-iteration
+    kept = PerParameter(
+        "kept",
+        "weights that the meta-iteration began with",
+        begin=lambda opt: {p: p.detach().clone() for p in opt._names},
+        needed=_inside,
+    )
+    buffers, counters = _buffers("buffers"), _buffers("counters")
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._noted: dict[str, Tensor] = {}  # the buffers that this meta-iteration began with
+        # of the weights after the last meta step
+        self._stamps: dict[Tensor, tuple[int, int]] = {}
+        self._begun = False
+        self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
+
+    @abstractmethod
+    def meta_step(self) -> None:
+        """End the meta-iteration, by `interpolate`."""
+
+    def begin_iteration(self) -> None:
+        """Called before the first step of a meta-iteration."""
+
+    def interpolate(self, rate: float) -> Tensor:
+        """Set weights and buffers to ``kept + rate * (now - kept)``, in place; integers are
+        truncated. Returns the squared length of the way that the weights have gone, 0-dim."""
+        kept = self.kept
+        alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        for p in kept:
+            alike.setdefault((p.device, p.dtype, sharded(p)), []).append(p)
+        squares = {
+            tensors[0]: ops.meta_step(
+                [local(p.detach()) for p in tensors], [local(kept[p]) for p in tensors], rate
+            )
+            for tensors in alike.values()
+        }
+        self._buffers.interpolate(self._noted, rate)
+        self._stamps = {p: _stamp(p) for p in kept}
+        self._begun = False
+        return self._ranks.sum(squares)
+
+    def progress(self) -> Tensor:
+        """Inner product of the gradient there is with the way that the weights have gone, 0-dim."""
+        products: dict[Tensor, Tensor] = {}
+        for p, start in self.kept.items():
+            if p.grad is not None:
+                grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+                gram = ops.gram([[local(grad)], [local(p.detach() - start)]])
+                products[p] = gram[0, 1]
+        return self._ranks.sum(products)
+
+    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
+        if self.position:
+            raise RuntimeError(
+                f"{type(self).__name__}.step(closure) makes a whole meta-iteration, but "
+                f"{self.position} of the {self.meta_steps} inner steps of this one were already "
+                "made; finish it with backward and step"
+            )
+        return closure.steps(self.meta_steps)
+
+    # -- batches of one domain --
+
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
+        batch = super()._batch(losses, domains, terms, **own)
+        ids = domains if domains.device.type == "cpu" else batch.partition.domains
+        message = ONE_DOMAIN.format(type(self).__name__)
+        check_same(ids, ids[0], message)
+        if self._micro_batches:
+            first = self._micro_batches[0].domain.to(ids.device)
+            check_same(ids, first, f"{message}, micro-batches with final=False among them")
+        return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
+
+    def _gradient(self, staged: Sequence[Any]) -> Tensor:
+        if self._ranks.size > 1:
+            (ids,) = (self._global_batch.count > 0).cpu().nonzero(as_tuple=True)
+            check_same(ids, ids[0], f"{ONE_DOMAIN.format(type(self).__name__)}, on all ranks")
+        return super()._gradient(staged)
+
+    # -- steps --
+
+    @not_compiled
+    def _prepare(self) -> None:
+        self._keep()
+
+    def _keep(self) -> None:
+        kept = self.kept
+        if self.position == 0:
+            for p, start in kept.items():
+                if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
+                    kept[p] = stored(p.detach(), start)
+            for kind, value in self._noted.items():
+                owner = next(iter(self._own_state[kind]), None)
+                self._own_state[kind][self._owner() if owner is None else owner] = value
+            self.begin_iteration()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in kept:
+                    kept[p] = p.detach().clone()
+
+    def _skip(self) -> None:
+        super()._skip()
+        self._keep()
+        self._commit()
+
+    @not_compiled
+    def _commit(self) -> None:
+        position = self.position + 1
+        if position >= self.meta_steps:
+            self.meta_step()
+            position = 0
+        self.position = position
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and whatever `backward` has staged or left for `step`."""
+        super().zero_grad(set_to_none)
+        self._begun = False
+
+    # -- buffers --
+
+    def _follow(self) -> None:
+        """Look at the buffers of the model, and see them before they change."""
+        self._buffers = Buffers(self.model)
+        if self.model is not None and self._buffers.places:
+            hook_on(self.model.register_forward_pre_hook, self, "_before_forward")
+        self._begin_here()
+
+    def _before_forward(self, *seen: Any) -> None:
+        """The model is about to run, and may change its buffers."""
+        used = self._begun or self._ready or self._micro_batches
+        if self.position == 0 and not used and torch.is_grad_enabled():
+            self._note_buffers()
+            self._begun = True
+
+    def _note_buffers(self) -> None:
+        for kind, value in self._buffers.now().items():
+            self._noted[kind] = stored(value, self._noted.get(kind))
+
+    # -- state and copies --
+
+    def _start(self) -> None:
+        super()._start()
+        self._buffers = Buffers(self.model)
+
+    def _finish_load(self) -> None:
+        super()._finish_load()
+        self._begin_here()
+
+    def _begin_here(self) -> None:
+        kept = self.kept
+        kept.update({p: tensor.to(p.dtype) for p, tensor in kept.items()})
+        if self.position == 0:
+            self._note_buffers()
+        else:
+            for kind, value in self._buffers.now().items():
+                start = next(iter(self._own_state[kind].values()), value)
+                self._noted[kind] = start.to(value.dtype)
+
+
+def _stamp(p: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is changed in place or gets other memory."""
+    return version_of(p), p.data_ptr()

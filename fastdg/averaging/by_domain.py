@@ -1,0 +1,103 @@
+"""Moving averages of a statistic of each parameter, by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import foreach_lerp_
+from ..core.declared_state import DOMAINS, STEP_FIRST, PerParameter
+from ..core.nesting import terms_of
+from ..distributed.sharding import local
+from ..dtypes import to_statistics_dtype
+from ..selection import select
+from ..statistics.moments import rows
+from ..warn import warn_user
+
+WAY = (
+    "give num_domains= (and params=, unless the head is the optimizer's last layer), or "
+    f"{STEP_FIRST}"
+)
+
+
+class DomainAverages(PerParameter):
+    """Declares averages ``[D, *]`` of the parameters that ``params`` chooses: ``opt.<name>`` is
+    `Averages`. Arguments as of `PerParameter`."""
+
+    def __init__(self, key: str, what: str, **more: Any) -> None:
+        super().__init__(key, what, rows=DOMAINS, begin=_zeros, **{"way": WAY, **more})
+
+    def begin(self, opt: Any) -> dict[Tensor, Tensor]:
+        return super().begin(opt) if self.needed(opt, opt.param_groups[0]) else {}
+
+    def __get__(self, opt: Any, owner: type) -> Any:
+        return self if opt is None else Averages(opt, self)
+
+
+class Averages:
+    """Those of one wrapper. A domain that was not seen before begins with zeros."""
+
+    def __init__(self, opt: Any, declared: DomainAverages) -> None:
+        self.opt, self.declared, self.kept = opt, declared, opt._own_state[declared.key]
+
+    def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """The averages so far of these statistics ``[D, *]``, for their D domains."""
+        found = []
+        for name, value in values.items():
+            own, D = self.kept.get(self.opt.tape.names[name]), value.shape[0]
+            if own is None:
+                own = torch.zeros_like(value, requires_grad=False)
+            found.append(own if own.shape[0] == D else rows(own[:D], D))
+        return found
+
+    def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
+        """Move the averages of the domains that are ``present`` by ``rate`` towards ``values``."""
+        opt, kept = self.opt, self.kept
+        named = {opt.tape.names[name]: value for name, value in values.items()}
+        if opt._resumed and kept and (new := [p for p in named if p not in kept]):
+            more = f" and of {len(new) - 1} more" if new[1:] else ""
+            warn_user(
+                f"the loaded state has no {type(opt).__name__} {self.declared.what} of "
+                f"{opt._names[new[0]]}{more}, which starts from 0 now: was it saved with other "
+                f"params than {opt.params!r}?",
+            )
+        if opt.steps == 1:  # which parameters it is about was guessed before the first forward
+            for p in kept.keys() - named.keys():
+                del kept[p]
+                opt.state[p].pop(f"{opt.prefix}_{self.declared.key}", None)
+        moved: list[Tensor] = []
+        weights: list[Tensor] = []
+        made: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
+        for p, value in named.items():
+            D, kind = value.shape[0], (value.dtype, value.dim())
+            own = kept.get(p)
+            if own is None:
+                own = kept[p] = torch.zeros_like(value)
+            elif own.shape[0] < D:
+                own = kept[p] = rows(own, D)
+            moved.append(own if own.shape[0] == D else own[:D])
+            if (weight := made.get(kind)) is None:
+                weight = rate * present[:D].to(value.dtype)
+                weight = made[kind] = weight.view(-1, *[1] * (value.dim() - 1))
+            weights.append(weight)
+        if moved:
+            foreach_lerp_(moved, [*named.values()], weights)
+
+
+def _zeros(opt: Any) -> dict[Tensor, Tensor]:
+    """Averages of a new run, of the parameters that ``params`` chooses as far as can be told before
+    a forward."""
+    D = opt.num_domains
+    if D is None:
+        return {}
+    terms = {p for term in terms_of(opt) for m in term.modules() for p in m.parameters()}
+    named = {name: p for p, name in opt._names.items() if p not in terms}
+    chosen = select(opt.params, named)
+    found = [p for name, p in named.items() if chosen(name, p)]
+    if opt.params == "head":  # the last weight, and its bias
+        alone = len(found) < 2 or found[-1].dim() != 1 or found[-2].shape[:1] != found[-1].shape
+        found = found[-1:] if alone else found[-2:]
+    return {p: to_statistics_dtype(local(p.detach())).new_zeros((D, *p.shape)) for p in found}

@@ -1,0 +1,126 @@
+"""Combiners that ask a function of the user's for the weights of the domains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...domains import readable, tracing
+from ...warn import warn_user
+from ...weightings import (
+    Weighting,
+    keeps_state,
+    load_weighting,
+    not_saved,
+    smallest_trace,
+    weighting_state,
+)
+from ..declared_state import Group, ObjectState
+from .combiner import GradientCombiner
+from .gathering import DomainBatch
+
+
+def _read(opt: WeightedCombiner) -> dict[str, Any] | None:
+    return opt._weighting_state()
+
+
+def _write(opt: WeightedCombiner, state: dict[str, Any]) -> None:
+    opt._extent = state["domains"]
+    load_weighting(opt.weighting, state["values"], opt._home())
+
+
+def _check(opt: WeightedCombiner, group: Group) -> None:
+    state, name = group.get(f"{opt.prefix}_weighting"), type(opt.weighting).__name__
+    if state is not None and state["kind"] != name:
+        raise ValueError(
+            f"state_dict: its weighting is a {state['kind']}, got a {name} here. Make "
+            f"{type(opt).__name__} with the weighting of the run that was saved."
+        )
+    if state is None and group.get(f"{opt.prefix}_steps") and keeps_state(opt.weighting):
+        warn_user(
+            f"state_dict: it has no state of the weighting, so that of this {name} stays as it "
+            "is. Checkpoints of earlier versions had none."
+        )
+
+
+class WeightedCombiner(GradientCombiner):
+    """Checks what the user's ``weighting`` is asked and what it returns, and keeps its state.
+
+    A class declares two arguments: ``weighting``, ``[D, D]`` Gram matrix -> ``[D]`` weights, and
+    ``normalize``, whether the matrix is divided by the power of two next to its trace.
+    """
+
+    weighting: Weighting
+    normalize: bool
+
+    learned = ObjectState("weighting", read=_read, write=_write, check=_check, fresh=False)
+
+    def _start(self) -> None:
+        self._extent: int | None = None  # domains that the weighting keeps state of
+        self._readable = False  # which domains have samples, without a wait for the device
+        self._warned = self._warned_lost = False
+
+    def _batch(
+        self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any
+    ) -> DomainBatch:
+        self._readable = (self._readable or not self._micro_batches) and readable(domains)
+        return super()._batch(losses, domains, terms, **own)
+
+    def check_extent(self, extent: int) -> None:
+        if self._extent not in (None, extent):
+            raise ValueError(
+                f"num_domains: the {type(self.weighting).__name__} keeps state of {self._extent} "
+                f"domains, got a batch of {extent}. Pass num_domains=, the number of all training "
+                "domains."
+            )
+        self._extent = extent
+
+    def ask(self, gram: Tensor) -> Tensor:
+        """The weights that the weighting gives for a Gram matrix."""
+        finite = gram.isfinite().all()
+        if self._scaler is not None:  # whose step is skipped then; solvers raise at what they see
+            gram = gram.where(finite, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        if self.normalize:
+            trace = gram.diagonal().sum().double()
+            exponent = torch.frexp(trace.where(finite, 1.0)).exponent
+            gram = torch.ldexp(gram.double(), -exponent).to(gram.dtype)
+        elif not self._warned and not tracing():
+            self._check_trace(gram)
+        weights = self.weighting(gram)
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+            raise TypeError(f"weighting: expected it to return floating-point weights, got {kind}")
+        if weights.shape != gram.shape[:1]:
+            raise ValueError(
+                f"weighting: expected it to return weights of shape {tuple(gram.shape[:1])} for a "
+                f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
+            )
+        return weights if self._scaler is None else weights.where(finite, torch.nan)
+
+    def _check_trace(self, gram: Tensor) -> None:
+        least = smallest_trace(self.weighting)
+        if least and (trace := float(gram.diagonal().sum())) < least:
+            self._warned = True
+            warn_user(
+                f"weighting: {type(self.weighting).__name__} takes gradients whose Gram matrix has "
+                f"a trace below norm_eps={least:g} for zeros, got {trace:.3g}: conflicts of small "
+                "gradients stay. Pass normalize=True."
+            )
+
+    def _home(self) -> torch.device:
+        return next(iter(self._names)).device
+
+    def _weighting_state(self) -> dict[str, Any] | None:
+        if not keeps_state(self.weighting):
+            return None
+        name, lost = type(self.weighting).__name__, not_saved(self.weighting)
+        if lost and not self._warned_lost:
+            self._warned_lost = True
+            warn_user(
+                f"state_dict: of the {name}, it cannot save {', '.join(lost)}. Keep numbers, "
+                "tensors, or lists and dicts of them."
+            )
+        values = weighting_state(self.weighting, self._home())
+        return {"kind": name, "domains": self._extent, "values": values}
