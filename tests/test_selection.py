@@ -14,6 +14,7 @@ from fastdg.ops.dispatch.registry import OPS
 
 # Tests that are left out as a whole, and where a run looks at the same by default
 ALONE = {
+    "distributed/test_lost.py::test_torchrun_ends_them_all": "test_what_the_others_say",
     "func/test_memory.py::test_compiles_with_inductor": "test_other_statistics_compile",
     "gradients/fuzz/test_fuzz_dtypes.py::test_most_steps_tell_something": "of the fuzz itself",
     "optim/test_compiled.py::test_with_inductor": "test_one_graph",

@@ -68,7 +68,7 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
 
 
 def test_demo_draws_both_tasks(tmp_path: Path) -> None:
-    arguments = ["--seeds", "1", "--steps", "3", "--algorithms", "erm"]
+    arguments = ["--seeds", "1", "--steps", "3", "--algorithms", "erm", "--workers", "1"]
     result = call("demo", *arguments, "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert sum(line.startswith("┏") for line in result.output.splitlines()) == 2

@@ -7,6 +7,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from parallel import comes_late, dies
 from pool import Pool
 
@@ -20,6 +21,7 @@ def test_what_the_others_say() -> None:
     pool.close()
 
 
+@pytest.mark.matrix
 def test_torchrun_ends_them_all() -> None:
     script = str(Path(__file__).parent / "lost.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

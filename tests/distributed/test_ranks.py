@@ -49,6 +49,7 @@ def check(pool: Pool, run: Run, world: int) -> list[Result]:
     return results
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(("world", "split"), [(2, "mixed"), (3, "own")])
 def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> None:

@@ -90,9 +90,12 @@ def test_workers_come_to_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_said(tmp_path: Path) -> None:
+    others = multiprocessing.active_children()  # the ranks of tests/distributed
+
     def kill(key: str, done: int, total: int) -> None:
         for child in multiprocessing.active_children():
-            child.kill()
+            if child not in others:
+                child.kill()
 
     with pytest.raises(ChildProcessError, match="goes on from here, and --workers 1"):
         demo.run(SMALL, tmp_path / "results.json", progress=kill, workers=2)
@@ -214,8 +217,9 @@ def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> Non
 def test_every_algorithm_trains(algorithm: str) -> None:
     task, steps = TASKS["rotated"](0), 4
     run = training.train(task, SETTINGS["rotated"], algorithm, 1, 0, steps)
-    again = training.train(task, SETTINGS["rotated"], algorithm, 1, 0, steps)
-    assert same(run) == same(again)
+    if algorithm in ("agr-rand", "pcgrad"):  # which draw numbers
+        again = training.train(task, SETTINGS["rotated"], algorithm, 1, 0, steps)
+        assert same(run) == same(again)
     losses = [point["loss"] for point in run["curve"]]
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 

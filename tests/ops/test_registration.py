@@ -43,6 +43,7 @@ def test_every_op_is_covered() -> None:
     assert tested == set(ops.dispatch.registry.OPS)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", PUBLIC)
 def test_compiles_whole(device: str, name: str) -> None:
     function, key = PUBLIC[name]

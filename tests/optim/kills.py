@@ -45,7 +45,7 @@ def train(make: Callable[[], Any], folder: Path) -> None:
     """From the checkpoint on, if there is one, until the end; then write what has come out."""
     run = make()
     resume(run, folder / CHECKPOINT)
-    while run.steps < 40:
+    while run.steps < 24:
         run.step()
         if run.steps % 2 == 0:
             save(run, folder / CHECKPOINT)

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes
 
 
 def test_the_weights_are_those_of_a_run_that_was_not_killed(tmp_path: Path) -> None:
-    """Twice each: every wrapper, chains of them, and the example of the documentation."""
+    """Once each: every wrapper, chains of them, and the example of the documentation."""
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "2"],
+        [sys.executable, str(script), str(tmp_path), "1"],
         capture_output=True,
         text=True,
         check=False,
@@ -27,5 +27,5 @@ def test_the_weights_are_those_of_a_run_that_was_not_killed(tmp_path: Path) -> N
     for line in done.stdout.splitlines():
         found |= json.loads(line)
     assert "SWAD(Fishr)" in found and "example" in found
-    assert all(row["killed"] == 2 for row in found.values())
-    assert sum(row["resumed"] for row in found.values()) >= 20
+    assert all(row["killed"] == 1 for row in found.values())
+    assert sum(row["resumed"] for row in found.values()) >= 8  # of 25: others have no checkpoint yet

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 Result = TypeVar("Result")
 
@@ -15,11 +15,10 @@ Result = TypeVar("Result")
 def measured(step: Callable[[], Result]) -> tuple[Result, int]:
     """``step()`` and the most bytes of CPU tensors that it holds at a time, beyond those alive
     before it."""
-    cpu = [ProfilerActivity.CPU]
-    # acc_events: without it torch 2.10 warns that events are cleared after a cycle, and this is one
-    with _silent(), profile(activities=cpu, profile_memory=True, acc_events=True) as profiler:
+    # Not `torch.profiler`'s, which makes a tree of all events, in ten times a step's time
+    with _silent(), profile(profile_memory=True, use_kineto=True) as profiler:
         result = step()
-    results = profiler.profiler.kineto_results
+    results = profiler.kineto_results
     alive = peak = 0
     events = (event for event in results.events() if event.name() == "[memory]")
     for event in sorted(events, key=lambda event: event.start_ns()):
