@@ -68,12 +68,13 @@ static void row_sums(const Norm& p, const float* x, const float* delta, float me
   }
 }
 
-// A statistic of each channel in the range.
-static void by_channel(const Norm& p, const Norm::Statistic& statistic, int64_t n, int64_t t, Range channels,
-                       float missing, float* out) {
+// The mean of each channel in the range, and its rstd unless null.
+static void by_channel(const Norm& p, int64_t n, int64_t t, Range channels, float* mean, float* rstd) {
   const int64_t size = p.channels / p.groups;
-  for (int64_t c = channels.begin; c < channels.end; ++c)
-    out[c - channels.begin] = statistic.at(n, t, c / size, missing);
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
+    mean[c - channels.begin] = p.mean.at(n, t, c / size, 0);
+    if (rstd != nullptr) rstd[c - channels.begin] = p.rstd_at(n, t, c / size);
+  }
 }
 
 static void norm_sums(const Norm& p, int64_t n, Range channels, float* weight, float* bias) {
@@ -85,7 +86,7 @@ static void norm_sums(const Norm& p, int64_t n, Range channels, float* weight, f
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         const NormSums sums = plane_sums(p.x.at(n, t, c), p.delta.at(n, t, c),
                                          p.mean.at(n, t, c / size, 0), p.positions);
-        weight[c - channels.begin] += sums.weight * p.rstd.at(n, t, c / size, 1);
+        weight[c - channels.begin] += sums.weight * p.rstd_at(n, t, c / size);
         bias[c - channels.begin] += sums.bias;
       }
     return;
@@ -97,11 +98,8 @@ static void norm_sums(const Norm& p, int64_t n, Range channels, float* weight, f
   for (int64_t t = 0; t < p.rows; ++t) {
     const float *x = p.x.at(n, t, 0) + channels.begin, *d = p.delta.at(n, t, 0) + channels.begin;
     const bool one = p.groups == 1;
-    if (!one) {
-      by_channel(p, p.mean, n, t, channels, 0, means);
-      by_channel(p, p.rstd, n, t, channels, 1, rstds);
-    }
-    const float mean = p.mean.at(n, t, 0, 0), rstd = p.rstd.at(n, t, 0, 1);
+    if (!one) by_channel(p, n, t, channels, means, rstds);
+    const float mean = p.mean.at(n, t, 0, 0), rstd = p.rstd_at(n, t, 0);
     if (one && p.positions == 1) {  // a layer norm
       add_layer_row(x, d, mean, rstd, width, bias, weight);
       continue;
@@ -141,7 +139,7 @@ static void planes_gradient(const Norm& p, int64_t n, const float* slope, const 
   const int64_t size = p.channels / p.groups, S = p.positions;
   for (int64_t t = 0; t < p.rows; ++t)
     for (int64_t g = 0; g < p.groups; ++g) {
-      const float mean = p.mean.at(n, t, g, 0), rstd = p.rstd.at(n, t, g, 1);
+      const float mean = p.mean.at(n, t, g, 0), rstd = p.rstd_at(n, t, g);
       float bias = 0, weight = 0;
       for (int64_t c = g * size; p.own && c < (g + 1) * size; ++c) {
         const NormSums sums = plane_sums(p.x.at(n, t, c), p.delta.at(n, t, c), mean, S);
@@ -189,7 +187,7 @@ static void one_group_gradient(const Norm& p, int64_t n, const float* slope, con
   Carver carver(4 * Carver::padded(C));
   float *bias = carver.take(C), *weight = carver.take(C), *part = carver.take(2 * Carver::padded(C));
   for (int64_t t = 0; t < p.rows; ++t) {
-    const float mean = p.mean.at(n, t, 0, 0), rstd = p.rstd.at(n, t, 0, 1);
+    const float mean = p.mean.at(n, t, 0, 0), rstd = p.rstd_at(n, t, 0);
     const float *x = p.x.at(n, t, 0), *d = p.delta.at(n, t, 0);
     NormSums sums{};
     if (p.own) {
@@ -223,10 +221,10 @@ static void groups_gradient(const Norm& p, int64_t n, const float* slope, const 
   const NormCoefficients k{carver.take(C), carver.take(C), carver.take(C), carver.take(C)};
   for (int64_t t = 0; t < p.rows; ++t) {
     const float *x = p.x.at(n, t, 0), *d = p.delta.at(n, t, 0);
-    by_channel(p, p.mean, n, t, {0, C}, 0, k.mean);
+    by_channel(p, n, t, {0, C}, k.mean, nullptr);
     if (p.own) row_sums(p, x, d, 0, k.mean, C, bias, weight, part);
     for (int64_t g = 0; g < p.groups; ++g) {
-      const float rstd = p.rstd.at(n, t, g, 1);
+      const float rstd = p.rstd_at(n, t, g);
       const int64_t at = g * size;
       const NormSums sums = p.own ? dots(bias + at, weight + at, slope + at, size) : NormSums{};
       const NormPull pull(p, sums.bias, sums.weight, rstd);

@@ -21,7 +21,8 @@ struct Maps {
   bool rows;  // of positions with their channels side by side, as results are laid out then
   Norm norm;
 
-  Maps(const Tensor& input, const Tensor& at_result, const Optional& mean, const Optional& rstd, bool own)
+  Maps(const Tensor& input, const Tensor& at_result, const Optional& mean, const Optional& rstd, bool own,
+       const std::optional<double>& eps)
       : x(input), delta(at_result), rows(by_rows(input) && by_rows(at_result)), norm{} {
     check_map(x, "x");
     check_map(delta, "delta");
@@ -33,6 +34,7 @@ struct Maps {
     norm.samples = x.size(0), norm.rows = x.size(1), norm.channels = x.size(2), norm.positions = x.size(3);
     norm.groups = rstd.has_value() ? groups_of(*rstd) : 1;
     norm.planes = planes, norm.own = own;
+    norm.variance = eps.has_value(), norm.eps = static_cast<float>(eps.value_or(0));
     norm.x = map_of(x, planes), norm.delta = map_of(delta, planes);
     norm.mean = statistic_of(mean, "mean"), norm.rstd = statistic_of(rstd, "rstd");
   }
@@ -75,8 +77,8 @@ struct Maps {
 }  // namespace
 
 std::tuple<Tensor, Tensor> norm_gradients(const Tensor& x, const Tensor& delta, Optional mean,
-                                          Optional rstd, bool own) {
-  const Maps maps(x, delta, mean, rstd, own);
+                                          Optional rstd, bool own, std::optional<double> eps) {
+  const Maps maps(x, delta, mean, rstd, own, eps);
   const Norm& p = maps.norm;
   const Tensor weight = allocate(x, {p.samples, p.channels}), bias = allocate(x, {p.samples, p.channels});
   if (x.numel() == 0) {
@@ -96,8 +98,8 @@ std::tuple<Tensor, Tensor> norm_gradients(const Tensor& x, const Tensor& delta, 
 
 std::tuple<Tensor, Tensor> norm_gradients_backward(const Tensor& grad_weight, const Tensor& grad_bias,
                                                    const Tensor& x, const Tensor& delta, Optional mean,
-                                                   Optional rstd, bool own) {
-  const Maps maps(x, delta, mean, rstd, own);
+                                                   Optional rstd, bool own, std::optional<double> eps) {
+  const Maps maps(x, delta, mean, rstd, own, eps);
   const Norm& p = maps.norm;
   check_sizes(grad_weight, "grad_weight", {p.samples, p.channels});
   check_sizes(grad_bias, "grad_bias", {p.samples, p.channels});

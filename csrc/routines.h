@@ -2,6 +2,7 @@
 #pragma once
 
 #include <concepts>
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -178,6 +179,13 @@ struct Norm {
   Statistic mean, rstd;
   int64_t samples, rows, channels, positions, groups;
   bool planes, own;  // own: mean and rstd are those of x
+  bool variance;     // whether rstd holds variances, to which eps is added
+  float eps;
+
+  float rstd_at(int64_t n, int64_t t, int64_t g) const {
+    const float value = rstd.at(n, t, g, 1);
+    return variance ? 1 / std::sqrt(value + eps) : value;
+  }
 };
 
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.

@@ -18,10 +18,11 @@ TILE = 1024  # elements of a tile
 @triton.jit
 def _norm_sums_kernel(
     x, delta, mean, rstd, weight, bias,
-    T, C, S, size, splits, chunk,
+    T, C, S, size, splits, chunk, eps,
     x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
     m_sample, m_row, m_group, r_sample, r_row, r_group,
-    MEAN: tl.constexpr, RSTD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    MEAN: tl.constexpr, RSTD: tl.constexpr, VARIANCE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One sample's block of channels over one chunk of all rows' positions."""
     blocks = tl.cdiv(C, BLOCK_C)
@@ -47,7 +48,8 @@ def _norm_sums_kernel(
             h -= tl.load(at, mask=inside, other=0.0)
         if RSTD:
             at = rstd + sample * r_sample + t * r_row + group * r_group
-            h *= tl.load(at, mask=inside, other=0.0)
+            scale = tl.load(at, mask=inside, other=0.0)
+            h *= 1.0 / tl.sqrt_rn(scale + eps) if VARIANCE else scale
         of_weight += d * h
         of_bias += d
     at = (sample * splits + split) * C + c
@@ -58,11 +60,11 @@ def _norm_sums_kernel(
 @triton.jit
 def _norm_gradient_kernel(
     x, delta, mean, rstd, slope, shift, of_x, of_delta,
-    T, C, S, size, share,
+    T, C, S, size, share, eps,
     x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
     m_sample, m_row, m_group, r_sample, r_row, r_group,
     to_sample, to_row, to_channel, to_position,
-    MEAN: tl.constexpr, RSTD: tl.constexpr, OWN: tl.constexpr,
+    MEAN: tl.constexpr, RSTD: tl.constexpr, VARIANCE: tl.constexpr, OWN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One group of one row of one sample: its sums first, if they are the input's own, and then
@@ -80,6 +82,7 @@ def _norm_gradient_kernel(
         centre = tl.load(mean + sample * m_sample + t * m_row + group * m_group)
     if RSTD:
         scale = tl.load(rstd + sample * r_sample + t * r_row + group * r_group)
+        scale = 1.0 / tl.sqrt_rn(scale + eps) if VARIANCE else scale
     level, tilt = 0.0, 0.0
     if OWN:
         total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
@@ -130,7 +133,12 @@ def _strides(x: Tensor, statistic: Tensor | None) -> tuple[Tensor, int, int, int
 
 
 def norm_gradients(
-    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fastdg.ops.norm_gradients`. Accumulates in fp32, in one pass over both maps."""
     N, T, C, S = x.shape
@@ -145,9 +153,9 @@ def norm_gradients(
     launch(
         _norm_sums_kernel, N * splits * blocks,
         x, delta, m, r, weight, bias,
-        T, C, max(1, S), max(1, C // groups), splits, chunk,
+        T, C, max(1, S), max(1, C // groups), splits, chunk, eps or 0.0,
         *x.stride(), *delta.stride(), *m_strides, *r_strides,
-        MEAN=mean is not None, RSTD=rstd is not None, **tile,
+        MEAN=mean is not None, RSTD=rstd is not None, VARIANCE=eps is not None, **tile,
     )  # fmt: skip
     if splits == 1:
         return weight.squeeze(1), bias.squeeze(1)
@@ -162,6 +170,7 @@ def norm_gradients_backward(
     mean: Tensor | None,
     rstd: Tensor | None,
     own: bool,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `norm_gradients`: both maps read once from memory, once from the caches."""
     N, T, C, S = x.shape
@@ -174,9 +183,9 @@ def norm_gradients_backward(
     launch(
         _norm_gradient_kernel, N * T * groups,
         x, delta, m, r, grad_weight.contiguous(), grad_bias.contiguous(), of_x, of_delta,
-        T, C, S, C // groups, groups / (C * S),
+        T, C, S, C // groups, groups / (C * S), eps or 0.0,
         *x.stride(), *delta.stride(), *m_strides, *r_strides, *of_x.stride(),
-        MEAN=mean is not None, RSTD=rstd is not None, OWN=own,
+        MEAN=mean is not None, RSTD=rstd is not None, VARIANCE=eps is not None, OWN=own,
         **_tile(C // groups, S, S == 1 or rows),
     )  # fmt: skip
     return of_x, of_delta

@@ -15,15 +15,26 @@ from .gradients import by_rows, gradient_like, statistic_dtype
 
 def dtype_of(x: Tensor, delta: Tensor) -> torch.dtype:
     """The dtype of the results, and of mean and rstd."""
-    return statistic_dtype(torch.promote_types(x.dtype, delta.dtype))
+    same = x.dtype is delta.dtype  # to promote them dispatches an op
+    return statistic_dtype(x.dtype if same else torch.promote_types(x.dtype, delta.dtype))
 
 
 def reference(
-    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = dtype_of(x, delta)
+    dtype, rstd = dtype_of(x, delta), reciprocal(rstd, eps)
     x, delta = x.to(dtype), delta.to(dtype)
     return (normalised(x, mean, rstd) * delta).sum((1, 3)), delta.sum((1, 3))
+
+
+def reciprocal(rstd: Tensor | None, eps: float | None) -> Tensor | None:
+    """The reciprocal standard deviation; with ``eps`` it is a variance that is given."""
+    return rstd if rstd is None or eps is None else (rstd + eps).rsqrt()
 
 
 def normalised(x: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:
@@ -52,8 +63,9 @@ def reference_backward(
     mean: Tensor | None,
     rstd: Tensor | None,
     own: bool,
+    eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype = grad_weight.dtype
+    dtype, rstd = grad_weight.dtype, reciprocal(rstd, eps)
     normal, channels = normalised(x.to(dtype), mean, rstd), x.shape[2]
     slope = grad_weight.unsqueeze(1).unsqueeze(3)
     of_delta = slope * normal + grad_bias.unsqueeze(1).unsqueeze(3)
@@ -71,14 +83,23 @@ def reference_backward(
     return gradient_like(x, rows).copy_(of_x), gradient_like(delta, rows).copy_(of_delta)
 
 
-def check(x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool) -> None:
+def check(
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+    eps: float | None,
+) -> None:
     checks.floating("x", x)
     checks.dims("x", x, "[N, T, C, S]", 4)
     checks.floating("delta", delta)
     checks.shape("delta", delta, x.shape, "as x")
     checks.on_device("delta", delta, x, "x")
+    if eps is not None:
+        checks.finite("eps", eps)
     if rstd is None:
-        if own or mean is not None:
+        if own or mean is not None or eps is not None:
             raise ValueError(
                 "rstd: expected the reciprocal standard deviation that goes with mean, got none. "
                 "Pass both as the norm has saved them."
@@ -113,8 +134,9 @@ def check_backward(
     mean: Tensor | None,
     rstd: Tensor | None,
     own: bool,
+    eps: float | None,
 ) -> None:
-    check(x, delta, mean, rstd, own)
+    check(x, delta, mean, rstd, own, eps)
     for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
         checks.floating(name, grad)
         if grad.dtype is not dtype_of(x, delta):
@@ -126,9 +148,7 @@ def check_backward(
         checks.on_device(name, grad, x, "x")
 
 
-def _fake(
-    x: Tensor, delta: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, delta: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     shape, dtype = (x.shape[0], x.shape[2]), dtype_of(x, delta)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
@@ -141,8 +161,8 @@ def _fake_backward(
 
 
 define(
-    "norm_gradients(Tensor x, Tensor delta, Tensor? mean, Tensor? rstd, bool own) "
-    "-> (Tensor, Tensor)",
+    "norm_gradients(Tensor x, Tensor delta, Tensor? mean, Tensor? rstd, bool own, "
+    "float? eps) -> (Tensor, Tensor)",
     reference,
     _fake,
     check,
@@ -150,7 +170,7 @@ define(
 )
 define(
     "norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, "
-    "Tensor? mean, Tensor? rstd, bool own) -> (Tensor, Tensor)",
+    "Tensor? mean, Tensor? rstd, bool own, float? eps) -> (Tensor, Tensor)",
     reference_backward,
     _fake_backward,
     check_backward,
@@ -159,17 +179,17 @@ define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.own = inputs
+    *tensors, ctx.own, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(
     ctx: Any, grad_weight: Tensor, grad_bias: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
     x, delta, mean, rstd = ctx.saved_tensors
-    args = grad_weight, grad_bias, x, delta, mean, rstd, ctx.own
+    args = grad_weight, grad_bias, x, delta, mean, rstd, ctx.own, ctx.eps
     grads = call("norm_gradients_backward", *args)
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 differentiable("norm_gradients", _setup, _backward)
@@ -186,6 +206,7 @@ def norm_gradients(
     rstd: Tensor | None = None,
     *,
     own: bool = False,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Gradients of the weight and the bias of a norm, of each sample, from one read of its input.
 
@@ -200,6 +221,7 @@ def norm_gradients(
         delta: gradient at the norm's output, of the shape of ``x``; the dtype may be another.
         mean: :math:`\mu` ``[N, T, G]``, G a divisor of C; None of a norm that takes none away.
         rstd: r ``[N, T, G]``; None, together with ``mean``, of a weight without a norm.
+        eps: makes ``rstd`` the variance: :math:`r = 1/\sqrt{\text{rstd} + \text{eps}}`.
         own: whether mean and rstd belong to ``x`` itself, so that its derivative goes through them;
             else they are constants.
 
@@ -210,4 +232,4 @@ def norm_gradients(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device.
     """
-    return call("norm_gradients", x, delta, mean, rstd, own)
+    return call("norm_gradients", x, delta, mean, rstd, own, eps)

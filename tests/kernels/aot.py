@@ -207,7 +207,7 @@ def oracles(N: int, C: int, P: int, rows: bool = False, oracle: torch.dtype | No
 def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool = False) -> None:
     x = meta(N, T, C, S, dtype=torch.bfloat16 if half else torch.float32)
     x = x.mT.contiguous().mT if last else x
-    args = x, x, meta(N, T, G), meta(N, T, G), True
+    args = x, x, meta(N, T, G), meta(N, T, G), True, None
     kernels.norm_gradients.norm_gradients(*args)
     kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args)
 

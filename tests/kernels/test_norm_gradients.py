@@ -28,7 +28,7 @@ SHAPES = [
     (2, 0, 4, 3, 2),
 ]
 LAYOUTS = ["plain", "channels last", "rows first", "apart"]
-KINDS = ["rms", "fixed", "product"]
+KINDS = ["rms", "fixed", "variance", "product"]
 
 
 def arguments(shape: tuple[int, ...], layout: str, kind: str) -> tuple[object, ...]:
@@ -41,11 +41,11 @@ def arguments(shape: tuple[int, ...], layout: str, kind: str) -> tuple[object, .
     elif layout == "apart":
         x, delta = x.mT.contiguous().mT, torch.cat([delta, delta], 3)[..., S:]
     mean, rstd = torch.randn(N, T, G), torch.rand(N, T, G) + 0.5
-    if kind == "fixed":
+    if kind in ("fixed", "variance"):
         mean, rstd = (s[:1, :1].expand(N, T, G) if N * T else s for s in (mean, rstd))
     x, delta, mean, rstd = (t.to(DEVICE) for t in (x, delta, mean, rstd))
     given = {"product": (None, None), "rms": (None, rstd)}.get(kind, (mean, rstd))
-    return x, delta, *given, kind in ("norm", "rms")
+    return x, delta, *given, kind in ("norm", "rms"), 0.1 if kind == "variance" else None
 
 
 def double(*args: object) -> list[object]:

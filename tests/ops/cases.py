@@ -64,14 +64,15 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_norms, window": (x, out, window),
         "outer_gram": (a, delta, order, offsets, []),
         "outer_gram, window": (x, out, order, offsets, window),
-        "norm_gradients": (planes, above, *given, True),
-        "norm_gradients, rows": (above.clone().requires_grad_(grad), above, *given, False),
-        "norm_gradients, no mean": (planes, above, None, given[1], True),
-        "norm_gradients, no norm": (planes, above, None, None, False),
-        "norm_gradients_backward": (flat[:, :4], flat[:, 4:8], planes, above, *given, True),
+        "norm_gradients": (planes, above, *given, True, None),
+        "norm_gradients, rows": (above.clone().requires_grad_(grad), above, *given, False, 0.5),
+        "norm_gradients, no mean": (planes, above, None, given[1], True, None),
+        "norm_gradients, no norm": (planes, above, None, None, False, None),
+        "norm_gradients_backward": (flat[:, :4], flat[:, 4:8], planes, above, *given, True, None),
         "norm_gradients_backward, rows": (
             *(flat[:, :4], flat[:, 4:8], above.clone(), above, *given),
             False,
+            0.5,
         ),
         "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
         "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
@@ -104,7 +105,7 @@ def meta_step(parameters: list[Tensor], kept: list[Tensor], rate: float) -> list
 
 
 def norm_gradients(*args: Any) -> tuple[Tensor, Tensor]:
-    return ops.norm_gradients(*args[:-1], own=args[-1])
+    return ops.norm_gradients(*args[:-2], own=args[-2], eps=args[-1])
 
 
 PUBLIC: dict[str, tuple[Callable[..., object], str]] = {

@@ -109,7 +109,10 @@ class Draw:
         mean, rstd = self.tensor(N, T, G), self.tensor(N, T, G)
         given = self.random.choice(((mean, rstd), (None, rstd), (None, None)))
         own = given[1] is not None and self.random.random() < 0.5
-        return self.tensor(*shape), self.tensor(*shape), *given, own
+        eps = self.random.choice((None, 0.1)) if given[1] is not None else None
+        if eps is not None:
+            given = given[0], rstd.abs()  # a variance
+        return self.tensor(*shape), self.tensor(*shape), *given, own, eps
 
     def texts(self) -> tuple[Tensor, ...]:
         N, E, C, A = self.size(0, 5), self.size(0, 20), self.size(1, 4), self.size(0, 4)

@@ -89,13 +89,17 @@ def test_values_and_gradients(device: str, shape: tuple[int, ...], kind: str) ->
             if kind == "fixed":  # as running statistics come, without memory of their own
                 given = [s[:1, :1].expand_as(s) if s.numel() else s for s in given]
                 wanted, slopes = fixed(exact, given, up)
-            got = ops.norm_gradients(*inputs, *given, own=own)
-            for one, two in zip(got, (w.detach() for w in wanted), strict=True):
-                assert one.dtype == dtype
-                assert_close(one, two, 1 + float(two.norm()))
-            grads = torch.autograd.grad(got, inputs, list(up.to(device, dtype)))
-            for one, two in zip(grads, slopes, strict=True):
-                assert_close(one, two, 1 + float(two.norm()))
+            ways = [(given, None)]
+            if kind == "fixed":
+                ways.append(([given[0], given[1].pow(-2) - 0.01], 0.01))
+            for arguments, eps in ways:
+                got = ops.norm_gradients(*inputs, *arguments, own=own, eps=eps)
+                for one, two in zip(got, (w.detach() for w in wanted), strict=True):
+                    assert one.dtype == dtype
+                    assert_close(one, two, 1 + float(two.norm()))
+                grads = torch.autograd.grad(got, inputs, list(up.to(device, dtype)))
+                for one, two in zip(grads, slopes, strict=True):
+                    assert_close(one, two, 1 + float(two.norm()))
 
 
 def fixed(
@@ -206,7 +210,7 @@ def test_every_instruction_set(isa: str, layout: str, kind: str) -> None:
     cpp = torch.ops.fastdg_cpp
     for shape in SHAPES:
         args, _ = problem(shape, kind, torch.float32)
-        args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:]
+        args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:], None
         exact = [t.double() if isinstance(t, Tensor) else t for t in args]
         reference = fastdg.ops.dispatch.registry.OPS["norm_gradients"].reference
         up = torch.randn(2, shape[0], shape[2])
@@ -222,7 +226,7 @@ def test_every_instruction_set(isa: str, layout: str, kind: str) -> None:
 @pytest.mark.parametrize("layout", ["plain", "channels last"])
 def test_results_do_not_depend_on_the_threads(isa: str, layout: str) -> None:
     args, _ = problem((2, 1, 200, 90, 4), "norm", torch.float32)
-    args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:]
+    args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:], None
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,9 +44,11 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(N, WIDTH), rows % WIDTH, rows % D
 
 
-def step(count: int, wrapper: Any, **settings: Any) -> Counter[str]:
+def step(
+    count: int, wrapper: Any, make: Callable[[int], nn.Module] = layers, **settings: Any
+) -> Counter[str]:
     """The ops of the sixth step, which looks at nothing anew."""
-    model, (x, y, domains) = layers(count), batch()
+    model, (x, y, domains) = make(count), batch()
     opt = wrapper(
         torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), num_domains=D, **settings
     )
@@ -72,6 +75,40 @@ def test_calls_of_a_step_do_not_grow_with_layers(
     assert sum(more.values()) == each, more
     assert many["fastdg.foreach_moments"] == 1
     assert not any(name in many for name in ("fastdg.moments", "fastdg.outer_moments"))
+
+
+def convolutions(count: int) -> nn.Sequential:
+    """Blocks as those of a ResNet, too large to wait for one another."""
+    torch.manual_seed(count)
+    blocks = (
+        module
+        for _ in range(count)
+        for module in (nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    )
+    head = nn.Flatten(), nn.Linear(64 * 16, WIDTH)
+    spread = nn.Linear(WIDTH, 64 * 8 * 8), nn.Unflatten(1, (64, 8, 8))
+    return nn.Sequential(*spread, *blocks, nn.AdaptiveAvgPool2d(4), *head).eval()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "settings"),
+    [(fastdg.Fishr, {"params": "all"}), (fastdg.AgrSum, {}), (fastdg.PCGrad, {})],
+)
+def test_a_block_of_convolution_and_norm_adds_two_ops(
+    wrapper: Any, settings: dict[str, Any]
+) -> None:
+    def block(wrapper: Any, **settings: Any) -> Counter[str]:
+        few, many = (step(count, wrapper, convolutions, **settings) for count in (4, 8))
+        return Counter({name: many[name] - few[name] for name in many})
+
+    more = block(wrapper, **settings) - block(fastdg.ERM)
+    own = {name: count / 4 for name, count in more.items() if name.startswith("fastdg.")}
+    assert own.pop("fastdg.norm_gradients") == 1
+    assert list(own.values()) == [1]
+    # And the padded copy that the op of a convolution reads
+    views = {f"aten.{name}" for name in ("view", "unbind", "split", "transpose", "expand")}
+    rest = {name for name in more if not name.startswith("fastdg.")} - views
+    assert rest <= {"aten.constant_pad_nd"}, more
 
 
 def factors() -> dict[str, Dense | Outer]:

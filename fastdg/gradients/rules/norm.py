@@ -65,7 +65,7 @@ class Affine(Served):
         x, delta = self._rows(x), self._rows(delta)
         if self.kind == "batch":
             mean, variance = (s.to(dtype).expand(*x.shape[:3]) for s in statistics)
-            return ops.norm_gradients(x, delta, mean, (variance + node._saved_eps).rsqrt())
+            return ops.norm_gradients(x, delta, mean, variance, eps=node._saved_eps)
         mean, rstd = (None, *statistics) if self.kind == "rms" else statistics
         given = [None if s is None else self._lines(s.to(dtype)) for s in (mean, rstd)]
         return ops.norm_gradients(x, delta, *given, own=True)
