@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .files import replace
 
-# Okabe and Ito's palette, told apart by colour-blind readers too.
+# Okabe and Ito's palette, which colour-blind readers distinguish too.
 COLOURS = {
     "erm": "#7f7f7f",
     "fishr": "#0072b2",

@@ -17,20 +17,20 @@ def log(
 ) -> None:
     """Write ``opt.statistics`` into TensorBoard or Weights & Biases.
 
-    Numbers are scalars: ``fastdg/loss``. What there is of each domain is a scalar each:
-    ``fastdg/domain_loss/indoor``, without those that have no samples in the batch; what there is of
-    each parameter, ``fastdg/agreeing_by_parameter/head.weight``, without those not in use. Of
+    Numbers are scalars: ``fastdg/loss``. A value of each domain is a scalar:
+    ``fastdg/domain_loss/indoor``, without domains that have no samples in the batch; so is a value
+    of each parameter, ``fastdg/agreeing_by_parameter/head.weight``, without unused ones. For
     `PCGrad` and `GramSurgery` there is a picture ``fastdg/cosine`` of the cosines between the
     domains' gradients (it needs matplotlib), and of ``gram`` the gradients' norms,
     ``fastdg/gradient_norm/indoor``. Nothing is written before the first final backward.
 
-    Only here are statistics brought to the CPU: who calls it every hundredth step waits for the
-    device every hundredth step.
+    Statistics are copied to the CPU here alone: a call every hundredth step waits for the device
+    every hundredth step.
 
     Args:
         opt: a wrapper, or statistics themselves, as `ADIOS.step` returns them.
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or a run of ``wandb.init()``.
-        step: what to plot it over; a run of W&B counts for itself without.
+        step: the x-axis of the plots; a W&B run counts by itself if it is left out.
         domains: names of the domains, in the order of their ids; default: the ids.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The commands. They parse, show and draw; what they run is in `fastdg.studies`."""
+"""The commands. They parse, show and draw; `fastdg.studies` has the experiments they run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _said() -> Iterator[None]:
 
 @contextmanager
 def _training() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar, and what to tell it: the unit in work, how many are done, and of how many."""
+    """Show a progress bar; yield a function that takes the unit, the number done and the total."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,13 +92,13 @@ def _training() -> Iterator[Callable[[str, int, int], None]]:
         with Progress(*columns, console=console) as bars:
             bar = bars.add_task("training", total=None)
 
-            def told(name: str, done: int, total: int) -> None:
+            def show(name: str, done: int, total: int) -> None:
                 bars.update(bar, description=name or "done", completed=done, total=total)
                 tenth = done > 0 and done * 10 // total > (done - 1) * 10 // total
                 if tenth and not console.is_terminal:  # in a file or pipe the bar shows at its end
                     console.print(f"{done} of {total} done", highlight=False)
 
-            yield told
+            yield show
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         raise typer.Exit(130) from None
@@ -106,7 +106,7 @@ def _training() -> Iterator[Callable[[str, int, int], None]]:
 
 def _processes(workers: int | None) -> int:
     if workers is not None and workers < 1:
-        raise ValueError(f"workers: expected >= 1, got {workers}")
+        raise ValueError(f"workers: expected >= 1, got {workers}. Pass a larger number.")
     return workers or cores()
 
 
@@ -128,7 +128,7 @@ def _main(
 @app.command()
 def info(
     why: Annotated[
-        bool, typer.Option("--why", help="Show what computes each op, and what it takes.")
+        bool, typer.Option("--why", help="Show which backends compute each op.")
     ] = False,
 ) -> None:
     """Versions, the backends that are here, and why one is not."""
@@ -191,8 +191,8 @@ def demo(
             _names(algorithms) or DEFAULT, _names(datasets) or tuple(TASKS), seeds, steps
         )
         processes = _processes(workers)
-        with _training() as told:
-            results = demo_experiment.run(plan, output / "results.json", fresh, told, processes)
+        with _training() as show:
+            results = demo_experiment.run(plan, output / "results.json", fresh, show, processes)
         for task in plan.tasks:
             for table in demo_tables(results, task, console.width):
                 console.print(table)
@@ -232,11 +232,12 @@ def colored_mnist(
     with _said():
         if data is None:
             raise ValueError(
-                "--data: expected the folder of MNIST's four idx files (or FASTDG_DATA set to it)"
+                "--data: expected the folder of MNIST's four idx files, got none. Pass it, or set "
+                "FASTDG_DATA."
             )
         chosen = _names(algorithms) or experiment.ALGORITHMS
-        with _training() as told:
-            results = experiment.run_all(chosen, restarts, data, output, told, fresh=fresh)
+        with _training() as show:
+            results = experiment.run_all(chosen, restarts, data, output, show, fresh=fresh)
         console.print(colored_mnist_table(results))
         colored_mnist_figure(results, output / "figure.png")
     console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
@@ -271,14 +272,14 @@ def pacs(
     with _said():
         if data is None:
             raise ValueError(
-                "--data: expected the folder that holds pacs/ and weights/ (or FASTDG_DATA set to "
-                "it)"
+                "--data: expected the folder that holds pacs/ and weights/, got none. Pass it, or "
+                "set FASTDG_DATA."
             )
         chosen = _names(algorithms) or pacs_experiment.DEFAULT
         plan = pacs_experiment.Plan(data, chosen, seeds, steps)
         processes = _processes(workers)
-        with _training() as told:
-            results = pacs_experiment.run(plan, output / "results.json", fresh, told, processes)
+        with _training() as show:
+            results = pacs_experiment.run(plan, output / "results.json", fresh, show, processes)
         console.print(pacs_table(results))
         pacs_figure(results, output / "figure.png")
     console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")

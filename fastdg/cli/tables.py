@@ -27,7 +27,7 @@ FIRST, EACH = 24, 14  # characters of the first column and of each further one, 
 
 
 def demo_tables(results: dict[str, Any], task: str, width: int) -> Iterator[Table]:
-    """Accuracy on each domain left out, and what a step costs; a column an algorithm, and as many
+    """Accuracy on each domain left out, and the cost of a step; a column an algorithm, and as many
     tables as it takes to keep to ``width`` characters."""
     columns = rows(results, task)
     several = max(1, (width - FIRST) // EACH)

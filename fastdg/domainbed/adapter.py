@@ -27,7 +27,7 @@ class Adapter:
     journal: Journal | None = None  # of the run, if it shall be resumable
     opt: DomainOptimizer | None = None
 
-    network: nn.Module  # what DomainBed's class makes
+    network: nn.Module  # from DomainBed's class, as the next three
     optimizer: Optimizer
     hparams: Mapping[str, Any]
     state_dict: Callable[[], Mapping[str, Any]]
@@ -44,14 +44,14 @@ class Adapter:
         self.num_domains = num_domains
 
     def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, float]:
-        """One step on a batch of each domain; returns what DomainBed logs of it."""
+        """Make one step on a batch of each domain; return the values that DomainBed logs."""
         if self.journal is not None:
             return self.journal.update(self, minibatches)
         return self.train_step(minibatches)
 
     def wrapper(self) -> DomainOptimizer:
-        """Around `optimizer`; made when it is first needed, for the network is moved to its device
-        after it was made."""
+        """Return the wrapper around `optimizer`. It is made at its first use, since DomainBed makes
+        the network before it moves it to its device."""
         if self.opt is None:
             self.opt = self.entry.wrap(self)
         return self.opt
@@ -75,19 +75,19 @@ class Adapter:
                 opt.backward(losses, torch.full((len(y),), d), final=final, **inputs)
             opt.step()
         if (count := getattr(self, "update_count", None)) is not None:
-            count += 1  # DomainBed's own, for those who read its checkpoints
+            count += 1  # DomainBed's own, for readers of its checkpoints
         statistics = {**opt.statistics, "last": opt.statistics["domain_loss"][-1]}
         values = torch.stack([statistics[name].double() for name in self.entry.logs.values()])
         return dict(zip(self.entry.logs, values.tolist(), strict=True))
 
     def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Of each sample ``[N]``, and the further inputs of `DomainOptimizer.backward`."""
+        """Return a loss for each sample ``[N]``, and further inputs of ``opt.backward``."""
         return F.cross_entropy(self.network(x), y, reduction="none"), {}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is particular about an algorithm.
+    """The particulars of an algorithm.
 
     Attributes:
         parent: the class of DomainBed that makes network and optimizer.
@@ -111,8 +111,8 @@ class Entry:
 
 
 def couples(modules: Iterable[nn.Module]) -> bool:
-    """Whether a forward of all domains differs from one of each: by batch statistics, or by the
-    order in which random numbers are drawn."""
+    """Return whether one forward of all domains differs from a forward for each: by batch
+    statistics, or by the order of random numbers."""
     return any(
         m.training and (isinstance(m, BatchNorm) or (isinstance(m, Dropout) and m.p > 0))
         for m in modules

@@ -34,7 +34,7 @@ MIRO_LAYERS = {
 
 
 def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callable[[Any], Any]:
-    """Makes that wrapper, each setting from the hyper-parameter of that name."""
+    """Return a maker of the wrapper that takes each setting from its hyper-parameter."""
 
     def wrap(algorithm: Any) -> DomainOptimizer:
         given = {name: algorithm.hparams[hparam] for name, hparam in settings.items()}
@@ -49,8 +49,8 @@ def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callabl
 
 
 def drawing(wrapper: type[AgrRand] | type[PCGrad], device: str | None) -> Callable[[Any], Any]:
-    """Makes that wrapper with the papers' scale and random numbers of its own: the data come in the
-    order in which they come for algorithms that draw none."""
+    """Return a maker of the wrapper with the papers' scale and a generator of its own: the data
+    then come in the same order as for algorithms that draw no random numbers."""
 
     def wrap(algorithm: Any) -> DomainOptimizer:
         where = device or next(algorithm.network.parameters()).device
@@ -66,7 +66,7 @@ def drawing(wrapper: type[AgrRand] | type[PCGrad], device: str | None) -> Callab
 
 
 class FishrAdapter(Adapter):
-    """On the network of ERM, which is that of DomainBed's Fishr without BackPACK."""
+    """On the network of ERM: DomainBed's Fishr has the same, but with BackPACK."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -87,9 +87,9 @@ def fishr(algorithm: Any) -> Fishr:
 
 
 class FishAdapter(Adapter):
-    """DomainBed's Fish makes a network anew for every step. What that draws at random decides on
-    the order of the data after the first pass over them, so it is made here too where it costs
-    little, and not where it would read pre-trained weights."""
+    """DomainBed's Fish makes a network anew for every step. Its random numbers decide on the order
+    of the data after the first pass over them, so it is made here too where it costs little, and
+    not where it would read pre-trained weights."""
 
     input_shape: tuple[int, ...]
     num_classes: int
@@ -179,7 +179,7 @@ Draw = Callable[[np.random.RandomState], Any]
 def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
     """Default and random search of the hyper-parameters that DomainBed does not know of.
 
-    Those of MIRO and RISE are of their papers' searches. Gradient surgery has none of its own.
+    MIRO and RISE have the search ranges of their papers. Gradient surgery has none of its own.
     """
     if algorithm == "MIRO":
         return {

@@ -23,7 +23,7 @@ MISSING = (
     f"DomainBed is not on the package index. Clone {URL} and say where: "
     "DOMAINBED=/path/to/DomainBed python -m fastdg.domainbed ... (PYTHONPATH does it too)."
 )
-IMPORTS = "Install what it imports: pip install torchvision timm wilds tqdm"
+IMPORTS = "Install its imports: pip install torchvision timm wilds tqdm"
 
 
 def find(name: str) -> Any:
@@ -61,9 +61,9 @@ def _check_clone(folder: Path) -> None:
 def _enough(loader: type[Any]) -> type[Any]:
     """DomainBed's endless loader, which refuses to wait for a full batch of too few samples.
 
-    It draws a domain's samples with replacement, as many as there are, and drops what does not fill
-    a batch: of a batch that is larger than the domain nothing is left, again and again. Weighted
-    samples (``class_balanced``) are drawn a batch at a time.
+    It draws a domain's samples with replacement, as many as there are, and drops an incomplete
+    batch: with a batch larger than the domain it would go on for ever. Weighted samples
+    (``class_balanced``) are drawn a batch at a time.
     """
 
     class InfiniteDataLoader(loader):
@@ -100,7 +100,7 @@ def _fetching(download: Callable[..., Any]) -> Callable[..., Any]:
 def plugged_in(journal: Journal | None = None) -> Iterator[None]:
     """DomainBed finds fastdg's algorithms under their names inside, with their hyper-parameters.
 
-    Its own classes stay what they are, for they are made of each other.
+    Its own classes stay unchanged, since they build on each other.
     """
     algorithms, registry, misc = map(find, ("algorithms", "hparams_registry", "lib.misc"))
     loaders, hub = find("lib.fast_data_loader"), torch.hub
@@ -144,7 +144,7 @@ COMMAND = f"{shlex.quote(sys.executable)} -m fastdg.domainbed"
 
 @contextmanager
 def launching_fastdg() -> Iterator[None]:
-    """Inside, the commands that a sweep launches are fastdg's."""
+    """Let a sweep launch fastdg's commands inside the ``with`` block."""
     registry = find("command_launchers").REGISTRY
     before = dict(registry)
 

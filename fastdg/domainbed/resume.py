@@ -24,7 +24,7 @@ Accuracy = Callable[[Any, Iterable[Any], Any, Any], float]
 
 
 class Refused(RuntimeError):
-    """A run that cannot be made; the text says why, and what to do."""
+    """A run that cannot start; the text says why, and how to go on."""
 
 
 class Trained(Protocol):
@@ -42,12 +42,12 @@ class Trained(Protocol):
 
 
 class Journal:
-    """What a run has returned to DomainBed's training script so far, and its last checkpoint.
+    """All values that a run has returned to DomainBed's training script, and its last checkpoint.
 
     The script always begins at step 0. A run that goes on answers it from the journal, up to the
     step of the checkpoint: nothing is computed, but every batch is drawn, so that the data (with
     their augmentations, in their workers) come in the order in which they came. From there on all
-    numbers are those of a run that was never killed.
+    numbers equal the numbers of a run that was never killed.
 
     A checkpoint is written at the first step after an evaluation, whole or not at all, and deleted
     when the run is done.
@@ -55,7 +55,7 @@ class Journal:
     Args:
         folder: the run's ``--output_dir``.
         arguments: all of its arguments.
-        accuracy: what DomainBed evaluates with.
+        accuracy: DomainBed's evaluation.
     """
 
     def __init__(self, folder: Path, arguments: Sequence[str], accuracy: Accuracy) -> None:
@@ -71,7 +71,7 @@ class Journal:
             self.saved = load(self.path)
 
     def update(self, algorithm: Trained, minibatches: Minibatches) -> dict[str, float]:
-        """A step of the algorithm, or what it returned when it was made."""
+        """Make a step of the algorithm, or return the values of the step that was made before."""
         step = len(self.values)
         if step == 0:
             self.run = identity(algorithm, minibatches)
@@ -108,7 +108,7 @@ class Journal:
         return self.accuracies[-1]
 
     def done(self) -> None:
-        """The run has come to its end."""
+        """End the run: its checkpoint is removed."""
         self.path.unlink(missing_ok=True)
 
     def _save(self, algorithm: Trained, minibatches: Minibatches) -> None:
@@ -132,7 +132,9 @@ class Journal:
         assert saved is not None
         replace(self.results, lambda file: file.write(saved["results"]))
         self._check({"batch": saved["batch"]}, {"batch": fingerprint(minibatches)})
-        opt = algorithm.wrapper()  # before the weights: those of now may be an oracle
+        opt = (
+            algorithm.wrapper()
+        )  # before the weights are loaded: the present ones may be an oracle
         algorithm.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         if saved["cuda"]:

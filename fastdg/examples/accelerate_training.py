@@ -18,7 +18,7 @@ def main() -> None:
     model = data.network()
     opt = fastdg.Fishr(torch.optim.Adam(model.parameters(), lr=1e-3), anneal_steps=4)
     scheduler = CosineAnnealingLR(opt, T_max=8)
-    # `opt` stays at hand: what prepare makes of it steps and clears, but has no `backward`
+    # Keep `opt`: the object that prepare returns steps and clears, but has no `backward`
     model, prepared, loader, scheduler = accelerator.prepare(model, opt, data.mixed(), scheduler)
 
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""ADIOS trains an encoder without labels; MIRO then keeps a classifier near what it has learnt."""
+"""ADIOS trains an encoder without labels; MIRO then keeps a classifier near its features."""
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ def main() -> None:
         objective=objective,
     )
     for x, _, _ in data.mixed(count=64, batch_size=32):
-        told = adios.step(x, x.flip(-1))  # two views of each image; the second is masked
-    print(f"ADIOS: loss {told['loss']:.3f}")
+        statistics = adios.step(x, x.flip(-1))  # two views of each image; the second is masked
+    print(f"ADIOS: loss {statistics['loss']:.3f}")
 
     model = nn.Sequential(encoder, nn.ReLU(), nn.Linear(16, 2))
     base = torch.optim.Adam(model.parameters(), lr=1e-3)

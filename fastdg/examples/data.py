@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 CAMERAS = ["indoor", "street", "night"]
-TINTS = (0.95, 0.85, 0.75)  # how often a camera's tint is that of the label
-MISLEADING = 0.1  # and how often that of a camera not seen in training
+TINTS = (0.95, 0.85, 0.75)  # how often a camera's tint is the label's
+MISLEADING = 0.1  # and how often in a camera not seen in training
 Batch = tuple[Tensor, ...]  # images [N, 3, 8, 8], labels [N], domains [N]
 
 

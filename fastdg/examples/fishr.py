@@ -1,4 +1,4 @@
-"""Fishr in a plain loop, with what usually belongs to one: a schedule, clipping, validation."""
+"""Fishr in a plain loop, with a schedule, clipping and validation."""
 
 import torch
 from torch.nn import functional as F
@@ -28,9 +28,9 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # sees the final gradient
             opt.step()
             scheduler.step()
-        told = {name: opt.statistics[name].item() for name in ("loss", "penalty")}
+        values = {name: opt.statistics[name].item() for name in ("loss", "penalty")}
         accuracy = data.accuracy(model, *data.unseen())
-        print(f"epoch {epoch}: {told}, {accuracy:.0f} % on a new camera")
+        print(f"epoch {epoch}: {values}, {accuracy:.0f} % on a new camera")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""For research: what the gradients of a network say, without any optimizer."""
+"""For research: statistics of a network's gradients, without any optimizer."""
 
 import torch
 from torch.nn import functional as F

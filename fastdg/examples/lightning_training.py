@@ -16,7 +16,7 @@ from . import data
 
 
 class Automatic(lightning.LightningModule):
-    """Lightning calls backward, clips, steps and accumulates, as its Trainer is told to."""
+    """Lightning calls backward, clips, steps and accumulates, as its Trainer is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Automatic(lightning.LightningModule):
         losses = F.cross_entropy(self.model(x), y, reduction="none")
         accumulated = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         self.staged = losses, domain, accumulated or self.trainer.is_last_batch
-        return losses.mean()  # what Lightning reports; its gradient is never asked for
+        return losses.mean()  # Lightning reports it; its gradient is never used
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses, domain, final = self.staged

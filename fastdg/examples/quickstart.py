@@ -1,4 +1,4 @@
-"""Plain training against Fishr: which one trusts what holds for the training cameras only?"""
+"""Plain training against Fishr: which one trusts a cue of the training cameras alone?"""
 
 import torch
 from torch.nn import functional as F

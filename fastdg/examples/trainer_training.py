@@ -29,9 +29,9 @@ class DomainTrainer(Trainer):
         opt, final = self.optimizer.optimizer, self.accelerator.sync_gradients
         if final:  # of the micro-batches of one step, the last
             for p in (p for group in opt.param_groups for p in group["params"]):
-                p.grad = None  # the Trainer clears those of the model, but MIRO has its own
+                p.grad = None  # the Trainer clears the model's; MIRO has parameters of its own
         loss = opt.backward(losses, domains, final)
-        # The Trainer adds up what it gets for a step; the last has the mean of all
+        # The Trainer adds up the losses of a step; the last one is the mean of all
         return loss if final else torch.zeros_like(loss)
 
 

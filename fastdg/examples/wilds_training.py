@@ -75,7 +75,7 @@ def network(classes: int) -> nn.Module:
 
 
 def train(algorithm: str, dataset: Any, groupby: Sequence[str], epochs: int) -> dict[str, Any]:
-    """Train on the groups of the training split; what the data set's own `eval` says of the test
+    """Train on the groups of the training split; return the data set's own `eval` of the test
     split."""
     torch.manual_seed(0)
     np.random.seed(0)  # WILDS draws groups and samples from it

@@ -1,1 +1,1 @@
-"""Real data for experiments: what is bundled with scikit-learn, and MNIST where the user has it."""
+"""Real data for experiments: scikit-learn's digits, and MNIST and PACS from the user's disk."""

@@ -22,7 +22,7 @@ def read_train(folder: Path) -> tuple[Tensor, Tensor]:
         folder: where the idx files are, or a folder that has them in ``mnist/``.
 
     Raises:
-        FileNotFoundError: names what was looked for and where.
+        FileNotFoundError: names the missing file and the folders.
         ValueError: a file is damaged or is not an idx file of the right shape.
     """
     images, labels = read_idx(_find(folder, IMAGES)), read_idx(_find(folder, LABELS))
@@ -45,13 +45,13 @@ def _find(folder: Path, name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"data: MNIST's {name} (or {name}.gz) is neither in {folder} nor in {folder / 'mnist'}; "
-        "give the folder that holds MNIST's idx files"
+        f"data: MNIST's {name} (or {name}.gz) is neither in {folder} nor in {folder / 'mnist'}. "
+        "Pass the folder that holds MNIST's idx files."
     )
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx file of unsigned bytes as an array, or a ValueError that says how it is damaged."""
+    """Return an idx file of unsigned bytes as an array; raise a ValueError if it is damaged."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()

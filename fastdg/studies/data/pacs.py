@@ -48,7 +48,7 @@ def read(folder: Path) -> Task:
 
 
 def check(folder: Path) -> None:
-    """Raise what `read` would of missing images, without reading those of the folders."""
+    """Raise as `read` does if images are missing, without reading the images in folders."""
     if (folder / ARRAYS).exists():
         _arrays(folder / ARRAYS)
     else:

@@ -30,7 +30,7 @@ from .units import check_names
 
 ALGORITHMS = ("erm", "fishr")
 SAVED = ("model", "optimizer", "curve", "step", "seconds")  # in a checkpoint
-# What the paper reports over 10 restarts (mean, std) in per cent; what counts as reproduced here.
+# The paper's results over 10 restarts (mean, std) in per cent; below, the tolerances here
 PAPER = {
     "erm": {"train": (86.4, 0.2), "test": (14.0, 0.7), "grey": (71.0, 0.7)},
     "fishr": {"train": (71.0, 0.9), "test": (69.5, 1.0), "grey": (70.2, 1.1)},
@@ -74,7 +74,9 @@ def environments(images: Tensor, digits: Tensor, seed: int, protocol: Protocol) 
     generator = torch.Generator().manual_seed(seed)
     needed = protocol.train_size + TEST_SIZE
     if len(images) < needed:
-        raise ValueError(f"data: expected MNIST's {needed:,} images, got {len(images):,}")
+        raise ValueError(
+            f"data: expected MNIST's {needed:,} images, got {len(images):,}. Pass the training set."
+        )
     last = len(images) - TEST_SIZE
     order = torch.randperm(last, generator=generator)[: protocol.train_size]
 
@@ -184,7 +186,7 @@ def run(
         checkpoint: written every ``every`` steps, atomically; removed by the caller when the
             result is kept.
         protocol: the script's hyper-parameters by default.
-        progress: told the number of steps done.
+        progress: called with the number of steps done.
         every: steps between checkpoints.
     """
     protocol = protocol or Protocol()
@@ -227,7 +229,7 @@ def run_all(
     """All restarts of all algorithms; goes on from ``output`` after a kill.
 
     Several runs may add to one ``output`` at the same time. Of a restart that two of them run, the
-    result that is written first stays. With ``fresh``, what is there at the beginning is ignored.
+    result that is written first stays. ``fresh`` ignores earlier results.
 
     Returns:
         What is written to ``results.json``: ``protocol``, ``machine``, ``command`` and, for each
@@ -241,7 +243,7 @@ def run_all(
     protocol = protocol or Protocol()
     check_names("algorithms", algorithms, ALGORITHMS)
     if restarts < 1:
-        raise ValueError(f"restarts: expected >= 1, got {restarts}")
+        raise ValueError(f"restarts: expected >= 1, got {restarts}. Pass a larger number.")
     read_train(data_dir)  # missing or damaged files before anything is written
     path = output / "results.json"
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in algorithms}

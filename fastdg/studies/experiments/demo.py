@@ -16,7 +16,7 @@ from .units import Told, check_names, run_units, silent
 
 @dataclass(frozen=True)
 class Plan:
-    """What a demo runs; ``steps`` are each task's own by default."""
+    """The plan of a demo; each task has ``steps`` of its own by default."""
 
     algorithms: tuple[str, ...] = DEFAULT
     tasks: tuple[str, ...] = tuple(TASKS)
@@ -27,11 +27,11 @@ class Plan:
         check_names("algorithms", self.algorithms, tuple(ALGORITHMS))
         check_names("datasets", self.tasks, tuple(TASKS))
         if self.seeds < 1:
-            raise ValueError(f"seeds: expected >= 1, got {self.seeds}")
+            raise ValueError(f"seeds: expected >= 1, got {self.seeds}. Pass a larger number.")
         if (
             self.steps is not None and self.steps < 3
         ):  # one before the penalty, one to time, one whose memory is measured
-            raise ValueError(f"steps: expected >= 3, got {self.steps}")
+            raise ValueError(f"steps: expected >= 3, got {self.steps}. Pass a larger number.")
 
     def steps_of(self, task: str) -> int:
         return SETTINGS[task].steps if self.steps is None else self.steps
@@ -58,12 +58,12 @@ def _train(name: str, left_out: int, seed: int, algorithm: str, steps: int) -> d
 def run(
     plan: Plan, path: Path, fresh: bool = False, progress: Told = silent, workers: int = 1
 ) -> dict[str, Any]:
-    """Run what ``path`` does not hold yet; see `units.run_units`.
+    """Run the units that ``path`` does not hold yet; see `units.run_units`.
 
     Returns:
-        What the file holds of the plan: ``settings``, of each task what `Setting.identity` says;
-        ``machine``; ``runs``, what `training.train` gives; and ``plan`` itself: ``algorithms``,
-        ``tasks`` and ``seeds``.
+        The plan's part of the file: ``settings``, the `Setting.identity` of each task;
+        ``machine``; ``runs``, the results of `training.train`; and ``plan`` itself:
+        ``algorithms``, ``tasks`` and ``seeds``.
     """
     settings = {name: SETTINGS[name].identity(plan.steps_of(name)) for name in TASKS}
     units = {

@@ -1,4 +1,4 @@
-"""What a result was made on."""
+"""The machine that made a result."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 def measured(step: Callable[[], Result]) -> tuple[Result, int]:
-    """``step()`` and the most bytes of CPU tensors that it holds at a time, beyond those alive
-    before it."""
-    # Not `torch.profiler`'s, which makes a tree of all events, in ten times a step's time
+    """Return ``step()`` and the most bytes of CPU tensors that it holds at a time, without tensors
+    that were alive before it."""
+    # Not `torch.profiler`'s: it makes a tree of all events, in ten times a step's time
     with _silent(), profile(profile_memory=True, use_kineto=True) as profiler:
         result = step()
     results = profiler.kineto_results

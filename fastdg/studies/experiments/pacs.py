@@ -1,5 +1,5 @@
 """PACS at 32x32, each domain left out in turn, from a small pre-trained network: does staying near
-to it help, and what do Fishr, surgery and averaging add?"""
+to it help, and how much do Fishr, surgery and averaging add?"""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DEFAULT = tuple(ALGORITHMS)[:-1]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run; ``data`` holds ``pacs/`` and ``weights/``."""
+    """The plan of a study; ``data`` holds ``pacs/`` and ``weights/``."""
 
     data: Path
     algorithms: tuple[str, ...] = DEFAULT
@@ -71,9 +71,11 @@ class Plan:
     def __post_init__(self) -> None:
         check_names("algorithms", self.algorithms, tuple(ALGORITHMS))
         if self.seeds < 1:
-            raise ValueError(f"seeds: expected >= 1, got {self.seeds}")
+            raise ValueError(f"seeds: expected >= 1, got {self.seeds}. Pass a larger number.")
         if self.steps < EVALUATIONS:
-            raise ValueError(f"steps: expected >= {EVALUATIONS}, got {self.steps}")
+            raise ValueError(
+                f"steps: expected >= {EVALUATIONS}, got {self.steps}. Pass a larger number."
+            )
         ResNet20(len(CLASSES)).load_published(self.weights())
         check(self.data / "pacs")
 
@@ -84,12 +86,12 @@ class Plan:
             raise ValueError(
                 f"data: there are no weights in {self.data / 'weights'}. Put resnet20-12fca82f.th "
                 "of github.com/akamaster/pytorch_resnet_cifar10 there, beside "
-                f"{self.data / 'pacs'}/<domain>/<class>/<image>"
+                f"{self.data / 'pacs'}/<domain>/<class>/<image>."
             )
         return found[0]
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on."""
+        """Return the settings that results depend on."""
         return {
             "steps": self.steps,
             "batch": BATCH,
@@ -106,7 +108,7 @@ class Plan:
 def run(
     plan: Plan, path: Path, fresh: bool = False, progress: Told = silent, workers: int = 1
 ) -> dict[str, Any]:
-    """Run what ``path`` does not hold yet; see `units.run_units`. The runs' keys are
+    """Run the units that ``path`` does not hold yet; see `units.run_units`. The runs' keys are
     ``domain/seed/algorithm``, and ``plan`` holds the algorithms and the number of seeds."""
     units = {
         f"{DOMAINS[left_out]}/{seed}/{name}": partial(train, plan, name, left_out, seed)

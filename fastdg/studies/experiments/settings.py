@@ -1,4 +1,4 @@
-"""What the demo compares: the algorithms, and for each task how it is trained."""
+"""The algorithms that the demo compares, and how each task is trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EVALUATIONS = 10  # of a run
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What wraps the optimizer.
+    """A wrapper of the optimizer.
 
     Attributes:
         title: in tables and figures.
@@ -79,13 +79,13 @@ DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.defa
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is trained, the same for every algorithm but for what it adds.
+    """How a task is trained. All algorithms share it; `given` adds arguments of their own.
 
     Attributes:
         batch: samples of each training domain in a step; None for all of them.
         network: (channels, classes) -> the model; without statistics over the batch.
         lr: Adam's.
-        steps: of a run, unless told otherwise.
+        steps: of a run by default.
         anneal: share of the steps before penalties have their weight.
         given: wrapper's class -> further arguments of it on this task. Those whose weight is
             annealed have an entry.
@@ -106,7 +106,7 @@ class Setting:
     source: str
 
     def identity(self, steps: int) -> dict[str, Any]:
-        """What results depend on, for result files."""
+        """Return the settings that results depend on, for result files."""
         return {
             "steps": steps,
             "evaluations": EVALUATIONS,
@@ -125,7 +125,7 @@ class Setting:
         steps: int,
         seed: int,
     ) -> Optimizer:
-        """Adam, wrapped if the algorithm asks for it; ``training`` are the domains trained on."""
+        """Return Adam in the algorithm's wrapper, if any; ``training`` are the training domains."""
         base = torch.optim.Adam(model.parameters(), lr=self.lr)
         chosen = ALGORITHMS[algorithm]
         if chosen.wrapper is None:
@@ -146,14 +146,14 @@ class Setting:
         return chosen.wrapper(base, *more, num_domains=len(training), **given)
 
     def divisor(self, opt: Any) -> float:
-        """What the gradient of this step is divided by, as the paper's script does."""
+        """Return the divisor of this step's gradient, as in the paper's script."""
         if not self.divided or type(opt) not in self.given or opt.steps < opt.anneal_steps:
             return 1.0
         return max(1.0, float(opt.penalty_weight))
 
     def anneal_steps(self, steps: int) -> int:
-        """The step from which penalties have their weight; two steps at least are left, one to time
-        and one whose memory is measured."""
+        """Return the step from which penalties have their weight. At least two steps follow: one is
+        timed, and the memory of another is measured."""
         return min(round(self.anneal * steps), steps - 2)
 
 

@@ -1,4 +1,4 @@
-"""What experiments write and read again: result files and checkpoints, each written whole."""
+"""Result files and checkpoints of experiments, each written whole."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Change = Callable[[dict[str, Any] | None], dict[str, Any]]
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
-    """``torch.save`` that a kill at any moment leaves either done or undone."""
+    """Call ``torch.save`` so that a kill at any moment leaves the old file or the new one."""
     replace(path, lambda file: torch.save(state, file))
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """The same for JSON, with a checksum for `load_results`."""
+    """Write JSON in the same way, with a checksum for `load_results`."""
     text = json.dumps({**value, CHECKSUM: _checksum(value)}, indent=1) + "\n"
     replace(path, lambda file: file.write(text.encode()))
 
@@ -33,12 +33,12 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 
 def update_results(path: Path, load: Load, change: Change) -> dict[str, Any]:
-    """Read the results at ``path``, change them and write them, while others that do so wait.
+    """Read the results at ``path``, change them and write them; other writers wait.
 
     Args:
         path: of the result file.
         load: reads it, or returns None if there is none.
-        change: from what was read to what is to be written.
+        change: maps the results that were read to the new ones.
     """
     with locked(path):
         results = change(load(path))
@@ -67,8 +67,8 @@ def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     ]
     if changes:
         raise ValueError(
-            f"{path}: made with other settings ({'; '.join(changes)}); keep the settings, choose "
-            "another output folder, or start afresh"
+            f"{path}: made with other settings ({'; '.join(changes)}). Keep the settings, choose "
+            "another output folder, or start afresh."
         )
 
 
@@ -101,14 +101,14 @@ def load_results(
     identity: Mapping[str, Any],
     valid: Callable[[dict[str, Any]], bool],
 ) -> dict[str, Any] | None:
-    """The results at ``path``, or None if there are none.
+    """Return the results at ``path``, or None if there are none.
 
     Args:
         path: of the file.
-        key: where the settings are that the results depend on.
+        key: the entry with the settings that the results depend on.
         identity: these settings now.
-        valid: whether the file holds what its readers rely on. It may raise a KeyError, TypeError
-            or AttributeError instead of returning False.
+        valid: whether the file has all entries that its readers need. It may raise a KeyError,
+            TypeError or AttributeError instead of returning False.
 
     Raises:
         ValueError: not such a file, damaged, or made with other settings; names them.
@@ -123,7 +123,7 @@ def load_results(
         results: dict[str, Any] = json.loads(raw)
         checksum = results.pop(CHECKSUM, None)
         if not (isinstance(results[key], dict) and valid(results)):
-            raise ValueError("its entries are others")
+            raise ValueError("it has other entries")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"there is no entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(

@@ -65,11 +65,11 @@ def _results(
         ended = True
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a training process was killed, for want of memory perhaps; the same command goes on "
-            "from here, and --workers 1 takes the least"
+            "a training process was killed, perhaps for lack of memory. Repeat the command to go "
+            "on from here; --workers 1 takes the least memory."
         ) from error
     finally:
-        if not ended:  # nobody waits for units that nobody will write down
+        if not ended:  # stop units whose results nobody will write
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
@@ -109,7 +109,7 @@ def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def silent(key: str, done: int, total: int) -> None:
-    """Whom to tell when nobody wants to know."""
+    """Ignore the progress."""
 
 
 @_one_thread()
@@ -122,22 +122,22 @@ def run_units(
     workers: int = 1,
     fields: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Run what ``path`` does not hold yet, writing it after every unit.
+    """Run the units that ``path`` does not hold yet, and write it after each.
 
     A run killed at any moment goes on where it was: units are deterministic, and the file is
-    replaced whole. Several runs may add to one file at the same time: each adds its units to those
-    that are there. Of a unit that two of them run, the result that is written first stays, and both
-    return it.
+    replaced whole. Several runs may add to one file at the same time: each adds its
+    units to the file. If two runs finish the same unit, the result that is written first stays, and
+    both return it.
 
     Args:
-        units: key -> what to run, in this order.
-        settings: what the results depend on.
+        units: key -> the function to run, in this order.
+        settings: of the runs; results depend on them.
         path: of the results, JSON. ``settings``; ``machine``: where it was run last; ``runs``:
-            key -> what its unit gave; a checksum.
-        fresh: ignore what is there at the beginning.
-        progress: told the last unit's key, how many are done, and how many there are.
+            key -> the result of its unit; a checksum.
+        fresh: ignore the results that are there at the beginning.
+        progress: called with the last unit's key, the number of units done, and of all.
         workers: processes that train side by side, each a unit on one thread.
-        fields: what a unit gives, at least.
+        fields: entries that every result has.
 
     Returns:
         The same, with only these units' runs.
@@ -148,7 +148,7 @@ def run_units(
         ChildProcessError: a worker was killed.
     """
     made: dict[str, Any] = {}  # by this run
-    known: dict[str, Any] = {}  # and what the file held
+    known: dict[str, Any] = {}  # by this run and in the file
 
     def valid(results: dict[str, Any]) -> bool:
         runs = results["runs"].values()

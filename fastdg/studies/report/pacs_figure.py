@@ -1,4 +1,4 @@
-"""PACS: what every algorithm reaches on each domain left out."""
+"""PACS: the accuracy of every algorithm on each domain left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What results say: a table's rows, and the words after it."""
+"""Results in words: a table's rows, and the sentences after it."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _against(row: list[float], plain: list[float], chance: float) -> str:
 
 
 def closing_words(results: dict[str, Any], task: str) -> list[str]:
-    """What the numbers show, from the numbers alone, a line each.
+    """Say in a line each what the numbers show, from the numbers alone.
 
     A difference is the mean over seeds of the difference to ERM with the same seed, ± its standard
     error; it is called clear if its 95 % interval (Student's t) leaves out 0.
@@ -142,6 +142,6 @@ def closing_words(results: dict[str, Any], task: str) -> list[str]:
             "before the full penalty, so the chosen checkpoint hardly shows it."
         )
     if shape.best is not None:
-        words.append(f"Ignoring what misleads gives at most {shape.best:.0f} %.")
+        words.append(f"Ignoring the misleading cue gives at most {shape.best:.0f} %.")
     words.append(f"Penalty: {SETTINGS[task].source}.")
     return words
