@@ -14,7 +14,7 @@ from ..core.nesting import terms_of
 from ..distributed.sharding import local
 from ..dtypes import to_statistics_dtype
 from ..selection import select
-from ..statistics.moments import rows
+from ..statistics.moments import pad_rows
 from ..warn import warn_user
 
 WAY = (
@@ -50,7 +50,7 @@ class Averages:
             own, D = self.kept.get(self.opt.tape.names[name]), value.shape[0]
             if own is None:
                 own = torch.zeros_like(value, requires_grad=False)
-            found.append(own if own.shape[0] == D else rows(own[:D], D))
+            found.append(own if own.shape[0] == D else pad_rows(own[:D], D))
         return found
 
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
@@ -77,7 +77,7 @@ class Averages:
             if own is None:
                 own = kept[p] = torch.zeros_like(value)
             elif own.shape[0] < D:
-                own = kept[p] = rows(own, D)
+                own = kept[p] = pad_rows(own, D)
             moved.append(own if own.shape[0] == D else own[:D])
             if (weight := made.get(kind)) is None:
                 weight = rate * present[:D].to(value.dtype)

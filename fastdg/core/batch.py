@@ -13,7 +13,7 @@ from ..capture.head_output import HeadOutput
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
 from ..gradients.tape import Resolved
-from ..statistics.moments import rows
+from ..statistics.moments import pad_rows
 
 
 class PenaltyOutput(NamedTuple):
@@ -48,7 +48,7 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     count = counts[0]
     if len(counts) > 1:
         domains = max(map(len, counts))
-        count = torch.stack([rows(count, domains) for count in counts]).sum(0)
+        count = torch.stack([pad_rows(count, domains) for count in counts]).sum(0)
     used = sorted({name for batch in staged for name in batch.resolved.chosen})
     return count, sum(len(batch.losses) for batch in staged), used
 

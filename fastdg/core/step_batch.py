@@ -12,7 +12,7 @@ from .. import ops
 from ..distributed.global_batch import GlobalBatch
 from ..dtypes import to_statistics_dtype
 from ..statistics.api import moments_of
-from ..statistics.moments import DomainMoments, merge, rows
+from ..statistics.moments import DomainMoments, merge, pad_rows
 from .backward import accumulate, backward, scaled
 from .batch import Batch, loss_sums, total_loss
 
@@ -60,7 +60,7 @@ class StepBatch:
         self, parts: Sequence[Batch], whole: GlobalBatch, domains: int, first: bool, params: object
     ) -> None:
         self.parts, self.whole = parts, whole
-        self.counts = rows(whole.count, max(domains, whole.counts.shape[1]))
+        self.counts = pad_rows(whole.count, max(domains, whole.counts.shape[1]))
         self.present = self.counts > 0
         with torch.no_grad():
             total, sums = whole.total([total_loss(parts), loss_sums(parts, len(self.counts))])

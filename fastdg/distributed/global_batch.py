@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..statistics.moments import DomainMoments, rows
+from ..statistics.moments import DomainMoments, pad_rows
 from .ranks import Ranks
 
 
@@ -59,7 +59,7 @@ class GlobalBatch:
         means = self.means(own)
         # Of v the derivatives by m add up to 0
         apart = [
-            v + (rows(own.mean[name], len(v)) - means[name].detach()[: len(v)]).square()
+            v + (pad_rows(own.mean[name], len(v)) - means[name].detach()[: len(v)]).square()
             for name, v in own.variance.items()
         ]
         variance = self.total([self._shared(v, own.count) for v in apart])
@@ -74,8 +74,8 @@ class GlobalBatch:
 
     def _shared(self, values: Tensor, count: Tensor) -> Tensor:
         """This rank's part of a mean by domain ``[D, *]``."""
-        share = rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
-        return rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
+        share = pad_rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
+        return pad_rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
 
     def rest(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Summed gradients of tensors that the optimizer does not have: of the parameters among

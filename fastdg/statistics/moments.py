@@ -31,7 +31,7 @@ class DomainMoments:
         return self.count > 0
 
 
-def rows(tensor: Tensor, domains: int) -> Tensor:
+def pad_rows(tensor: Tensor, domains: int) -> Tensor:
     """Pad ``tensor [d, *]`` with zero rows to ``[domains, *]``."""
     if tensor.shape[0] == domains:
         return tensor
@@ -58,7 +58,7 @@ def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
     if len(parts) == 1:
         return parts[0]
     domains = max(part.count.shape[0] for part in parts)
-    counts = [rows(part.count, domains) for part in parts]
+    counts = [pad_rows(part.count, domains) for part in parts]
     count = torch.stack(counts).sum(0)
     mean: dict[str, Tensor] = {}
     variance: dict[str, Tensor] = {}
@@ -67,11 +67,13 @@ def merge(parts: Sequence[DomainMoments]) -> DomainMoments:
         zero = like.new_zeros((domains, *like.shape[1:]))
         wide = [1] * (like.dim() - 1)
         shares = [(c.to(like.dtype) / count.clamp(min=1)).view(-1, *wide) for c in counts]
-        means = [rows(part.mean[name], domains) if name in part.mean else zero for part in parts]
+        means = [
+            pad_rows(part.mean[name], domains) if name in part.mean else zero for part in parts
+        ]
         m = torch.stack([s * x for s, x in zip(shares, means, strict=True)]).sum(0)
         v = zero
         for part, share, part_mean in zip(parts, shares, means, strict=True):
-            own = rows(part.variance[name], domains) if name in part.variance else zero
+            own = pad_rows(part.variance[name], domains) if name in part.variance else zero
             v = v + share * (own + (part_mean - m).square())
         mean[name], variance[name] = m, v
     return DomainMoments(mean, variance, count)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...distributed.global_batch import GlobalBatch
 from ...domains import Partition, partition, readable
 from ...gradients.tape import Resolved
-from ...statistics.moments import rows
+from ...statistics.moments import pad_rows
 from ..backward import accumulate_with_hooks, scaled
 from ..optimizer import DomainOptimizer
 from .exchanged import DistributedGradients
@@ -201,7 +201,7 @@ class GradientCombiner(DomainOptimizer):
         for gathered in earlier:
             before = gathered.scatter_rows(gathered.count, 0)
             domains = max(len(count), len(before))
-            count = rows(count, domains) + rows(before, domains)
+            count = pad_rows(count, domains) + pad_rows(before, domains)
         others = [p.shape for p in batch.resolved.rest]
         return self._met(count, samples, others)
 

@@ -15,7 +15,7 @@ from ...distributed.global_batch import GlobalBatch
 from ...distributed.ranks import BUCKET, Ranks, failed_on
 from ...distributed.sharding import local, sharded
 from ...factors import Agreement
-from ...statistics.moments import rows
+from ...statistics.moments import pad_rows
 from .gathering import AccumulatedGradients, Gradients, SingleBackward, to_device_async
 
 FLYING = 2  # buckets on their way at a time; more would only take memory
@@ -43,7 +43,9 @@ class DistributedGradients(Gradients):
         self.ids, self.extent = sorted({d for row in self.domains for d in row}), counts.shape[1]
         index = to_device_async(torch.tensor(self.ids, device="cpu"), whole.counts.device)
         self.count, self.samples = whole.count[index], whole.samples
-        self.losses = whole.total([rows(own.scatter_rows(own.losses, 0), self.extent)])[0][index]
+        self.losses = whole.total([pad_rows(own.scatter_rows(own.losses, 0), self.extent)])[0][
+            index
+        ]
         self.rest, self.sparse = {}, own.sparse
         self.failure: Exception | None = None
         self.parameters = [p for p in parameters if p.requires_grad]
