@@ -22,7 +22,7 @@ from .core.compiled import compiled
 from .core.optimizer import DomainOptimizer
 from .domain_ids import DomainIds
 from .factors import Dense, Lookup, Outer
-from .gradients.rules import register_rule
+from .gradients.rules.registry import register_rule
 from .gradients.tape import Tape
 from .mixing import mix_students, mix_teachers
 from .models.unet import UNetMasker

@@ -27,19 +27,8 @@ LAYERS = (
 LINES, ALGORITHM_LINES, FILES = 350, 120, 20
 UPWARD: set[tuple[str, str]] = set()
 LONG: set[str] = set()
-CIRCULAR: set[str] = {
-    "gradients.plan",
-    "gradients.route",
-    "gradients.rules",
-    "gradients.rules.broadcast",
-    "gradients.rules.convolution",
-    "gradients.rules.linear",
-    "gradients.rules.lookup",
-    "gradients.rules.norm",
-}
-FULL: set[str] = {
-    "gradients",
-}
+CIRCULAR: set[str] = set()
+FULL: set[str] = set()
 
 
 def modules() -> dict[str, Path]:

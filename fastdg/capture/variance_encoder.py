@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..dtypes import to_statistics_dtype
 from ..factors import Dense, Factor
-from ..gradients.rules import register_rule
+from ..gradients.rules.registry import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
 from .feature_maps import Layout
 

@@ -24,8 +24,8 @@ from .planner import Planner
 from .pulled import Part, Pull, Pulled
 from .reading import Reader
 from .release import release
-from .route import Route
-from .rules import registered
+from .route import route_of
+from .rules.registry import registered
 
 Consume = Callable[[str, Factor], None]
 KEPT = 64  # signatures whose plan is remembered
@@ -166,7 +166,7 @@ class _Sweep:
         self.forward, self.consume, self.create_graph = forward, consume, create_graph
         plan, graph = forward.plan, forward.graph
         if plan.route is None:
-            plan.route = Route.of(plan, graph)
+            plan.route = route_of(plan, graph)
         self.route = route = plan.route
         nodes = graph.nodes
         self.uses = {nodes[at]: served for at, served in route.uses.items()}

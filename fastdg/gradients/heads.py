@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .._torch import sequence_number
 from .engine import Forward
 from .graph import Graph, output_dtypes, output_shapes, signed
-from .layout import Layout, lead
+from .ownership.layout import Layout, lead
 from .plan import MOVES
 from .planner import Planner
 

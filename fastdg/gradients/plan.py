@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .rules import Served
-
-if TYPE_CHECKING:
-    from .route import Route
+from .rules.registry import Served
 
 # One input, one output (or several parts of it), and nothing but entries moved or cast
 MOVES = frozenset(
@@ -57,6 +54,40 @@ class Boundary:
     mixed: bool
 
 
+@dataclass(frozen=True)
+class Route:
+    """Places in the graph of what a backward has to do with.
+
+    Attributes:
+        uses: node -> each parameter that a rule serves there, and how.
+        parts: parameter -> at how many places it is used.
+        targets: the operations whose output gradients are wanted.
+        outputs: of each, the outputs that have gradients.
+        last: those with no other target below them: a backward to these passes all others.
+        small: those whose output gradients are so small that they may wait for its end.
+        idle: nodes that a backward to ``last`` does not run, and that have saved tensors.
+    """
+
+    uses: dict[int, list[tuple[int, Place]]]
+    parts: dict[int, int]
+    targets: list[int]
+    outputs: dict[int, list[int]]
+    last: frozenset[int]
+    small: frozenset[int]
+    idle: list[int]
+
+    def rows(self, grads: Sequence[Tensor | None]) -> dict[int, list[Tensor | None]]:
+        """Gradients at the ``outputs`` of ``last``, in their order, as lists with a place for each
+        output of the operation."""
+        found: dict[int, list[Tensor | None]] = {}
+        rest = iter(grads)
+        for at in self.last:
+            found[at] = [None] * (1 + max(self.outputs[at], default=-1))
+            for nr in self.outputs[at]:
+                found[at][nr] = next(rest)
+        return found
+
+
 @dataclass
 class Plan:
     """How the parameters of all graphs of one signature are served.
@@ -82,7 +113,7 @@ class Plan:
     dynamic: bool = False
     zero: bool = False
     silent: bool = False
-    route: Route | None = None  # of a backward, made by the first one
+    route: Route | None = None  # of a backward, made by the first one (`route_of`)
 
     @property
     def slow(self) -> list[Boundary]:

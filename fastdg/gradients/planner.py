@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Graph, holds_samples, moves_nothing, output_dtypes, output_shapes
-from .owners import UNREAD, Found, Output, Owner, Unclear, completed, same
+from .ownership.owners import UNREAD, Found, Output, Owner, Unclear, completed, same
+from .ownership.provenance import follows, probe
+from .ownership.structure import structure
 from .plan import COPIES, MOVES, Boundary, Place, Plan
-from .provenance import follows, probe
-from .rules import Served, Use, serve
-from .structure import structure
+from .rules.registry import Served, Use, serve
 
 
 def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:

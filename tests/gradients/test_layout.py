@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdg.gradients.layout import Layout
+from fastdg.gradients.ownership.layout import Layout
 
 
 def test_gradient_of_rows_is_no_view() -> None:

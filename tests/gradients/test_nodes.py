@@ -18,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastdg
-from fastdg.gradients import carry, checkpoints, graph, heads, plan, release, rules
+from fastdg.gradients import checkpoints, graph, heads, plan, release
+from fastdg.gradients.ownership import carry
+from fastdg.gradients.rules import registry as rules
 
 Built = Callable[[], Tensor]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fastdg
 from fastdg import ops
-from fastdg.gradients import rules
+from fastdg.gradients.rules import registry as rules
 
 N = 6
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdg.gradients.graph import Graph
-from fastdg.gradients.owners import Found, Output, Owner, Unclear, completed, compressed
-from fastdg.gradients.provenance import probe
+from fastdg.gradients.ownership.owners import Found, Output, Owner, Unclear, completed, compressed
+from fastdg.gradients.ownership.provenance import probe
 
 
 def found_at(losses: Tensor, *tensors: Tensor) -> list[Owner | Unclear | None]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdg
-from fastdg.gradients import carry, engine
+from fastdg.gradients import engine
 from fastdg.gradients.graph import _LAYOUT, Graph, output_shapes
+from fastdg.gradients.ownership import carry
 
 N = 4  # samples, and features: so that no shape tells one dimension from the other
 FAR = 1e3

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastdg
-from fastdg.gradients import engine, planner, rules
-from fastdg.gradients.rules import RULES
+from fastdg.gradients import engine, planner
+from fastdg.gradients.rules import registry as rules
+from fastdg.gradients.rules.registry import RULES
 
 N = 6
 BUILT_IN = frozenset(RULES)

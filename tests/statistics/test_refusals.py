@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastdg
-from fastdg.gradients import rules
+from fastdg.gradients.rules import registry as rules
 
 N = 6
 

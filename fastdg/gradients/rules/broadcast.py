@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ...factors import Dense, Factor
-from ..layout import Layout, lead
-from . import RESHAPES, Served, Use, plain, rule
+from ..ownership.layout import Layout, lead
+from .registry import RESHAPES, Served, Use, plain, rule
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch.autograd.graph import Node
 
 from ...factors import Dense, Factor, Outer
 from ...ops.window import pad
-from ..layout import Layout, lead
-from . import Served, Use, plain, rule
+from ..ownership.layout import Layout, lead
+from .registry import Served, Use, plain, rule
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ...factors import Dense, Factor, Outer
-from ..layout import Layout, lead
-from . import CASTS, RESHAPES, Served, Use, plain, rule
+from ..ownership.layout import Layout, lead
+from .registry import CASTS, RESHAPES, Served, Use, plain, rule
 
 
 @dataclass(frozen=True)

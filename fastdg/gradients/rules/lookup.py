@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...factors import Factor, Lookup
 from ..graph import signed
-from ..layout import Layout, lead
-from . import Served, Use, plain, rule
+from ..ownership.layout import Layout, lead
+from .registry import Served, Use, plain, rule
 
 
 @dataclass(frozen=True)

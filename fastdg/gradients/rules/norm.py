@@ -12,8 +12,8 @@ from ... import ops
 from ...dtypes import to_statistics_dtype
 from ...factors import Dense, Factor
 from ...ops.norm_gradients import dtype_of
-from ..layout import Layout, lead
-from . import Served, Use, plain, rule
+from ..ownership.layout import Layout, lead
+from .registry import Served, Use, plain, rule
 
 Kind = Literal["layer", "rms", "group", "batch"]
 

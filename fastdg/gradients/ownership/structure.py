@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..graph import Graph, output_shapes
 from .carry import CARRY, Ids, Unknown
-from .graph import Graph, output_shapes
 from .owners import Output
 
 

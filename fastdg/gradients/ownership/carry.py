@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .graph import output_shapes, signed
+from ..graph import output_shapes, signed
 
 Shape = tuple[int, ...]
 # None: the gradient may mix samples

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ..carried import continued
-from .graph import Graph, output_dtypes
+from ...carried import continued
+from ..graph import Graph, output_dtypes
+from ..plain import without_autocast
 from .owners import UNREAD, Found, Output, Owner, Unclear, same
-from .plain import without_autocast
 
 _SMALL = 1 << 16  # entries of a gradient that are looked at one by one
 # Powers of two that a loss can be scaled by without overflow or underflow of common gradients

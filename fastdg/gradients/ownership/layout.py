@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..domains import tracing
+from ...domains import tracing
 
 Kind = Literal["major", "minor", "any"]
 
