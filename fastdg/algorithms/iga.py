@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.closures import DomainClosure, Gradients
+from ..core.closures import Forward, Gradients
 from ..core.hyper import check_weight, hyper
 from ..core.optimizer import DomainOptimizer
 from ..core.step_batch import StepBatch
@@ -77,8 +77,13 @@ class IGA(DomainOptimizer):
         risk = batch.domain_mean(batch.domain_losses)
         return batch.penalised(risk, self.penalty_weight, penalty)
 
-    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
-        return closure.two_passes(self._align)
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        if not forward.by_domain:
+            return super().evaluate_closure(forward)
+        statistics = forward.two_passes(self._align)
+        risk, penalty = statistics["domain_loss"].mean(), statistics["penalty"]
+        self._statistics = {**statistics, "objective": risk + self.penalty_weight * penalty}
+        return statistics["loss"]
 
     def _align(self, losses: Tensor, means: Gradients) -> Tensor:
         """Add ``2w H (G - mean G)`` of one domain to ``.grad``; returns ``|G - mean G|^2``."""

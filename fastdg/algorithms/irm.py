@@ -6,14 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..capture.head_output import HeadOutputs
-from ..core import errors
 from ..core.annealed import Annealed
-from ..core.batch import Batch
 from ..core.hyper import check_weight, hyper
-from ..core.optimizer import UNSEEN
 from ..core.step_batch import StepBatch
-from ..domains import partition
 
 
 class IRM(Annealed):
@@ -69,7 +64,7 @@ class IRM(Annealed):
     prefix = "irm"
     params = "head"
     takes = ("logits",)
-    _transient = (*Annealed._transient, "_heads")
+    looks_at_logits = True
 
     penalty_weight: float = hyper(100.0, check_weight)
 
@@ -95,14 +90,3 @@ class IRM(Annealed):
         even, odd = batch.grouped_mean(products, halves, 2 * D).view(D, 2).unbind(1)
         risk = batch.domain_mean(batch.domain_losses)
         return batch.penalised(risk, self.weight, batch.domain_mean(even * odd))
-
-    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
-        output, resolved = self._heads.of(losses, own["logits"], self._tape, self.check)
-        if resolved is None:
-            errors.refuse_again(losses, self._micro_batches, type(self).__name__)
-        parts = partition(domains, losses, self.num_domains)
-        return Batch(losses, parts, resolved or UNSEEN, terms, self._scale, output=output)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._heads = HeadOutputs()

@@ -13,10 +13,10 @@ from ..capture.graph_notes import Hook
 from ..capture.oracle_forwards import OracleForwards
 from ..capture.variance_encoder import VarianceEncoder
 from ..core.hyper import argument, check_module, check_steepness, check_weight, hyper, option
-from ..core.term import TrainedTerm
+from ..core.term import VarianceTerm
 
 
-class MIRO(TrainedTerm):
+class MIRO(VarianceTerm):
     r"""Mutual information regularisation: features that still tell those of a pre-trained oracle.
 
     .. math::
@@ -80,7 +80,7 @@ class MIRO(TrainedTerm):
 
     prefix = "miro"
     check = True  # no argument of this wrapper
-    _transient = (*TrainedTerm._transient, "_forwards")
+    _transient = (*VarianceTerm._transient, "_forwards")
 
     model: nn.Module = argument(check_module, kw_only=False, show=None)
     oracle: nn.Module | None = argument(default=None, kw_only=False, show=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,9 +67,8 @@ class RISE(Term):
     Example:
         >>> tables = fastdg.text_tables(class_names, domain_names, "openai/clip-vit-base-patch32")
         >>> opt = fastdg.RISE(torch.optim.SGD(model.parameters(), lr=1e-3), model.embed, *tables)
-        >>> logits = model(x)
+        >>> opt.zero_grad(); logits = model(x)
         >>> losses = 0.1 * F.cross_entropy(logits, y, reduction="none")
-        >>> opt.zero_grad()
         >>> opt.backward(losses, domains, labels=y, logits=logits, teacher_logits=teacher(x))
         >>> opt.step()
     """
@@ -85,8 +86,7 @@ class RISE(Term):
 
     def _start(self) -> None:
         self.classes, self.anchors = unit_tables(self.classes, self.anchors)
-        teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
-        self._tables = [self.classes, self.anchors, teacher]
+        self.teacher = (self.anchors @ self.classes.unsqueeze(2)).squeeze(2).softmax(1)
 
     def _follow(self) -> None:
         self._output = ModuleOutput(self.embedding, type(self).__name__)
@@ -101,10 +101,11 @@ class RISE(Term):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         embeddings = self._output.of(losses, self.classes.shape[1])
         labels = class_ids(labels, embeddings, len(self.classes))
-        classes, anchors, teacher = self._tables = [x.to(embeddings) for x in self._tables]
-        absolute, relative = text_distance(embeddings, labels, classes, anchors, teacher)
+        tables: Any = self.classes, self.anchors, self.teacher
+        self.classes, self.anchors, self.teacher = tables = [x.to(embeddings) for x in tables]
+        absolute, relative = text_distance(embeddings, labels, *tables)
         parts = {"absolute": (self.absolute, absolute)}
-        if anchors.shape[1]:
+        if tables[1].shape[1]:
             parts["relative"] = (self.relative, relative)
         if teacher_logits is not None:
             distilled = self._distillation(losses, logits, teacher_logits)

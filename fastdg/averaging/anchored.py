@@ -14,7 +14,7 @@ from .. import ops
 from .._torch import not_compiled, version_of
 from ..capture.graph_notes import hook_on
 from ..core.batch import Batch
-from ..core.closures import DomainClosure, check_same
+from ..core.closures import Forward, check_same
 from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import check_model, option
 from ..core.optimizer import DomainOptimizer
@@ -121,14 +121,16 @@ class Anchored(DomainOptimizer):
                 products[p] = gram[0, 1]
         return self._ranks.sum(products)
 
-    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        if not forward.by_domain:
+            return super().evaluate_closure(forward)
         if self.position:
             raise RuntimeError(
                 f"{type(self).__name__}.step(closure) makes a whole meta-iteration, but "
                 f"{self.position} of the {self.meta_steps} inner steps of this one were already "
                 "made; finish it with backward and step"
             )
-        return closure.steps(self.meta_steps)
+        return forward.steps(self.meta_steps)
 
     # -- batches of one domain --
 

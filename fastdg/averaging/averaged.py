@@ -228,8 +228,8 @@ class Averaged(DomainOptimizer):
 
     # -- around another wrapper --
 
-    def _follow(self) -> None:
-        super()._follow()
+    def _start(self) -> None:
+        super()._start()
         self._share_extent()
 
     def _share_extent(self) -> None:

@@ -43,6 +43,7 @@ class Wrapping(Optimizer):
     # patch onto the instance.
     _transient: tuple[str, ...] = (
         "_tape",
+        "_heads",
         "_micro_batches",
         "_term_statistics",
         "_ready",

@@ -1,4 +1,4 @@
-"""Closures that run the model on the domain they are asked for, and batches of one domain."""
+"""The closures of `step`: run once, twice, or once for each domain; and batches of one domain."""
 
 from __future__ import annotations
 
@@ -56,18 +56,38 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
         raise ValueError(f"{message}; got domains {got[:8]}")
 
 
-class DomainClosure:
-    """A closure that runs the model on one domain, as an algorithm asks it.
-
-    Either `steps` makes a step on each domain, or `two_passes` runs all domains twice before one.
+class Forward:
+    """The user's closure, as an algorithm runs it.
 
     Args:
         opt: the wrapper.
-        closure: ``closure(d)`` returns the losses of domain d, or ``(losses, domains)``.
+        closure: returns what `backward` takes, or calls it; or, if it has a parameter, the losses
+            of the domain that it is given, or ``(losses, domains)``.
+
+    Attributes:
+        by_domain: whether it has that parameter.
     """
 
-    def __init__(self, opt: Any, closure: Callable[[int], Any]) -> None:
+    def __init__(self, opt: Any, closure: Callable[..., Any]) -> None:
         self.opt, self.closure = opt, closure
+        self.by_domain = asks_for_domain(closure)
+
+    def backward(self) -> Tensor:
+        """Run a closure without a parameter, and `backward` on what it returns, unless it has
+        called that itself; returns the mean loss, or what the closure returned."""
+        opt = self.opt
+        if self.by_domain:
+            raise TypeError(
+                f"closure: {type(opt).__name__} calls it without an argument; return (losses, "
+                "domains) of a batch with all domains"
+            )
+        before, opt._ready = opt._ready, False
+        result = self.closure()
+        if not opt._ready and result is not None:
+            losses, domains, inputs = check_result(result, opt.takes)
+            result = opt.backward(losses, domains, **inputs)
+        opt._ready |= before
+        return result
 
     # -- a step on each domain --
 
@@ -87,7 +107,9 @@ class DomainClosure:
 
     # -- two passes over all domains --
 
-    def two_passes(self, domain_penalty: Callable[[Tensor, Gradients], Tensor]) -> Tensor:
+    def two_passes(
+        self, domain_penalty: Callable[[Tensor, Gradients], Tensor]
+    ) -> dict[str, Tensor]:
         """``.grad`` of the mean of the domains' losses and of what a second pass adds.
 
         Args:
@@ -95,7 +117,7 @@ class DomainClosure:
                 domain's penalty, detached; its gradient this adds to ``.grad``.
 
         Returns:
-            The mean loss of all samples, detached.
+            The statistics, with the sum of the penalties.
 
         In between, random numbers and the modules' buffers are put back. The graph of one domain
         alone is alive. Hooks on parameters are called once, with the final gradient.
@@ -119,17 +141,17 @@ class DomainClosure:
         opt.zero_grad()
         try:
             with hooks_at_the_end(self._trained()):
-                loss = self._passes(opt.num_domains, domain_penalty)
+                statistics = self._passes(opt.num_domains, domain_penalty)
         except BaseException:
             opt.zero_grad()
             raise
         check_reached(opt.param_groups, name)
         opt._mark_grad_owned()
-        return loss
+        return statistics
 
     def _passes(
         self, domains: int, domain_penalty: Callable[[Tensor, Gradients], Tensor]
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         opt, trained = self.opt, self._trained()
         start = Start(opt.param_groups[0]["params"][0].device)
         sums, counts = [], []
@@ -157,15 +179,12 @@ class DomainClosure:
                 accumulate(p, mean)
         total, count = torch.stack(sums), torch.tensor(counts)
         count = count.to(total.device, non_blocking=True)
-        domain_loss = total / count.to(total.dtype)
-        opt._statistics = {
+        return {
             "loss": total.sum() / sum(counts),
-            "domain_loss": domain_loss,
+            "domain_loss": total / count.to(total.dtype),
             "domain_count": count,
             "penalty": penalty,
-            "objective": domain_loss.mean() + opt.penalty_weight * penalty,
         }
-        return opt._statistics["loss"]
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"] if p.requires_grad]

@@ -91,11 +91,11 @@ class PerRun(PerParameter):
 
     def __set__(self, opt: Any, value: Tensor) -> None:
         kept = opt._own_state[self.key]
-        p, before = next(iter(kept.items()), (opt._owner(), None))
-        if before is not None and before.shape == value.shape:
-            before.copy_(value)
-        else:
-            kept[p] = value
+        for p, before in kept.items() or [(opt._owner(), None)]:
+            if before is not None and before.shape == value.shape:
+                before.copy_(value)
+            else:
+                kept[p] = value
 
     def fits(self, p: Tensor, tensor: Tensor) -> bool:
         return True

@@ -203,7 +203,7 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
     """The arguments of a constructor by name, checked, with the defaults of those left out.
 
     Raises:
-        TypeError: there are too many, one is missing, or given twice.
+        TypeError: there are too many, one is missing, given twice, or not declared.
         ValueError: one is no good value.
     """
     options = declared(kind)
@@ -217,6 +217,8 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
         if name in given:
             raise TypeError(f"{name}: given to {kind.__name__} by its place and by name")
         given = {**given, name: value}
+    for name in given.keys() - options.keys():
+        raise TypeError(f"{name}: {kind.__name__} declares no such argument")
     values = {}
     for name, o in options.items():
         value = given.get(name, o.default)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from ..capture.head_output import HeadOutputs
 from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, partition
 from ..dtypes import to_statistics_dtype
@@ -16,10 +17,9 @@ from ..gradients.plain import without_autocast
 from ..gradients.tape import Resolved, check_losses
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
-from .base_optimizer import check_result
 from .base_state import is_new
 from .batch import Batch, described
-from .closures import DomainClosure, asks_for_domain
+from .closures import Forward
 from .configured import Configured
 from .nesting import (
     chain,
@@ -60,6 +60,7 @@ class DomainOptimizer(Configured):
 
     compares = False  # the domains of a step, so that a step of one domain is plain training
     takes: tuple[str, ...] = ()  # names of further inputs of `backward`, handed to `_batch`
+    looks_at_logits = False  # whether the objective asks for `StepBatch.logit_products`
     looks_at_samples = True  # whether backwards for statistics run before that of the step
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
 
@@ -155,14 +156,21 @@ class DomainOptimizer(Configured):
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         """What to stage of a micro-batch, and of what terms add to it; every check on it."""
-        resolved = UNSEEN
-        if not self.looks_at_samples:
-            errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         parts = partition(domains, losses, self.num_domains)
-        if self.looks_at_samples:
+        resolved, output = UNSEEN, None
+        if self.looks_at_logits:
+            output, seen = self._heads.of(losses, own.get("logits"), self._tape, self.check)
+            resolved = seen or UNSEEN
+        elif self.looks_at_samples:
             resolved = self._tape.resolve(losses, warn=False)
             self._tape.warn(resolved, _advice(type(self)))
-        return Batch(losses, parts, resolved, terms, self._scale)
+        if resolved is UNSEEN:
+            errors.refuse_again(losses, self._micro_batches, type(self).__name__)
+        return Batch(losses, parts, resolved, terms, self._scale, output=output)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._heads = HeadOutputs()
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         """What this rank's batch is a part of."""
@@ -184,13 +192,9 @@ class DomainOptimizer(Configured):
     def after_step(self, record: StepRecord) -> None:
         """Called after the wrapped optimizer has stepped: the only place where own state moves."""
 
-    def evaluate_by_domain(self, closure: DomainClosure) -> Tensor:
-        """Leave in ``.grad`` the gradient of a step whose closure asks for a domain; returns the
-        mean loss."""
-        raise TypeError(
-            f"closure: {type(self).__name__} calls it without an argument; return (losses, "
-            "domains) of a batch with all domains"
-        )
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        """Leave in ``.grad`` the gradient of a step with a closure; returns the mean loss."""
+        return forward.backward()
 
     # -- what the machinery makes of it --
 
@@ -238,7 +242,7 @@ class DomainOptimizer(Configured):
         if closure is not None:
             ready, self._ready = self._ready, False
             with torch.enable_grad():
-                loss = self._evaluate(closure)
+                loss = self.evaluate_closure(Forward(self, closure))
             self._ready |= ready
         if self._micro_batches or not self._ready:
             if self._micro_batches or not errors.is_probe(self.base):
@@ -249,16 +253,6 @@ class DomainOptimizer(Configured):
             return None
         self._advance()
         return loss
-
-    def _evaluate(self, closure: Closure) -> Tensor:
-        """Run the closure of a `step`, and backward on what it returns if it has not done so."""
-        if asks_for_domain(closure):
-            return self.evaluate_by_domain(DomainClosure(self, closure))
-        result = closure()
-        if self._ready or result is None:
-            return result
-        losses, domains, inputs = check_result(result, self.takes)
-        return self.backward(losses, domains, **inputs)
 
     def _advance(self) -> None:
         """Step on the gradient there is, and let own state follow."""

@@ -118,10 +118,13 @@ class StepBatch:
         return places
 
     def logit_products(self, differentiable: bool) -> list[Tensor]:
-        """Derivative of each sample's loss by a factor on its logits, ``[N]`` of each micro-batch,
-        for an algorithm that stages the logits."""
-        outputs = [(part.output, part.scale) for part in self.parts if part.output is not None]
-        return [output.products(scale, differentiable) for output, scale in outputs]
+        """Derivative of each sample's loss by a factor on its logits, ``[N]`` of each micro-batch;
+        of an algorithm with ``looks_at_logits = True``."""
+        found = []
+        for part in self.parts:
+            assert part.output is not None
+            found.append(part.output.products(part.scale, differentiable))
+        return found
 
     # -- statistics of gradients --
 

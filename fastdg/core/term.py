@@ -85,12 +85,13 @@ class Term(DomainOptimizer):
         return PenaltyOutput(values, statistics)
 
 
-class TrainedTerm(Term):
-    """A term with parameters of its own, which the wrapped optimizer trains in a group that this
-    adds: with the settings of the first, and ``lr_multiplier`` times its learning rate.
+class VarianceTerm(Term):
+    """A term with variances of its own, one for each channel of some layers. The wrapped optimizer
+    trains them in a group that this adds: with the settings of the first, and ``lr_multiplier``
+    times its learning rate.
 
-    They are the biases of encoders, one for a layer. A bias gets its size in the first forward, by
-    when a loaded state may have given it values; so they are kept as state, too.
+    They get their sizes in the first forward, by when a loaded state may have given them values;
+    so they are kept as state, too.
     """
 
     lr_multiplier: float

@@ -120,6 +120,17 @@ def test_an_argument_by_its_place_and_one_that_is_not_there() -> None:
         Around(SGD(model.parameters(), lr=0.1))
 
 
+def test_an_init_of_one_s_own_hands_on_what_is_declared() -> None:
+    class Own(fastdg.VREx):
+        def __init__(self, base: Any, strength: float, **more: Any) -> None:
+            super().__init__(base, penalty_weight=strength, **more)
+
+    base = SGD(network().parameters(), lr=0.1)
+    assert Own(base, 3.0, num_domains=2).penalty_weight == 3.0
+    with pytest.raises(TypeError, match=r"^strenght: Own"):
+        Own(base, 3.0, strenght=2.0)
+
+
 @pytest.mark.parametrize("name", ["Fishr", "MIRO", "SWAD", "RISE", "GramSurgery", "Fish"])
 def test_no_optimizer(name: str) -> None:
     with pytest.raises(TypeError, match=f"^base: {name} needs"):

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import Network
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastdg
+from fastdg.core.closures import Forward
 from fastdg.core.combine.combiner import Combined, DomainGradients, GradientCombiner
 from fastdg.core.hyper import check_weight, hyper
 from fastdg.core.step_batch import StepBatch
@@ -109,6 +110,57 @@ def test_an_objective_may_use_what_it_likes() -> None:
     wanted = torch.autograd.grad(objective, parameters, retain_graph=True)
     opt.backward(losses, domains)
     torch.testing.assert_close(gradient(model), torch.cat([g.flatten() for g in wanted]))
+
+
+class SAM(fastdg.DomainOptimizer):
+    """Two forwards a step: the gradient is that from a little way up."""
+
+    looks_at_samples = False
+    rho: float = hyper(0.05, check_weight)
+
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        loss = forward.backward()
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in moved]).norm()
+        ways = [self.rho * p.grad / norm for p in moved]
+        with torch.no_grad():
+            torch._foreach_add_(moved, ways)
+            self.zero_grad()
+        forward.backward()
+        with torch.no_grad():
+            torch._foreach_sub_(moved, ways)
+        return loss
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["returns", "calls_backward"])
+def test_an_algorithm_with_two_forwards(inside: bool) -> None:
+    model, twin = Network().double(), Network().double()
+    twin.load_state_dict(model.state_dict())
+    x, domains = torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    opt = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3)
+    calls = []
+
+    def losses_of(net: nn.Module) -> Tensor:
+        return net(x).square().sum(1)
+
+    def closure() -> Any:
+        losses = losses_of(model)
+        calls.append(float(losses.detach().mean()))
+        return opt.backward(losses, domains) if inside else (losses, domains)
+
+    loss = opt.step(closure)
+    parameters = list(twin.parameters())
+    grads = torch.autograd.grad(losses_of(twin).mean(), parameters)
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    start = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, g in zip(parameters, grads, strict=True):
+            p += 0.3 * g / norm
+    grads = torch.autograd.grad(losses_of(twin).mean(), parameters)
+    for p, q, g in zip(model.parameters(), start, grads, strict=True):
+        torch.testing.assert_close(p, q - 0.1 * g)
+    assert len(calls) == 2 and calls[1] > calls[0] and float(loss) == calls[0]
+    assert opt.steps == 1
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "1"])
