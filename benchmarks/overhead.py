@@ -37,7 +37,7 @@ from torch.nn import functional as F
 import fastdg
 from fastdg.core.batch import Batch
 from fastdg.core.optimizer import DomainOptimizer
-from fastdg.factors import Factor
+from fastdg.factors import PerSampleGrad
 from fastdg.files import replace
 
 Run = Callable[[], None]
@@ -54,7 +54,7 @@ class Nothing(DomainOptimizer):
     def _gradient(self, staged: Sequence[Batch]) -> Tensor:
         (batch,) = staged
 
-        def use(name: str, factor: Factor) -> None:
+        def use(name: str, factor: PerSampleGrad) -> None:
             pass
 
         batch.resolved.collect(use)

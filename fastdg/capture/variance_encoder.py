@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dtypes import to_statistics_dtype
-from ..factors import Dense, Factor
+from ..factors import Dense, PerSampleGrad
 from ..gradients.rules.registry import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
 from .feature_maps import Layout
@@ -41,6 +41,6 @@ class VarianceEncoder(nn.Module):
 
 
 @register_rule("GeneratedBackwardFor_fastdg_oracle_nll_defaultBackward", slot=2)
-def variances(node: Any, delta: Tensor) -> Factor:
+def variances(node: Any, delta: Tensor) -> PerSampleGrad:
     bias, squares, *_ = node.saved_tensors
     return Dense(bias_gradients(to_statistics_dtype(delta), bias, squares, node.positions))

@@ -1,6 +1,6 @@
 """The per-sample gradients of a parameter, and the plain form that all others can take.
 
-Every statistic is asked of a `Factor`; gradients that need not be formed are never formed.
+A `PerSampleGrad` computes every statistic; gradients that need not be formed are never formed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def agreement_of(
     return Agreement(combined, agreeing[0], magnitude[0])
 
 
-class Factor(ABC):
+class PerSampleGrad(ABC):
     """Gradients :math:`g_1..g_N` of one parameter of shape ``shape``."""
 
     shape: Sequence[int]
@@ -69,15 +69,15 @@ class Factor(ABC):
         """Squared norms, ``[N]``."""
 
     @abstractmethod
-    def scaled(self, weights: Tensor) -> Factor:
+    def scaled(self, weights: Tensor) -> PerSampleGrad:
         """The gradients times ``weights [N]``."""
 
     @abstractmethod
-    def take(self, number: Tensor) -> Factor:
+    def take(self, number: Tensor) -> PerSampleGrad:
         """The gradients of the samples ``number`` ``[K]`` alone."""
 
     @abstractmethod
-    def fold(self, samples: int) -> Factor:
+    def fold(self, samples: int) -> PerSampleGrad:
         """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over
         k."""
 
@@ -92,12 +92,12 @@ class Factor(ABC):
         """The domains' mean gradients combined where their signs agree, as `ops.agreement` does."""
         return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
 
-    def plus(self, other: Factor) -> Factor:
+    def plus(self, other: PerSampleGrad) -> PerSampleGrad:
         """The gradient of a parameter that is used twice."""
         return Dense(self.per_sample() + other.per_sample())
 
 
-class Dense(Factor):
+class Dense(PerSampleGrad):
     """Gradients that are small enough to hold: biases, norm weights, modules without a rule.
 
     Args:
@@ -126,22 +126,22 @@ class Dense(Factor):
     def norms(self) -> Tensor:
         return flat(self.grads).square().sum(1)
 
-    def scaled(self, weights: Tensor) -> Factor:
+    def scaled(self, weights: Tensor) -> PerSampleGrad:
         return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))
 
-    def take(self, number: Tensor) -> Factor:
+    def take(self, number: Tensor) -> PerSampleGrad:
         return Dense(self.grads[number])
 
-    def fold(self, samples: int) -> Factor:
+    def fold(self, samples: int) -> PerSampleGrad:
         return Dense(self.grads.unflatten(0, (samples, -1)).sum(1))
 
 
-def total(parts: Sequence[Factor]) -> Factor:
+def total(parts: Sequence[PerSampleGrad]) -> PerSampleGrad:
     """One factor for all uses of a parameter: summed before anything is squared."""
     return reduce(lambda a, b: a.plus(b), parts)
 
 
-def weighted_sum(factor: Factor, weights: Tensor) -> Tensor:
+def weighted_sum(factor: PerSampleGrad, weights: Tensor) -> Tensor:
     """``sum_i weights_i g_i``, of the parameter's shape."""
     everything = single(factor.samples, weights.device)
     return factor.scaled(weights).domain(everything)[0] * factor.samples

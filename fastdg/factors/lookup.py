@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
-from .base import Agreement, Factor, agreement_of
+from .base import Agreement, PerSampleGrad, agreement_of
 
 
-class Lookup(Factor):
+class Lookup(PerSampleGrad):
     r"""Rows of a table that were looked up: :math:`g_i[v] = \sum_{t: index_{it} = v} \delta_{it}`.
 
     Args:
@@ -91,18 +91,18 @@ class Lookup(Factor):
         sums, sample, _, _ = self._reads()
         return sums.new_zeros((self.samples,)).index_add(0, sample, sums.square().sum(1))
 
-    def scaled(self, weights: Tensor) -> Factor:
+    def scaled(self, weights: Tensor) -> PerSampleGrad:
         delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
         return Lookup(self.index, delta, self.rows)
 
-    def take(self, number: Tensor) -> Factor:
+    def take(self, number: Tensor) -> PerSampleGrad:
         return Lookup(self.index[number], self.delta[number], self.rows)
 
-    def fold(self, samples: int) -> Factor:
+    def fold(self, samples: int) -> PerSampleGrad:
         index = self.index.unflatten(0, (samples, -1)).flatten(1, 2)
         return Lookup(index, self.delta.unflatten(0, (samples, -1)).flatten(1, 2), self.rows)
 
-    def plus(self, other: Factor) -> Factor:
+    def plus(self, other: PerSampleGrad) -> PerSampleGrad:
         if not isinstance(other, Lookup):
             return super().plus(other)
         index = torch.cat([self.index, other.index], 1)

@@ -12,12 +12,12 @@ from .. import ops
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
 from ..ops.window import unfold
-from .base import Agreement, Dense, Factor
+from .base import Agreement, Dense, PerSampleGrad
 
 CACHED = 1 << 15  # entries that stay in a core's cache
 
 
-class Outer(Factor):
+class Outer(PerSampleGrad):
     r"""Weights of linear maps: :math:`g_i = \sum_t \delta_{it} \otimes a_{it}`.
 
     Args:
@@ -114,11 +114,11 @@ class Outer(Factor):
     def norms(self) -> Tensor:
         return ops.outer_norms(*self._grouped(), self.window).view(self.samples, -1).sum(1)
 
-    def scaled(self, weights: Tensor) -> Factor:
+    def scaled(self, weights: Tensor) -> PerSampleGrad:
         delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
         return Outer(self.a, delta, self.shape, self.window, self.groups)
 
-    def take(self, number: Tensor) -> Factor:
+    def take(self, number: Tensor) -> PerSampleGrad:
         return Outer(self.a[number], self.delta[number], self.shape, self.window, self.groups)
 
     def _rows(self) -> Outer:
@@ -127,14 +127,14 @@ class Outer(Factor):
             return self
         return Outer(unfold(self.a, self.window), self.delta, self.shape)
 
-    def fold(self, samples: int) -> Factor:
+    def fold(self, samples: int) -> PerSampleGrad:
         if self.groups > 1:
             return Dense(self.per_sample()).fold(samples)
         rows = self._rows()
         a, delta = (x.unflatten(0, (samples, -1)).flatten(1, 2) for x in (rows.a, rows.delta))
         return Outer(a, delta, self.shape)
 
-    def plus(self, other: Factor) -> Factor:
+    def plus(self, other: PerSampleGrad) -> PerSampleGrad:
         if not isinstance(other, Outer) or self.groups > 1 or other.groups > 1:
             return super().plus(other)
         one, two = self._rows(), other._rows()

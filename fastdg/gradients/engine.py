@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from ..carried import continued
 from ..domains import tracing
 from ..dtypes import refuse_complex
-from ..factors import Factor, total
+from ..factors import PerSampleGrad, total
 from .errors import in_words
 from .graph import Graph, Key
 from .plain import without_autocast
@@ -27,7 +27,7 @@ from .release import release
 from .route import route_of
 from .rules.registry import registered
 
-Consume = Callable[[str, Factor], None]
+Consume = Callable[[str, PerSampleGrad], None]
 KEPT = 64  # signatures whose plan is remembered
 
 
@@ -134,7 +134,7 @@ def collect(
 
     Args:
         forward: of the losses.
-        consume: called once a parameter with its name and its `Factor`.
+        consume: called once a parameter with its name and its `PerSampleGrad`.
         create_graph: make the gradients differentiable.
         retain_graph: keep the graph for a further backward.
         extra: tensors whose ordinary gradients are wanted from the same backward.
@@ -171,10 +171,10 @@ class _Sweep:
         nodes = graph.nodes
         self.uses = {nodes[at]: served for at, served in route.uses.items()}
         self.waiting = dict(route.parts)
-        self.parts: dict[int, list[Factor]] = {}
+        self.parts: dict[int, list[PerSampleGrad]] = {}
         self.boundaries = [(nodes[b.node], b) for b in plan.boundaries if plan.pulled]
         self.at_boundary: dict[Node, Sequence[Tensor | None]] = {}
-        self.factors: dict[Node, dict[int, Factor]] = {node: {} for node, _ in self.boundaries}
+        self.factors: dict[Node, dict[int, PerSampleGrad]] = {n: {} for n, _ in self.boundaries}
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
         self.saved_at: dict[Node, list[tuple[Any, ...] | None]] = {}
         self.boundary_of = dict(self.boundaries)

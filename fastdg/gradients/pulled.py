@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
-from ..factors import Dense, Factor, flat
+from ..factors import Dense, PerSampleGrad, flat
 from .graph import Graph, output_dtypes, output_shapes
 from .plain import unhooked, without_autocast
 from .plan import Boundary
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     node: Node
     boundary: Boundary
     deltas: Sequence[Tensor | None]
-    factors: Mapping[int, Factor]
+    factors: Mapping[int, PerSampleGrad]
 
 
 class Pull:
@@ -68,7 +68,7 @@ class Pull:
         member = partition.domains.unsqueeze(0) == domains.unsqueeze(1)
         means = member.double() / partition.count.clamp(min=1).unsqueeze(1)
 
-        def mean(factor: Factor) -> Tensor:  # only `moments` has a derivative
+        def mean(factor: PerSampleGrad) -> Tensor:  # only `moments` has a derivative
             return factor.moments(partition)[0] if self.create_graph else factor.domain(partition)
 
         return self._pull(means, scale, mean)
@@ -80,7 +80,7 @@ class Pull:
         return self._pull(rows, scale, lambda factor: factor.take(number).per_sample())
 
     def _pull(
-        self, weights: Tensor, scale: Tensor | None, read: Callable[[Factor], Tensor]
+        self, weights: Tensor, scale: Tensor | None, read: Callable[[PerSampleGrad], Tensor]
     ) -> list[Tensor]:
         """``sum_i weights[k, i] scale[i] g_i`` of each parameter, for ``weights [K, N]``; ``read``
         says the same of a factor."""
@@ -272,7 +272,7 @@ def _backward_of(
     return out
 
 
-class Pulled(Factor):
+class Pulled(PerSampleGrad):
     """One parameter of a `Pull`; what is asked of one is computed for all and kept.
 
     Args:
@@ -337,13 +337,13 @@ class Pulled(Factor):
         for number in torch.arange(self.samples, device=device).split(self.pull.chunk):
             yield self.pull.of_samples(number, self.scale), number
 
-    def scaled(self, weights: Tensor) -> Factor:
+    def scaled(self, weights: Tensor) -> PerSampleGrad:
         scale = weights if self.scale is None else self.scale * weights
         _, cache = self.cache.setdefault(("scaled", id(weights)), (weights, {}))
         return Pulled(self.pull, self.place, scale, cache)
 
-    def take(self, number: Tensor) -> Factor:
+    def take(self, number: Tensor) -> PerSampleGrad:
         return Dense(self.per_sample()[number])
 
-    def fold(self, samples: int) -> Factor:
+    def fold(self, samples: int) -> PerSampleGrad:
         return Dense(self.per_sample()).fold(samples)

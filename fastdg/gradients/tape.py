@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch import hook_tables
 from ..domains import tracing
-from ..factors import Factor
+from ..factors import PerSampleGrad
 from ..selection import NAMES, Selection, select
 from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
@@ -72,10 +72,10 @@ class Resolved:
         extra: Sequence[Tensor] = (),
         scale: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """One backward that hands each chosen parameter's `Factor` to ``consume``.
+        """One backward that hands each chosen parameter's `PerSampleGrad` to ``consume``.
 
         Args:
-            consume: called with a name and its `Factor`, as soon as that is complete.
+            consume: called with a name and its `PerSampleGrad`, as soon as that is complete.
             create_graph: make the per-sample gradients differentiable.
             retain_graph: keep the graph.
             extra: tensors whose gradients of ``losses.sum()`` are wanted as well.
@@ -95,7 +95,7 @@ class Resolved:
             weight = torch.ones_like(forward.losses) * start
             inverse = start.reciprocal().expand(forward.losses.shape[0])
 
-            def use(name: str, factor: Factor) -> None:
+            def use(name: str, factor: PerSampleGrad) -> None:
                 consume(name, factor.scaled(inverse))
 
         grads = collect(

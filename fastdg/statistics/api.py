@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..domains import Partition, partition
-from ..factors import Factor
+from ..factors import PerSampleGrad
 from ..gradients.explain import Explanation, explanation
 from ..gradients.tape import Resolved, Tape, check_losses
 from .moments import DomainMoments
@@ -39,14 +39,14 @@ def explain(losses: Tensor, params: Params) -> Explanation:
 def _by_name(
     tape: Tape,
     losses: Tensor,
-    compute: Callable[[Factor], Tensor],
+    compute: Callable[[PerSampleGrad], Tensor],
     retain_graph: bool,
     means: Small[str] | None = None,
 ) -> dict[str, Tensor]:
     """Compute a value of each parameter's gradients; ``means`` takes small parameters, if given."""
     out: dict[str, Tensor] = {}
 
-    def use(name: str, factor: Factor) -> None:
+    def use(name: str, factor: PerSampleGrad) -> None:
         if means is None or not means.takes(name, factor):
             out[name] = compute(factor)
 
@@ -71,7 +71,7 @@ def moments_of(
     small: Small[str] = Small(parts, variance=True)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def use(name: str, factor: Factor) -> None:
+    def use(name: str, factor: PerSampleGrad) -> None:
         if create_graph or not small.takes(name, factor):
             found[name] = factor.moments(parts)
 

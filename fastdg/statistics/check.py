@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..factors import Factor, weighted_sum
+from ..factors import PerSampleGrad, weighted_sum
 from ..gradients.plain import gradients_of
 from ..gradients.tape import Tape
 from .record import tape_and_tensors
@@ -36,7 +36,7 @@ def check(tape: Tape, losses: Tensor) -> None:
     got: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
 
-    def use(name: str, factor: Factor) -> None:
+    def use(name: str, factor: PerSampleGrad) -> None:
         with torch.no_grad():
             got[name] = weighted_sum(factor, w)
             norms[name] = (factor.norms().sqrt() * w).sum()

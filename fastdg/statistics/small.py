@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..domains import Partition
-from ..factors import Dense, Factor, Outer
+from ..factors import Dense, Outer, PerSampleGrad
 
 SMALL = 1 << 16  # entries of a factor's tensors, and of a parameter, that may wait for others
 WAITING = 1 << 18  # entries of all factors that wait
@@ -40,7 +40,7 @@ class Small(Generic[K]):
         self.entries = 0
         self.made: dict[K, tuple[Tensor, Tensor | None]] = {}
 
-    def takes(self, key: K, factor: Factor) -> bool:
+    def takes(self, key: K, factor: PerSampleGrad) -> bool:
         """Return whether these gradients are small; then `results` has their moments."""
         if isinstance(factor, Dense):
             size, dtype = factor.grads.numel(), factor.grads.dtype

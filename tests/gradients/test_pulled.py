@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fastdg
 from fastdg.domains import partition
-from fastdg.factors import Factor
+from fastdg.factors import PerSampleGrad
 from fastdg.gradients.pulled import Pulled
 from fastdg.statistics.record import tape_of
 
@@ -85,7 +85,7 @@ def test_what_was_computed_for_a_partition_is_not_returned_for_a_later_one() -> 
     rows = fastdg.per_sample_gradients(losses, params=names)
     seen = 0
 
-    def use(name: str, factor: Factor) -> None:
+    def use(name: str, factor: PerSampleGrad) -> None:
         nonlocal seen
         if not isinstance(factor, Pulled):
             return

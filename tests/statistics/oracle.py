@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastdg
 from fastdg.domains import partition
-from fastdg.factors import Agreement, Factor
+from fastdg.factors import Agreement, PerSampleGrad
 
 # Empty domains in the middle (1) and at the end (4), and one of a single sample (3).
 DOMAINS = torch.tensor([0, 2, 0, 2, 3, 0])
@@ -172,7 +172,7 @@ def assert_agreement(
     weights = torch.arange(1, num_domains + 1) * present.to(losses.dtype)
     made: dict[str, Agreement] = {}
 
-    def use(name: str, factor: Factor) -> None:
+    def use(name: str, factor: PerSampleGrad) -> None:
         made[name] = factor.agreement(parts, weights, 0.5, math.inf)
 
     tape.resolve(losses).collect(use, retain_graph=True)

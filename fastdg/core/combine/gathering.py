@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import ops
 from ...dtypes import to_statistics_dtype
-from ...factors import Agreement, Factor
+from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
 from ...gradients.scale import about_mean, root, unscaled
 from ...statistics.small import Small
@@ -148,7 +148,7 @@ class SingleBackward(Own):
     def rows(self) -> dict[Tensor, list[Tensor]]:
         parts, small = self.batch.partition, self._small()
 
-        def rows(p: Tensor, factor: Factor) -> list[Tensor]:
+        def rows(p: Tensor, factor: PerSampleGrad) -> list[Tensor]:
             if small.takes(p, factor):
                 return []  # for its place among the parameters
             return list(factor.domain(parts).unbind())
@@ -163,7 +163,7 @@ class SingleBackward(Own):
     ) -> dict[Tensor, Agreement]:
         parts, small = self.batch.partition, self._small()
 
-        def combined(p: Tensor, factor: Factor) -> Agreement | None:
+        def combined(p: Tensor, factor: PerSampleGrad) -> Agreement | None:
             if small.takes(p, factor):
                 return None
             return factor.agreement(parts, weights, threshold, steepness)
@@ -177,12 +177,12 @@ class SingleBackward(Own):
         several times, and waits for them where other processes keep the cores busy."""
         return Small(self.batch.partition, variance=False)
 
-    def _each(self, compute: Callable[[Tensor, Factor], T]) -> dict[Tensor, T]:
+    def _each(self, compute: Callable[[Tensor, PerSampleGrad], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
         chosen, rest = self.batch.resolved.chosen, self.batch.resolved.rest
         made: dict[Tensor, T] = {}
 
-        def use(name: str, factor: Factor) -> None:
+        def use(name: str, factor: PerSampleGrad) -> None:
             with torch.no_grad():
                 made[chosen[name]] = compute(chosen[name], factor)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...factors import Dense, Factor
+from ...factors import Dense, PerSampleGrad
 from ..ownership.layout import Layout, lead
 from .registry import RESHAPES, Served, Use, plain, rule
 
@@ -37,7 +37,7 @@ class Broadcast(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return _WITH[self.operation][self.slot](node)
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         grad = delta
         for other in saved:
             # As autograd does: a product would make NaN of inf where the operand is not chosen
@@ -113,7 +113,7 @@ class Repeated(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return ()
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         copies = _copies_first(delta.reshape(self.sizes)).reshape(-1, prod(self.parameter))
         rows = self.layout.rows(copies).sum(1)
         return Dense(rows.reshape(self.layout.samples, *self.parameter))

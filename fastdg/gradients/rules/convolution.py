@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...factors import Dense, Factor, Outer
+from ...factors import Dense, Outer, PerSampleGrad
 from ...ops.window import pad
 from ..ownership.layout import Layout, lead
 from .registry import Served, Use, plain, rule
@@ -29,7 +29,7 @@ class Patches(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return (node._saved_input,)  # type: ignore[attr-defined]
 
-    def factor(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         x, delta = _sample_major(saved[0], self.layout), _sample_major(delta, self.layout)
         sizes = list(reversed(node._saved_padding))
         more = [0] * len(sizes)
@@ -53,7 +53,7 @@ class Channels(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return ()
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         rows = self.layout.rows(delta.flatten(2).sum(2) if delta.dim() > 2 else delta)
         return Dense(rows.sum(1).reshape(self.layout.samples, *self.parameter))
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...factors import Dense, Factor, Outer
+from ...factors import Dense, Outer, PerSampleGrad
 from ..ownership.layout import Layout, lead
 from .registry import CASTS, RESHAPES, Served, Use, plain, rule
 
@@ -35,7 +35,7 @@ class Product(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return (getattr(node, self.saved_as),)
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         a = saved[0]
         if delta.dim() == 1:
             delta = delta.unsqueeze(1)
@@ -59,7 +59,7 @@ class Summed(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return ()
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         total = self.layout.shortest(delta)
         if total.dim() > 2:
             total = total.squeeze(1) if total.shape[1] == 1 else total.sum(1)
@@ -137,7 +137,7 @@ class Blocks(Served):
     def saved(self, node: Node) -> tuple[Any, ...]:
         return (getattr(node, self.saved_as),)
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         # [R, B, I] and [R, B, O]; from the right a matrix is [I, O], so the two change places
         order = (2, 0, 1) if self.columns else (1, 0, 2)
         a, delta = (self.layout.rows(x.permute(order)) for x in (saved[0], delta))

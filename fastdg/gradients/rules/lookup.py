@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...factors import Factor, Lookup
+from ...factors import Lookup, PerSampleGrad
 from ..graph import signed
 from ..ownership.layout import Layout, lead
 from .registry import Served, Use, plain, rule
@@ -23,7 +23,7 @@ class Rows(Served):
     def saved(self, node: Any) -> tuple[Any, ...]:
         return (node._saved_indices,)
 
-    def factor(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         index = saved[0].flatten()
         delta = delta.reshape(index.shape[0], self.parameter[1])
         delta = delta * (index != signed(node._saved_padding_idx)).unsqueeze(1)

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from ... import ops
 from ...dtypes import to_statistics_dtype
-from ...factors import Dense, Factor
+from ...factors import Dense, PerSampleGrad
 from ...ops.norm_gradients import dtype_of
 from ..ownership.layout import Layout, lead
 from .registry import Served, Use, plain, rule
@@ -45,12 +45,12 @@ class Affine(Served):
             return (node._saved_input, node._saved_result1)
         return (node._saved_input, node._saved_result1, node._saved_result2)
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         return self.factor_beside(node, saved, delta, {})
 
     def factor_beside(
         self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
-    ) -> Factor:
+    ) -> PerSampleGrad:
         if self.weight:
             grads, made["bias"] = self._both(node, saved, delta)
         elif "bias" in made:  # with the weight's

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ..._torch import function_of
-from ...factors import Factor
+from ...factors import PerSampleGrad
 from ..ownership.layout import Layout, lead
 
 
@@ -56,12 +56,12 @@ class Served(ABC):
         """The tensors of the forward that `factor` wants, read before the backward frees them."""
 
     @abstractmethod
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         """The per-sample gradients of the parameter, of the shape of the parameter."""
 
     def factor_beside(
         self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
-    ) -> Factor:
+    ) -> PerSampleGrad:
         """`factor`, with what the rules of the other inputs of ``node`` leave to one another."""
         return self.factor(node, saved, delta)
 
@@ -70,7 +70,7 @@ Rule = Callable[[Use], Served | None]
 RULES: dict[tuple[str | type, int], Rule] = {}  # by a node's name, or its autograd.Function
 _registered = 0  # rules of users, so that no plan made without one is remembered
 R = TypeVar("R", bound=Rule)
-F = TypeVar("F", bound=Callable[[Any, Tensor], Factor])
+F = TypeVar("F", bound=Callable[[Any, Tensor], PerSampleGrad])
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ class Registered(Served):
     """One input of an operation that a user's function serves."""
 
     layout: Layout
-    function: Callable[[Any, Tensor], Factor]
+    function: Callable[[Any, Tensor], PerSampleGrad]
 
     def saved(self, node: Node) -> tuple[Any, ...]:
         return (_Read(node),)
 
-    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> Factor:
+    def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         return self.function(saved[0], delta)
 
 
