@@ -1,4 +1,4 @@
-"""Domain ids from names."""
+"""Integer domain ids from domain names."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 class DomainIds:
-    """Numbers 0 to D - 1 for the names of domains: strings, years, keys of a data base.
+    """Ids 0 to D - 1 of domain names: strings, years, database keys.
 
     Args:
         names: the training domains in the order of their ids, a list, an array or a tensor. Repeats
-            count once, so that the column of a whole data set may be given; sort it where runs on
-            other data shall number alike.
+            count once, so a column of the whole data set is fine. Sort it if runs on other data
+            need the same ids.
 
-    ``ids(names)`` are the ids of a batch, ``[N]`` int64; ``ids[name]`` is one; ``ids.inverse(ids)``
-    the names again; ``len(ids)`` is D, for ``num_domains=``. ``ids.names`` is a list, which goes
-    into a checkpoint, and ``DomainIds(names)`` is made of it again.
+    ``ids(names)`` gives the ids of a batch, ``[N]`` int64; ``ids[name]`` gives one id;
+    ``ids.inverse(ids)`` gives the names; ``len(ids)`` is D, for ``num_domains=``. To checkpoint,
+    save the list ``ids.names``; to restore, call ``DomainIds(names)``.
 
     Raises:
-        TypeError, ValueError: ``names`` is empty, or has something that is no name.
+        TypeError, ValueError: ``names`` is empty, or one of them cannot be a key.
 
     Example:
         >>> ids = fastdg.DomainIds(["art", "photo", "sketch"])
@@ -34,14 +34,15 @@ class DomainIds:
     def __init__(self, names: Iterable[Hashable]) -> None:
         self.names: list[Any] = list(dict.fromkeys(_listed(names)))
         if not self.names:
-            raise ValueError("names: expected at least one name, got none")
+            raise ValueError("names: expected at least one name, got none.")
         self._ids = {name: i for i, name in enumerate(self.names)}
 
     def __call__(
         self, names: Iterable[Hashable], device: torch.device | str | None = None
     ) -> Tensor:
-        """The ids of these names, ``[N]`` int64, on ``device`` (default: the CPU, where the
-        wrappers like them best).
+        """Return the ids of these names, ``[N]`` int64, on ``device``.
+
+        The default device is the CPU, where wrappers check ids without a host sync.
 
         Raises:
             TypeError, ValueError: a name is not among ``self.names``.
@@ -55,7 +56,7 @@ class DomainIds:
         near = [texts[t] for t in difflib.get_close_matches(str(name), texts, n=3, cutoff=0.0)]
         raise ValueError(
             f"names: expected one of {len(self)} domains, got {name!r}; the nearest are {near}. "
-            "Make DomainIds of all training domains"
+            "Pass all training domains to DomainIds."
         )
 
     def __contains__(self, name: object) -> bool:
@@ -68,7 +69,7 @@ class DomainIds:
         return len(self.names)
 
     def inverse(self, ids: Iterable[int] | Tensor) -> list[Any]:
-        """The names of these ids.
+        """Return the names of these ids.
 
         Raises:
             ValueError: an id is not one of 0 to D - 1.
@@ -76,7 +77,7 @@ class DomainIds:
         numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         for number in numbers:
             if not 0 <= number < len(self):
-                raise ValueError(f"ids: expected ids from 0 to {len(self) - 1}, got {number}")
+                raise ValueError(f"ids: expected ids from 0 to {len(self) - 1}, got {number}.")
         return [self.names[number] for number in numbers]
 
     def __eq__(self, other: object) -> bool:
@@ -90,10 +91,10 @@ class DomainIds:
 
 
 def _listed(names: Any) -> list[Any]:
-    """The names one by one, as Python's own values."""
+    """Return the names as a list of Python values."""
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise TypeError(
-            f"names: expected a list of names, got {names!r}; of one name, ids[name] is the id"
+            f"names: expected a list of names, got {names!r}. For one name, use ids[name]."
         )
     listed = names.tolist() if hasattr(names, "tolist") else list(names)
     listed = listed if isinstance(listed, list) else [listed]
@@ -101,6 +102,6 @@ def _listed(names: Any) -> list[Any]:
     for name in listed:
         if not isinstance(name, Hashable) or name != name:
             raise TypeError(
-                f"names: expected names that can be keys (strings, numbers), got {name!r}"
+                f"names: expected names that can be keys (strings, numbers), got {name!r}."
             )
     return listed

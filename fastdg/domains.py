@@ -1,4 +1,4 @@
-"""Domain ids as a partition of the batch; every check on them."""
+"""Checks of domain ids, and the partition of a batch by domain."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ._torch import assert_later, dispatch_modes, get_proxy_mode
 
 @dataclass(frozen=True)
 class Partition:
-    """The samples of a batch, sorted by domain without moving them.
+    """Index of a batch by domain; the samples stay in place.
 
     Attributes:
         order: sample numbers sorted by domain, stable, ``[N]`` int64.
         offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
-        domains: the domain of each sample, ``[N]`` int64.
+        domains: domain of each sample, ``[N]`` int64.
     """
 
     order: Tensor
@@ -32,11 +32,11 @@ class Partition:
 
     @property
     def count(self) -> Tensor:
-        """Samples of each domain, ``[D]`` int64."""
+        """Number of samples of each domain, ``[D]`` int64."""
         return self.offsets[1:] - self.offsets[:-1]
 
     def grouped(self, groups: int) -> Partition:
-        """The partition of ``N * groups`` rows (sample-major) into ``D * groups`` domains."""
+        """Partition ``N * groups`` rows (sample-major) into ``D * groups`` domains."""
         if groups == 1:
             return self
         blocks = torch.arange(groups, device=self.domains.device)
@@ -52,7 +52,7 @@ def _sorted(domains: Tensor, num_domains: int) -> Partition:
 
 
 def single(samples: int, device: torch.device) -> Partition:
-    """Every sample in one domain."""
+    """Return the partition of all samples into one domain."""
     return Partition(
         torch.arange(samples, device=device),
         torch.tensor([0, samples], device=device),
@@ -61,64 +61,64 @@ def single(samples: int, device: torch.device) -> Partition:
 
 
 def tracing() -> bool:
-    """Whether torch writes down what runs, for a graph that is to hold good for other values."""
+    """Whether torch traces a graph, which must hold for other values too."""
     if torch.compiler.is_compiling():
         return True
     return dispatch_modes() > 0 and get_proxy_mode() is not None
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at without a wait."""
+    """Whether the CPU can read the values without a host sync."""
     return tensor.device.type == "cpu" and not tracing()
 
 
-MOST_DOMAINS = 1000  # that are not taken for a mistake
+MOST_DOMAINS = 1000  # a larger id is taken for a mistake
 
 
 def check_ids(ids: Tensor, num_domains: int | None) -> int:
-    """Look at the ids; returns the number of domains.
+    """Check the ids and return the number of domains.
 
     Raises:
-        ValueError: an id is negative, or not below ``num_domains``, or a year or a key rather than
+        ValueError: an id is negative, or not below ``num_domains``, or a year or a key instead of
             a row number.
     """
     low, high = (int(v) for v in torch.aminmax(ids)) if ids.numel() else (0, -1)
     if low < 0:
         raise ValueError(
-            f"domains: expected ids >= 0, got {low}; no id marks samples without a domain: leave "
-            "those out of losses and domains"
+            f"domains: expected ids >= 0, got {low}. No id stands for 'no domain'; leave samples "
+            "without a domain out of losses and domains."
         )
     if num_domains is None:
         if high >= max(MOST_DOMAINS, ids.numel()):
             raise ValueError(
-                f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples, "
-                "and results have a row for each. Of years or keys make ids once, of the whole "
-                "data set: ids = fastdg.DomainIds(values), or "
-                "torch.unique(values, return_inverse=True)[1]; if there are so many domains, pass "
-                "num_domains="
+                f"domains: expected ids 0 to D - 1, got {high} among {ids.numel()} samples; "
+                "results have one row for each id. Convert years or keys once, for the whole data "
+                "set: ids = fastdg.DomainIds(values), or "
+                "torch.unique(values, return_inverse=True)[1]. If there are so many domains, pass "
+                "num_domains=."
             )
         return high + 1
     if high >= num_domains:
         raise ValueError(
-            f"domains: expected ids below num_domains={num_domains}, got {high}; "
-            "pass num_domains= the number of training domains; of years or keys make ids with "
-            "fastdg.DomainIds(values)"
+            f"domains: expected ids below num_domains={num_domains}, got {high}. "
+            "Pass the number of training domains as num_domains=; convert years or keys with "
+            "fastdg.DomainIds(values)."
         )
     return num_domains
 
 
 def as_ids(domains: Any, samples: int | None = None) -> Tensor:
-    """``domains`` as a tensor of integers; a single one is that of all ``samples``.
+    """Return ``domains`` as an integer tensor; a single integer is the domain of all ``samples``.
 
     Raises:
-        TypeError: it is none, in words for strings, lists, arrays and other dtypes.
+        TypeError: ``domains`` is no integer or integer tensor.
     """
     if not isinstance(domains, bool) and isinstance(domains, Integral) and samples is not None:
         return torch.full((samples,), int(domains))
     if domains is None:
         raise TypeError(
             "domains: expected the domain of each sample, an integer tensor (N,), got none. Call "
-            "opt.backward(losses, domains)"
+            "opt.backward(losses, domains)."
         )
     if not isinstance(domains, Tensor):
         kind = type(domains).__name__
@@ -127,63 +127,63 @@ def as_ids(domains: Any, samples: int | None = None) -> Tensor:
         if isinstance(first, (str, bytes)):
             raise TypeError(
                 f"domains: expected an integer tensor of shape (N,), got {kind} with the name "
-                f"{first!r}. Make numbers of names: ids = fastdg.DomainIds(names), once, and "
-                "opt.backward(losses, ids(domains))"
+                f"{first!r}. Call ids = fastdg.DomainIds(names) once, and "
+                "opt.backward(losses, ids(domains)) in each step."
             )
         raise TypeError(
-            f"domains: expected an integer tensor of shape (N,), got {kind}; use "
-            "torch.as_tensor(domains)"
+            f"domains: expected an integer tensor of shape (N,), got {kind}. Use "
+            "torch.as_tensor(domains)."
         )
     if domains.dtype == torch.bool:
         raise TypeError(
-            "domains: expected integer domain ids, got dtype torch.bool; domains.long() makes ids "
-            "0 and 1 of them"
+            "domains: expected integer domain ids, got dtype torch.bool. Use domains.long() for "
+            "ids 0 and 1."
         )
     if domains.is_floating_point() or domains.is_complex():
         raise TypeError(
-            f"domains: expected integer domain ids, got dtype {domains.dtype}; use domains.long() "
-            "if they are whole numbers from 0 on, or fastdg.DomainIds(values) for others"
+            f"domains: expected integer domain ids, got dtype {domains.dtype}. Use domains.long() "
+            "for whole numbers 0 to D - 1, or fastdg.DomainIds(values) for other values."
         )
     return domains.expand(samples) if domains.dim() == 0 and samples is not None else domains
 
 
 def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = None) -> Partition:
-    """Check domain ids against the losses they belong to and sort the samples by domain.
+    """Check domain ids against the losses and sort the samples by domain.
 
-    No host sync when ``domains`` is on the CPU or ``num_domains`` is given.
+    There is no host sync if ``domains`` is on the CPU or ``num_domains`` is given.
 
     Args:
-        domains: domain of each sample, ``[N]``, any integer dtype, >= 0; on the device of
-            ``losses`` or the CPU. A single integer is that of all samples.
+        domains: domain of each sample, ``[N]``, any integer dtype, >= 0, on the device of
+            ``losses`` or the CPU. A single integer is the domain of all samples.
         losses: ``[N]`` per-sample losses.
-        num_domains: number of domains D; default: one more than the largest id.
+        num_domains: number of domains D. Default: the largest id plus one.
 
     Raises:
         TypeError: ``domains`` is not an integer tensor, ``num_domains`` not an integer.
         ValueError: wrong length, wrong device, a negative id, an id >= ``num_domains``, an id that
-            is a year or a key rather than a row number, or ``num_domains`` < 1.
+            is a year or a key instead of a row number, or ``num_domains`` < 1.
     """
     domains = as_ids(domains, losses.shape[0])
     if domains.shape != losses.shape:
         rows = domains.dim() == 2 and domains.shape[0] == losses.shape[0]
-        advice = "; use domains.squeeze(1)" if rows and domains.shape[1] == 1 else ""
+        advice = " Use domains.squeeze(1)." if rows and domains.shape[1] == 1 else ""
         if rows and domains.shape[1] > 1:
-            advice = "; of one-hot rows, domains.argmax(1) are the ids"
+            advice = " For one-hot rows, use domains.argmax(1)."
         raise ValueError(
-            f"domains: expected one id a sample, shape {tuple(losses.shape)} as losses, "
-            f"got shape {tuple(domains.shape)}{advice}"
+            f"domains: expected one id per sample, shape {tuple(losses.shape)} as losses, "
+            f"got shape {tuple(domains.shape)}.{advice}"
         )
     if num_domains is not None:
         if not isinstance(num_domains, int) or isinstance(num_domains, bool):
             raise TypeError(
-                f"num_domains: expected an integer or None, got {type(num_domains).__name__}"
+                f"num_domains: expected an integer or None, got {type(num_domains).__name__}."
             )
         if num_domains < 1:
-            raise ValueError(f"num_domains: expected at least 1, got {num_domains}")
+            raise ValueError(f"num_domains: expected at least 1, got {num_domains}.")
     if domains.device != losses.device and domains.device.type != "cpu":
         raise ValueError(
-            f"domains: expected them on {losses.device} (where losses are) or on the CPU, "
-            f"got {domains.device}"
+            f"domains: expected the device of losses ({losses.device}) or the CPU, "
+            f"got {domains.device}. Use domains.cpu()."
         )
     ids = domains.detach().to(torch.int64)
     if num_domains is None or readable(ids):

@@ -1,8 +1,7 @@
-"""The statistics in functional form, for stateless code.
+"""Gradient statistics in functional form, for stateless code.
 
 ``loss(params, *sample)`` is one sample's loss. ``torch.func.vmap(torch.func.grad(loss))`` runs in
-chunks of the batch, and no more than one chunk of per-sample gradients is alive at a time, forward
-or backward.
+chunks of the batch: forward and backward hold the per-sample gradients of one chunk at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = [
     "per_sample_norms",
 ]
 
-# Bytes of per-sample gradients in a chunk where chunk_size is not given.
+# Bytes of per-sample gradients in a chunk, if chunk_size is None.
 CHUNK_BUDGET = 256 * 2**20
 
 
@@ -43,34 +42,34 @@ def domain_moments(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> DomainMoments:
-    r"""Mean and biased variance of per-sample gradients in each domain.
+    r"""Compute mean and biased variance of the per-sample gradients of each domain.
 
     .. math:: m_d = \frac1{n_d}\sum_{i\in d} g_i,\qquad
               v_d = \frac1{n_d}\sum_{i\in d}(g_i-m_d)^2,\qquad
               g_i = \nabla_\theta\,\ell(\theta, x_i)
 
-    Differentiable once, with respect to ``params`` and to the floating tensors of the batch; the
-    backward computes each chunk again instead of keeping it.
+    Differentiable once, with respect to ``params`` and to the floating tensors of the batch. The
+    backward recomputes each chunk.
 
     Args:
         loss: ``loss(params, *sample)``, the loss of one sample: 0-dim, floating. It runs under
-            `torch.func.vmap`, so it must be free of side effects and of Python decisions on values.
-            What else it closes over must not require a gradient (one sample's forward finds out;
-            under ``torch.no_grad()`` anything goes).
-        params: name -> floating tensor, or any nesting of dicts, lists and tuples of them. A nested
-            one is called by its path, ``"encoder.0.weight"``.
+            `torch.func.vmap`, so it must not have side effects or branch on tensor values. Other
+            tensors in its closure must not require a gradient (a forward of one sample checks this,
+            except under ``torch.no_grad()``).
+        params: name -> floating tensor, or any nesting of dicts, lists and tuples of them. The
+            name of a nested tensor is its path, ``"encoder.0.weight"``.
         batch: tensors with the sample in dimension 0, ``[N, *]`` of any dtype, or nestings of them.
-        domains: domain of each sample ``[N]``, integer; on the device of ``params`` or the CPU.
-        num_domains: D; default one more than the largest id.
-        chunk_size: samples whose gradients exist at a time. Default: as many as fit in 256 MiB (one
-            at least). A backward holds three times as much.
-        randomness: what `torch.func.vmap` does with random numbers in ``loss``: ``"error"``,
-            ``"different"`` or ``"same"`` for all samples. A backward draws the same ones again,
-            which ``torch.compile`` cannot: inside of it only ``"error"``.
+        domains: domain of each sample ``[N]``, integer, on the device of ``params`` or the CPU.
+        num_domains: D. Default: the largest id plus one.
+        chunk_size: samples per chunk. Default: as many as fit in 256 MiB, at least one. A backward
+            holds three times as much.
+        randomness: as in `torch.func.vmap`: ``"error"``, ``"different"`` or ``"same"`` random
+            numbers for all samples. A backward draws the same numbers again. ``torch.compile``
+            cannot do this and takes ``"error"`` only.
 
     Returns:
         `DomainMoments`; fp32, or fp64 for fp64 parameters. An empty domain has zeros, a domain of
-        one sample has variance 0, a NaN loss gives NaN in its domain.
+        one sample has variance 0, and a NaN loss gives NaN in its domain.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -110,9 +109,11 @@ def domain_gradients(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> dict[str, Tensor]:
-    r"""Gradient of each domain's mean loss, :math:`G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`.
+    r"""Compute the gradient of each domain's mean loss.
 
-    Arguments and errors as `domain_moments`, whose mean this is; differentiable as that is.
+    .. math:: G_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i
+
+    This is the mean of `domain_moments`: same arguments, errors and derivatives.
 
     Returns:
         name -> ``[D, *shape]``; zeros for an empty domain.
@@ -140,11 +141,10 @@ def domain_gram(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> Tensor:
-    r"""Inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients.
+    r"""Compute the inner products :math:`\langle G_d, G_e\rangle` of the domains' gradients.
 
-    They are taken over all of ``params``.
-
-    Arguments and errors as `domain_moments`; differentiable as that is.
+    A product sums over all tensors of ``params``. Arguments, errors and derivatives as in
+    `domain_moments`.
 
     Returns:
         ``[D, D]``, symmetric; zero rows for an empty domain.
@@ -171,9 +171,9 @@ def per_sample_gradients(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> dict[str, Tensor]:
-    r"""The gradients :math:`g_i` themselves.
+    r"""Compute the per-sample gradients :math:`g_i`.
 
-    Arguments and errors as `domain_moments`; differentiable as that is.
+    Arguments, errors and derivatives as in `domain_moments`.
 
     Returns:
         name -> ``[N, *shape]``: N copies of the parameters, filled chunk by chunk.
@@ -193,10 +193,9 @@ def per_sample_norms(
     chunk_size: int | None = None,
     randomness: Randomness = "error",
 ) -> Tensor:
-    r"""Norms :math:`\|g_i\|_2` over all of ``params``.
+    r"""Compute the per-sample norms :math:`\|g_i\|_2` over all tensors of ``params``.
 
-    Arguments and errors as `domain_moments`; differentiable as that is, with gradient 0 where the
-    norm is 0.
+    Arguments, errors and derivatives as in `domain_moments`. The gradient of a norm 0 is 0.
 
     Returns:
         ``[N]``.
@@ -215,22 +214,24 @@ def _problem(
     chunk_size: int | None,
     randomness: Randomness,
 ) -> tuple[Problem, list[Tensor]]:
-    """Check what was given and take it apart: tensors of ``params``, then those of the batch."""
+    """Check and flatten the arguments: tensors of ``params``, then tensors of the batch."""
     if not callable(loss):
         raise TypeError(
-            f"loss: expected a function loss(params, *sample), got {type(loss).__name__}. Pass one."
+            f"loss: expected a function loss(params, *sample), got {type(loss).__name__}."
         )
     if randomness not in ("error", "different", "same"):
-        raise ValueError(f"randomness: expected 'error', 'different' or 'same', got {randomness!r}")
+        raise ValueError(
+            f"randomness: expected 'error', 'different' or 'same', got {randomness!r}."
+        )
     if randomness != "error" and torch.compiler.is_compiling():
         raise ValueError(
             f"randomness: expected 'error' under torch.compile, got {randomness!r}. Pass "
-            "random numbers in the batch: a compiled backward cannot draw the same ones again."
+            "random numbers in the batch: a compiled backward cannot draw the same numbers again."
         )
     named = _named(params)
     rows, batch_spec = pytree.tree_flatten(batch)
     if not rows:
-        raise ValueError("batch: expected at least one tensor with the sample in dimension 0")
+        raise ValueError("batch: expected tensors with the sample in dimension 0, got none.")
     for tensor in rows:
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -238,17 +239,17 @@ def _problem(
                 f"{type(tensor).__name__}. Let loss close over values that all samples share."
             )
         if tensor.dim() == 0:
-            raise ValueError("batch: expected the sample in dimension 0, got a 0-dim tensor")
+            raise ValueError("batch: expected the sample in dimension 0, got a 0-dim tensor.")
     sizes = [tensor.shape[0] for tensor in rows]
     if any(size != sizes[0] for size in sizes):
-        raise ValueError(f"batch: expected as many samples in every tensor, got {sizes}")
+        raise ValueError(f"batch: expected one number of samples in all tensors, got {sizes}.")
     if sizes[0] == 0:
-        raise ValueError("batch: expected at least one sample, got an empty batch")
+        raise ValueError("batch: expected at least one sample, got an empty batch.")
     if chunk_size is None:
         size = sum(p.numel() * max(p.element_size(), 4) for p in named.values())
         chunk_size = max(1, CHUNK_BUDGET // max(size, 1))
     elif not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size: expected None or an integer >= 1, got {chunk_size!r}")
+        raise ValueError(f"chunk_size: expected None or an integer >= 1, got {chunk_size!r}.")
     problem = Problem(
         loss,
         tuple(named),
@@ -262,7 +263,7 @@ def _problem(
 
 
 def _named(params: Any) -> dict[str, Tensor]:
-    """The tensors of ``params`` by their paths."""
+    """Map the path of each tensor of ``params`` to the tensor."""
     leaves, _ = pytree.tree_flatten_with_path(params)
     named: dict[str, Tensor] = {}
     for path, leaf in leaves:
@@ -277,10 +278,10 @@ def _named(params: Any) -> dict[str, Tensor]:
         if not leaf.is_floating_point():
             raise TypeError(
                 f"params[{name!r}]: expected a floating dtype, got {leaf.dtype}. Let loss "
-                "close over tensors that are not differentiated."
+                "close over tensors that need no gradient."
             )
         if name in named:
-            raise ValueError(f"params: two of its tensors are called {name!r}")
+            raise ValueError(f"params: two tensors have the path {name!r}. Rename one.")
         named[name] = leaf
     if not named:
         raise ValueError("params: expected at least one tensor, got none. Pass the parameters.")

@@ -1,4 +1,4 @@
-"""Weightings of the Gram matrix: what they want, and the state that they keep from step to step."""
+"""Weightings of the Gram matrix: their input, and their state between steps."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _OF_MODULES = vars(nn.Module()).keys() - {"training"}
 
 
 def of_gram(weighting: Any) -> Weighting:
-    """``weighting`` as a function of the Gram matrix; that inside, for an aggregator of TorchJD's.
+    """Return ``weighting``, or the weighting in a TorchJD aggregator.
 
     Raises:
-        TypeError: it is no function, or one of something else.
+        TypeError: ``weighting`` is no function, or a function of another matrix.
     """
     if not callable(weighting) or isinstance(weighting, type):
         raise TypeError(
             "weighting: expected a function of the Gram matrix (D, D) that gives weights (D,), "
-            f"got {weighting!r}"
+            f"got {weighting!r}."
         )
     torchjd = sys.modules.get("torchjd.aggregation")
     if torchjd is None or not isinstance(weighting, nn.Module):
@@ -34,24 +34,24 @@ def of_gram(weighting: Any) -> Weighting:
         inner = getattr(weighting, "gramian_weighting", None)
         if inner is None:
             raise TypeError(
-                f"weighting: expected one of the Gram matrix, got the aggregator {name}, which "
-                "wants the Jacobian. Pass a weighting, such as PCGradWeighting()."
+                f"weighting: expected a function of the Gram matrix, got the aggregator {name}, "
+                "which needs the Jacobian. Pass a weighting, such as PCGradWeighting()."
             )
         return of_gram(inner)
     if getattr(getattr(weighting, "fn", None), "__name__", None) == "compute_gramian":
-        return of_gram(weighting.weighting)  # an aggregator's, which makes the Gram matrix first
+        return of_gram(weighting.weighting)  # of an aggregator, which computes the Gram matrix
     for module in weighting.modules():
         if isinstance(module, torchjd.Weighting) and _reads_matrix(module):
             raise TypeError(
-                f"weighting: expected one of the Gram matrix, got {type(module).__name__}, which "
-                "wants the Jacobian or the product of two batches' Jacobians. Pass a weighting "
-                "whose base is Weighting[PSDMatrix], such as PCGradWeighting()."
+                f"weighting: expected a function of the Gram matrix, got {type(module).__name__}, "
+                "which needs the Jacobian or the product of two batches' Jacobians. Pass a "
+                "weighting whose base is Weighting[PSDMatrix], such as PCGradWeighting()."
             )
     return weighting
 
 
 def _reads_matrix(module: Any) -> bool:
-    """Whether it wants another matrix than the Gram matrix, and reads more than its size."""
+    """Whether the module reads entries of a matrix that is not the Gram matrix."""
     aggregation, linalg = sys.modules["torchjd.aggregation"], sys.modules["torchjd.linalg"]
     wanted = {
         get_args(base)[0]
@@ -69,13 +69,13 @@ def _reads_matrix(module: Any) -> bool:
             torch.manual_seed(0)
             try:
                 found.append(copy.deepcopy(module)(matrix))
-            except Exception:  # made for another number of domains, so it reads that at least
+            except Exception:  # it needs another number of domains, so it reads the size at least
                 return False
     return not torch.equal(*found)
 
 
 def keeps_state(weighting: Any) -> bool:
-    """Whether it says so: a TorchJD ``Stateful``, a module with buffers, or a ``state_dict``."""
+    """Whether it is a TorchJD ``Stateful``, a module with buffers, or has a ``state_dict``."""
     stateful = getattr(sys.modules.get("torchjd"), "Stateful", ())
     if not isinstance(weighting, nn.Module):
         return hasattr(weighting, "state_dict") or isinstance(weighting, stateful)
@@ -88,9 +88,9 @@ def keeps_state(weighting: Any) -> bool:
 def _places(
     thing: Any, path: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, MutableMapping[str, Any], str]]:
-    """Path, table and name of all that a weighting, and the objects that it holds, keep.
+    """Yield path, table and name of each value in a weighting and in its attributes.
 
-    Not only what `_encoded` takes, but also what nothing is known of.
+    This includes values that `_encoded` cannot encode.
     """
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, (type, FunctionType, ModuleType)):
@@ -119,22 +119,22 @@ def _is_value(x: Any) -> bool:
 
 
 def weighting_state(weighting: Any, home: torch.device) -> dict[str, Any]:
-    """Everything that the weighting keeps, in JSON's types, so that every checkpoint takes it.
+    """Return the state of the weighting in JSON's types, which every checkpoint format takes.
 
     Args:
-        home: device of the parameters; what lies there is loaded to where they are then.
+        home: device of the parameters. Its tensors are loaded to the parameters' device at loading.
     """
     places = [place for place in _places(weighting) if _is_value(place[1][place[2]])]
     return {path: _encoded(table[name], home) for path, table, name in places}
 
 
 def not_saved(weighting: Any) -> list[str]:
-    """The attributes that `weighting_state` cannot save."""
+    """Return the attributes that `weighting_state` cannot save."""
     return [path for path, table, name in _places(weighting) if not _is_value(table[name])]
 
 
 def load_weighting(weighting: Any, state: dict[str, Any], home: torch.device) -> None:
-    """Give the weighting what `weighting_state` has found in another one of its kind."""
+    """Load the `weighting_state` of another weighting of the same class."""
     for path, table, name in list(_places(weighting)):
         if path not in state:
             continue
@@ -189,7 +189,7 @@ def _decoded(x: Any, home: torch.device) -> Any:
 
 
 def smallest_trace(weighting: Any) -> float:
-    """The trace below which TorchJD's solvers take all gradients for zeros; 0 for others."""
+    """Return the trace below which a TorchJD solver takes all gradients as zero; 0 without one."""
     names = {"norm_eps", "_norm_eps"}
     found = [table[name] for _, table, name in _places(weighting) if name in names]
     return max((float(x) for x in found if isinstance(x, (int, float))), default=0.0)

@@ -63,7 +63,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^names: .* got \['art'\]"):
         ids[["art"]]  # type: ignore[index]
     with pytest.raises(
-        TypeError, match=r"^names: expected a list of names, got 'art'; .*ids\[name"
+        TypeError, match=r"^names: expected a list of names, got 'art'\. .*ids\[name"
     ):
         ids("art")
     with pytest.raises(TypeError, match=r"^names: expected a list of names, got 3"):

@@ -176,7 +176,7 @@ def test_captured_tensors_are_fine_for_values() -> None:
         ({"w": 3.0}, TypeError, r"params\['w'\]: expected a tensor, got float"),
         ({"w": W, "n": {"b": None}}, TypeError, r"params\['n.b'\]: .*, got NoneType"),
         ({"w": W.long()}, TypeError, r"params\['w'\]: expected a floating dtype, got torch.int64"),
-        ({"a": {"b": W}, "a.b": W}, ValueError, "two of its tensors are called 'a.b'"),
+        ({"a": {"b": W}, "a.b": W}, ValueError, "two tensors have the path 'a.b'"),
         ({}, ValueError, "params: expected at least one tensor, got none"),
     ],
 )
@@ -188,10 +188,10 @@ def test_bad_params(params: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((), ValueError, "batch: expected at least one tensor"),
+        ((), ValueError, "batch: expected tensors .* got none"),
         ((X, 0.5), TypeError, "batch: .*, got float"),
         ((X, torch.tensor(1.0)), ValueError, "batch: .* got a 0-dim tensor"),
-        ((X, torch.randn(3)), ValueError, r"as many samples in every tensor, got \[4, 3\]"),
+        ((X, torch.randn(3)), ValueError, r"one number of samples in all tensors, got \[4, 3\]"),
         ((X[:0],), ValueError, "batch: expected at least one sample, got an empty batch"),
     ],
 )

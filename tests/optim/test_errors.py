@@ -144,7 +144,7 @@ FAULTS = {
     **{f"backward {n}": (RuntimeError, "no gradient today") for n in (0, 1, 2)},
     "ids": (ValueError, "domains: expected ids below num_domains=3, got 3"),
     "negative": (ValueError, "domains: expected ids >= 0, got -1"),
-    "length": (ValueError, r"domains: expected one id a sample"),
+    "length": (ValueError, r"domains: expected one id per sample"),
     "scalar": (ValueError, r"losses: .*reduction='none'"),
     "twice": (RuntimeError, "already called on these losses; run the model again"),
 }

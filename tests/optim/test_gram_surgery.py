@@ -89,7 +89,7 @@ def given(places: int) -> nn.Module:
 )
 def test_weightings_of_another_matrix_are_refused(weighting: Any) -> None:
     base = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"weighting: .*wants the Jacobian or the product of two"):
+    with pytest.raises(TypeError, match=r"weighting: .*needs the Jacobian or the product of two"):
         fastdg.GramSurgery(base, weighting())
     assert not [key for key in base.param_groups[0] if key.startswith("gram")]
 

@@ -27,20 +27,28 @@ DOMAINS: dict[str, tuple[Any, type[Exception], str]] = {
         TypeError,
         r"got ndarray with the name '\w+'\. .*fastdg\.DomainIds",
     ),
-    "a list": (lambda d: d.tolist(), TypeError, r"got list; use torch\.as_tensor"),
-    "an array": (lambda d: d.numpy(), TypeError, r"got ndarray; use torch\.as_tensor"),
-    "floats": (lambda d: d.float(), TypeError, r"float32; .*\.long\(\).*fastdg\.DomainIds"),
-    "bools": (lambda d: d > 0, TypeError, r"torch\.bool; domains\.long\(\)"),
+    "a list": (lambda d: d.tolist(), TypeError, r"got list\. Use torch\.as_tensor"),
+    "an array": (lambda d: d.numpy(), TypeError, r"got ndarray\. Use torch\.as_tensor"),
+    "floats": (lambda d: d.float(), TypeError, r"float32\. .*\.long\(\).*fastdg\.DomainIds"),
+    "bools": (lambda d: d > 0, TypeError, r"torch\.bool\. Use domains\.long\(\)"),
     "True": (lambda d: True, TypeError, r"got bool"),
     "a column": (
         lambda d: d[:, None],
         ValueError,
-        r"got shape \(9, 1\); use domains\.squeeze\(1\)",
+        r"got shape \(9, 1\)\. Use domains\.squeeze\(1\)",
     ),
-    "one-hot": (lambda d: F.one_hot(d, 3), ValueError, r"of one-hot rows, domains\.argmax\(1\)"),
+    "one-hot": (
+        lambda d: F.one_hot(d, 3),
+        ValueError,
+        r"For one-hot rows, use domains\.argmax\(1\)",
+    ),
     "years": (lambda d: d + 2015, ValueError, r"got 20\d\d among 9 .*fastdg\.DomainIds\(values\)"),
-    "below 0": (lambda d: d - 1, ValueError, r"got -1; no id marks samples without a domain"),
-    "one too few": (lambda d: d[1:], ValueError, r"one id a sample, shape \(9,\) .* got .* \(8,\)"),
+    "below 0": (lambda d: d - 1, ValueError, r"got -1\. No id stands for 'no domain'"),
+    "one too few": (
+        lambda d: d[1:],
+        ValueError,
+        r"one id per sample, shape \(9,\) .* got .* \(8,\)",
+    ),
 }
 
 

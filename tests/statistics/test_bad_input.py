@@ -64,7 +64,7 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "domains too short": (
             lambda t, losses, d: (t, losses, d[:4]),
             ValueError,
-            r"domains: expected one id a sample, shape \(6,\) as losses, got shape \(4,\)",
+            r"domains: expected one id per sample, shape \(6,\) as losses, got shape \(4,\)",
         ),
         "domains one-hot": (
             lambda t, losses, d: (t, losses, F.one_hot(d)),
@@ -74,12 +74,12 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "domains as a list": (
             lambda t, losses, d: (t, losses, d.tolist()),
             TypeError,
-            r"domains: .* got list; use torch\.as_tensor",
+            r"domains: .* got list\. Use torch\.as_tensor",
         ),
         "float domains": (
             lambda t, losses, d: (t, losses, d.float()),
             TypeError,
-            r"domains: expected integer domain ids, got dtype torch\.float32; .*long\(\)",
+            r"domains: expected integer domain ids, got dtype torch\.float32\. .*long\(\)",
         ),
         "bool domains": (
             lambda t, losses, d: (t, losses, d > 0),
@@ -94,7 +94,7 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "domains on another device": (
             lambda t, losses, d: (t, losses, d.to("meta")),
             ValueError,
-            "domains: expected them on cpu .* got meta",
+            "domains: expected the device of losses .cpu. .* got meta",
         ),
         "no tape": (
             lambda t, losses, d: (net(), losses, d),
@@ -129,7 +129,7 @@ def test_by_sample(function: Callable[..., object]) -> None:
 def test_number_of_domains() -> None:
     tape, losses = recorded()
     for num_domains, error, message in (
-        (2, ValueError, r"ids below num_domains=2, got 2; pass num_domains="),
+        (2, ValueError, r"ids below num_domains=2, got 2\. .*as num_domains="),
         (0, ValueError, "num_domains: expected at least 1, got 0"),
         (2.5, TypeError, "num_domains: expected an integer or None, got float"),
     ):
