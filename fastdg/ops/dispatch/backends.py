@@ -77,7 +77,8 @@ def _attach_native() -> None:
     available, reason = native.status()
     if available:
         attach_compiled("cpp", "cpu", "fastdg_cpp")
-        attach_compiled("cuda", "cuda", "fastdg_cuda")
+        if "without CUDA" not in reason:  # schemas take 2 ms
+            attach_compiled("cuda", "cuda", "fastdg_cuda")
     if fault := _native_fault(available, reason):
         warnings.warn(fault, RuntimeWarning, stacklevel=2)
 
