@@ -56,25 +56,23 @@ def test_copies_and_checkpoints() -> None:
 
 def test_what_is_refused() -> None:
     ids = DomainIds(NAMES)
-    with pytest.raises(ValueError, match=r"^names: expected one of 3 domains, got 'paint'.*'art'"):
+    with pytest.raises(ValueError, match=r"^names: .*got 'paint'.*'art'"):
         ids(["art", "paint"])
-    with pytest.raises(ValueError, match=r"^names: .* got 2015"):
+    with pytest.raises(ValueError, match=r"^names: .*got 2015"):
         ids[2015]
-    with pytest.raises(ValueError, match=r"^names: .* got \['art'\]"):
+    with pytest.raises(ValueError, match=r"^names: .*got \['art'\]"):
         ids[["art"]]  # type: ignore[index]
-    with pytest.raises(
-        TypeError, match=r"^names: expected a list of names, got 'art'\. .*ids\[name"
-    ):
+    with pytest.raises(TypeError, match=r"^names: .*got 'art'"):
         ids("art")
-    with pytest.raises(TypeError, match=r"^names: expected a list of names, got 3"):
+    with pytest.raises(TypeError, match=r"^names: .*got 3"):
         DomainIds(3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^names: expected at least one name"):
+    with pytest.raises(ValueError, match=r"^names: "):
         DomainIds([])
     for nameless in ([["art"]], [float("nan")]):
-        with pytest.raises(TypeError, match=r"^names: expected names that can be keys"):
+        with pytest.raises(TypeError, match=r"^names: "):
             DomainIds(nameless)
     for wrong in (torch.tensor([0, 3]), [-1]):
-        with pytest.raises(ValueError, match=r"^ids: expected ids from 0 to 2, got"):
+        with pytest.raises(ValueError, match=r"^ids: "):
             ids.inverse(wrong)
 
 

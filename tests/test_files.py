@@ -56,13 +56,13 @@ def behind(file: BinaryIO) -> None:
 def test_a_full_disk_is_said_and_the_old_file_stays(tmp_path: Path, write: Any) -> None:
     path = tmp_path / "run.pt"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=r"run\.pt: cannot write it, no space is left on the disk\. "):
+    with pytest.raises(OSError, match=r"run\.pt: .*space"):
         replace(path, write)
     assert path.read_bytes() == b"old" and names_in(tmp_path) == ["run.pt"]
 
 
 def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"no space is left"):
+    with pytest.raises(OSError, match=r": .*space"):
         replace(tmp_path / "new" / "folder" / "run.pt", half)
     with pytest.raises(KeyError), locked(tmp_path / "new" / "run.pt"):
         raise KeyError
@@ -74,9 +74,7 @@ def test_a_device_that_is_full_is_said_and_stays_a_device() -> None:
     if not full.exists():
         pytest.skip("/dev/full is not here")
     for write in (lambda file: file.write(b"x"), lambda file: torch.save(torch.zeros(9), file)):
-        with pytest.raises(
-            OSError, match=r"/dev/full: cannot write it, no space is left"
-        ) as caught:
+        with pytest.raises(OSError, match=r"/dev/full: .*space") as caught:
             replace(full, write)
         assert caught.value.errno == errno.ENOSPC
     assert stat.S_ISCHR(full.stat().st_mode)
@@ -128,7 +126,7 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert names_in(tmp_path / "elsewhere") == ["real.json"]
     circle = tmp_path / "circle"
     circle.symlink_to(circle)
-    with pytest.raises(OSError, match=r"circle: cannot write it, it is a symbolic link that leads"):
+    with pytest.raises(OSError, match=r"circle: .*symbolic link"):
         replace(circle, half)
 
 
@@ -164,13 +162,13 @@ def test_what_the_system_refuses_is_said(
 
 def test_folders_in_the_place_of_files_and_files_of_folders(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(IsADirectoryError, match=r"cannot write it, it is a folder. Remove the"):
+    with pytest.raises(IsADirectoryError, match=r"cannot write it, .*folder"):
         replace(tmp_path, half)
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(OSError, match=r"cannot write it, a file is in the place of one of its"):
+        with pytest.raises(OSError, match="cannot write it, a file"):
             replace(path, half)
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(OSError, match=r"results\.json: cannot read it, it is a folder"):
+    with pytest.raises(OSError, match=r"results\.json: cannot read it, .*folder"):
         run_units({}, SETTINGS, tmp_path / "results.json")
 
 
@@ -262,7 +260,7 @@ def test_a_file_that_vanishes_or_becomes_anothers_during_a_run(tmp_path: Path) -
     run_units({"a": partial(value, 1)}, SETTINGS, path)
     runs = run_units({"a": partial(value, 1), "b": removes}, SETTINGS, path)["runs"]
     assert runs == json.loads(path.read_text())["runs"] == {"a": {"value": 1}, "b": {"value": 2}}
-    with pytest.raises(ValueError, match=r"made with other settings .*steps was 2, now 1"):
+    with pytest.raises(ValueError, match="steps was 2, now 1"):
         run_units({"c": other}, SETTINGS, path)
 
 
@@ -280,7 +278,7 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(TimeoutError, match=r"file: another run is writing it. Wait for its end"):
+    with pytest.raises(TimeoutError, match="file: another run"):
         locked(path, patience=0.1).__enter__()
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -327,6 +325,6 @@ def test_benchmarks_add_to_one_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"cases": {"d": 1}}
     for content in ("", "[]", '{"cases": 3}'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"cpu\.json: damaged, or no result .* Restore"):
+        with pytest.raises(ValueError, match=r"cpu\.json: .*Restore"):
             module.keep(path, {}, {"cases": {"e": 1}})
         assert path.read_text() == content

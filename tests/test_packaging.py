@@ -165,7 +165,7 @@ def test_transformers_starts_in_a_clones_root() -> None:
 
 @pytest.mark.parametrize("value", ["CPP", "gpu"])
 def test_unknown_build_policy_is_refused(setup_script: ModuleType, value: str) -> None:
-    with pytest.raises(SystemExit, match="FASTDG_BUILD must be auto, none, cpp or cuda; got"):
+    with pytest.raises(SystemExit, match=r"^FASTDG_BUILD "):
         setup_script.plan(value)
 
 

@@ -160,19 +160,17 @@ def test_a_text_model_and_an_older_result(clip: tuple[Any, Any, Path]) -> None:
 
     got = fastdg.text_tables(NAMES, (), (Older(), tokenizer)).classes
     torch.testing.assert_close(got, expected)
-    with pytest.raises(TypeError, match="encoder: CLIPTextModel gives no text_embeds"):
+    with pytest.raises(TypeError, match=r"^encoder: .*text_embeds"):
         inner = transformers.CLIPTextModel.from_pretrained(folder)
         fastdg.text_tables(NAMES, (), (inner, tokenizer))
 
 
 def test_a_model_that_cannot_be_had_says_what_to_pass(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    with pytest.raises(
-        OSError, match=r"encoder: .*nowhere.* is not a folder .* downloaded.*pass a"
-    ):
+    with pytest.raises(OSError, match=r"^encoder: .*nowhere.*downloaded"):
         fastdg.text_tables(NAMES, (), str(tmp_path / "nowhere" / "at" / "all"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match="is a model of type 'bert', not CLIP; pass a function"):
+    with pytest.raises(ValueError, match=r"^encoder: .*'bert'"):
         fastdg.text_tables(NAMES, (), str(tmp_path))
 
 
@@ -184,13 +182,13 @@ def test_a_damaged_model_is_said(
     path = tmp_path / "clip" / part
     for content in (path.read_bytes()[:-100], b"\xff" * 40):
         path.write_bytes(content)
-        with pytest.raises(OSError, match=r"encoder: .*clip' is not a folder with a whole CLIP"):
+        with pytest.raises(OSError, match=r"^encoder: .*clip'"):
             fastdg.text_tables(NAMES, (), str(tmp_path / "clip"))
 
 
 def test_transformers_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastdg\[text\]'; or pass a function"):
+    with pytest.raises(ImportError, match=r"^encoder: .*'fastdg\[text\]'"):
         fastdg.text_tables(NAMES, (), "openai/clip-vit-base-patch32")
 
 
@@ -315,39 +313,39 @@ def test_a_name_is_looked_up_before_its_model_is_loaded(
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"class_names": "dog"}, TypeError, "class_names: expected a list of strings"),
-        ({"class_names": []}, ValueError, "class_names: expected at least one class"),
+        ({"class_names": "dog"}, TypeError, "^class_names: "),
+        ({"class_names": []}, ValueError, "^class_names: "),
         (
             {"class_names": ["dog", " "]},
             ValueError,
-            r"class_names\[1\]: expected its name in words",
+            r"^class_names\[1\]: ",
         ),
-        ({"class_names": ["dog", None]}, ValueError, r"class_names\[1\]: .*got None"),
-        ({"class_names": ["a_b", "a b"]}, ValueError, "0 and 1 are both 'a b'"),
-        ({"domain_names": "photo"}, TypeError, "domain_names: expected a list of strings"),
-        ({"domain_names": ["photo", ""]}, ValueError, r"domain_names\[1\]"),
-        ({"templates": ["a dog"]}, ValueError, "templates: expected sentences with one {}"),
-        ({"templates": []}, ValueError, "templates: expected at least one"),
-        ({"encoder": None}, TypeError, "encoder: got NoneType; pass a function"),
-        ({"encoder": Counter()}, TypeError, "encoder: got Counter; pass a function"),
-        ({"encoder": (letters, codes)}, TypeError, "encoder: got tuple; pass a function"),
+        ({"class_names": ["dog", None]}, ValueError, r"^class_names\[1\]: .*got None"),
+        ({"class_names": ["a_b", "a b"]}, ValueError, "^class_names: .*'a b'"),
+        ({"domain_names": "photo"}, TypeError, "^domain_names: "),
+        ({"domain_names": ["photo", ""]}, ValueError, r"^domain_names\[1\]: "),
+        ({"templates": ["a dog"]}, ValueError, "^templates: "),
+        ({"templates": []}, ValueError, "^templates: "),
+        ({"encoder": None}, TypeError, "^encoder: .*got NoneType"),
+        ({"encoder": Counter()}, TypeError, "^encoder: .*got Counter"),
+        ({"encoder": (letters, codes)}, TypeError, "^encoder: .*got tuple"),
         (
             {"encoder": lambda texts: letters(texts).sum(1)},
             ValueError,
-            r"encoder: expected a tensor \[27, E\] for 27 texts, got \(27,\)",
+            r"^encoder: .*got \(27,\)",
         ),
-        ({"encoder": lambda texts: texts}, ValueError, "for 27 texts, got list"),
+        ({"encoder": lambda texts: texts}, ValueError, "^encoder: .*got list"),
         (
             {"encoder": lambda texts: letters(texts) * torch.tensor([[0.0]])},
             ValueError,
-            "the embedding of 'itap of a dog.' is not finite, or all zeros",
+            r"^encoder: .*'itap of a dog\.'",
         ),
         (
             {"encoder": lambda texts: letters(texts) / 0},
             ValueError,
-            "the embedding of 'itap of a dog.' is not finite, or all zeros",
+            r"^encoder: .*'itap of a dog\.'",
         ),
-        ({"cache": "folder"}, ValueError, "cache: the encoder is a function"),
+        ({"cache": "folder"}, ValueError, "^cache: "),
     ],
 )
 def test_bad_input(given: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -359,7 +357,7 @@ def test_bad_input(given: dict[str, Any], error: type[Exception], message: str) 
 def test_an_error_leaves_the_model_as_it_was() -> None:
     model = Counter().train()
     model.encode_text = lambda tokens: SimpleNamespace()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="encoder: expected a tensor"):
+    with pytest.raises(ValueError, match=r"^encoder: "):
         fastdg.text_tables(NAMES, (), (model, codes))
     assert model.training
 

@@ -103,11 +103,11 @@ def test_statistics_of_adios_have_no_wrapper() -> None:
 
 def test_what_it_refuses() -> None:
     opt = trained()
-    with pytest.raises(TypeError, match="expected a fastdg wrapper or its statistics, got Adam"):
+    with pytest.raises(TypeError, match=r"^opt: .*got Adam"):
         fastdg.log(opt.base, Run())
-    with pytest.raises(TypeError, match=r"writer: expected .* got str"):
+    with pytest.raises(TypeError, match=r"^writer: .*got str"):
         fastdg.log(opt, "runs")
-    with pytest.raises(ValueError, match="a name for each of 3 domains, got"):
+    with pytest.raises(ValueError, match=r"^domains: "):
         fastdg.log(opt, Run(), domains=["photo"])
 
 

@@ -225,10 +225,10 @@ def test_other_settings_are_refused_in_words(mnist: Path, tmp_path: Path) -> Non
 
 
 def test_too_few_images_and_unknown_algorithms_are_refused(mnist: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"60,?000 images, got 10,?040"):
+    with pytest.raises(ValueError, match=r"^data: .*got 10,?040"):
         experiment.run("erm", 0, mnist, tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=r"expected some of erm, fishr, got irm"):
+    with pytest.raises(ValueError, match=r"^algorithms: .*got irm"):
         experiment.run_all(("irm",), 1, mnist, tmp_path)
-    with pytest.raises(ValueError, match=r"restarts: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^restarts: .*got 0"):
         experiment.run_all(("erm",), 0, mnist, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -37,11 +37,11 @@ def same(run: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"algorithms": ("mixup",)}, "algorithms: expected some of erm, .*, got mixup"),
-        ({"algorithms": ()}, "algorithms: expected .*, got none"),
-        ({"tasks": ("mnist",)}, "datasets: expected some of coloured, rotated, got mnist"),
-        ({"seeds": 0}, "seeds: expected >= 1, got 0"),
-        ({"steps": 2}, "steps: expected >= 3, got 2"),
+        ({"algorithms": ("mixup",)}, "^algorithms: .*got mixup"),
+        ({"algorithms": ()}, "^algorithms: .*got none"),
+        ({"tasks": ("mnist",)}, "^datasets: .*got mnist"),
+        ({"seeds": 0}, "^seeds: .*got 0"),
+        ({"steps": 2}, "^steps: .*got 2"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -97,7 +97,7 @@ def test_a_killed_worker_is_said(tmp_path: Path) -> None:
             if child not in others:
                 child.kill()
 
-    with pytest.raises(ChildProcessError, match="goes on from here, and --workers 1"):
+    with pytest.raises(ChildProcessError, match="--workers 1"):
         demo.run(SMALL, tmp_path / "results.json", progress=kill, workers=2)
 
 

@@ -64,7 +64,7 @@ def test_images_and_arrays_are_the_same_task(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"PACS's images here.*art_painting/dog"):
+    with pytest.raises(FileNotFoundError, match=r"PACS.*art_painting/dog"):
         data.read(tmp_path)
 
 
@@ -74,9 +74,7 @@ def test_damaged_images_are_said(folder: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"no image", whole[:-200]):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"horse/1\.png: not an image, or damaged .* Replace it"
-        ):
+        with pytest.raises(ValueError, match=r"horse/1\.png: "):
             data.read(tmp_path / "pacs")
 
 
@@ -163,7 +161,7 @@ def test_missing_data_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "resnet20.npz", conv1=np.zeros(3))
-    with pytest.raises(ValueError, match=r"ResNet-20, 'conv1.weight' .* got none"):
+    with pytest.raises(ValueError, match=r"'conv1\.weight'.* got none"):
         ResNet20(7).load_published(tmp_path / "resnet20.npz")
 
 

@@ -149,10 +149,10 @@ CAPTURED = torch.randn(3, requires_grad=True)
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (0.5, TypeError, r"loss: expected a function loss\(params, \*sample\), got float"),
-        (lambda p, x: 1.0, TypeError, "loss: expected a 0-dim tensor, got float"),
-        (lambda p, x: x @ p["w"], ValueError, r"loss: .* a 0-dim tensor, got shape \(2,\)"),
-        (lambda p, x: (x @ p["w"]).sum().long(), TypeError, "loss: expected a floating dtype"),
+        (0.5, TypeError, "^loss: .*got float"),
+        (lambda p, x: 1.0, TypeError, "^loss: .*got float"),
+        (lambda p, x: x @ p["w"], ValueError, r"^loss: .*got shape \(2,\)"),
+        (lambda p, x: (x @ p["w"]).sum().long(), TypeError, "^loss: "),
         (lambda p, x: (x @ p["w"]).sum() * CAPTURED[0], ValueError, r"loss: .*one outside of them"),
     ],
 )
@@ -172,12 +172,12 @@ def test_captured_tensors_are_fine_for_values() -> None:
     ("params", "error", "message"),
     [
         (nn.Linear(3, 2), TypeError, r"params: .*, got Linear.* dict\(model.named_parameters"),
-        (W, TypeError, "params: expected a dict name -> tensor, got Tensor"),
+        (W, TypeError, "^params: .*got Tensor"),
         ({"w": 3.0}, TypeError, r"params\['w'\]: expected a tensor, got float"),
         ({"w": W, "n": {"b": None}}, TypeError, r"params\['n.b'\]: .*, got NoneType"),
         ({"w": W.long()}, TypeError, r"params\['w'\]: expected a floating dtype, got torch.int64"),
-        ({"a": {"b": W}, "a.b": W}, ValueError, "two tensors have the path 'a.b'"),
-        ({}, ValueError, "params: expected at least one tensor, got none"),
+        ({"a": {"b": W}, "a.b": W}, ValueError, "^params: .*'a.b'"),
+        ({}, ValueError, "^params: .*got none"),
     ],
 )
 def test_bad_params(params: Any, error: type[Exception], message: str) -> None:
@@ -188,11 +188,11 @@ def test_bad_params(params: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((), ValueError, "batch: expected tensors .* got none"),
+        ((), ValueError, "^batch: "),
         ((X, 0.5), TypeError, "batch: .*, got float"),
-        ((X, torch.tensor(1.0)), ValueError, "batch: .* got a 0-dim tensor"),
-        ((X, torch.randn(3)), ValueError, r"one number of samples in all tensors, got \[4, 3\]"),
-        ((X[:0],), ValueError, "batch: expected at least one sample, got an empty batch"),
+        ((X, torch.tensor(1.0)), ValueError, "^batch: .*got a 0-dim tensor"),
+        ((X, torch.randn(3)), ValueError, r"^batch: .*got \[4, 3\]"),
+        ((X[:0],), ValueError, "^batch: .*got an empty batch"),
     ],
 )
 def test_bad_batches(batch: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -203,15 +203,15 @@ def test_bad_batches(batch: tuple[Any, ...], error: type[Exception], message: st
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"chunk_size": 0}, ValueError, "chunk_size: expected None or an integer >= 1, got 0"),
-        ({"chunk_size": 2.0}, ValueError, "chunk_size: .* got 2.0"),
-        ({"chunk_size": True}, ValueError, "chunk_size: .* got True"),
-        ({"randomness": "some"}, ValueError, "randomness: expected 'error', 'different' or 'same'"),
-        ({"domains": torch.zeros(3).long()}, ValueError, r"domains: .* shape \(4,\)"),
-        ({"domains": torch.zeros(4)}, TypeError, "domains: expected integer domain ids"),
-        ({"domains": torch.tensor([0, 1, -1, 0])}, ValueError, "domains: expected ids >= 0"),
-        ({"num_domains": 0}, ValueError, "num_domains: expected at least 1"),
-        ({"domains": torch.arange(4), "num_domains": 3}, ValueError, "ids below num_domains=3"),
+        ({"chunk_size": 0}, ValueError, "^chunk_size: .*got 0"),
+        ({"chunk_size": 2.0}, ValueError, "^chunk_size: .*got 2.0"),
+        ({"chunk_size": True}, ValueError, "^chunk_size: .*got True"),
+        ({"randomness": "some"}, ValueError, "^randomness: "),
+        ({"domains": torch.zeros(3).long()}, ValueError, "^domains: "),
+        ({"domains": torch.zeros(4)}, TypeError, "^domains: "),
+        ({"domains": torch.tensor([0, 1, -1, 0])}, ValueError, "^domains: "),
+        ({"num_domains": 0}, ValueError, "^num_domains: "),
+        ({"domains": torch.arange(4), "num_domains": 3}, ValueError, "^domains: .*num_domains=3"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:

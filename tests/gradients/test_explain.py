@@ -136,5 +136,5 @@ def test_it_warns_of_nothing() -> None:
     losses = losses_of(model)
     opt = fastdg.Fishr(torch.optim.SGD(model.parameters(), lr=0.1), params="all")
     opt.explain(losses)
-    with pytest.warns(UserWarning, match="take one call of autograd for each domain"):
+    with pytest.warns(UserWarning, match=r"^params: .*autograd for each domain"):
         opt.backward(losses, torch.tensor([0, 0, 0, 1, 1, 1]))

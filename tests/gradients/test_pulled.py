@@ -209,5 +209,5 @@ def test_parameters_that_are_not_looked_at_share_what_is_pulled() -> None:
     opt.backward(losses, domains)
     for p, grad in zip((a, b), expected, strict=True):
         torch.testing.assert_close(p.grad, grad)
-    with pytest.raises(RuntimeError, match="freed"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         losses.sum().backward()

@@ -360,7 +360,7 @@ def test_a_rule_is_not_asked_where_rows_are_not_samples(registry: object) -> Non
 
 @pytest.mark.parametrize("operation", [F.linear, nn.Linear, 3, Scale.apply])
 def test_what_a_rule_cannot_be_for(operation: object) -> None:
-    with pytest.raises(TypeError, match=r"operation: expected a torch\.autograd\.Function or"):
+    with pytest.raises(TypeError, match=r"^operation: "):
         fastdg.register_rule(operation, slot=1)  # type: ignore[arg-type]
 
 

@@ -84,7 +84,7 @@ def test_not_a_number_stays_with_its_domain_where_no_rule_knows() -> None:
     model = Uses(lambda x, w: Scale.apply(x, w), (4,))
     weight = torch.ones(N).index_fill(0, torch.tensor([1]), torch.nan)
     losses, params = model.losses() * weight, {"w": model.w[0]}
-    with pytest.warns(UserWarning, match="params"):
+    with pytest.warns(UserWarning, match=r"^params: "):
         gradients = fastdg.domain_gradients(losses, DOMAINS, params=params)["w"]
         variance = fastdg.domain_moments(losses, DOMAINS, params=params).variance["w"]
         norms = fastdg.per_sample_norms(losses, params=params)
@@ -147,7 +147,7 @@ def test_a_layer_also_inside_a_reentrant_checkpoint_is_not_half_served(
 ) -> None:
     with fastdg.record(SHARED, params) as tape:
         losses = SHARED(checkpoint(run, X.clone().requires_grad_(), use_reentrant=True)).sum(1)
-    with pytest.raises(RuntimeError, match=r"use_reentrant=True hides .*weight"):
+    with pytest.raises(RuntimeError, match=r"^params: .*use_reentrant=True.*weight"):
         fastdg.domain_gradients(tape, losses, DOMAINS)
 
 

@@ -355,12 +355,12 @@ def test_halves(device: str, dtype: torch.dtype) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
-    "no domain": (lambda g: ops.gram([]), ValueError, "at least one domain"),
-    "no tensor": (lambda g: ops.gram([[], []]), ValueError, "at least one tensor"),
+    "no domain": (lambda g: ops.gram([]), ValueError, "^gradients: .*domain"),
+    "no tensor": (lambda g: ops.gram([[], []]), ValueError, "^gradients: .*tensor"),
     "another number": (
         lambda g: ops.gram([g[0], g[1][:1]]),
         ValueError,
-        r"gradients\[1\]: expected 2 tensors as in gradients\[0\], got 1",
+        r"^gradients\[1\]: .*got 1",
     ),
     "another shape": (
         lambda g: ops.gram([g[0], [g[1][0], g[1][1].t()]]),
@@ -370,42 +370,42 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "another dtype": (
         lambda g: ops.combine([g[0], [g[1][0], g[1][1].double()]], torch.ones(2)),
         ValueError,
-        r"gradients\[1\]\[1\]: expected torch.float32 on cpu .*, got torch.float64 on cpu",
+        r"^gradients\[1\]\[1\]: .*got torch.float64 on cpu",
     ),
     "integers": (
         lambda g: ops.agreement([[x.long() for x in d] for d in g], torch.ones(2)),
         TypeError,
-        r"gradients\[0\]\[0\]: expected a dense floating-point tensor, got torch.int64",
+        r"^gradients\[0\]\[0\]: .*got torch.int64",
     ),
     "sparse": (
         lambda g: ops.gram([[x.to_sparse() for x in d] for d in g]),
         TypeError,
-        r"gradients\[0\]\[0\]: expected a dense floating-point tensor",
+        r"^gradients\[0\]\[0\]: ",
     ),
     "weights": (
         lambda g: ops.combine(g, torch.ones(3)),
         ValueError,
-        r"weights: expected shape \(2,\) \(D\), got \(3,\)",
+        r"^weights: .*got \(3,\)",
     ),
     "integer weights": (
         lambda g: ops.agreement(g, torch.tensor([1, 2])),
         TypeError,
-        "weights: expected a dense floating-point tensor, got torch.int64",
+        "^weights: .*got torch.int64",
     ),
     "weights elsewhere": (
         lambda g: ops.combine(g, torch.ones(2, device="meta")),
         ValueError,
-        "weights: expected a tensor on cpu as .*, got one on meta",
+        "^weights: .*got one on meta",
     ),
     "nothing kept": (
         lambda g: ops.meta_step([], [], 0.5),
         ValueError,
-        "parameters: expected .*got none",
+        "^parameters: .*got none",
     ),
     "less kept": (
         lambda g: ops.meta_step(g[0], g[1][:1], 0.5),
         ValueError,
-        "kept: expected a tensor for each of the 2 parameters, got 1",
+        "^kept: .*got 1",
     ),
     "kept otherwise": (
         lambda g: ops.meta_step(g[0], [g[1][0], g[1][1].t()], 0.5),
@@ -415,22 +415,22 @@ REFUSED: dict[str, tuple[Callable[[Lists], object], type[Exception], str]] = {
     "in a transform": (
         lambda g: torch.func.vmap(lambda x: ops.meta_step([x], [x], 0.5))(g[0][1]),
         RuntimeError,
-        "meta_step changes its arguments: call it outside the transforms",
+        "^fastdg::meta_step .*transforms",
     ),
     "no gradient": (
         lambda g: ops.gram([[g[0][0], None], g[1]]),
         TypeError,
-        r"gradients\[0\]\[1\]: expected a dense floating-point tensor, got NoneType",
+        r"^gradients\[0\]\[1\]: .*got NoneType",
     ),
     "a dictionary": (
         lambda g: ops.combine({"weight": g[0]}, torch.ones(1)),
         TypeError,
-        r"gradients\[0\]: expected a list of tensors, the gradients of one domain, got str",
+        r"^gradients\[0\]: .*got str",
     ),
     "arguments in another order": (
         lambda g: ops.combine(torch.ones(2), g),
         TypeError,
-        r"gradients\[0\]: expected a list of tensors",
+        r"^gradients\[0\]: ",
     ),
 }
 

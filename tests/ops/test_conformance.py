@@ -128,24 +128,24 @@ def test_lists_that_do_not_fit_are_refused(device: str) -> None:
     x, other = torch.randn(6, 3, device=device), torch.randn(5, 3, device=device)
     thick = torch.randn(6, 1, 3, device=device)
     for args, text in (
-        (([], [], []), "grads: expected a tensor there or in a"),
-        (([x], [x], []), "delta: expected 1 tensors"),
-        (([x, other], [], []), r"grads\[1\]: expected 6 samples"),
-        (([x, x.double()], [], []), r"grads\[1\]: expected torch.float32"),
-        (([], [x, other], [x, other]), r"a\[1\]: expected .* with 6 samples"),
-        (([], [x], [thick]), r"delta\[0\]: expected the rows of a\[0\]"),
-        (([other], [], []), "order: expected each of the 5 samples"),
+        (([], [], []), "^grads: "),
+        (([x], [x], []), "^delta: "),
+        (([x, other], [], []), r"^grads\[1\]: "),
+        (([x, x.double()], [], []), r"^grads\[1\]: "),
+        (([], [x, other], [x, other]), r"^a\[1\]: "),
+        (([], [x], [thick]), r"^delta\[0\]: "),
+        (([other], [], []), "^order: "),
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             ops.foreach_moments(*args, order, offsets)
-    with pytest.raises((TypeError, ValueError), match=r"order: expected each sample at most once"):
+    with pytest.raises((TypeError, ValueError), match=r"^order: "):
         ops.foreach_moments([x], [], [], torch.zeros_like(order), offsets)
     ones = torch.ones(6, device=device)
     for rows, weights, text in (
-        ([], ones, "rows: expected at least one tensor"),
-        ([x], ones[:5], r"rows\[0\]: expected a row for each of the 5 weights"),
-        ([x[:0]], ones[:0], "weights: expected at least one"),
-        ([x, x.long()], ones, r"rows\[1\]"),
+        ([], ones, "^rows: "),
+        ([x], ones[:5], r"^rows\[0\]: "),
+        ([x[:0]], ones[:0], "^weights: "),
+        ([x, x.long()], ones, r"^rows\[1\]: "),
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             ops.combine_rows(rows, weights)

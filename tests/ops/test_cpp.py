@@ -315,7 +315,7 @@ def test_variance_to_the_rounding_of_the_samples(
 
 def test_a_sample_stands_in_one_domain_once(isa: str) -> None:
     a, delta = torch.randn(3, 1, 4), torch.randn(3, 1, 5)
-    with pytest.raises(RuntimeError, match="order: sample 0 stands there twice"):
+    with pytest.raises(RuntimeError, match=r"order: .*twice"):
         cpp.outer_moments(a, delta, torch.tensor([0, 0, 2]), torch.tensor([0, 2, 3]), [])
 
 
@@ -334,14 +334,14 @@ def test_variance_gap_takes_one_device(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"delta": torch.randn(4, 3)}, "delta: expected"),
-        ({"delta": torch.randn(4, 2, 5)}, "positions"),
-        ({"a": torch.randn(5, 3, 6)}, "samples"),
-        ({"a": torch.randn(4, 3, 6).double()}, "a: the compiled operator takes float32"),
-        ({"order": torch.tensor([0, 1, 2, 9])}, "sample 9 of 4"),
-        ({"offsets": torch.tensor([0, 3, 2])}, "ascending"),
-        ({"offsets": torch.tensor([0, 9])}, "offsets"),
-        ({"window": [3, 1]}, "window"),
+        ({"delta": torch.randn(4, 3)}, "delta: "),
+        ({"delta": torch.randn(4, 2, 5)}, "delta: "),
+        ({"a": torch.randn(5, 3, 6)}, " a: "),
+        ({"a": torch.randn(4, 3, 6).double()}, " a: .*float32"),
+        ({"order": torch.tensor([0, 1, 2, 9])}, "order: .*9"),
+        ({"offsets": torch.tensor([0, 3, 2])}, "offsets: "),
+        ({"offsets": torch.tensor([0, 9])}, "offsets: "),
+        ({"window": [3, 1]}, "window: "),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:

@@ -170,7 +170,7 @@ def test_any_order_of_the_threads_gives_the_same_bits(
 
 def test_more_rows_than_a_launch_takes_are_refused(device: str) -> None:
     row = torch.zeros(1)
-    with pytest.raises(RuntimeError, match="gradients: there are too many domains, 5000 rows"):
+    with pytest.raises(RuntimeError, match=r"gradients: .*5000"):
         ops.gram([[row]] * 5000)
 
 

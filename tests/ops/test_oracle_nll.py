@@ -120,7 +120,7 @@ def test_only_once(device: str) -> None:
     bias = torch.zeros(4, device=device)
     x.requires_grad_()
     (first,) = torch.autograd.grad(ops.oracle_nll(x, y, bias).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="oracle_nll is differentiable once"):
+    with pytest.raises(RuntimeError, match=r"^fastdg::oracle_nll_backward "):
         first.sum().backward()
 
 
@@ -163,21 +163,21 @@ def test_half_precision(device: str) -> None:
     [
         (
             ((2, 3, 4), (2, 3, 5), (3,), {}),
-            r"oracle: expected shape \(2, 3, 4\) .*features",
+            "^oracle: ",
         ),
         (
             ((2, 3, 4), (2, 3, 4), (4,), {}),
-            r"bias: expected shape \(3,\) .*each channel",
+            "^bias: ",
         ),
-        (((2,), (2,), (2,), {}), "features: expected a sample and a channel dimension"),
-        (((2, 3), (2, 3), (3,), {"channel": 0}), "sample=0, channel=0"),
+        (((2,), (2,), (2,), {}), "^features: "),
+        (((2, 3), (2, 3), (3,), {"channel": 0}), "^features: .*sample=0, channel=0"),
     ],
 )
 def test_arguments(arguments, message: str) -> None:  # type: ignore[no-untyped-def]
     *shapes, more = arguments
     with pytest.raises(ValueError, match=message):
         ops.oracle_nll(*(torch.zeros(shape) for shape in shapes), **more)
-    with pytest.raises(ValueError, match=r"oracle: expected a tensor on cpu .*, got one on meta"):
+    with pytest.raises(ValueError, match=r"^oracle: .*got one on meta"):
         ops.oracle_nll(torch.ones(2, 3), torch.ones(2, 3, device="meta"), torch.ones(3))
 
 

@@ -183,8 +183,8 @@ def test_what_a_backend_does_not_take_goes_to_the_reference(device: str) -> None
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("tritom", ValueError, "expected one of .*'triton'.*, got 'tritom'"),
-        ("cuda", RuntimeError, "FASTDG_BACKEND=cuda: not available here: .*(not compiled|no CUDA)"),
+        ("tritom", ValueError, "^FASTDG_BACKEND: .*got 'tritom'"),
+        ("cuda", RuntimeError, "^FASTDG_BACKEND=cuda: "),
     ],
 )
 def test_a_forced_backend_that_is_not_here_is_an_error(

@@ -110,7 +110,7 @@ def test_it_is_differentiable_once(device: str) -> None:
     leaf = args[0].requires_grad_()
     loss = ops.text_distance(leaf, *args[1:])[1].sum()
     (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="text_distance is differentiable once"):
+    with pytest.raises(RuntimeError, match=r"^fastdg::text_distance_backward "):
         first.sum().backward()
 
 
@@ -194,15 +194,15 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("k", "value", "message"),
         [
-            (0, torch.randn(4), r"embeddings: expected \[N, E\]"),
-            (0, torch.randn(4, 5).double(), "embeddings: the compiled operator takes float32"),
-            (1, torch.tensor([0, 1, 3, 0]), "labels: class 3 of 3"),
-            (1, torch.tensor([0, -1, 2, 0]), "labels: class -1 of 3"),
-            (1, torch.tensor([0, 1]), "labels: expected a vector of 4 int64"),
-            (1, torch.zeros(4), "labels: expected a vector of 4 int64"),
-            (2, torch.randn(3, 6), r"classes: expected \[C, 5\]"),
-            (3, torch.randn(2, 2, 5), r"anchors: expected \[3, A, 5\]"),
-            (4, torch.randn(3, 3), r"teacher: expected \[3, 2\]"),
+            (0, torch.randn(4), "embeddings: .*dimensions"),
+            (0, torch.randn(4, 5).double(), "embeddings: .*float32"),
+            (1, torch.tensor([0, 1, 3, 0]), "labels: .*3 of 3"),
+            (1, torch.tensor([0, -1, 2, 0]), "labels: .*-1 of 3"),
+            (1, torch.tensor([0, 1]), "labels: .*int64"),
+            (1, torch.zeros(4), "labels: .*int64"),
+            (2, torch.randn(3, 6), "classes: "),
+            (3, torch.randn(2, 2, 5), "anchors: "),
+            (4, torch.randn(3, 3), "teacher: "),
         ],
     )
     def test_bad_arguments_are_named(self, k: int, value: Tensor, message: str) -> None:

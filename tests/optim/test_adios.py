@@ -289,16 +289,12 @@ def test_a_run_resumes_bit_for_bit(kind: str, single: bool) -> None:
 
 
 def test_states_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="state_dict: expected a state of ADIOS, got one without"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*ADIOS"):
         made().load_state_dict({"masker": {}})
     drawing = made(single=True, generator=torch.Generator())
-    with pytest.raises(
-        ValueError, match="has one of a generator's states, but this ADIOS has none"
-    ):
+    with pytest.raises(ValueError, match=r"^state_dict: has one .*generator"):
         made(single=True).load_state_dict(drawing.state_dict())
-    with pytest.raises(
-        ValueError, match="has none of a generator's states, but this ADIOS has one"
-    ):
+    with pytest.raises(ValueError, match=r"^state_dict: has none .*generator"):
         drawing.load_state_dict(made().state_dict())
 
 

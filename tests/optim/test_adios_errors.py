@@ -17,17 +17,17 @@ import fastdg
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"masker": 3}, TypeError, "masker: expected an nn.Module, got int"),
-        ({"objective": encoder()}, TypeError, r"objective: expected a fastdg.Objective.*Seq"),
-        ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
-        ({"penalty": -1.0}, ValueError, "penalty: expected a finite number >= 0, got -1"),
-        ({"entropy": float("nan")}, ValueError, "entropy: expected a finite number >= 0"),
-        ({"single": 1}, ValueError, "single: expected True or False, got 1"),
-        ({"encoder_optimizer": 1}, TypeError, "encoder_optimizer: expected a torch.optim"),
+        ({"masker": 3}, TypeError, "^masker: .*got int"),
+        ({"objective": encoder()}, TypeError, "^objective: "),
+        ({"generator": 3}, TypeError, "^generator: .*got int"),
+        ({"penalty": -1.0}, ValueError, "^penalty: .*got -1"),
+        ({"entropy": float("nan")}, ValueError, "^entropy: "),
+        ({"single": 1}, ValueError, "^single: .*got 1"),
+        ({"encoder_optimizer": 1}, TypeError, "^encoder_optimizer: "),
         ({"masker_optimizer": SGD(encoder().parameters())}, ValueError,
-         "masker_optimizer: has no parameter of this Masker. Make it from"),
+         "^masker_optimizer: "),
         ({"encoder_optimizer": fastdg.VREx(SGD(encoder().parameters()))}, TypeError,
-         "encoder_optimizer: VREx needs losses of domains, and ADIOS has none. Pass"),
+         "^encoder_optimizer: .*VREx"),
     ],
 )  # fmt: skip
 def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -45,13 +45,11 @@ def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: s
 def test_an_optimizer_of_both_networks() -> None:
     aim, masker = objective("SimCLR"), Masker()
     both = SGD([*aim.parameters(), *masker.parameters()])
-    with pytest.raises(
-        ValueError, match="encoder_optimizer: also has parameters of the masker, got 'layers"
-    ):
+    with pytest.raises(ValueError, match=r"^encoder_optimizer: .*got 'layers"):
         fastdg.ADIOS(both, SGD(masker.parameters()), masker, objective=aim)
     with pytest.raises(
         ValueError,
-        match=r"masker_optimizer: .* of the objective, got 'network.*opposite directions",
+        match=r"^masker_optimizer: .*got 'network",
     ):
         fastdg.ADIOS(SGD(aim.parameters()), both, masker, objective=aim)
 
@@ -59,15 +57,15 @@ def test_an_optimizer_of_both_networks() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.sum(1), r"masker: expected masks \[4, N, 7, 7\] with N >= 2, got \[4, 7, 7\]"),
-        (lambda m: m[:, :1], r"got \[4, 1, 7, 7\]"),
-        (lambda m: m[:, :, ::2], r"got \[4, 3, 4, 7\]"),
+        (lambda m: m.sum(1), r"^masker: .*got \[4, 7, 7\]"),
+        (lambda m: m[:, :1], r"^masker: .*got \[4, 1, 7, 7\]"),
+        (lambda m: m[:, :, ::2], r"^masker: .*got \[4, 3, 4, 7\]"),
         (
             lambda m: 2 * m,
-            "masks that are >= 0 and sum to one at every pixel, got sums from 2 to 2",
+            "^masker: .*got sums from 2 to 2",
         ),
-        (lambda m: torch.cat([m - 1, m + 1], 1)[:, [0, 4]], "masker: expected masks that are >= 0"),
-        (lambda m: [m], "got list"),
+        (lambda m: torch.cat([m - 1, m + 1], 1)[:, [0, 4]], "^masker: .*>= 0"),
+        (lambda m: [m], "^masker: .*got list"),
     ],
 )
 def test_what_is_no_mask(change: Callable[[Tensor], Any], message: str) -> None:
@@ -80,16 +78,12 @@ def test_what_is_no_mask(change: Callable[[Tensor], Any], message: str) -> None:
 def test_bad_views() -> None:
     adios = made()
     x, view = views(0)
-    with pytest.raises(
-        ValueError, match=r"view: expected another view of the 4 whole images, got 3\. Pass"
-    ):
+    with pytest.raises(ValueError, match=r"^view: .*got 3"):
         adios.step(x, view[1:])
-    with pytest.raises(TypeError, match="whole: expected a tensor of images, got list"):
+    with pytest.raises(TypeError, match=r"^whole: .*got list"):
         adios.step([x], view)  # type: ignore[arg-type]
     with (
-        pytest.raises(
-            RuntimeError, match=r"masker: its masks have no graph, got requires_grad=False\. Call"
-        ),
+        pytest.raises(RuntimeError, match=r"^masker: .*requires_grad=False"),
         torch.no_grad(),
     ):
         adios.step(x, view)

@@ -75,15 +75,15 @@ def test_the_target_slows_down_on_a_cosine() -> None:
 
 @pytest.mark.parametrize("make", [fastdg.BYOL, fastdg.SimSiam])
 def test_objectives_name_what_they_lack(make: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match=r"network: expected an nn\.Module, got int"):
+    with pytest.raises(TypeError, match=r"^network: .*got int"):
         make(3, nn.Linear(5, 5))
-    with pytest.raises(TypeError, match=r"predictor: expected an nn\.Module, got None"):
+    with pytest.raises(TypeError, match=r"^predictor: .*got None"):
         make(nn.Linear(5, 5), None)
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+    with pytest.raises(ValueError, match=r"^temperature: "):
         fastdg.SimCLR(nn.Linear(5, 5), temperature=0.0)
-    with pytest.raises(ValueError, match="total_steps: expected an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^total_steps: .*got 0"):
         fastdg.BYOL(nn.Linear(5, 5), nn.Linear(5, 5), total_steps=0)
-    with pytest.raises(ValueError, match="no_mask: chooses among the pairs of two masked views"):
+    with pytest.raises(ValueError, match=r"^no_mask: "):
         fastdg.SimSiam(nn.Linear(5, 5), nn.Linear(5, 5), no_mask=False)
-    with pytest.raises(ValueError, match="both_views: expected True or False, got 2"):
+    with pytest.raises(ValueError, match=r"^both_views: .*got 2"):
         fastdg.SimSiam(nn.Linear(5, 5), nn.Linear(5, 5), both_views=2)  # type: ignore[arg-type]

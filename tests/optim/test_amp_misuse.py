@@ -52,7 +52,7 @@ def test_step_without_the_scaler(wrapper: Wrap, scaler: GradScaler) -> None:
     model, opt = start(wrapper)
     opt.backward(*batch(model), scaler=scaler)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"step\(\): backward was given a scaler.*scaler.step"):
+    with pytest.raises(RuntimeError, match=r"\.step\(\): .*scaler\.step"):
         opt.step()
     alike(before, model.state_dict())
     scaler.step(opt)  # for which it is not too late
@@ -64,7 +64,7 @@ def test_unscaled_inside(name: str, scaler: GradScaler) -> None:
     _, opt = ready(name, scaler)
     inner = opt.base.base if "(" in name else opt.base
     scaler.unscale_(inner)
-    with pytest.raises(RuntimeError, match="unscale_ was called on the Adam inside"):
+    with pytest.raises(RuntimeError, match=r": scaler\.unscale_ .*Adam"):
         scaler.step(opt)
 
 
@@ -72,16 +72,16 @@ def test_the_scaler_of_someone_else(scaler: GradScaler) -> None:
     other = GradScaler("cpu", init_scale=2.0)
     other.scale(torch.ones(()))
     _, opt = ready(scaler=scaler)
-    with pytest.raises(RuntimeError, match="not that of the scaler given to backward"):
+    with pytest.raises(RuntimeError, match=r"^Fishr: scaler\.step"):
         other.step(opt)
-    with pytest.raises(TypeError, match=r"expected a torch\.amp\.GradScaler or None, got int"):
+    with pytest.raises(TypeError, match=r"^scaler: .*got int"):
         ready(scaler=1024)  # type: ignore[arg-type]
 
 
 def test_losses_that_are_scaled_already(scaler: GradScaler) -> None:
     model, opt = start(WRAPPERS["Fishr"])
     losses, domains = batch(model)
-    with pytest.raises(ValueError, match=r"losses: scaler\.scale was called on them"):
+    with pytest.raises(ValueError, match=r"^losses: .*scaler\.scale"):
         opt.backward(scaler.scale(losses), domains, scaler=scaler)
     train(model, opt, range(1), scaler)
 
@@ -92,7 +92,7 @@ def test_one_step_of_scaled_and_other_gradients(name: str, final: bool, scaler: 
     for first, second in ((scaler, None), (None, scaler), (GradScaler("cpu"), scaler)):
         model, opt = start(WRAPPERS[name])
         opt.backward(*batch(model, 0), final=final, scaler=first)
-        with pytest.raises(RuntimeError, match="scaler: pass the same GradScaler to every"):
+        with pytest.raises(RuntimeError, match=r"^scaler: "):
             opt.backward(*batch(model, 1), scaler=second)
         opt.zero_grad()
         opt.backward(*batch(model, 1), scaler=second)
@@ -102,7 +102,7 @@ def test_backward_after_unscale(scaler: GradScaler) -> None:
     model, opt = ready(scaler=scaler)
     opt.backward(*batch(model, 1), scaler=scaler)  # gradients add up
     scaler.unscale_(opt)
-    with pytest.raises(RuntimeError, match=r"has already divided what is in \.grad"):
+    with pytest.raises(RuntimeError, match=r"^Fishr\.backward: scaler\.unscale_"):
         opt.backward(*batch(model, 2), scaler=scaler)
     scaler.step(opt)
 
@@ -110,7 +110,7 @@ def test_backward_after_unscale(scaler: GradScaler) -> None:
 def test_step_of_the_scaler_without_backward(scaler: GradScaler) -> None:
     model, opt = start(WRAPPERS["Fishr"])
     scaler.scale(batch(model)[0].mean()).backward()
-    with pytest.raises(RuntimeError, match="needs a backward before it"):
+    with pytest.raises(RuntimeError, match="needs a backward"):
         scaler.step(opt)
     opt.zero_grad()
     opt.backward(*batch(model), final=False, scaler=scaler)
@@ -120,12 +120,12 @@ def test_step_of_the_scaler_without_backward(scaler: GradScaler) -> None:
 
 def test_closures(scaler: GradScaler) -> None:
     model, opt = ready(scaler=scaler)
-    with pytest.raises(RuntimeError, match="a GradScaler does not go with closures"):
+    with pytest.raises(RuntimeError, match=r"^Fishr\.step: .*GradScaler"):
         scaler.step(opt, lambda: batch(model, 1))
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
         scaler.step(opt, closure=lambda: batch(model, 1))
     opt.zero_grad()
-    with pytest.raises(RuntimeError, match="backward was given a scaler"):
+    with pytest.raises(RuntimeError, match=r"^Fishr\.step\(\): .*scaler"):
         opt.step(lambda: (*batch(model, 1), {"scaler": scaler}))
 
 

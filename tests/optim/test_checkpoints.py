@@ -197,7 +197,7 @@ def test_the_optimizer_s_part_of_another_algorithm_s_state() -> None:
 
 def test_what_wrappers_that_are_gone_have_left_is_left_out() -> None:
     run, fresh = go(RUNS["SWAD(Fishr)"](), 9), RUNS["Fishr"]()
-    with pytest.warns(UserWarning, match="what SWAD kept in it is left out") as caught:
+    with pytest.warns(UserWarning, match=r"^state_dict: .*SWAD") as caught:
         fresh.opt.load_state_dict(run.opt.state_dict())
     assert [w.filename for w in caught] == [__file__]
     assert fresh.opt.steps == 9

@@ -177,7 +177,7 @@ def test_a_setting_that_never_rests() -> None:
         opt.penalty_weight = 1.0 + step
         backward(x, y, domains=domains)
     opt.penalty_weight = 100.0
-    with pytest.warns(UserWarning, match="more than 8 kinds of batches, so that some run eagerly"):
+    with pytest.warns(UserWarning, match=r"^compiled: .*eagerly"):
         backward(x, y, domains=domains)
     backward(x, y, domains=domains)  # is known, and traced
     backward(x, y, domains=domains)
@@ -224,27 +224,27 @@ def test_refusals() -> None:
     def sgd() -> SGD:
         return SGD(model.parameters(), lr=0.1)
 
-    with pytest.raises(TypeError, match="opt: expected a wrapper of fastdg, got SGD"):
+    with pytest.raises(TypeError, match=r"^opt: .*got SGD"):
         fastdg.compiled(sgd(), losses)
-    with pytest.raises(ValueError, match=r"num_domains: .* pass it to AgrSum"):
+    with pytest.raises(ValueError, match=r"^num_domains: .*AgrSum"):
         fastdg.compiled(fastdg.AgrSum(sgd()), losses)
-    with pytest.raises(ValueError, match=r"generator: .* make PCGrad without one"):
+    with pytest.raises(ValueError, match=r"^generator: .*PCGrad"):
         fastdg.compiled(WRAPS["PCGrad"](sgd(), num_domains=3), losses)
     opt = fastdg.AgrSum(sgd(), num_domains=3)
-    with pytest.raises(TypeError, match=r"forward: expected a function .* got Network"):
+    with pytest.raises(TypeError, match=r"^forward: .*got Network"):
         fastdg.compiled(opt, model)
     backward = fastdg.compiled(opt, losses)
-    with pytest.raises(ValueError, match="ids below num_domains=3, got 5"):
+    with pytest.raises(ValueError, match=r"^domains: .*num_domains=3.*got 5"):
         backward(x, y, domains=domains + 3)
-    with pytest.raises(ValueError, match="require no gradient"):
+    with pytest.raises(ValueError, match=r"^batch: .*gradient"):
         backward(x.requires_grad_(), y, domains=domains)
     x = x.detach()
     opt.backward(losses(x, y), domains, final=False)
-    with pytest.raises(RuntimeError, match="a micro-batch of it is staged"):
+    with pytest.raises(RuntimeError, match=r"^compiled: .*micro-batch"):
         backward(x, y, domains=domains)
     opt.zero_grad()
     opt.backward(losses(x, y), domains, scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(RuntimeError, match="the factor of a GradScaler, and what a graph adds"):
+    with pytest.raises(RuntimeError, match=r"^compiled: .*GradScaler"):
         backward(x, y, domains=domains)
     opt.zero_grad()
 
@@ -254,13 +254,13 @@ def test_refusals() -> None:
     backward = fastdg.compiled(opt, looks)
     backward(x, y, domains=domains)
     before = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match=r"compiled: this step is no graph .* AgrSum look at"):
+    with pytest.raises(RuntimeError, match=r"^compiled: .*AgrSum"):
         backward(x, y, domains=domains)
     for p, grad in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.grad, grad)
     model[0].weight.register_hook(lambda grad: grad)
     backward = fastdg.compiled(opt, losses)
-    with pytest.raises(RuntimeError, match=r"shape \(5, 4\) has hooks"):
+    with pytest.raises(RuntimeError, match=r"^compiled: .*hooks"):
         backward(x, y, domains=domains)
 
 
@@ -282,10 +282,10 @@ def test_a_model_compiled_as_a_whole(counters: Counters) -> None:
     """It is one operation: its head is not known, and its domains' gradients are autograd's."""
     model, opt, twin, other = twins(fastdg.AgrSum, watched=True)
     compiled = torch.compile(twin, backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"params: 'head' is not known.* fastdg\.compiled"):
+    with pytest.raises(RuntimeError, match=r"^params: .*'head'.*fastdg\.compiled"):
         eager_steps(compiled, wrap(SGD(twin.parameters(), lr=0.1), model=twin), [data(0)])
     eager_steps(model, opt, map(data, range(3)))
-    with pytest.warns(UserWarning, match="CompiledFunction.* exact"):
+    with pytest.warns(UserWarning, match=r"^params: .*CompiledFunction"):
         eager_steps(compiled, other, map(data, range(3)))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)

@@ -67,7 +67,7 @@ def test_inputs_find_the_term_that_takes_them() -> None:
     opt = fastdg.VREx(miro(rise(MAKES["adam"](model), model), model))
     with pytest.raises(TypeError, match=r"^label: VREx.backward .*did you mean labels=\?"):
         step(opt, model, x, y, d, label=y)
-    with pytest.raises(TypeError, match=r"RISE needs labels: opt.backward\(losses, domains, label"):
+    with pytest.raises(TypeError, match=r"^RISE needs labels: "):
         step(opt, model, x, y, d)
     opt.step(lambda: (F.cross_entropy(model(x), y, reduction="none"), d, {"labels": y}))
     assert opt.steps == opt.base.steps == opt.base.base.steps == 1
@@ -113,7 +113,7 @@ def test_iga_cannot_ask_twice_with_a_term() -> None:
         rows = d == domain
         return F.cross_entropy(model(x[rows]), y[rows], reduction="none")
 
-    with pytest.raises(ValueError, match=r"IGA runs .* twice, which MIRO cannot follow"):
+    with pytest.raises(ValueError, match=r"^closure: .*MIRO"):
         opt.step(closure)
     step(opt, model, x, y, d)
     assert opt.steps == 1

@@ -55,7 +55,7 @@ def test_schedulers(case: Case, schedule: Callable[[Optimizer], Any], when: str)
     base = case.make(model.parameters())
     early = schedule(base) if when == "before" else None
     if "initial_lr" in base.param_groups[0] and "MIRO" in case.wrapper:
-        with pytest.raises(ValueError, match="make the scheduler after the wrapper"):
+        with pytest.raises(ValueError, match=r"^base: .*scheduler"):
             case.wrap(base)
         return
     opt = case.wrap(base)
@@ -87,7 +87,7 @@ def test_step_without_backward(case: Case) -> None:
     model = network()
     opt = case.wrap(case.make(model.parameters()))
     batch(model)[0].mean().backward()
-    with pytest.raises(RuntimeError, match=r"opt.backward\(losses, domains\) in place of"):
+    with pytest.raises(RuntimeError, match=r"opt\.backward\(losses, domains\)"):
         opt.step()
     opt.zero_grad()
     steps(model, opt, [0])
@@ -120,7 +120,7 @@ def test_closure(case: Case) -> None:
     assert calls == [True]
     assert torch.equal(loss, opt2.statistics["loss"])
     same(model, model2)
-    with pytest.raises(TypeError, match=r"return \(losses, domains\)"):
+    with pytest.raises(TypeError, match=r"^closure: .*\(losses, domains\)"):
         opt.step(lambda: batch(model)[0].mean())
 
 
@@ -144,7 +144,7 @@ def test_closure_that_calls_backward_itself(case: Case) -> None:
     with pytest.raises(RuntimeError, match="needs a backward"):
         opt.step(lambda: None)
     opt.backward(*batch(model, 9))
-    with pytest.raises(TypeError, match=r"call opt.backward\(losses, domains\) itself"):
+    with pytest.raises(TypeError, match=r"^closure: .*opt\.backward\(losses, domains\)"):
         opt.step(lambda: batch(model)[0].mean())
 
 

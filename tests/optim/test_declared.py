@@ -163,7 +163,7 @@ class Mean(fastdg.DomainOptimizer):
 def test_a_class_that_looks_at_no_sample_is_told_how_to_say_so() -> None:
     for kind, told in ((Mean, True), (fastdg.AgrSum, False)):
         model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-        with pytest.warns(UserWarning, match="^params: ") as caught:
+        with pytest.warns(UserWarning, match=r"^params: ") as caught:
             kind(SGD(model.parameters(), lr=0.1)).backward(*batch(model))
         assert ("Mean.objective" in str(caught[0].message)) == told
         assert ("looks_at_samples = False" in str(caught[0].message)) == told

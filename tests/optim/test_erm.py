@@ -91,7 +91,7 @@ def test_swad_around_a_plain_optimizer_takes_either_backward() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     opts[0].backward(*batch(model), final=False)
-    with pytest.raises(RuntimeError, match=r"SWAD\.step\(\) needs a final backward"):
+    with pytest.raises(RuntimeError, match=r"^SWAD\.step\(\) needs a final backward"):
         opts[0].step()
     with pytest.raises(RuntimeError, match=r"SWAD\.backward was already called on these losses"):
         losses, domains = batch(model)
@@ -116,7 +116,7 @@ def test_a_grad_scaler(name: str, fused: bool) -> None:
             losses = losses * torch.inf
         opt.backward(losses, domains, scaler=scalers[0])
         if seed == 1:
-            with pytest.raises(RuntimeError, match=r"step\(\): backward was given a scaler"):
+            with pytest.raises(RuntimeError, match=r"\.step\(\): .*scaler"):
                 opt.step()
         scalers[0].step(opt)
         scalers[0].update()
@@ -200,7 +200,7 @@ def test_names_are_those_of_the_model(name: str) -> None:
     opt.backward(losses, domains)
     opt.step()
     assert len(opt.statistics["domain_count"]) == 3
-    with pytest.raises(ValueError, match="model: none of the parameters of this Linear"):
+    with pytest.raises(ValueError, match=r"^model: "):
         WRAPS[name](SGD(model.parameters(), lr=0.1), model=nn.Linear(2, 2))
 
 
@@ -208,7 +208,7 @@ def test_swad_shares_num_domains_with_what_is_inside() -> None:
     model = Network()
     inner = fastdg.Fishr(SGD(model.parameters(), lr=0.1))
     assert fastdg.SWAD(inner, model, num_domains=4).num_domains == inner.num_domains == 4
-    with pytest.raises(ValueError, match="num_domains: expected 4, as the Fishr inside has, got 3"):
+    with pytest.raises(ValueError, match=r"^num_domains: .*got 3"):
         fastdg.SWAD(inner, model, num_domains=3)
     plain = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model, num_domains=4)
     plain.backward(*batch(model))
@@ -222,7 +222,7 @@ def test_keywords_of_the_optimizer_are_told_from_the_wrappers(kind: Any) -> None
         TypeError, match=rf"^lr: {name} has no .*fastdg\.{name}\(torch\.optim\.Adam"
     ):
         kind(model.parameters(), lr=1e-3)
-    with pytest.raises(TypeError, match=r"^num_domain: .* did you mean num_domains=\?"):
+    with pytest.raises(TypeError, match=r"^num_domain: .*num_domains="):
         kind(SGD(model.parameters()), num_domain=3)
     if name != "Fishr":
         with pytest.raises(TypeError, match=r"^params: .*requires_grad_\(False\)"):

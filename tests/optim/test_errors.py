@@ -24,18 +24,18 @@ def model_and_wrapper(**settings: Any) -> tuple[nn.Sequential, fastdg.Fishr]:
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda m: m.parameters(), r"got generator; wrap one: fastdg.Fishr\(torch.optim.Adam"),
-        (lambda m: list(m.parameters()), r"expected a torch.optim.Optimizer, got list"),
-        (lambda m: Adam, r"expected a torch.optim.Optimizer, got type"),
+        (lambda m: m.parameters(), r"^base: .*got generator; .*fastdg\.Fishr\(torch\.optim\.Adam"),
+        (lambda m: list(m.parameters()), "^base: .*got list"),
+        (lambda m: Adam, "^base: .*got type"),
         (
             lambda m: fastdg.Fishr(Adam(m.parameters())),
-            r"cannot go around another Fishr: .* not nest",
+            "^base: .*another Fishr",
         ),
         (
             lambda m: fastdg.AgrSum(Adam(m.parameters())),
-            r"Fishr cannot go around AgrSum: .* not nest",
+            "^base: .*AgrSum",
         ),
-        (lambda m: LBFGS(m.parameters()), r"LBFGS evaluates the model several times a step"),
+        (lambda m: LBFGS(m.parameters()), "^base: .*LBFGS"),
     ],
     ids=["generator", "list", "class", "nested", "in_surgery", "lbfgs"],
 )
@@ -47,13 +47,13 @@ def test_base(base: Callable[[nn.Module], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"num_domains": 0}, ValueError, "num_domains: expected an integer >= 1, got 0"),
-        ({"num_domains": True}, ValueError, "num_domains: expected an integer >= 1, got True"),
-        ({"num_domains": 2.5}, ValueError, "num_domains: expected an integer >= 1, got 2.5"),
-        ({"model": "resnet"}, TypeError, "model: expected an nn.Module, got str"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "model: none of the parameters of this Linear"),
-        ({"params": "heads"}, ValueError, "params: expected 'head', 'all', .* got 'heads'"),
-        ({"params": ["2.weight"]}, ValueError, r"names .* only with model=, .*named_parameters"),
+        ({"num_domains": 0}, ValueError, "^num_domains: .*got 0"),
+        ({"num_domains": True}, ValueError, "^num_domains: .*got True"),
+        ({"num_domains": 2.5}, ValueError, "^num_domains: .*got 2.5"),
+        ({"model": "resnet"}, TypeError, "^model: .*got str"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "^model: "),
+        ({"params": "heads"}, ValueError, "^params: .*got 'heads'"),
+        ({"params": ["2.weight"]}, ValueError, "^params: .*model=.*named_parameters"),
         (
             {"params": [nn.Parameter(torch.ones(2))]},
             ValueError,
@@ -64,8 +64,8 @@ def test_base(base: Callable[[nn.Module], Any], message: str) -> None:
             TypeError,
             r"params: .*got a module.*list\(module.parameters",
         ),
-        ({"params": 7}, TypeError, "params: expected 'head', .* got int"),
-        ({"params": []}, ValueError, "params: expected at least one"),
+        ({"params": 7}, TypeError, "^params: .*got int"),
+        ({"params": []}, ValueError, "^params: "),
     ],
 )
 def test_arguments(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -142,10 +142,10 @@ class Faulty(nn.Module):
 FAULTS = {
     "second derivative": (RuntimeError, "once_differentiable"),
     **{f"backward {n}": (RuntimeError, "no gradient today") for n in (0, 1, 2)},
-    "ids": (ValueError, "domains: expected ids below num_domains=3, got 3"),
-    "negative": (ValueError, "domains: expected ids >= 0, got -1"),
-    "length": (ValueError, r"domains: expected one id per sample"),
-    "scalar": (ValueError, r"losses: .*reduction='none'"),
+    "ids": (ValueError, "^domains: .*num_domains=3.*got 3"),
+    "negative": (ValueError, "^domains: .*got -1"),
+    "length": (ValueError, "^domains: "),
+    "scalar": (ValueError, "^losses: .*reduction='none'"),
     "twice": (RuntimeError, "already called on these losses; run the model again"),
 }
 
@@ -199,7 +199,7 @@ def test_a_failed_backward_leaves_nothing_half_done(name: str, fault: str, gradi
 def test_a_rejected_call_can_be_repeated() -> None:
     model, opt = model_and_wrapper(num_domains=3)
     losses, domains = batch(model)
-    with pytest.raises(ValueError, match="ids below num_domains"):
+    with pytest.raises(ValueError, match=r"^domains: .*num_domains"):
         opt.backward(losses, domains + 3)
     opt.backward(losses, domains)
     opt.step()
@@ -211,7 +211,7 @@ def test_backward_twice_on_one_forward() -> None:
     opt.backward(losses, domains)
     with pytest.raises(RuntimeError, match="already called on these losses"):
         opt.backward(losses, domains)
-    with pytest.raises(RuntimeError, match="graph was freed"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         opt.backward(losses * 2, domains)
     steps(model, opt, range(1))
 
@@ -220,9 +220,9 @@ def test_losses_of_another_model() -> None:
     model = network()
     early = batch(model)
     opt = wrap(Adam(model.parameters()))
-    with pytest.raises(RuntimeError, match="depend on none of the tracked parameters"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*tracked parameters"):
         opt.backward(*batch(network()))
-    with torch.no_grad(), pytest.raises(ValueError, match="no_grad"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^losses: .*no_grad"):
         opt.backward(*batch(model))
     opt.backward(*early)  # from a forward before the wrapper was made
     opt.step()
@@ -250,7 +250,7 @@ def test_samples_that_meet_cost_more_and_are_right(kind: str) -> None:
     torch.manual_seed(0)
     model = MIXING[kind]().double()
     opt = wrap(SGD(model.named_parameters(), lr=0.1), params="all", anneal_steps=0)
-    with pytest.warns(UserWarning, match="each domain.* samples are mixed .* exact") as told:
+    with pytest.warns(UserWarning, match=r"^params: .*mixed.*exact") as told:
         losses, domains = pairs(model)
         opt.backward(losses, domains)
     assert [one.filename for one in told] == [__file__]
@@ -323,7 +323,7 @@ def test_fused_attention_is_refused_before_the_anneal() -> None:
     model, x = Attention(), torch.randn(6, 5, 4)
     opt = wrap(SGD(model.parameters(), lr=0.1), params="all", anneal_steps=100)
     losses = F.cross_entropy(model(x), torch.arange(6) % 3, reduction="none")
-    with pytest.raises(RuntimeError, match=r"fused attention lies between .*SDPBackend\.MATH"):
+    with pytest.raises(RuntimeError, match=r"^create_graph: .*SDPBackend\.MATH"):
         opt.backward(losses, torch.arange(6) % 2)
     assert all(p.grad is None for p in model.parameters())
 
@@ -332,5 +332,5 @@ def test_fused_attention_is_refused_before_the_anneal() -> None:
 def test_years_are_no_domain_ids(ids: list[int]) -> None:
     model, opt = model_and_wrapper(num_domains=None)
     losses = batch(model, 0)[0][:4]
-    with pytest.raises(ValueError, match=r"expected ids 0 to D - 1, got 20.*torch\.unique"):
+    with pytest.raises(ValueError, match=r"^domains: .*got 20.*torch\.unique"):
         opt.backward(losses, torch.tensor(ids))

@@ -158,7 +158,7 @@ def test_distributed_checkpoints_are_whole_or_refused(base: str) -> None:
     steps(model, opt, range(6))
     opt.zero_grad()  # torch makes a step if nothing says that there were some
     if base in WITH_MORE:
-        with pytest.raises(RuntimeError, match=r"state_dict: .*also saves .* with torch.save"):
+        with pytest.raises(RuntimeError, match=r"^state_dict: .*torch\.save"):
             get_optimizer_state_dict(model, opt)
         return
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
@@ -177,7 +177,7 @@ def test_a_distributed_checkpoint_that_lost_the_state_is_refused() -> None:
     steps(model, opt, range(6))
     saved = get_optimizer_state_dict(model, opt, options=options)
     again, fresh = made("timm Lookahead", "AgrSum")
-    with pytest.raises(ValueError, match=r"state_dict: .*lacks the state of all parameters"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*lacks"):
         set_optimizer_state_dict(again, fresh, saved, options=options)
 
 
@@ -186,13 +186,13 @@ def test_entries_that_the_optimizer_saves_beside_its_state_are_missed() -> None:
     steps(model, opt, range(2))
     state = opt.state_dict()
     assert state.pop("total_step") == 2
-    with pytest.warns(UserWarning, match=r"state_dict: .*lacks 'total_step'.*StableSPAM"):
+    with pytest.warns(UserWarning, match=r"^state_dict: .*'total_step'.*StableSPAM"):
         opt.load_state_dict(state)
     model, opt = made("Lookahead", "AgrSum")
     steps(model, opt, range(2))
     state = opt.state_dict()
     del state["lookahead_state"]
-    with pytest.raises(ValueError, match=r"state_dict: .*lacks 'lookahead_state'.*Lookahead"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*'lookahead_state'.*Lookahead"):
         opt.load_state_dict(state)
 
 
@@ -212,7 +212,7 @@ def test_a_state_loaded_into_an_optimizer_without_hooks_is_noticed(base: str) ->
     steps(other, fishr, range(4))
     saved = copy.deepcopy(fishr.base.state_dict())
     fishr.base.load_state_dict(saved)
-    with pytest.raises(ValueError, match="4 steps but has no fishr_ema"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*fishr_ema"):
         steps(other, fishr, [4])
 
 
@@ -292,5 +292,5 @@ def test_what_cannot_be_made_anew_says_so() -> None:
     model = Network()
     opt = wrap(Odd(0.1, model.parameters()))
     steps(model, opt, range(2))
-    with pytest.warns(UserWarning, match="reset_base: cannot make a new Odd"):
+    with pytest.warns(UserWarning, match=r"^reset_base: .*Odd"):
         steps(model, opt, [2])

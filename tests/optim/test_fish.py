@@ -232,13 +232,13 @@ def test_mixed_batches_on_a_device_are_asserted_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"num_domains": None}, ValueError, "num_domains: expected an integer >= 1, got None"),
-        ({"num_domains": 0}, ValueError, "num_domains: expected an integer >= 1, got 0"),
-        ({"meta_steps": 0}, ValueError, "meta_steps: expected an integer >= 1, got 0"),
-        ({"meta_lr": -0.5}, ValueError, "meta_lr: expected a finite number >= 0, got -0.5"),
-        ({"inner_product": 1}, ValueError, "inner_product: expected True or False, got 1"),
-        ({"model": "net"}, TypeError, "model: expected an nn.Module, got str"),
-        ({"model": nn.Linear(2, 2)}, ValueError, "model: none of the parameters of this Linear"),
+        ({"num_domains": None}, ValueError, "^num_domains: .*got None"),
+        ({"num_domains": 0}, ValueError, "^num_domains: .*got 0"),
+        ({"meta_steps": 0}, ValueError, "^meta_steps: .*got 0"),
+        ({"meta_lr": -0.5}, ValueError, "^meta_lr: .*got -0.5"),
+        ({"inner_product": 1}, ValueError, "^inner_product: .*got 1"),
+        ({"model": "net"}, TypeError, "^model: .*got str"),
+        ({"model": nn.Linear(2, 2)}, ValueError, "^model: "),
     ],
 )
 def test_arguments(settings: dict[str, Any], error: type[Exception], message: str) -> None:

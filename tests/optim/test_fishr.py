@@ -270,7 +270,7 @@ def test_a_history_of_other_params_is_said() -> None:
     train(opt, model, data)
     wider = make_opt(model, "all")
     wider.load_state_dict(opt.state_dict())
-    with pytest.warns(UserWarning, match="no Fishr history of .* and of 1 more.*'all'") as caught:
+    with pytest.warns(UserWarning, match=r"no Fishr history of .* 1 more") as caught:
         train(wider, model, data[:1])
     assert [w.filename for w in caught] == [__file__]
     with warnings.catch_warnings():

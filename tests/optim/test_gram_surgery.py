@@ -89,14 +89,14 @@ def given(places: int) -> nn.Module:
 )
 def test_weightings_of_another_matrix_are_refused(weighting: Any) -> None:
     base = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"weighting: .*needs the Jacobian or the product of two"):
+    with pytest.raises(TypeError, match=r"^weighting: .*Jacobian"):
         fastdg.GramSurgery(base, weighting())
     assert not [key for key in base.param_groups[0] if key.startswith("gram")]
 
 
 def test_aggregators_that_make_no_gram_matrix_are_refused() -> None:
     base = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"weighting: .*the aggregator TrimmedMean"):
+    with pytest.raises(TypeError, match=r"^weighting: .*TrimmedMean"):
         fastdg.GramSurgery(base, A.TrimmedMean(1))
 
 
@@ -180,17 +180,17 @@ def test_another_number_of_domains_is_refused() -> None:
     opt = fastdg.GramSurgery(SGD(model.parameters(), lr=0.0), A.GradVacWeighting())
     step(opt, model, g, [0, 1, 2])
     step(opt, model, g, [0, 2])  # the first domains may be absent
-    with pytest.raises(ValueError, match=r"num_domains: .*keeps state of 3 domains, got .* of 2"):
+    with pytest.raises(ValueError, match=r"^num_domains: .*3 domains, got .*2"):
         step(opt, model, g, [0, 1])
     again = fastdg.GramSurgery(SGD(model.parameters(), lr=0.0), A.GradVacWeighting())
     again.load_state_dict(opt.state_dict())
-    with pytest.raises(ValueError, match=r"num_domains: .*keeps state of 3 domains"):
+    with pytest.raises(ValueError, match=r"^num_domains: .*3 domains"):
         step(again, model, g, [0, 1])
 
 
 def test_what_absent_may_be() -> None:
     base = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="absent: expected 'auto', 'zeros' or 'drop', got 'no'"):
+    with pytest.raises(ValueError, match=r"^absent: .*got 'no'"):
         fastdg.GramSurgery(base, A.MGDAWeighting(), absent="no")
 
 
@@ -258,10 +258,10 @@ def test_the_state_of_another_weighting_is_refused() -> None:
     step(opt, model, torch.randn(3, 6).double(), [0, 1, 2])
     state = copy.deepcopy(opt.state_dict())
     other = fastdg.GramSurgery(Adam(model.parameters()), A.PCDWeighting(), num_domains=3)
-    with pytest.raises(ValueError, match=r"state_dict: its weighting is a GradVacWeighting, got a"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*GradVacWeighting"):
         other.load_state_dict(state)
     del state["param_groups"][0]["gramsurgery_weighting"]
-    with pytest.warns(UserWarning, match="state_dict: it has no state of the weighting"):
+    with pytest.warns(UserWarning, match=r"^state_dict: .*weighting"):
         other.load_state_dict(state)
 
 
@@ -269,7 +269,7 @@ def test_what_cannot_be_saved_says_so() -> None:
     weighting = Smoothed()
     weighting.last = deque([1.0])
     opt = fastdg.GramSurgery(Adam(nn.Linear(2, 2).parameters()), weighting, num_domains=3)
-    with pytest.warns(UserWarning, match="state_dict: of the Smoothed, it cannot save last"):
+    with pytest.warns(UserWarning, match=r"^state_dict: .*Smoothed.*last"):
         opt.state_dict()
 
 

@@ -200,10 +200,10 @@ def test_a_graph_that_is_freed_says_so() -> None:
     with fastdg.record(model) as tape:
         losses = model(torch.randn(4, 6)).square().sum(1)
     fastdg.domain_gram(tape, losses, torch.arange(4) % 2, retain_graph=False)
-    with pytest.raises(RuntimeError, match=r"second time|losses: their graph was freed"):
+    with pytest.raises(RuntimeError, match=r"second time|^losses: .*freed"):
         losses.mean().backward()
     assert losses.grad_fn is not None
-    with pytest.raises(RuntimeError, match=r"losses: their graph was freed .* Run the model again"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         for node in Graph(losses.grad_fn).nodes:  # the first layer's is among them
             if getattr(node, "_raw_saved_mat1", None) is not None:
                 with suppress_freed():

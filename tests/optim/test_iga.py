@@ -188,7 +188,7 @@ def test_iga_closure_that_draws_anew_is_found_out() -> None:
     def closure(d: int) -> Tensor:
         return losses_of(model, torch.randn(5, 4, generator=generator), torch.arange(5) % 3)
 
-    with pytest.raises(RuntimeError, match=r"second time for domain 0 it returned other losses"):
+    with pytest.raises(RuntimeError, match=r"^closure: .*other losses"):
         opt.step(closure)
     assert opt.steps == 0 and model.weight.grad is None
     with pytest.raises(RuntimeError, match="needs a backward"):
@@ -199,7 +199,7 @@ def test_iga_with_batch_norm_in_a_mixed_batch() -> None:
     model, (batch,) = net(batch_norm=True), batches(1, absent=False)
     twin, (x, y, d) = copy.deepcopy(model), batch
     opt = wrapped("IGA", model)
-    with pytest.warns(UserWarning, match="mixed below NativeBatchNorm"):
+    with pytest.warns(UserWarning, match=r"^params: .*NativeBatchNorm"):
         opt.backward(losses_of(model, x, y), d)
     losses = losses_of(twin, x, y)
     means = [losses[d == k].mean() for k in range(3)]
@@ -215,15 +215,15 @@ def test_iga_closure_with_bad_results() -> None:
     model = nn.Linear(4, 3)
     x, y = torch.randn(5, 4), torch.arange(5) % 3
     free = fastdg.IGA(SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"num_domains: opt.step\(closure\) asks for the losses"):
+    with pytest.raises(ValueError, match=r"^num_domains: .*opt.step\(closure\)"):
         free.step(lambda d: losses_of(model, x, y))
     opt = fastdg.IGA(SGD(model.parameters(), lr=0.1), num_domains=2)
     for result, error, message in (
-        (lambda d: (losses_of(model, x, y), y), ValueError, r"below num_domains=2, got 2"),
-        (lambda d: (losses_of(model, x, y), y % 2), ValueError, r"asked for .* domain 0; got .*1"),
-        (lambda d: losses_of(model, x, y).mean(), ValueError, "reduction='none'"),
-        (lambda d: None, TypeError, r"closure: expected it to return \(losses, domains\)"),
-        (lambda d: torch.ones(3), ValueError, "no graph"),
+        (lambda d: (losses_of(model, x, y), y), ValueError, "^domains: .*num_domains=2.*got 2"),
+        (lambda d: (losses_of(model, x, y), y % 2), ValueError, "^closure: .*domain 0; got .*1"),
+        (lambda d: losses_of(model, x, y).mean(), ValueError, "^losses: .*reduction='none'"),
+        (lambda d: None, TypeError, r"^closure: .*\(losses, domains\)"),
+        (lambda d: torch.ones(3), ValueError, "^losses: .*graph"),
     ):
         with pytest.raises(error, match=message):
             opt.step(result)

@@ -175,7 +175,7 @@ def test_settings_live_in_the_group(name: str) -> None:
         assert f"{key}={value}" in repr(opt)
         with pytest.raises(ValueError, match=f"{key}: expected"):
             wrapped(name, net(), **{key: -1})
-    with pytest.raises(ValueError, match="maximize=True"):
+    with pytest.raises(ValueError, match=r"^base: .*maximize=True"):
         cls(SGD(net().parameters(), lr=0.1, maximize=True))
 
 
@@ -216,10 +216,10 @@ def test_group_dro_states_that_do_not_fit() -> None:
     opt = wrapped("GroupDRO", model)
     run(opt, model, batches(2))
     state = copy.deepcopy(opt.state_dict())
-    with pytest.raises(ValueError, match="groupdro_q has 3 domains, but num_domains is 5"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*groupdro_q.*num_domains"):
         wrapped("GroupDRO", net(), num_domains=5).load_state_dict(state)
     del state["state"][0]["groupdro_q"]
-    with pytest.raises(ValueError, match=r"2 steps but has no groupdro_q"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*groupdro_q"):
         wrapped("GroupDRO", net()).load_state_dict(state)
 
 
@@ -331,9 +331,7 @@ def test_losses_of_another_model(name: str) -> None:
     model, other = nn.Linear(4, 3), nn.Linear(4, 3)
     opt = wrapped(name, model)
     losses = losses_of(other, torch.randn(6, 4), torch.arange(6) % 3)
-    with pytest.raises(
-        RuntimeError, match=r"none of the tracked parameters|reached none of the opt"
-    ):
+    with pytest.raises(RuntimeError, match=r"^losses: "):
         opt.backward(losses, torch.arange(6) % 2)
 
 

@@ -115,7 +115,7 @@ def test_irm_looks_again_where_another_layer_is_the_head() -> None:
 
     opt.backward(losses(), d)
     bias.requires_grad_(False)
-    with pytest.warns(UserWarning, match="not the cross-entropy of it"):
+    with pytest.warns(UserWarning, match=r"^losses: .*cross-entropy"):
         opt.backward(losses(), d)
 
 
@@ -124,7 +124,7 @@ def test_irm_with_heads_whose_logits_are_not_known() -> None:
     head = nn.Linear(4, 3)
     opt = fastdg.IRM(SGD(head.parameters(), lr=0.1))
     logits = head(x) + head(-x)
-    with pytest.raises(RuntimeError, match=r"ran several times.*logits=logits"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*several times.*logits=logits"):
         opt.backward(F.cross_entropy(logits, y, reduction="none") * 2, d)
     logits = head(x) + head(-x)
     losses = F.cross_entropy(logits, y, reduction="none")
@@ -176,14 +176,14 @@ def test_irm_with_positions_and_binary_logits() -> None:
 @pytest.mark.parametrize(
     ("logits", "error", "message"),
     [
-        (lambda z: "logits", TypeError, r"logits: expected a tensor \(N, \*\), got str"),
+        (lambda z: "logits", TypeError, "^logits: .*got str"),
         (
             lambda z: z[:2],
             ValueError,
-            r"a row for each of the 6 losses, got shape",
+            "^logits: .*got shape",
         ),
-        (lambda z: z.detach(), ValueError, "logits: they have no graph"),
-        (lambda z: z.clone(), ValueError, "logits: losses do not depend on them"),
+        (lambda z: z.detach(), ValueError, "^logits: .*graph"),
+        (lambda z: z.clone(), ValueError, "^logits: .*depend"),
     ],
 )
 def test_irm_with_wrong_logits(logits: Any, error: type[Exception], message: str) -> None:
@@ -215,7 +215,7 @@ def test_a_head_whose_output_is_not_the_logits_is_warned_of(factor: float, outpu
     if factor == 1:
         opt.backward(losses(logits), d)
         return
-    with pytest.warns(UserWarning, match=r"not the cross-entropy of it .* logits=logits\)") as told:
+    with pytest.warns(UserWarning, match=r"^losses: .*cross-entropy.*logits=logits") as told:
         opt.backward(losses(logits), d)
     assert told[0].filename == __file__
     opt = fastdg.IRM(SGD(model.parameters(), lr=0.1))

@@ -89,7 +89,7 @@ def test_sand_mask_warns_once_that_nothing_moves() -> None:
     model = network()
     before = copy.deepcopy(model)
     opt = fastdg.SANDMask(Adam(model.parameters()))
-    with pytest.warns(UserWarning, match="threshold=1 its mask is 0 everywhere") as caught:
+    with pytest.warns(UserWarning, match=r"^SANDMask: .*threshold=1") as caught:
         opt.backward(*batch(model))
     assert [w.filename for w in caught] == [__file__]
     opt.step()
@@ -107,13 +107,13 @@ def test_sand_mask_warns_once_that_nothing_moves() -> None:
 @pytest.mark.parametrize(
     ("cls", "more", "message"),
     [
-        (fastdg.ANDMask, {"threshold": 1.5}, r"threshold: expected a number in \[0, 1\], got 1.5"),
-        (fastdg.ANDMask, {"threshold": "1"}, r"threshold: expected a number in \[0, 1\], got '1'"),
-        (fastdg.ANDMask, {"threshold": float("nan")}, r"threshold: .* in \[0, 1\], got nan"),
-        (fastdg.SANDMask, {"threshold": -0.1}, r"threshold: .* in \[0, 1\], got -0.1"),
-        (fastdg.SANDMask, {"steepness": 0}, "steepness: expected a finite number > 0, got 0"),
-        (fastdg.SANDMask, {"steepness": float("inf")}, "steepness: .* finite number > 0, got inf"),
-        (fastdg.SANDMask, {"steepness": True}, "steepness: expected a finite .* got True"),
+        (fastdg.ANDMask, {"threshold": 1.5}, "^threshold: .*got 1.5"),
+        (fastdg.ANDMask, {"threshold": "1"}, "^threshold: .*got '1'"),
+        (fastdg.ANDMask, {"threshold": float("nan")}, "^threshold: .*got nan"),
+        (fastdg.SANDMask, {"threshold": -0.1}, "^threshold: .*got -0.1"),
+        (fastdg.SANDMask, {"steepness": 0}, "^steepness: .*got 0"),
+        (fastdg.SANDMask, {"steepness": float("inf")}, "^steepness: .*got inf"),
+        (fastdg.SANDMask, {"steepness": True}, "^steepness: .*got True"),
     ],
 )
 def test_bad_values(cls: Any, more: dict[str, Any], message: str) -> None:

@@ -246,7 +246,7 @@ def test_an_oracle_copied_from_what_a_resumed_run_has_trained_is_warned_of() -> 
     resumed.load_state_dict(model.state_dict())
     late = fastdg.VREx(miro(resumed))
     late.load_state_dict(fastdg.VREx(opt).state_dict())
-    with pytest.warns(UserWarning, match="made its 2 steps with another oracle") as caught:
+    with pytest.warns(UserWarning, match=r"^oracle: .*another oracle") as caught:
         run(late, resumed, data[2:])
     assert [w.filename for w in caught] == [__file__]
     run(late, resumed, data[2:])  # once is enough
@@ -263,7 +263,7 @@ def test_an_oracle_of_another_seed_is_warned_of() -> None:
     late = miro(other)
     other.load_state_dict(model.state_dict())
     late.load_state_dict(opt.state_dict())
-    with pytest.warns(UserWarning, match="with another oracle"):
+    with pytest.warns(UserWarning, match=r"^oracle: .*another oracle"):
         run(late, other, data[2:])
 
 
@@ -322,7 +322,7 @@ def test_a_state_without_miro_starts_it_anew() -> None:
     state = opt.state_dict()
     for entry in state["state"].values():
         entry.pop("miro_bias", None)
-    with pytest.raises(ValueError, match="a MIRO run of 1 steps but has no miro_bias"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*miro_bias"):
         miro(copy.deepcopy(model)).load_state_dict(state)
 
 
@@ -367,7 +367,7 @@ def test_the_group_of_the_variances() -> None:
     assert [len(bias) for bias in opt.biases.values()] == [4, 6, 5]
     again = fastdg.MIRO(opt.base, model, layers=LAYERS)
     assert again.biases["down"] is opt.biases["down"]
-    with pytest.raises(ValueError, match="a scheduler was made for it"):
+    with pytest.raises(ValueError, match=r"^base: .*scheduler"):
         fastdg.MIRO(opt.base, model, layers=["conv"])
 
 

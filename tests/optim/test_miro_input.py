@@ -117,12 +117,12 @@ def test_no_preset() -> None:
     model = nn.Module()
     model.stem, model.body = nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     model.head = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"layers=\['stem', 'body.0', 'body.2'\]. Its modules"):
+    with pytest.raises(ValueError, match=r"^layers: .*layers=\['stem', 'body\.0', 'body\.2'\]"):
         preset_of(model)
-    with pytest.raises(ValueError, match="close to the oracle's; it has none inside"):
+    with pytest.raises(ValueError, match=r"^layers: .*oracle"):
         preset_of(nn.Linear(2, 2))
     two = tree(*(f"{side}.{name}" for side in "ab" for name in ("maxpool", *STAGES)))
-    with pytest.raises(ValueError, match=r"several backbones \('a.layer4', 'b.layer4'"):
+    with pytest.raises(ValueError, match=r"^layers: .*'a\.layer4', 'b\.layer4'"):
         preset_of(two)
 
 
@@ -134,28 +134,32 @@ def make(model: nn.Module, *args: Any, **more: Any) -> fastdg.MIRO:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m: make(m, layers=["cov"]), ValueError, r"no module 'cov'; nearest: \['conv'"),
-        (lambda m: make(m, layers=["conv", "conv"]), ValueError, "'conv' is there twice"),
-        (lambda m: make(m, layers="conv"), TypeError, "a list of names of modules, got 'conv'"),
-        (lambda m: make(m, layers=[m.conv]), TypeError, "names of modules, got Conv2d"),
-        (lambda m: make(m, m), ValueError, "oracle: got the model itself"),
-        (lambda m: make(m, nn.Linear(2, 2)), ValueError, "the oracle has no module 'conv'"),
-        (lambda m: make(m, "resnet"), TypeError, "oracle: expected an nn.Module, got str"),
-        (lambda m: make(m, copy.deepcopy(m).to("meta")), ValueError, "on meta, but the model is"),
-        (lambda m: make(m, weight=-1.0), ValueError, "weight: expected a finite number >= 0"),
-        (lambda m: make(m, lr_multiplier=0), ValueError, "lr_multiplier: expected a finite num"),
-        (lambda m: make(m, layouts="CNL"), ValueError, r"'LNC'\] or a pair .*, got 'CNL'"),
-        (lambda m: make(m, layouts=(0, 0)), ValueError, r"or a pair .*, got \(0, 0\)"),
-        (lambda m: make(m, layouts={"conv": (0, 1, 2)}), ValueError, r"got \(0, 1, 2\)"),
-        (lambda m: make(m, layouts={"norm": "NC"}), ValueError, "'norm' is none of the layers"),
-        (lambda m: make(m, layouts=3), TypeError, "layouts: expected one of .* got int"),
-        (lambda m: make(m, dtype=torch.int8), ValueError, "expected a floating-point dtype"),
-        (lambda m: fastdg.MIRO(SGD(m.parameters()), "m"), TypeError, "model: expected an nn.Modul"),
-        (lambda m: fastdg.MIRO(m, m), TypeError, "base: expected a torch.optim.Optimizer, got Net"),
+        (lambda m: make(m, layers=["cov"]), ValueError, r"^layers: .*'cov'.*\['conv'"),
+        (lambda m: make(m, layers=["conv", "conv"]), ValueError, "^layers: .*'conv' .*twice"),
+        (lambda m: make(m, layers="conv"), TypeError, "^layers: .*got 'conv'"),
+        (lambda m: make(m, layers=[m.conv]), TypeError, "^layers: .*got Conv2d"),
+        (lambda m: make(m, m), ValueError, "^oracle: .*itself"),
+        (lambda m: make(m, nn.Linear(2, 2)), ValueError, "^layers: .*oracle.*'conv'"),
+        (lambda m: make(m, "resnet"), TypeError, "^oracle: .*got str"),
+        (lambda m: make(m, copy.deepcopy(m).to("meta")), ValueError, "^oracle: .*meta"),
+        (lambda m: make(m, weight=-1.0), ValueError, "^weight: "),
+        (lambda m: make(m, lr_multiplier=0), ValueError, "^lr_multiplier: "),
+        (lambda m: make(m, layouts="CNL"), ValueError, "^layouts: .*got 'CNL'"),
+        (lambda m: make(m, layouts=(0, 0)), ValueError, r"^layouts: .*got \(0, 0\)"),
+        (
+            lambda m: make(m, layouts={"conv": (0, 1, 2)}),
+            ValueError,
+            r"^layouts: .*got \(0, 1, 2\)",
+        ),
+        (lambda m: make(m, layouts={"norm": "NC"}), ValueError, "^layouts: 'norm'"),
+        (lambda m: make(m, layouts=3), TypeError, "^layouts: .*got int"),
+        (lambda m: make(m, dtype=torch.int8), ValueError, "^dtype: "),
+        (lambda m: fastdg.MIRO(SGD(m.parameters()), "m"), TypeError, "^model: "),
+        (lambda m: fastdg.MIRO(m, m), TypeError, "^base: .*got Net"),
         (
             lambda m: fastdg.MIRO(SGD(net().parameters()), m, layers=["conv"]),
             ValueError,
-            "model: none of the parameters",
+            "^model: ",
         ),
     ],
 )
@@ -167,11 +171,9 @@ def test_arguments(call: Callable[[Any], Any], error: type[Exception], message: 
 def test_order() -> None:
     """Terms inside, one algorithm around them."""
     model = net()
-    with pytest.raises(TypeError, match=r"Fishr is an algorithm .*: fastdg.Fishr\(fastdg.MIRO\("):
+    with pytest.raises(TypeError, match=r"^base: .*fastdg.Fishr\(fastdg.MIRO\("):
         fastdg.MIRO(fastdg.Fishr(SGD(model.parameters())), model, layers=["conv"])
-    with pytest.raises(
-        TypeError, match="AgrSum cannot go around Fishr: two algorithms do not nest"
-    ):
+    with pytest.raises(TypeError, match=r"^base: AgrSum .*Fishr"):
         fastdg.AgrSum(fastdg.Fishr(make(model)))
     assert fastdg.MIRO(make(model), model, layers=["down"]).base.layers == ["conv"]
 
@@ -184,17 +186,17 @@ def test_losses_that_the_model_did_not_make() -> None:
     model, ((x, y, d),) = net(), batches(1)
     opt = make(model)
     losses = F.cross_entropy(copy.deepcopy(model)(x), y, reduction="none")
-    with pytest.raises(RuntimeError, match="no training forward of the Net given to MIRO"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*no training forward.*Net"):
         opt.backward(losses, d)
     model.eval()
-    with pytest.raises(RuntimeError, match="no training forward"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*no training forward"):
         step(opt, model, x, y)
     model.train()
     losses = F.cross_entropy(model(x) + model(x), y, reduction="none")
-    with pytest.raises(RuntimeError, match="several training forwards"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*several training forwards"):
         opt.backward(losses, d)
     losses = F.cross_entropy(model(x), y, reduction="none")
-    with pytest.raises(ValueError, match="got 3, but their forward had 9 samples for MIRO"):
+    with pytest.raises(ValueError, match=r"^losses: .*got 3, .*9 samples"):
         opt.backward(losses[:3], d[:3])
     assert model.conv.weight.grad is None
     step(opt, model, x, y)
@@ -227,9 +229,9 @@ class Tricky(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("in place", "the oracle changes the output of 'first' in place"),
-        ("twice", "'first' ran twice in one forward of the oracle. Name a module that runs once"),
-        ("left out", "'second' did not run in this forward of the oracle. Name"),
+        ("in place", "^layers: .*'first' in place"),
+        ("twice", "^layers: 'first' ran twice"),
+        ("left out", "^layers: 'second' did not run"),
     ],
 )
 def test_forwards_that_do_not_go(kind: str, message: str) -> None:
@@ -247,7 +249,7 @@ def test_an_oracle_that_does_not_fit() -> None:
     model, oracle = Tricky(""), Tricky("")
     oracle.second = nn.Linear(4, 5)
     opt = fastdg.MIRO(SGD(model.parameters()), model, oracle, layers=["first", "second"])
-    with pytest.raises(ValueError, match=r"map of 'second' has shape \(3, 5\), the model's \(3, 4"):
+    with pytest.raises(ValueError, match=r"^oracle: .*'second'.*\(3, 5\).*\(3, 4"):
         model(torch.randn(3, 4))
     assert opt.steps == 0
 

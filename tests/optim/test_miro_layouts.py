@@ -295,7 +295,7 @@ def test_a_given_layout_wins() -> None:
 def test_a_given_layout_has_to_fit() -> None:
     model = Model(0, lambda x, w, f: f(x), linear())
     opt = miro(model, layouts={"layer": (0, 3)})
-    with pytest.raises(ValueError, match=r"'layer' returns \(4, 4, 4\), which has no .* 3"):
+    with pytest.raises(ValueError, match=r"^layouts: .*'layer'.*\(4, 4, 4\)"):
         model(inputs(3))
     del opt
 
@@ -305,7 +305,7 @@ def test_inputs_with_tokens_first_are_told_by_the_losses() -> None:
     opt = miro(model)
     x, y = torch.randn(7, 5, S), torch.arange(5) % 3
     losses = F.cross_entropy(model(x), y, reduction="none")
-    with pytest.raises(ValueError, match=r"7 samples for MIRO.*layouts='LNC'"):
+    with pytest.raises(ValueError, match=r"^losses: .*7 samples.*layouts='LNC'"):
         opt.backward(losses, y)
     told = miro(model, layouts="LNC")
     told.backward(F.cross_entropy(model(x), y, reduction="none"), y)

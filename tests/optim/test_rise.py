@@ -150,7 +150,7 @@ def test_weights_are_settings() -> None:
     term, parts = naive(model, x, y, t, weights)
     close(opt.statistics["objective"], F.cross_entropy(model(x), y) + term)
     close(opt.statistics["rise_relative"], parts["relative"])
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got 0"):
+    with pytest.raises(ValueError, match=r"^temperature: .*got 0"):
         opt.temperature = 0.0
 
 
@@ -342,7 +342,7 @@ def test_nothing_waits_for_the_device() -> None:
 def test_an_algorithm_inside_is_refused() -> None:
     model = Student()
     inner = fastdg.VREx(torch.optim.Adam(model.parameters()))
-    with pytest.raises(TypeError, match=r"fastdg\.VREx\(fastdg\.RISE\(optimizer"):
+    with pytest.raises(TypeError, match=r"^base: .*fastdg\.VREx\(fastdg\.RISE\(optimizer"):
         fastdg.RISE(inner, model.embed, *tables())
 
 
@@ -382,7 +382,7 @@ def test_one_forward_for_one_backward() -> None:
     step(model, opt, 0)
     _, y, domains, _ = data(0)
     losses = model.head(torch.ones(N, E).double()).sum(1)
-    with pytest.raises(RuntimeError, match="embedding: the module Linear has not run, with grad"):
+    with pytest.raises(RuntimeError, match=r"^embedding: .*not run"):
         opt.backward(losses, domains, labels=y)
 
 
@@ -392,11 +392,11 @@ def test_losses_of_an_earlier_forward_and_embeddings_changed_in_place_are_refuse
     (x, y, domains, _), (other, _, _, _) = data(0), data(1)
     losses = F.cross_entropy(model(x), y, reduction="none")
     again = F.cross_entropy(model(other), y, reduction="none")
-    with pytest.raises(RuntimeError, match="losses: they come from an earlier forward of the"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*earlier"):
         opt.backward(losses, domains, labels=y)
     del again
     logits = model.head(model.embed(model.backbone(x)).relu_())
-    with pytest.raises(RuntimeError, match="embedding: the output of the module Linear is changed"):
+    with pytest.raises(RuntimeError, match=r"^embedding: .*changed"):
         opt.backward(F.cross_entropy(logits, y, reduction="none"), domains, labels=y)
 
 
@@ -449,11 +449,9 @@ def test_students_are_mixed_by_their_probabilities() -> None:
 
 @pytest.mark.parametrize("mix", [fastdg.mix_teachers, fastdg.mix_students])
 def test_what_cannot_be_mixed(mix: Callable[..., Tensor]) -> None:
-    with pytest.raises(
-        ValueError, match=r"logits: expected tensors of one shape, got \(2, 3\), \(4"
-    ):
+    with pytest.raises(ValueError, match=r"^logits: .*got \(2, 3\), \(4"):
         mix(torch.zeros(4, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match=r"^logits: .*got none"):
         mix()
 
 
@@ -464,17 +462,17 @@ def test_what_cannot_be_mixed(mix: Callable[..., Tensor]) -> None:
     ("given", "error", "message"),
     [
         ({"embedding": torch.zeros(3)}, TypeError, "^embedding: expected"),
-        ({"classes": [1.0]}, TypeError, "classes: expected a floating-point tensor.*got list"),
-        ({"classes": torch.zeros(3, 5).long()}, TypeError, r"\[C, E\], got torch.int64"),
-        ({"classes": torch.zeros(5)}, ValueError, r"classes: expected a tensor \[C, E\], got \[5"),
-        ({"anchors": torch.ones(3, 5)}, ValueError, r"anchors: expected a tensor \[C, A, E\]"),
-        ({"anchors": torch.ones(4, 2, 5)}, ValueError, r"anchors: expected \[3, A, 5\], as"),
+        ({"classes": [1.0]}, TypeError, "^classes: .*got list"),
+        ({"classes": torch.zeros(3, 5).long()}, TypeError, "^classes: .*got torch.int64"),
+        ({"classes": torch.zeros(5)}, ValueError, r"^classes: .*got \[5"),
+        ({"anchors": torch.ones(3, 5)}, ValueError, "^anchors: "),
+        ({"anchors": torch.ones(4, 2, 5)}, ValueError, "^anchors: "),
         ({"classes": torch.eye(3, 5) * torch.tensor([[1], [0], [1]])}, ValueError,
-         "classes: class 1 has no text"),
+         "^classes: "),
         ({"anchors": torch.ones(3, 2, 5).index_fill(0, torch.tensor(2), float("nan"))}, ValueError,
-         "anchors: class 2, anchor 0, has no text"),
-        ({"absolute": -1.0}, ValueError, "absolute: expected a finite number >= 0, got -1"),
-        ({"temperature": 0.0}, ValueError, "temperature: expected a finite number > 0"),
+         "^anchors: "),
+        ({"absolute": -1.0}, ValueError, "^absolute: .*got -1"),
+        ({"temperature": 0.0}, ValueError, "^temperature: "),
     ],
 )  # fmt: skip
 def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -489,20 +487,20 @@ def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: s
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"labels": None}, TypeError, "RISE needs labels: opt.backward.losses, domains, labels"),
-        ({"labels": torch.zeros(N)}, TypeError, "labels: expected integers, got torch.float32"),
-        ({"labels": torch.zeros(N, 1).long()}, ValueError, r"labels: expected a tensor \[8\], got"),
+        ({"labels": None}, TypeError, "^RISE needs labels: "),
+        ({"labels": torch.zeros(N)}, TypeError, "^labels: .*got torch.float32"),
+        ({"labels": torch.zeros(N, 1).long()}, ValueError, "^labels: "),
         ({"labels": torch.full((N,), C)}, ValueError,
-         "labels: expected classes 0 to 2, those with texts, got 3 to 3"),
-        ({"labels": torch.full((N,), -100)}, ValueError, "got -100 to -100"),
+         "^labels: .*got 3 to 3"),
+        ({"labels": torch.full((N,), -100)}, ValueError, "^labels: .*got -100 to -100"),
         ({"labels": torch.zeros(N, device="meta").long()}, ValueError,
-         "labels: expected them on cpu, as the embeddings, or on the CPU, got meta"),
+         "^labels: .*got meta"),
         ({"logits": None}, TypeError, r"logits: .* with teacher_logits"),
-        ({"logits": torch.zeros(N, 4)}, ValueError, r"logits: expected a tensor \[8, 3\].*got \[8"),
+        ({"logits": torch.zeros(N, 4)}, ValueError, r"^logits: .*got \[8"),
         ({"teacher_logits": torch.zeros(N, 4)}, ValueError,
-         r"teacher_logits: expected a tensor \[8, 3\], samples and classes with texts, got \[8, 4"),
+         r"^teacher_logits: .*got \[8, 4"),
         ({"teacher_logits": torch.zeros(N, C, device="meta")}, ValueError,
-         "teacher_logits: expected them on cpu, as the logits, got meta"),
+         "^teacher_logits: .*got meta"),
         ({"image": 1}, TypeError, "^image: .* has no such input"),
     ],
 )  # fmt: skip
@@ -520,15 +518,15 @@ def test_an_embedding_of_another_width_or_kind() -> None:
     model = Student()
     base = torch.optim.Adam(model.parameters())
     for module, message in (
-        (model.backbone, r"gives a tensor \[N, 5\], as wide as the texts' embeddings, got \[8, 7"),
-        (model.head, r"got \[8, 3\]"),
+        (model.backbone, r"^embedding: .*got \[8, 7"),
+        (model.head, r"^embedding: .*got \[8, 3\]"),
     ):
         opt = fastdg.RISE(base, module, *tables())
         with pytest.raises(ValueError, match=message):
             step(model, opt, 0)
     opt = made(model)
     logits = model(data(0, 5)[0])
-    with pytest.raises(ValueError, match="losses: expected one for each of the 5 embeddings"):
+    with pytest.raises(ValueError, match=r"^losses: .*5 embeddings"):
         _, y, domains, _ = data(0)
         opt.backward(logits.sum() * torch.ones(N), domains, labels=y)
 
@@ -538,7 +536,7 @@ def test_several_forwards_of_one_backward_are_refused() -> None:
     opt = made(model)
     (x, y, domains, _), (other, _, _, _) = data(0), data(1)
     one, two = (F.cross_entropy(model(view), y, reduction="none") for view in (x, other))
-    with pytest.raises(RuntimeError, match="losses: 2 forwards of the module Linear lead to them"):
+    with pytest.raises(RuntimeError, match=r"^losses: 2 forwards"):
         opt.backward((one + two) / 2, domains, labels=y)
 
 
@@ -547,11 +545,11 @@ def test_reentrant_checkpointing_is_told_of() -> None:
     opt = made(model)
     x, y, domains, _ = data(0)
     logits = checkpoint(model, x.requires_grad_(), use_reentrant=True)
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"^embedding: .*use_reentrant=False"):
         opt.backward(F.cross_entropy(logits, y, reduction="none"), domains, labels=y)
 
 
 @pytest.mark.parametrize("mix", [fastdg.mix_teachers, fastdg.mix_students])
 def test_mixes_take_tensors_one_after_the_other(mix: Any) -> None:
-    with pytest.raises(TypeError, match=r"got list; of a list of them: \(\*logits\)"):
+    with pytest.raises(TypeError, match=r"^logits: .*got list"):
         mix([torch.ones(2, 3), torch.ones(2, 3)])

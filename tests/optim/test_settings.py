@@ -196,16 +196,16 @@ def test_wrappers_die_without_the_garbage_collector() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("penalty_weight", float("inf"), "penalty_weight: expected a finite number >= 0, got inf"),
-        ("penalty_weight", -1.0, "penalty_weight: expected a finite number >= 0, got -1.0"),
-        ("pre_anneal_weight", float("nan"), "pre_anneal_weight: expected a finite .* got nan"),
-        ("pre_anneal_weight", "1", "pre_anneal_weight: expected a finite number >= 0, got '1'"),
-        ("anneal_steps", True, "anneal_steps: expected an integer >= 0, got True"),
-        ("anneal_steps", 1.5, "anneal_steps: expected an integer >= 0, got 1.5"),
-        ("ema", 1.0, r"ema: expected None or a decay in \[0, 1\), got 1.0"),
-        ("ema", "0.9", r"ema: expected None or a decay in \[0, 1\), got '0.9'"),
-        ("reduction", "none", "reduction: expected 'mean' or 'sum', got 'none'"),
-        ("reset_base", "no", "reset_base: expected True or False, got 'no'"),
+        ("penalty_weight", float("inf"), "^penalty_weight: .*got inf"),
+        ("penalty_weight", -1.0, "^penalty_weight: .*got -1.0"),
+        ("pre_anneal_weight", float("nan"), "^pre_anneal_weight: .*got nan"),
+        ("pre_anneal_weight", "1", "^pre_anneal_weight: .*got '1'"),
+        ("anneal_steps", True, "^anneal_steps: .*got True"),
+        ("anneal_steps", 1.5, "^anneal_steps: .*got 1.5"),
+        ("ema", 1.0, "^ema: .*got 1.0"),
+        ("ema", "0.9", "^ema: .*got '0.9'"),
+        ("reduction", "none", "^reduction: .*got 'none'"),
+        ("reset_base", "no", "^reset_base: .*got 'no'"),
     ],
 )
 def test_bad_values(name: str, value: Any, message: str) -> None:

@@ -166,7 +166,7 @@ def test_a_state_without_its_history_is_refused(make: Make) -> None:
     fresh = network()
     other = wrap(make(fresh.parameters()))
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"4 steps but has no fishr_ema"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*fishr_ema"):
         other.load_state_dict(state)
     assert str(other.state_dict()) == str(before)
     state["param_groups"][0]["fishr_ema"] = None
@@ -191,7 +191,7 @@ def test_distributed_checkpoint_state_dict(case: Case, flatten: bool) -> None:
     again = network()
     resumed = case.wrap(case.make(again.parameters()))
     if flatten and case.wrapper == "Fishr":  # takes only what is there already: refused before
-        with pytest.raises(ValueError, match="run one backward and step before loading"):
+        with pytest.raises(ValueError, match=r"^state_dict: .*backward"):
             dcp.set_optimizer_state_dict(again, resumed, saved, options=options)
     if flatten:
         steps(again, resumed, [0])

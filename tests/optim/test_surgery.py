@@ -185,13 +185,13 @@ def test_a_state_without_a_generator_to_load_it() -> None:
         return fastdg.PCGrad(Adam(nn.Linear(2, 2).parameters()), **more)
 
     state = make(generator=seeded()).state_dict()
-    with pytest.raises(ValueError, match="state of a generator, but this PCGrad has none"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*generator"):
         make().load_state_dict(state)
     generator = torch.Generator()
     make(generator=generator).load_state_dict(state)
     assert torch.equal(generator.get_state(), seeded().get_state())
     state["param_groups"][0]["pcgrad_generator"] = torch.zeros(16, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="its generator was not one of the device 'cpu'"):
+    with pytest.raises(ValueError, match=r"^state_dict: .*'cpu'"):
         make(generator=seeded()).load_state_dict(state)
     generator = seeded().manual_seed(11)
     make(generator=generator).load_state_dict(make().state_dict())  # it goes on from where it is
@@ -245,24 +245,24 @@ class Weighting(nn.Module):
 @pytest.mark.parametrize(
     ("cls", "more", "error", "message"),
     [
-        (fastdg.AgrSum, {"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum'"),
+        (fastdg.AgrSum, {"reduction": "none"}, ValueError, "^reduction: "),
         (
             fastdg.AgrRand,
             {"reduction": 1},
             ValueError,
-            "reduction: expected 'mean' or 'sum', got 1",
+            "^reduction: .*got 1",
         ),
         (
             fastdg.AgrRand,
             {"generator": 7},
             TypeError,
-            "expected a torch.Generator or None, got int",
+            "^generator: .*got int",
         ),
-        (fastdg.PCGrad, {"shared_order": 1}, ValueError, "shared_order: expected True or False"),
-        (fastdg.PCGrad, {"generator": "cpu"}, TypeError, "torch.Generator or None, got str"),
-        (fastdg.GramSurgery, {"weighting": None}, TypeError, r"weighting: expected a function"),
-        (fastdg.GramSurgery, {"weighting": Weighting}, TypeError, r"weighting: .* got .*Weighting"),
-        (fastdg.AgrSum, {"num_domains": 0}, ValueError, "num_domains: expected an integer >= 1"),
+        (fastdg.PCGrad, {"shared_order": 1}, ValueError, "^shared_order: "),
+        (fastdg.PCGrad, {"generator": "cpu"}, TypeError, "^generator: .*got str"),
+        (fastdg.GramSurgery, {"weighting": None}, TypeError, "^weighting: "),
+        (fastdg.GramSurgery, {"weighting": Weighting}, TypeError, "^weighting: "),
+        (fastdg.AgrSum, {"num_domains": 0}, ValueError, "^num_domains: "),
     ],
 )
 def test_arguments(cls: Any, more: dict[str, Any], error: type[Exception], message: str) -> None:

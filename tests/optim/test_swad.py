@@ -113,7 +113,7 @@ def test_steps_since_the_last_evaluation_count() -> None:
         weights.append(flat(model))
     close(flat(opt.averaged().module), torch.stack(weights).mean(0))
     early = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
-    with pytest.raises(RuntimeError, match="no average before the first step"):
+    with pytest.raises(RuntimeError, match=r"^SWAD: .*first step"):
         early.apply()
 
 
@@ -242,32 +242,32 @@ def test_batch_norm_sees_the_data_again() -> None:
 def test_what_it_refuses() -> None:
     model = network()
     opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
-    with pytest.raises(RuntimeError, match="no step was made since the last evaluation"):
+    with pytest.raises(RuntimeError, match=r"^SWAD\.evaluate: "):
         opt.evaluate(1.0)
     train(opt, model, [1.0])
     for loss in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="validation_loss: expected a finite number"):
+        with pytest.raises(ValueError, match=r"^validation_loss: "):
             opt.evaluate(loss)
     for word in (None, "low", [1.0], torch.ones(2)):
-        with pytest.raises((TypeError, ValueError), match=r"validation_loss: expected .*, got"):
+        with pytest.raises((TypeError, ValueError), match=r"^validation_loss: "):
             opt.evaluate(word)
-    with opt.applied(), pytest.raises(RuntimeError, match="averaged weights inside `applied`"):
+    with opt.applied(), pytest.raises(RuntimeError, match=r"^SWAD\.step: .*applied"):
         opt.step()
-    with pytest.raises(TypeError, match=r"SWAD averages .* fastdg.SWAD\(fastdg.Fishr\("):
+    with pytest.raises(TypeError, match=r"^base: .*fastdg\.SWAD\(fastdg\.Fishr\("):
         wrap(opt)
-    with pytest.raises(TypeError, match=r"around another SWAD: one .* give SWAD what is in"):
+    with pytest.raises(TypeError, match=r"^base: .*another SWAD"):
         fastdg.SWAD(opt, model)
     arguments: list[tuple[dict[str, Any], str]] = [
-        ({"n_converge": 0}, "n_converge: expected an integer >= 1"),
-        ({"n_tolerance": 1.5}, "n_tolerance: expected an integer >= 1"),
-        ({"tolerance_ratio": -1}, "tolerance_ratio: expected a finite number >= 0"),
+        ({"n_converge": 0}, "^n_converge: "),
+        ({"n_tolerance": 1.5}, "^n_tolerance: "),
+        ({"tolerance_ratio": -1}, "^tolerance_ratio: "),
     ]
     for more, message in arguments:
         with pytest.raises(ValueError, match=message):
             fastdg.SWAD(SGD(model.parameters()), model, **more)
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+    with pytest.raises(TypeError, match=r"^model: "):
         fastdg.SWAD(SGD(model.parameters()), model.parameters())
-    with pytest.raises(ValueError, match="none of the parameters"):
+    with pytest.raises(ValueError, match=r"^model: "):
         fastdg.SWAD(SGD(model.parameters()), network())
 
 
@@ -291,7 +291,7 @@ def test_an_average_without_evaluations_is_warned_of() -> None:
     for _ in range(2):
         model(torch.ones(2, 4)).sum().backward()
         opt.step()
-    with pytest.warns(UserWarning, match=r"opt.evaluate.* never called, .* all 2 steps") as caught:
+    with pytest.warns(UserWarning, match=r"^SWAD: opt\.evaluate.* 2 steps") as caught:
         opt.apply()
     assert [w.filename for w in caught] == [__file__]
     opt.evaluate(torch.tensor([1.0]))

@@ -166,7 +166,7 @@ def test_by_the_code_steps_since_the_last_evaluation_do_not_count() -> None:
     assert torch.equal(run.shares(), before)
     early = Run([1.0, 1.0], rule="code")
     early.step(0)
-    with pytest.warns(UserWarning, match=r"evaluate.* never called"):
+    with pytest.warns(UserWarning, match=r"^SWAD: opt\.evaluate"):
         assert early.shares().tolist() == [1, 0, 0]
 
 
@@ -207,9 +207,9 @@ def test_a_state_from_before_there_were_rules_goes_on_by_the_papers() -> None:
 
 def test_what_a_rule_may_be() -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="rule: expected 'paper' or 'code', got 'swa'"):
+    with pytest.raises(ValueError, match=r"^rule: .*got 'swa'"):
         fastdg.SWAD(SGD(model.parameters()), model, rule="swa")
     run = Run(CURVES["flat"], rule="code")
     run.step(0)
-    with pytest.raises(ValueError, match=r"validation_loss: expected a finite number, got nan"):
+    with pytest.raises(ValueError, match=r"^validation_loss: .*got nan"):
         run.opt.evaluate(float("nan"))

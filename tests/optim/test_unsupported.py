@@ -13,12 +13,12 @@ from torch.optim import SGD, Adam
 
 def test_maximize() -> None:
     model, more = network(), nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="maximize=True, so that Fishr would maximise the penalty"):
+    with pytest.raises(ValueError, match=r"^base: .*maximize=True"):
         wrap(SGD(model.parameters(), lr=0.1, maximize=True))
     opt = wrap(SGD(model.parameters(), lr=0.1))
     opt.add_param_group({"params": [more], "maximize": True})
     losses, domains = batch(model)
-    with pytest.raises(ValueError, match="maximize=True"):
+    with pytest.raises(ValueError, match=r"^base: .*maximize=True"):
         opt.backward(losses, domains)
 
 
@@ -39,7 +39,7 @@ def test_step_without_backward_at_learning_rate_zero(gradients: str, used: bool)
     if gradients == "zero" and not used:
         opt.step()
         return
-    with pytest.raises(RuntimeError, match="needs a backward before it"):
+    with pytest.raises(RuntimeError, match="needs a backward"):
         opt.step()
 
 

@@ -99,7 +99,7 @@ def test_fish_and_iga_with_an_integer() -> None:
     compiled = fastdg.compiled(
         fastdg.VREx(SGD(model.parameters(), lr=0.1), num_domains=3), lambda x: model(x).sum(1)
     )
-    with pytest.raises(TypeError, match=r"^domains: .* the name 'art'.*fastdg\.DomainIds"):
+    with pytest.raises(TypeError, match=r"^domains: .*'art'.*fastdg\.DomainIds"):
         compiled(torch.randn(3, 4), domains=NAMES)
 
 
@@ -115,7 +115,7 @@ def test_the_plain_recipes() -> None:
     with pytest.raises(RuntimeError, match=words):
         scaler.step(opt)
     opt.backward(*batch(model), final=False)
-    with pytest.raises(RuntimeError, match=r"needs a final backward .* leave that out in the last"):
+    with pytest.raises(RuntimeError, match="needs a final backward"):
         opt.step()
 
 
@@ -130,7 +130,7 @@ def test_names_of_parameters(name: str, how: str) -> None:
     opt = WRAPS[name](SGD(given, lr=0.1), **more)
     losses, domains = batch(model)
     losses = losses + (losses - losses.mean()).square()
-    with pytest.warns(UserWarning, match="take one call of autograd for each domain") as told:
+    with pytest.warns(UserWarning, match=r"^params: .*autograd for each domain") as told:
         opt.backward(losses, domains)
     text = str(told[0].message)
     hint = "For names in place of param_groups[...] pass model=model, or make the optimizer of"
@@ -148,7 +148,7 @@ def test_one_domain_alone_costs_one_backward() -> None:
         return F.cross_entropy(z, y[rows], reduction="none") + torch.cdist(z, z).mean(1)
 
     opt = fastdg.AgrSum(SGD(model.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match="one forward for each domain with final=False"):
+    with pytest.warns(UserWarning, match=r"^params: .*final=False"):
         opt.backward(contrast(slice(None)), domains)
     opt = fastdg.AgrSum(SGD(model.parameters(), lr=0.1))
     gradients = []
@@ -169,7 +169,7 @@ def test_a_head_that_was_replaced_later() -> None:
     opt.backward(*batch(model))
     model[2] = nn.Linear(5, 3)
     opt = fastdg.Fishr(opt.base)
-    with pytest.warns(UserWarning, match=r"head is 0\.weight.*last layer was replaced .* again"):
+    with pytest.warns(UserWarning, match=r"^params: .*0\.weight"):
         opt.backward(*batch(model))
 
 

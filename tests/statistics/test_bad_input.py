@@ -33,68 +33,68 @@ def cases() -> dict[str, tuple[Callable[..., object], type[Exception], str]]:
         "scalar losses": (
             lambda t, losses, d: (t, losses.mean(), d),
             ValueError,
-            r"losses: expected shape \(N,\), got \(\); pass reduction='none'",
+            r"^losses: .*got \(\).*reduction='none'",
         ),
         "losses with two dimensions": (
             lambda t, losses, d: (t, losses.view(3, 2), d),
             ValueError,
-            r"losses: expected shape \(N,\), got \(3, 2\); reduce every sample's to one",
+            r"^losses: .*got \(3, 2\)",
         ),
-        "no losses": (lambda t, losses, d: (t, losses[:0], d[:0]), ValueError, "empty batch"),
+        "no losses": (lambda t, losses, d: (t, losses[:0], d[:0]), ValueError, "^losses: .*empty"),
         "losses as numbers": (
             lambda t, losses, d: (t, losses.tolist(), d),
             TypeError,
-            r"losses: expected a tensor \(N,\), got list",
+            "^losses: .*got list",
         ),
         "integer losses": (
             lambda t, losses, d: (t, losses.detach().long(), d),
             TypeError,
-            r"losses: expected a floating dtype, got torch\.int64",
+            r"^losses: .*got torch\.int64",
         ),
         "detached losses": (
             lambda t, losses, d: (t, losses.detach(), d),
             ValueError,
-            r"no graph .* torch\.no_grad",
+            r"^losses: .*graph.*torch\.no_grad",
         ),
         "losses of another model": (
             lambda t, losses, d: (t, recorded()[1], d),
             RuntimeError,
-            r"losses: they depend on none of the tracked parameters.* fastdg\.func",
+            r"^losses: .*fastdg\.func",
         ),
         "domains too short": (
             lambda t, losses, d: (t, losses, d[:4]),
             ValueError,
-            r"domains: expected one id per sample, shape \(6,\) as losses, got shape \(4,\)",
+            r"^domains: .*got shape \(4,\)",
         ),
         "domains one-hot": (
             lambda t, losses, d: (t, losses, F.one_hot(d)),
             ValueError,
-            r"domains: .* got shape \(6, 3\)",
+            r"^domains: .*got shape \(6, 3\)",
         ),
         "domains as a list": (
             lambda t, losses, d: (t, losses, d.tolist()),
             TypeError,
-            r"domains: .* got list\. Use torch\.as_tensor",
+            r"^domains: .*got list.*torch\.as_tensor",
         ),
         "float domains": (
             lambda t, losses, d: (t, losses, d.float()),
             TypeError,
-            r"domains: expected integer domain ids, got dtype torch\.float32\. .*long\(\)",
+            r"^domains: .*got dtype torch\.float32.*long\(\)",
         ),
         "bool domains": (
             lambda t, losses, d: (t, losses, d > 0),
             TypeError,
-            r"got dtype torch\.bool",
+            r"^domains: .*got dtype torch\.bool",
         ),
         "negative domains": (
             lambda t, losses, d: (t, losses, d - 1),
             ValueError,
-            "domains: expected ids >= 0, got -1",
+            "^domains: .*got -1",
         ),
         "domains on another device": (
             lambda t, losses, d: (t, losses, d.to("meta")),
             ValueError,
-            "domains: expected the device of losses .cpu. .* got meta",
+            "^domains: .*got meta",
         ),
         "no tape": (
             lambda t, losses, d: (net(), losses, d),
@@ -120,18 +120,18 @@ def test_by_domain(function: Callable[..., object], change, error, message) -> N
 )
 def test_by_sample(function: Callable[..., object]) -> None:
     tape, losses = recorded()
-    with pytest.raises(ValueError, match="reduction='none'"):
+    with pytest.raises(ValueError, match=r"^losses: .*reduction='none'"):
         function(tape, losses.mean())
-    with pytest.raises(TypeError, match=r"(params|tape): expected"):
+    with pytest.raises(TypeError, match=r"^(params|tape): "):
         function(None, losses)
 
 
 def test_number_of_domains() -> None:
     tape, losses = recorded()
     for num_domains, error, message in (
-        (2, ValueError, r"ids below num_domains=2, got 2\. .*as num_domains="),
-        (0, ValueError, "num_domains: expected at least 1, got 0"),
-        (2.5, TypeError, "num_domains: expected an integer or None, got float"),
+        (2, ValueError, "^domains: .*num_domains=2.*got 2.*num_domains="),
+        (0, ValueError, "^num_domains: .*got 0"),
+        (2.5, TypeError, "^num_domains: .*got float"),
     ):
         with pytest.raises(error, match=message):
             fastdg.domain_moments(tape, losses, DOMAINS, num_domains=num_domains)
@@ -147,13 +147,13 @@ def test_any_integer_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ("heads", ValueError, "expected 'head', 'all', a list .* got 'heads'"),
+        ("heads", ValueError, "^params: .*got 'heads'"),
         ("2.weight", ValueError, r"for that parameter alone \['2\.weight'\]"),
         (["2.wieght"], ValueError, r"params: .*got '2\.wieght'.*\['2\.weight'"),
         ([torch.zeros(5, 4)], ValueError, r"params: .*tensor of shape \(5, 4\)"),
-        ([0], TypeError, "params: expected names or parameters, got int"),
-        ([], ValueError, "got an empty list"),
-        (3, TypeError, "params: .* got int"),
+        ([0], TypeError, "^params: .*got int"),
+        ([], ValueError, "^params: .*got an empty list"),
+        (3, TypeError, "^params: .*got int"),
     ],
 )
 def test_params(params: object, error: type[Exception], message: str) -> None:
@@ -163,12 +163,12 @@ def test_params(params: object, error: type[Exception], message: str) -> None:
 
 def test_params_that_select_nothing() -> None:
     tape, losses = recorded(lambda name, p: False)
-    with pytest.raises(RuntimeError, match=r"none of the selected .* depend on \['0\.bias', "):
+    with pytest.raises(RuntimeError, match=r"^params: .*'0\.bias'"):
         fastdg.per_sample_gradients(tape, losses)
 
 
 def test_model() -> None:
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"^model: .*got list"):
         fastdg.record(list(net().parameters())).__enter__()
     with pytest.raises(ValueError, match=r"model: .*requires a gradient"):
         fastdg.record(net().requires_grad_(False)).__enter__()
@@ -186,7 +186,7 @@ def test_forward_under_torch_func() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of"):
+    with pytest.raises(ValueError, match=r"^backend: "):
         fastdg.use_backend("numpy").__enter__()
 
 
@@ -206,7 +206,7 @@ def test_complex_layers(check: bool) -> None:
     model = nn.Linear(3, 2).to(torch.complex64)
     with fastdg.record(model, check=check) as tape:
         losses = model(torch.randn(4, 3, dtype=torch.complex64)).abs().square().sum(1)
-    with pytest.raises(TypeError, match=r"complex64.*view_as_complex"):
+    with pytest.raises(TypeError, match=r"^params: .*view_as_complex"):
         fastdg.domain_moments(tape, losses, torch.tensor([0, 0, 1, 1]))
 
 
@@ -254,13 +254,17 @@ def test_call_forms() -> None:
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [
-        (lambda t, ls: fastdg.domain_gram(ls, DOMAINS), TypeError, r"params: .*params=model"),
-        (lambda t, ls: fastdg.domain_gram(t, ls, DOMAINS, params=net()), TypeError, "got both"),
-        (lambda t, ls: fastdg.domain_gram(ls, params=net()), TypeError, "domains: expected 2"),
-        (lambda t, ls: fastdg.domain_gram(t, ls), TypeError, "domains: expected 2 tensors"),
-        (lambda t, ls: fastdg.per_sample_norms(ls, params=3), TypeError, "params: .* got int"),
-        (lambda t, ls: fastdg.per_sample_norms(ls, params="all"), TypeError, "params: .* got str"),
-        (lambda t, ls: fastdg.per_sample_norms(ls, params=[net()]), TypeError, "params: expected"),
+        (lambda t, ls: fastdg.domain_gram(ls, DOMAINS), TypeError, "^params: .*params=model"),
+        (
+            lambda t, ls: fastdg.domain_gram(t, ls, DOMAINS, params=net()),
+            TypeError,
+            "^params: .*got both",
+        ),
+        (lambda t, ls: fastdg.domain_gram(ls, params=net()), TypeError, "^domains: "),
+        (lambda t, ls: fastdg.domain_gram(t, ls), TypeError, "^domains: "),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params=3), TypeError, "^params: .*got int"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params="all"), TypeError, "^params: .*got str"),
+        (lambda t, ls: fastdg.per_sample_norms(ls, params=[net()]), TypeError, "^params: "),
         (
             lambda t, ls: fastdg.per_sample_norms(ls, params=[]),
             ValueError,
@@ -271,8 +275,8 @@ def test_call_forms() -> None:
             ValueError,
             "params: .*requires a gradient",
         ),
-        (lambda t, ls: fastdg.explain(ls.sum(), net()), ValueError, "reduction='none'"),
-        (lambda t, ls: fastdg.explain(ls, net()), RuntimeError, "none of the tracked parameters"),
+        (lambda t, ls: fastdg.explain(ls.sum(), net()), ValueError, "^losses: .*reduction='none'"),
+        (lambda t, ls: fastdg.explain(ls, net()), RuntimeError, "^losses: .*tracked parameters"),
     ],
 )
 def test_call_forms_that_are_none(

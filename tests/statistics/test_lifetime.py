@@ -111,7 +111,7 @@ def test_a_second_backward_is_still_refused_by_name() -> None:
     opt.backward(losses, DOMAINS)
     with pytest.raises(RuntimeError, match="backward was already called on these losses"):
         opt.backward(losses, DOMAINS)
-    with pytest.raises(RuntimeError, match="losses: this graph was freed by an earlier backward"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         fastdg.per_sample_norms(opt.tape, losses)
 
 
@@ -274,9 +274,9 @@ def test_a_model_in_use_can_be_copied(copied: Callable[[nn.Module], nn.Module]) 
     twin(x, tokens).sum().backward()
     losses, alien = model(x, tokens).sum(1), twin(x, tokens).sum(1)
     assert len(fastdg.per_sample_gradients(losses, params=model)) == len(list(model.parameters()))
-    with pytest.raises(RuntimeError, match="depend on none of the tracked parameters"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*tracked parameters"):
         fastdg.per_sample_gradients(alien, params=model)
-    with pytest.raises(RuntimeError, match="depend on none of the tracked parameters"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*tracked parameters"):
         opt.backward(alien, DOMAINS)
 
 
@@ -369,7 +369,7 @@ def test_graph_is_kept_or_freed_as_asked(ask: Callable[..., object]) -> None:
             if kept:
                 ask(tape, losses, kept)
             else:
-                with pytest.raises(RuntimeError, match=r"losses: .* graph was freed"):
+                with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
                     ask(tape, losses, kept)
 
 
@@ -423,7 +423,7 @@ def test_a_class_of_functions_is_not_kept() -> None:
 
         gain = nn.Parameter(torch.ones(3))
         losses = Local.apply(torch.randn(4, 3), gain).sin().sum(1)
-        with pytest.warns(UserWarning, match="params"):
+        with pytest.warns(UserWarning, match=r"^params: "):
             fastdg.domain_moments(losses, DOMAINS, params=[gain], retain_graph=False)
         return weakref.ref(Local)
 

@@ -72,9 +72,12 @@ def test_graph_that_was_freed_below_a_head() -> None:
     model = Model(lambda m, x: m.two(m.one(x).tanh()))
     losses = model(torch.randn(N, 4)).exp().sum(1)
     losses.sum().backward()
-    with fastdg.record(model, "head") as tape, pytest.raises(RuntimeError, match="freed"):
+    with (
+        fastdg.record(model, "head") as tape,
+        pytest.raises(RuntimeError, match=r"^losses: .*freed"),
+    ):
         fastdg.per_sample_norms(tape, losses)
-    with pytest.raises(RuntimeError, match="losses: this graph was freed"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         fastdg.check(tape, losses)
 
 
@@ -125,7 +128,7 @@ def test_input_changed_in_place_is_named_in_a_wrapper() -> None:
             opt.step()
             opt.zero_grad()
             continue
-        with pytest.raises(RuntimeError, match=r"changed in place .* x = x \+ y"):
+        with pytest.raises(RuntimeError, match=r"^losses: .*changed in place"):
             opt.backward(losses, DOMAINS)
         assert all(p.grad is None for p in model.parameters())
 
@@ -138,7 +141,10 @@ def test_reentrant_checkpoint() -> None:
     for ask in STATISTICS.values():
         with pytest.raises(RuntimeError, match=words):
             ask(losses, model)
-    with fastdg.record(model, ["one.weight"]) as tape, pytest.raises(RuntimeError, match="hides"):
+    with (
+        fastdg.record(model, ["one.weight"]) as tape,
+        pytest.raises(RuntimeError, match=r"^params: .*hides"),
+    ):
         fastdg.per_sample_norms(tape, losses)
     for params in ("head", ["two.weight", "two.bias"]):
         with fastdg.record(model, params=params) as tape:
@@ -152,11 +158,17 @@ def test_reentrant_checkpoint_between_a_layer_and_the_losses(params: object) -> 
     """All that can be seen lies below it, where autograd does not go."""
     model = Model(lambda m, x: checkpoint(m.two, m.one(x), use_reentrant=True))
     losses = model(torch.randn(N, 4)).square().sum(1)
-    with fastdg.record(model, params) as tape, pytest.raises(RuntimeError, match="use_reentrant"):
+    with (
+        fastdg.record(model, params) as tape,
+        pytest.raises(RuntimeError, match=r"^params: .*use_reentrant"),
+    ):
         fastdg.per_sample_norms(tape, losses)
     whole = Model(lambda m, x: checkpoint(lambda x: m.two(m.one(x)), x, use_reentrant=True))
     losses = whole(torch.randn(N, 4, requires_grad=True)).square().sum(1)
-    with fastdg.record(whole, params) as tape, pytest.raises(RuntimeError, match="use_reentrant"):
+    with (
+        fastdg.record(whole, params) as tape,
+        pytest.raises(RuntimeError, match=r"^params: .*use_reentrant"),
+    ):
         fastdg.per_sample_norms(tape, losses)
 
 
@@ -170,7 +182,7 @@ def test_fused_attention_has_no_second_derivative() -> None:
     with fastdg.record(model) as tape, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         losses = losses_of()
     fastdg.domain_moments(tape, losses, DOMAINS)  # the first is fine
-    with pytest.raises(RuntimeError, match=r"create_graph: fused attention .*SDPBackend\.MATH"):
+    with pytest.raises(RuntimeError, match=r"^create_graph: .*SDPBackend\.MATH"):
         fastdg.domain_moments(tape, losses, DOMAINS, create_graph=True)
     # The two ways out: plain attention in the forward alone, and layers after the attention
     with fastdg.record(model) as tape, sdpa_kernel(SDPBackend.MATH):
@@ -211,10 +223,10 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
     with fastdg.record(model) as tape:
         fastdg.check(tape, losses_of())
         right = False
-        with pytest.raises(RuntimeError, match=r"'gain' do not add up .* fastdg\.explain"):
+        with pytest.raises(RuntimeError, match=r"^params: .*'gain'.*fastdg\.explain"):
             fastdg.check(tape, losses_of())
     opt = fastdg.Fishr(torch.optim.SGD([gain]), params="all")
-    with pytest.raises(RuntimeError, match="do not add up"):
+    with pytest.raises(RuntimeError, match=r"^params: .*add up"):
         fastdg.check(opt.tape, losses_of())
     right = True
     fastdg.check(opt.tape, losses_of())
@@ -239,11 +251,11 @@ def test_a_compiled_part_has_no_second_derivative() -> None:
     model.body = torch.compile(model.body, backend="aot_eager")
     with fastdg.record(model) as tape:
         losses = model(x).square().sum(1)
-    with pytest.warns(UserWarning, match="CompiledFunction.* exact"):
+    with pytest.warns(UserWarning, match=r"^params: .*CompiledFunction"):
         got = fastdg.per_sample_gradients(tape, losses)
     for name, g in got.items():
         assert_close(g, true[name.replace("._orig_mod", "")], name)
-    with pytest.raises(RuntimeError, match=r"create_graph: .*torch\.compile.* fastdg\.compiled"):
+    with pytest.raises(RuntimeError, match=r"^create_graph: .*torch\.compile.*fastdg\.compiled"):
         fastdg.domain_moments(tape, losses, DOMAINS, create_graph=True)
     head = list(model.two.parameters())
     fastdg.domain_moments(losses, DOMAINS, params=head, create_graph=True)
