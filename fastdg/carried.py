@@ -1,9 +1,9 @@
-"""Context variables that are seen wherever a backward runs.
+"""Context variables that every thread of a backward sees.
 
-Autograd runs the nodes of an accelerator, their hooks too, in threads of its own, whose context is
-empty. `torch.autograd` hands these threads a copy of the context that called the backward, for
-PyTorch's compiler: a `Carried` looks there for a value that its thread does not have, and a hook
-that is `continued` runs in that context, so that a backward which it calls has it too.
+Autograd runs the nodes of an accelerator and their hooks in its own threads, whose context is
+empty. For PyTorch's compiler, autograd gives these threads a copy of the context that called the
+backward. A `Carried` looks there for a value that its thread does not have. A `continued` hook runs
+in that context, so a backward that the hook calls has it too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _UNSET: Any = object()
 
 
 class Carried(Generic[T]):
-    """A ``ContextVar`` that autograd's threads see as the caller of the backward does."""
+    """``ContextVar`` whose value in autograd's threads is the value of the backward's caller."""
 
     def __init__(self, name: str, default: T) -> None:
         self._variable: ContextVar[Any] = ContextVar(name)
@@ -40,7 +40,7 @@ class Carried(Generic[T]):
 
 
 def continued(hook: Callable[..., R]) -> Callable[..., R]:
-    """``hook``, run in the context that called the backward."""
+    """Wrap ``hook`` to run in the context that called the backward."""
 
     def run(*args: Any) -> R:
         context = context_of_backward()

@@ -1,4 +1,4 @@
-"""Tables of text embeddings of classes, for algorithms that are guided by language."""
+"""Tables of text embeddings of classes, for language-guided algorithms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ._torch import pytree
 from .files import load_arrays, replace
 
-# Those of CLIP that work best together on ImageNet, as its authors have found
+# The seven CLIP templates that work best together on ImageNet, by its authors
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -25,24 +25,24 @@ TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-# Anchors where the domains have no names that say how they look, as for VLCS and TerraIncognita
+# Anchors for domains whose names do not describe their look, as in VLCS and TerraIncognita
 PHOTOS = ("bright photo", "corrupted photo", "dark photo", "good photo")
 ANCHOR = "a {} of a {}"
 
 Encoder = Callable[[list[str]], Tensor | np.ndarray]
-BATCH = 256  # texts that are encoded at once
+BATCH = 256  # texts per call of the encoder
 INSTEAD = (
-    "pass a function list[str] -> Tensor [n, E], a pair (model, tokenizer) of transformers or "
-    "open_clip, or the path of a folder with a CLIP model that transformers saved"
+    "Pass a function list[str] -> Tensor [n, E], a pair (model, tokenizer) of transformers or "
+    "open_clip, or the path of a folder with a CLIP model that transformers saved."
 )
 
 
 class TextTables(NamedTuple):
-    """Text embeddings of classes, as the encoder gives them (of any length), float32 on the CPU.
+    """Text embeddings of classes, as the encoder returns them (any norm), float32 on the CPU.
 
     Attributes:
         classes: ``[C, E]``, the mean over the templates.
-        anchors: ``[C, A, E]``: of each class, as it looks in each domain; None without domains.
+        anchors: ``[C, A, E]``, each class in each domain; None without domains.
     """
 
     classes: Tensor
@@ -57,7 +57,7 @@ def text_tables(
     templates: Sequence[str] = TEMPLATES,
     cache: str | Path | None = None,
 ) -> TextTables:
-    r"""Embed the names of classes, and of classes in domains: what `RISE` compares images with.
+    r"""Embed the names of classes, and of classes in domains, for `RISE`.
 
     .. math::
         T_c = \frac1{|\mathcal T|}\sum_{t\in\mathcal T} \operatorname{text}(t(c)), \qquad
@@ -65,29 +65,29 @@ def text_tables(
 
     Args:
         class_names: C words or phrases, in the order of the labels; ``_`` is read as a space.
-        domain_names: A of them, "sketch" for one; ``fastdg.text.PHOTOS`` where domains have no
-            such names. With ``()`` there are no anchors.
+        domain_names: A words, such as "sketch"; ``fastdg.text.PHOTOS`` if the domains' names do
+            not describe their look. ``()`` gives no anchors.
         encoder: one of
 
-            - a function ``list[str] -> Tensor [n, E]``, or an array of NumPy's;
+            - a function from ``list[str]`` to a tensor or NumPy array ``[n, E]``;
             - ``(model, tokenizer)`` of transformers: a ``CLIPModel`` or a
               ``CLIPTextModelWithProjection``, and its tokenizer or processor;
             - ``(model, tokenizer)`` of open_clip;
             - a name on the Hugging Face hub, or a folder, of a CLIP model for transformers
               (``pip install 'fastdg[text]'``).
         templates: sentences with ``{}`` in the place of the class; default: CLIP's seven.
-        cache: folder to keep the tables in, under a name that is a hash of the texts and of the
-            encoder's weights and tokens (of the encoder's name, if that is what was given). A file
-            there that is damaged or not finite is made anew; a folder that cannot be written gives
-            a warning. A function's results cannot be kept: nothing tells it from another.
+        cache: folder for the tables. The file name is a hash of the texts and of the encoder's
+            weights and tokens (of the encoder's name, for a name). A damaged or non-finite file is
+            replaced; a folder that cannot be written gives a warning. A function has no identity
+            to hash, so it needs ``cache=None``.
 
     Returns:
         ``TextTables(classes, anchors)``, which unpacks: ``fastdg.RISE(opt, layer, *tables)``.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; a class without text is named.
+        TypeError, ValueError: an argument is not as described.
         ImportError: the encoder is a name, and transformers is not installed.
-        OSError: the encoder is a name, and there is no such model here or it cannot be downloaded.
+        OSError: the encoder is a name, and the model is neither on disk nor downloadable.
 
     Reference:
         Huang et al.: A Sentence Speaks a Thousand Images: Domain Generalization through Distilling
@@ -102,10 +102,10 @@ def text_tables(
     """
     names, domains = _names("class_names", class_names), _names("domain_names", domain_names)
     if not names:
-        raise ValueError("class_names: expected at least one class")
+        raise ValueError("class_names: expected at least one class, got none.")
     texts = [_checked(t).replace("{}", name) for name in names for t in templates]
     if not texts:
-        raise ValueError("templates: expected at least one")
+        raise ValueError("templates: expected at least one sentence, got none.")
     texts += [ANCHOR.format(domain, name) for name in names for domain in domains]
     shape = len(names), len(templates), len(domains)
     kept: Path | None = None
@@ -123,8 +123,8 @@ def text_tables(
         arrays = {key: x.numpy() for key, x in tables._asdict().items() if x is not None}
         try:
             replace(kept, lambda file: np.savez(file, **arrays))
-        except OSError as error:  # the tables are there, and may have taken long
-            warnings.warn(f"cache: {error} The tables are made anew next time.", stacklevel=2)
+        except OSError as error:  # keep the tables, which may have taken long
+            warnings.warn(f"cache: {error} The next call computes the tables again.", stacklevel=2)
     return tables
 
 
@@ -133,16 +133,16 @@ def text_tables(
 
 def _names(argument: str, names: Iterable[str]) -> list[str]:
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"{argument}: expected a list of strings, got {names!r}")
+        raise TypeError(f"{argument}: expected a list of strings, got {names!r}.")
     found: dict[str, int] = {}
     for k, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{argument}[{k}]: expected its name in words, got {name!r}")
+            raise ValueError(f"{argument}[{k}]: expected a name in words, got {name!r}.")
         words = " ".join(name.replace("_", " ").split())
         if words in found:
             raise ValueError(
-                f"{argument}: {found[words]} and {k} are both {words!r}; texts have to tell them "
-                "apart"
+                f"{argument}: expected distinct names, got {words!r} at {found[words]} and {k}. "
+                "Rename one."
             )
         found[words] = k
     return list(found)
@@ -151,7 +151,7 @@ def _names(argument: str, names: Iterable[str]) -> list[str]:
 def _checked(template: Any) -> str:
     if not isinstance(template, str) or template.count("{}") != 1:
         raise ValueError(
-            f"templates: expected sentences with one {{}} for the class, got {template!r}"
+            f"templates: expected sentences with one {{}} for the class, got {template!r}."
         )
     return template
 
@@ -160,7 +160,7 @@ def _checked(template: Any) -> str:
 
 
 def _encoder(encoder: Any) -> tuple[Encoder, Callable[[list[str]], list[bytes]]]:
-    """A function from texts to embeddings, and one to all that its results depend on."""
+    """Return a function from texts to embeddings, and one from texts to the bytes to hash."""
     if isinstance(encoder, str):
         encoder = _load(encoder)
     if isinstance(encoder, (tuple, list)) and len(encoder) == 2:
@@ -172,14 +172,13 @@ def _encoder(encoder: Any) -> tuple[Encoder, Callable[[list[str]], list[bytes]]]
             return _Transformers(model, tokens), _Content(model, tokens)
     elif callable(encoder) and not isinstance(encoder, nn.Module):
         return encoder, _refuse_function
-    raise TypeError(f"encoder: got {type(encoder).__name__}; {INSTEAD}")
+    raise TypeError(f"encoder: expected an encoder, got {type(encoder).__name__}. {INSTEAD}")
 
 
 def _refuse_function(texts: list[str]) -> list[bytes]:
     raise ValueError(
-        "cache: the encoder is a function, which nothing tells from another one, so that its "
-        "tables cannot be kept under a name of their own; use cache=None, or pass a pair (model, "
-        "tokenizer)"
+        "cache: expected None for an encoder that is a function, since a function has no identity "
+        "to name the file by. Use cache=None, or pass a pair (model, tokenizer)."
     )
 
 
@@ -188,8 +187,8 @@ def _load(name: str) -> tuple[nn.Module, Any]:
         from transformers import AutoConfig, AutoTokenizer, CLIPTextModelWithProjection
     except ImportError as error:
         raise ImportError(
-            f"encoder: {name!r} is loaded with transformers, which is not installed: "
-            f"pip install 'fastdg[text]'; or {INSTEAD}"
+            f"encoder: {name!r} needs transformers, which is not installed. Run "
+            f"pip install 'fastdg[text]', or use another encoder. {INSTEAD}"
         ) from error
     try:
         kind = AutoConfig.from_pretrained(name).model_type
@@ -198,18 +197,18 @@ def _load(name: str) -> tuple[nn.Module, Any]:
                 CLIPTextModelWithProjection.from_pretrained(name),
                 AutoTokenizer.from_pretrained(name),
             )
-    except Exception as error:  # safetensors and tokenizers have their own for damaged files
+    except Exception as error:  # safetensors and tokenizers raise their own for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
-            f"encoder: {name!r} is not a folder with a whole CLIP model, and could not be "
-            f"downloaded from the Hugging Face hub ({reason}); {INSTEAD}"
+            f"encoder: {name!r} is not a folder with a complete CLIP model, and could not be "
+            f"downloaded from the Hugging Face hub ({reason}). {INSTEAD}"
         ) from error
-    # Weights that are not there would be made at random
-    raise ValueError(f"encoder: {name!r} is a model of type {kind!r}, not CLIP; {INSTEAD}")
+    # transformers would initialise missing weights at random
+    raise ValueError(f"encoder: expected a CLIP model, got {name!r} of type {kind!r}. {INSTEAD}")
 
 
 class _Tokens:
-    """A tokenizer of transformers, or a processor, as a function of texts."""
+    """Tokenizer or processor of transformers, as a function of texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -230,7 +229,7 @@ class _Transformers:
             output = self.model(**tokens)
             if not hasattr(output, "text_embeds"):
                 raise TypeError(
-                    f"encoder: {type(self.model).__name__} gives no text_embeds; {INSTEAD}"
+                    f"encoder: {type(self.model).__name__} returns no text_embeds. {INSTEAD}"
                 )
             return output.text_embeds
         features: Any = self.model.get_text_features
@@ -249,7 +248,7 @@ class _OpenCLIP:
 
 
 class _Content:
-    """The tokens of texts and the weights that act on them."""
+    """Bytes of the tokens and of the text weights."""
 
     def __init__(self, model: nn.Module, tokens: Callable[[list[str]], Any]) -> None:
         self.model, self.tokens = model, tokens
@@ -286,7 +285,7 @@ def _embed(encode: Encoder, texts: list[str]) -> Tensor:
             if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(part):
                 got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(
-                    f"encoder: expected a tensor [{len(part)}, E] for {len(part)} texts, got {got}"
+                    f"encoder: expected a tensor [{len(part)}, E] for {len(part)} texts, got {got}."
                 )
             parts.append(found.detach().float().cpu())
     finally:
@@ -296,8 +295,8 @@ def _embed(encode: Encoder, texts: list[str]) -> Tensor:
     length = found.norm(dim=1)
     for k in (~(length > 0) | ~length.isfinite()).nonzero().flatten().tolist():
         raise ValueError(
-            f"encoder: the embedding of {texts[k]!r} is not finite, or all zeros: there is no "
-            "angle to it"
+            f"encoder: the embedding of {texts[k]!r} is all zeros or not finite, so it has no "
+            "direction. Check the encoder's weights."
         )
     return found
 
@@ -323,11 +322,11 @@ def _file(
 
 
 def _read(path: Path, shape: tuple[int, int, int]) -> TextTables | None:
-    """The tables at ``path``; None if there are none, or none that are whole."""
+    """Return the tables at ``path``; None if the file is missing or damaged."""
     C, _, A = shape
     names = ("classes", "anchors") if A else ("classes",)
     try:
-        found = load_arrays(path, *names, remedy="It is made anew.")
+        found = load_arrays(path, *names, remedy="It is computed again.")
     except (OSError, ValueError):
         return None
     if any(array.dtype != np.float32 or array.ndim < 2 for array in found.values()):
