@@ -1,1 +1,1 @@
-"""Several ranks, DistributedDataParallel and FSDP2: process groups and tensors."""
+"""Multi-rank training with DistributedDataParallel and FSDP2: process groups and tensors."""

@@ -1,15 +1,14 @@
-r"""The domains' gradients of all ranks, of which each rank combines a part.
+r"""Exchange of the domains' gradients between ranks; each rank combines one piece of them.
 
 .. math:: g_d = \sum_r \tfrac{n_{rd}}{n_d}\, g_{rd}
 
-Signs and inner products are those of the sums over the ranks, so the sums come first. They are
-never all on one rank: a bucket of parameters is cut into W pieces, every rank sends its domains'
-gradients of a piece to the rank that answers for it, that rank adds them up and combines them, and
-the combined pieces go back to all. So a rank sends (E + 1) P (W - 1)/W numbers for its E domains,
-where an all-reduce of the domains' gradients would take 2 D P (W - 1)/W, and the combining is
-shared.
+Signs and inner products need the sums over the ranks. No rank holds all sums: a bucket of
+parameters is cut into W pieces, one for each rank. Every rank sends its domains' gradients of a
+piece to the rank of the piece, which sums and combines them and sends the result to all ranks. So a
+rank sends (E + 1) P (W - 1)/W numbers for its E domains, where an all-reduce of the domains'
+gradients would send 2 D P (W - 1)/W, and the ranks share the combining.
 
-Buckets of parameters go their way as soon as the backward has passed them, and while it goes on.
+A rank sends a bucket as soon as the backward has passed its parameters, while the backward goes on.
 """
 
 from __future__ import annotations
@@ -25,22 +24,23 @@ from .sharding import part_sizes, sharded
 
 
 class Bucket:
-    """Some parameters, and their domains' gradients on the way to whom they belong.
+    """Some parameters, and the exchange of their domains' gradients.
 
     Args:
-        parameters: they.
-        ranks: that exchange them.
+        parameters: the parameters of the bucket.
+        ranks: the ranks that exchange them.
 
     Attributes:
-        places: the parameters -> what of them lies where in a row: (there, in the parameter, how
-            many entries).
-        pieces: of each rank, how many entries of each parameter it answers for; then how many
-            zeros follow, so that pieces of what is not sharded are of one length.
-        spans: of each rank, where its piece begins and ends in a row.
-        missing: the parameters whose gradients are not there yet.
-        rows: this rank's gradients, flat, one of each domain in its batch; rank after rank.
-        received: of each other rank, its gradients of this rank's piece.
-        works: the messages.
+        places: parameter -> its spans in a row: (offset in the row, offset in the parameter,
+            number of entries).
+        pieces: for each rank, the number of entries of each parameter in its piece, then the
+            number of zeros, which give all pieces of unsharded parameters one length.
+        spans: for each rank, begin and end of its piece in a row.
+        missing: the parameters without gradients so far.
+        rows: this rank's gradients, one flat row for each domain in its batch, pieces in order of
+            the ranks.
+        received: other rank -> its gradients of this rank's piece.
+        works: handles of the messages.
     """
 
     def __init__(self, parameters: list[Tensor], ranks: Ranks) -> None:
@@ -65,7 +65,7 @@ class Bucket:
         self.works: list[Any] = []
 
     def put(self, p: Tensor, rows: Sequence[Tensor]) -> None:
-        """Take a parameter's gradient in each of this rank's domains."""
+        """Store the gradients of a parameter, one for each of this rank's domains."""
         flat = [row.reshape(-1) for row in rows]
         length = self.spans[-1][1]
         self.missing.discard(p)
@@ -79,7 +79,7 @@ class Bucket:
                 to[there : there + size] = row[start : start + size]
 
     def send(self, present: Sequence[Sequence[int]]) -> None:
-        """Let the rows go; each rank sends those of the domains ``present`` with it."""
+        """Launch the exchange; each rank sends one row for each of its domains ``present``."""
         mine = self.ranks.rank
         length = sum(self.pieces[mine])
         others = [rank for rank in range(self.ranks.size) if rank != mine]
@@ -92,7 +92,7 @@ class Bucket:
         )
 
     def sums(self, present: Sequence[Sequence[int]], shares: Tensor) -> dict[int, Tensor]:
-        """Wait for the others: domain -> the sum of this rank's piece, each rank with its share.
+        """Wait, and return domain -> sum of this rank's piece, weighted by the ranks' shares.
 
         Args:
             present: the domains in the batch of each rank.
@@ -114,14 +114,14 @@ class Bucket:
 
 
 def padded(rows: Sequence[Tensor], length: int) -> list[Tensor]:
-    """``rows``, and as many empty ones as make them ``length``: gloo counts messages where it is
-    asked to look for mistakes, and all ranks have to have sent the same number."""
+    """Append empty rows up to ``length``: in gloo's debug mode, all ranks must send the same number
+    of messages."""
     return [*rows, *(rows[0].new_empty(0) for _ in range(length - len(rows)))]
 
 
 def cut(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Tensors of these sizes, one after the other, cut into pieces of one length: what each piece
-    has of each tensor, and of what comes after the last."""
+    """Cut concatenated tensors of these sizes into pieces of one length: for each piece, the number
+    of entries of each tensor, then of the padding."""
     total = sum(sizes)
     length = -(-total // ranks)
     ends = [*itertools.accumulate([*sizes, ranks * length - total])]

@@ -1,4 +1,4 @@
-"""The batch of all ranks together: the statistics of it, from those of each rank's part."""
+"""The global batch of all ranks: its statistics, from the statistics of each rank's batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .ranks import Ranks
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The batch of all ranks together.
+    """The batches of all ranks, put together.
 
     Attributes:
-        ranks: they.
+        ranks: the ranks.
         counts: samples of each rank and domain, ``[W, D]``, on the device of the losses.
-        samples: number of all samples, N.
+        samples: number of samples of all ranks, N.
     """
 
     ranks: Ranks
@@ -30,26 +30,26 @@ class GlobalBatch:
 
     @cached_property
     def count(self) -> Tensor:
-        """Samples of each domain, ``[D]``."""
+        """Number of samples of each domain, ``[D]``."""
         return self.counts.sum(0)
 
     @property
     def before(self) -> Tensor:
-        """Samples of each domain that the ranks before this one have, ``[D]``."""
+        """Number of samples of each domain on the ranks before this one, ``[D]``."""
         return self.counts[: self.ranks.rank].sum(0)
 
     def total(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each summed over the ranks; differentiable.
+        """Sum each tensor over the ranks; differentiable.
 
-        Every rank makes the same objective of the sums, so the gradient that arrives at one is that
-        of the objective by it, on all ranks, and this rank's part of it takes it as it is.
+        Every rank computes the same objective from the sums, so the gradient at a sum is the same
+        on all ranks, and it is the gradient at this rank's term.
         """
         if self.ranks.size == 1:
             return list(tensors)
         return list(_Total.apply(self.ranks, *tensors))
 
     def moments(self, own: DomainMoments) -> DomainMoments:
-        r"""Those of all ranks, from each one's; differentiable.
+        r"""Compute the moments of the global batch from this rank's moments; differentiable.
 
         .. math:: m = \sum_r \tfrac{n_r}{n} m_r, \qquad v = \sum_r \tfrac{n_r}{n}\left(v_r + (m_r -
                   m)^2\right)
@@ -57,7 +57,7 @@ class GlobalBatch:
         if self.ranks.size == 1:
             return own
         means = self.means(own)
-        # Of v the derivatives by m add up to 0
+        # The derivatives of v with respect to m sum to 0
         apart = [
             v + (pad_rows(own.mean[name], len(v)) - means[name].detach()[: len(v)]).square()
             for name, v in own.variance.items()
@@ -66,20 +66,20 @@ class GlobalBatch:
         return DomainMoments(means, dict(zip(means, variance, strict=True)), self.count)
 
     def means(self, own: DomainMoments) -> dict[str, Tensor]:
-        """The means of `moments` alone."""
+        """Compute the means of `moments` alone."""
         if self.ranks.size == 1:
             return own.mean
         shared = self.total([self._shared(mean, own.count) for mean in own.mean.values()])
         return dict(zip(own.mean, shared, strict=True))
 
     def _shared(self, values: Tensor, count: Tensor) -> Tensor:
-        """This rank's part of a mean by domain ``[D, *]``."""
+        """Compute this rank's term of the means by domain ``[D, *]``."""
         share = pad_rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
         return pad_rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
 
     def rest(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Summed gradients of tensors that the optimizer does not have: of the parameters among
-        them, those of all ranks."""
+        """Sum the gradients of parameters outside the optimizer over the ranks; gradients of
+        other tensors stay."""
         shared = [p for p in sums if isinstance(p, nn.Parameter)]
         if self.ranks.size == 1 or not shared:
             return sums

@@ -1,4 +1,4 @@
-"""The settings of a training, in words that are the same wherever they are the same."""
+"""Text forms of the training settings, and errors of ranks that differ."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ELSEWHERE = (
-    "the ranks are at different steps of their runs, or run different algorithms; give each rank "
-    "the same number of batches"
+    "the ranks are at different steps or run different algorithms. Give each rank the same number "
+    "of batches and the same algorithm."
 )
 UNLIKE = (
-    "the ranks have different weights; wrap the model in DistributedDataParallel, which gives all "
-    "those of rank 0, or load the same state on all"
+    "the ranks have different weights. Wrap the model in DistributedDataParallel, which copies the "
+    "weights of rank 0, or load the same state on all ranks."
 )
 USED = (
-    "the forwards of the ranks used different parameters, so what there is to add up differs; "
-    "let every forward use the same ones, or freeze the others"
+    "the forwards of the ranks used different parameters, so their gradients cannot be summed. Use "
+    "the same parameters in every forward, or freeze the others."
 )
 
 
 def shown(value: Any) -> str:
-    """A value in words that hold no address in memory."""
+    """Return a value as text without memory addresses."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, Mapping):
@@ -33,10 +33,10 @@ def shown(value: Any) -> str:
 
 
 def divergence(texts: Sequence[str]) -> RuntimeError:
-    """Name the first setting in which a rank differs from rank 0, and both values.
+    """Return an error that names the first setting that differs from rank 0, and both values.
 
     Args:
-        texts: of each rank, the settings as JSON.
+        texts: the settings of each rank as JSON.
     """
     everyone = [json.loads(text) for text in texts]
     first = everyone[0]
@@ -46,7 +46,7 @@ def divergence(texts: Sequence[str]) -> RuntimeError:
             if one != two:
                 return RuntimeError(
                     f"{key}: expected the same on every rank, got {one} on rank 0 and {two} on "
-                    f"rank {rank}. Make the wrapper alike on all ranks, and change its settings in "
-                    "the same steps on all."
+                    f"rank {rank}. Create the wrapper with the same settings on all ranks, and "
+                    "change them at the same steps."
                 )
-    raise AssertionError("two texts of one sum")
+    raise AssertionError("two texts with one checksum")

@@ -1,20 +1,18 @@
-r"""Several processes that train one model: what they have to tell each other, and no more.
+r"""Communication of the processes that train one model.
 
-A step on W ranks is the step of one process on their batches put together. Samples stay where they
-are; what travels is
+A step on W ranks equals the step of one process on the concatenated batches. Samples stay on their
+ranks. The ranks exchange
 
-- the counts: 71 integers of each rank, once a step (`Ranks.handshake`), by which a rank that has
-  failed tells the others before they wait for it;
-- sums over samples, in one flat bucket each (`Ranks.all_reduce`);
-- the gradient: by DistributedDataParallel's or FSDP2's own hooks, in buckets and overlapped with
-  the backward, where the algorithm has an objective (averaged by `Ranks.averages` for a model that
-  neither wraps); by `fastdg.distributed.exchange`, likewise, where it combines the domains'
-  gradients.
+- the counts: 71 integers of each rank, once a step (`Ranks.handshake`). A rank that has failed
+  reports it here, before the others wait for it;
+- sums over samples, in flat buckets (`Ranks.all_reduce`);
+- the gradient, in buckets and overlapped with the backward. For an algorithm with an objective:
+  by the hooks of DistributedDataParallel or FSDP2 (by `Ranks.averages` for a model that neither
+  wraps). For an algorithm that combines the domains' gradients: by `fastdg.distributed.exchange`.
 
-What a rank sends in a step beside the counts, in numbers of 4 bytes and up to the factor
-(W - 1)/W, with P the parameters of the network in L tensors, K those whose gradients' variances
-are compared (the head's), D domains, of which the rank's batch has E, and T statistics that terms
-are told of:
+Numbers of 4 bytes that a rank sends in a step beside the counts, up to the factor (W - 1)/W. The
+network has P parameters in L tensors; the variances of K of them (the head's) are compared; there
+are D domains, E of them in the rank's batch, and T statistics of penalties:
 
 =============================== ============================== =============================
 algorithm                       beside the gradient            gradient
@@ -31,9 +29,9 @@ AgrRand                         the same, a generator's state  (E + 1) P
 PCGrad, GramSurgery             2 (D + DD + L + W) of 8 bytes  (E + 1) P
 =============================== ============================== =============================
 
-With one domain on each rank E = 1, and gradient surgery sends what plain training does. SWAD adds
-one number an evaluation, and nothing a step. Under FSDP2 the gradient is scattered only: P, or
-E P, of these; the weights are gathered as in plain training, once more for statistics.
+With one domain on each rank, E = 1, and gradient surgery sends as much as plain training. SWAD
+adds one number per evaluation and none per step. FSDP2 only scatters the gradient: it sends P, or
+E P, of these numbers. It gathers the weights as in plain training, and once more for statistics.
 """
 
 from __future__ import annotations
@@ -53,20 +51,20 @@ from .handshake import ELSEWHERE, UNLIKE, USED, divergence
 from .sharding import sharded
 from .wrapped_modules import WrappedModules
 
-BUCKET = 1 << 22  # entries that are sent at a time
-INLINE = 64  # domains whose counts go along with the first message
+BUCKET = 1 << 22  # entries of a bucket
+INLINE = 64  # domains whose counts the first message holds
 HEADER = 7
-TAG = 0xFD6  # of messages from one rank to one other, so that they do not meet the user's
+TAG = 0xFD6  # of point-to-point messages, to separate them from the user's messages
 
 
 class Ranks:
     """The processes that train a wrapper's parameters together.
 
-    The process group is that of the DistributedDataParallel or FSDP2 module that runs, else the
-    default one.
+    The process group is the group of the DistributedDataParallel or FSDP2 module that runs, else
+    the default group.
 
     Args:
-        opt: the wrapper, which keeps this, and shares it with those around it.
+        opt: the wrapper, which holds this object and shares it with the wrappers around it.
     """
 
     def __init__(self, opt: Optimizer) -> None:
@@ -78,12 +76,12 @@ class Ranks:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Those of the optimizer, in its order."""
+        """The optimizer's parameters, in its order."""
         return self.modules.parameters
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
-        """None: the default one."""
+        """The process group; None: the default group."""
         return self.modules.group
 
     @property
@@ -97,10 +95,10 @@ class Ranks:
     def rank(self) -> int:
         return distributed.get_rank(self.group) if self.size > 1 else 0
 
-    # -- what is sent --
+    # -- messages --
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """New tensors, each summed over the ranks; in flat buckets of one dtype and device."""
+        """Sum each tensor over the ranks, in flat buckets of one dtype and device; new tensors."""
         out: list[Tensor] = [torch.empty(0)] * len(tensors)
         works = []
         for places in _buckets(tensors):
@@ -113,7 +111,7 @@ class Ranks:
         return out
 
     def sum(self, values: Mapping[Tensor, Tensor]) -> Tensor:
-        """The sum of one number a parameter, of a sharded one that of this rank's part."""
+        """Sum one number per parameter; for a sharded one, the number is of this rank's shard."""
         first = next(iter(values.values()))
         numbers = {p: value.to(first) for p, value in values.items()}
         total = torch.stack([*numbers.values()]).sum()
@@ -124,20 +122,20 @@ class Ranks:
         return total - own + self.all_reduce([own])[0]
 
     def mean(self, value: float) -> float:
-        """The mean of each rank's number."""
+        """Average a number over the ranks."""
         if self.size == 1:
             return value
         number = torch.tensor([value], dtype=torch.float64, device=self.meeting_place(None))
         return float(self.all_reduce([number])[0]) / self.size
 
     def broadcast_from_rank0(self, tensor: Tensor) -> Tensor:
-        """What rank 0 has of a tensor that lies on the CPU."""
+        """Return rank 0's values of a CPU tensor."""
         sent = tensor.to(self.meeting_place(None), copy=True)
         self.wait(self.launch(partial(distributed.broadcast, group_src=0), sent))
         return sent.cpu()
 
     def launch(self, collective: Any, *args: Any) -> Any:
-        """Begin a collective operation; `wait` for what this returns."""
+        """Launch a collective operation and return its handle, for `wait`."""
         try:
             return collective(*args, group=self.group, async_op=True)
         except RuntimeError as error:
@@ -146,11 +144,11 @@ class Ranks:
     def send_and_receive(
         self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
     ) -> list[Any]:
-        """Begin to send tensors to ranks, and to fill others with what ranks send, in the order in
-        which they send it; `wait` for each of what this returns.
+        """Launch sends and receives of (rank, tensor), in the order in which ranks send, and return
+        the handles, for `wait`.
 
-        Gloo takes less than half the time for this of what it does for its all-to-all and
-        all-gather, and nothing has to be brought together before.
+        With gloo this takes less than half the time of all-to-all and all-gather, and the tensors
+        need no concatenation.
         """
         messages = [
             distributed.P2POp(way, tensor, group=self.group, group_peer=rank, tag=TAG)
@@ -164,7 +162,7 @@ class Ranks:
             raise self._lost(error) from error
 
     def wait(self, *works: Any) -> None:
-        """Wait for what `launch` or `send_and_receive` began."""
+        """Wait for handles of `launch` or `send_and_receive`."""
         try:
             for work in works:
                 work.wait()
@@ -173,14 +171,14 @@ class Ranks:
 
     def _lost(self, error: RuntimeError) -> RuntimeError:
         return RuntimeError(
-            f"{self.name}: rank {self.rank} could not reach the other {self.size - 1}: one of them "
-            f"has died, or has not called backward within the group's timeout ({error})"
+            f"{self.name}: rank {self.rank} could not reach the other {self.size - 1} ranks. One "
+            f"of them died, or did not call backward within the group's timeout ({error})."
         )
 
-    # -- meeting --
+    # -- handshake --
 
     def begin(self, opt: Optimizer, statistics: bool) -> None:
-        """The outermost wrapper is asked for a backward; with passes for statistics."""
+        """Begin a backward of the outermost wrapper, with or without statistics backwards."""
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
         if self.size > 1 and not self.compared:
             self.modules.check(self.name)
@@ -190,35 +188,35 @@ class Ranks:
     def handshake(
         self, count: Tensor, samples: int, used: object, settings: Callable[[], dict[str, str]]
     ) -> tuple[Tensor, int]:
-        """Tell the others the samples of each domain ``[D]``, and learn theirs.
+        """Exchange the number of samples of each domain, and compare the ranks' runs.
 
         Args:
-            count: ``[D]``.
+            count: samples of each domain, ``[D]``.
             samples: their sum.
-            used: what the forward used; its ``repr`` has to be the same on all ranks.
-            settings: gives the training's settings in words, which have to be the same, too.
+            used: the parameters of the forward; the ``repr`` must be the same on all ranks.
+            settings: returns the training's settings as text, which must be the same on all ranks.
 
         Returns:
             Samples of each rank and domain ``[W, D]``, on the device of ``count``, and their sum.
 
         Raises:
-            RuntimeError: another rank has failed, or is at another place of its run; the weights
-                are not the same.
+            RuntimeError: another rank has failed or is at another step, or the weights, settings or
+                parameters of the ranks differ.
         """
         if self.size == 1:
             return count.unsqueeze(0), samples
         self.met = True
         first = count[:INLINE].to(self.meeting_place(count.device))
         own = settings()
-        sums = [zlib.crc32(repr(what).encode()) for what in (used, own)]
-        told = self._tell([0, *self._place(), sums[0], len(count), samples, sums[1]], first)
-        codes, extent = told[:, 0].tolist(), int(told[:, 4].max())
+        sums = [zlib.crc32(repr(value).encode()) for value in (used, own)]
+        headers = self._tell([0, *self._place(), sums[0], len(count), samples, sums[1]], first)
+        codes, extent = headers[:, 0].tolist(), int(headers[:, 4].max())
         if any(codes):
             raise failed_on(self.name, [rank for rank, code in enumerate(codes) if code])
-        if bool((told[:, 6] != told[0, 6]).any()):
+        if bool((headers[:, 6] != headers[0, 6]).any()):
             raise divergence(self._texts(json.dumps(own)))
-        self._compare(told)
-        counts = told[:, HEADER : HEADER + extent]
+        self._compare(headers)
+        counts = headers[:, HEADER : HEADER + extent]
         if extent > INLINE:
             counts = count.new_zeros(self.size, extent)
             counts[self.rank, : len(count)] = count
@@ -226,7 +224,7 @@ class Ranks:
         if not self.compared:
             self.compared = True
             self.modules.hook_owners_only()
-        return counts.to(count.device), int(told[:, 5].sum())
+        return counts.to(count.device), int(headers[:, 5].sum())
 
     def end_step(self, error: BaseException | None = None) -> None:
         """End a backward. If it failed before the handshake, tell the other ranks."""
@@ -238,7 +236,7 @@ class Ranks:
         self.met = False
 
     def _texts(self, own: str) -> list[str]:
-        """Every rank's text."""
+        """Return every rank's text."""
         code = torch.tensor(list(own.encode()), device=self.meeting_place(None))
         sizes = code.new_zeros(self.size)
         sizes[self.rank] = len(code)
@@ -249,14 +247,14 @@ class Ranks:
         return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
     def _tell(self, header: Sequence[int], count: Tensor) -> Tensor:
-        """Everyone's header and counts, ``[W, HEADER + INLINE]``."""
-        told = count.new_zeros(self.size, HEADER + INLINE)
-        told[self.rank, :HEADER] = torch.tensor(header)
-        told[self.rank, HEADER : HEADER + len(count)] = count
-        return self.all_reduce([told])[0].cpu()
+        """Return the header and counts of every rank, ``[W, HEADER + INLINE]``."""
+        headers = count.new_zeros(self.size, HEADER + INLINE)
+        headers[self.rank, :HEADER] = torch.tensor(header)
+        headers[self.rank, HEADER : HEADER + len(count)] = count
+        return self.all_reduce([headers])[0].cpu()
 
     def meeting_place(self, device: torch.device | None) -> torch.device:
-        """A device that the group can send from, the CPU if it can: then nothing waits."""
+        """Return a device that the group can send from; the CPU if possible, without a sync."""
         group = self.group or distributed.group.WORLD
         devices: list[torch.device] = group._device_types  # type: ignore[union-attr]
         cpu = torch.device("cpu")
@@ -267,7 +265,7 @@ class Ranks:
         return self.parameters[0].device
 
     def _place(self) -> tuple[int, int]:
-        """Where in its run a rank is, and, the first time, its weights, each as one integer."""
+        """Return checksums of this rank's step and, the first time, of its weights."""
         opt, trained = self.opt(), self.parameters
         assert opt is not None
         steps = [value for key, value in opt.param_groups[0].items() if key.endswith("_steps")]
@@ -280,18 +278,18 @@ class Ranks:
                     weights = zlib.crc32(flat.numpy().tobytes(), weights)
         return place, weights
 
-    def _compare(self, told: Tensor) -> None:
-        for column, what in ((1, ELSEWHERE), (2, UNLIKE), (3, USED)):
-            if bool((told[:, column] != told[0, column]).any()):
-                raise RuntimeError(f"{self.name}.backward: {what}")
+    def _compare(self, headers: Tensor) -> None:
+        for column, problem in ((1, ELSEWHERE), (2, UNLIKE), (3, USED)):
+            if bool((headers[:, column] != headers[0, column]).any()):
+                raise RuntimeError(f"{self.name}.backward: {problem}")
 
     # -- gradients --
 
     def averages(self) -> dict[Tensor, Tensor]:
-        """Parameter -> its gradient averaged over the ranks, but for those that another one's hooks
-        have averaged, and those that no rank has.
+        """Average over the ranks the gradients that no module's hooks have averaged.
 
-        Averaging twice would change nothing, so whoever reduces them unseen does no harm.
+        The result maps parameter to gradient; parameters without a gradient on any rank are
+        omitted. If an unseen module has averaged them already, a second average changes nothing.
         """
         left = self.modules.left() if self.size > 1 else []
         if not left:
@@ -308,15 +306,15 @@ class Ranks:
 
 
 def failed_on(name: str, ranks: Sequence[int]) -> RuntimeError:
-    """What to raise if the backward of other ranks has failed."""
+    """Return the error for a backward that failed on other ranks."""
     return RuntimeError(
-        f"{name}.backward: it failed on rank {', '.join(map(str, ranks))}, see the error there; "
-        "nothing was done on the others"
+        f"{name}.backward: it failed on rank {', '.join(map(str, ranks))}, and the other ranks did "
+        "nothing. See the error of that rank."
     )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Which tensors go together: of one dtype and device, and not too many."""
+    """Group tensors by dtype and device, into buckets of limited size."""
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault((tensor.dtype, tensor.device), []).append(i)

@@ -1,4 +1,4 @@
-"""Parameters of which every rank has a part: the DTensors of FSDP2."""
+"""Sharded parameters: the DTensors of FSDP2."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 
 def sharded(p: Tensor) -> bool:
-    """Whether each rank has a part of it."""
+    """Whether a parameter is sharded over the ranks."""
     return hasattr(p, "device_mesh")
 
 
 def local(p: Any) -> Tensor:
-    """This rank's part of a parameter, the same memory; all of one that is not sharded."""
+    """Return this rank's shard of a parameter, in the same memory; an unsharded one as it is."""
     return p.to_local() if sharded(p) else p
 
 
 def own_part(p: Any, whole: Tensor) -> Tensor:
-    """Of a tensor that is as large as ``p`` is on all ranks, what lies where this rank's part of
-    ``p`` does."""
+    """Return the part of ``whole`` (of the unsharded shape of ``p``) that matches this rank's shard
+    of ``p``."""
     if not sharded(p):
         return whole
     parts, rank = whole.chunk(p.device_mesh.size(), 0), p.device_mesh.get_local_rank()
@@ -27,7 +27,7 @@ def own_part(p: Any, whole: Tensor) -> Tensor:
 
 
 def part_sizes(p: Tensor, ranks: int) -> list[int]:
-    """How many entries of a sharded parameter each rank has."""
+    """Return the number of entries of a sharded parameter on each rank."""
     rows = p.shape[0]
     most = -(-rows // ranks)
     width = p.numel() // max(1, rows)
@@ -35,7 +35,7 @@ def part_sizes(p: Tensor, ranks: int) -> list[int]:
 
 
 def like_parameter(p: Any, grad: Tensor) -> Tensor:
-    """A gradient of this rank's part of ``p``, or of all of it, in the form of ``p``."""
+    """Convert a gradient of this rank's shard, or of all of ``p``, to the form of ``p``."""
     if not sharded(p) or sharded(grad):
         return grad
     from torch.distributed.tensor import DTensor
@@ -52,8 +52,9 @@ def like_parameter(p: Any, grad: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 let go of what it has gathered. After a forward without a backward it keeps that of
-    the outermost module, shows it in place of this rank's part, and would not gather it anew."""
+    """Free the parameters that FSDP2 has gathered. After a forward without a backward, FSDP2 keeps
+    the gathered parameters of the outermost module in place of the shards, and would not gather
+    them again."""
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
     for module in modules:
         module.reshard()

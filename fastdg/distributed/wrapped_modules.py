@@ -18,7 +18,7 @@ from .sharding import sharded
 
 
 class WrappedModules:
-    """Those which reduce the gradients of a wrapper's parameters, found as they run.
+    """DDP and FSDP2 modules that reduce the gradients of a wrapper's parameters, found as they run.
 
     Args:
         opt: the wrapper.
@@ -26,26 +26,26 @@ class WrappedModules:
 
     def __init__(self, opt: Optimizer) -> None:
         self.opt = weakref.ref(opt)
-        # -> whether it will reduce those of the forwards since the last backward
+        # module -> whether it reduces the gradients of the forwards since the last backward
         self.modules: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.handles: list[Any] = []
-        self._mesh: Any = None  # of FSDP2; False: there is none
+        self._mesh: Any = None  # of FSDP2; False: no mesh
         weakref.finalize(self, _remove, self.handles).atexit = False
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The wrapper's, in its order."""
+        """The wrapper's parameters, in its order."""
         opt = self.opt()
         assert opt is not None
         return [p for group in opt.param_groups for p in group["params"]]
 
     def discover(self) -> None:
-        """Look at every module that runs, until `hook_owners_only`."""
+        """Hook every module that runs, until `hook_owners_only`."""
         if not self.handles:
             self.handles.append(register_module_forward_pre_hook(Hook(self, "_see")))
 
     def hook_owners_only(self) -> None:
-        """Look at those alone that are known now."""
+        """Hook the modules found so far, and no others."""
         _remove(self.handles)
         self.handles.extend(
             module.register_forward_pre_hook(Hook(self, "_see")) for module in self.modules
@@ -65,7 +65,7 @@ class WrappedModules:
 
     @property
     def group(self) -> distributed.ProcessGroup | None:
-        """The ranks that they reduce over; None: the default group."""
+        """The process group that the modules reduce over; None: the default group."""
         for module in self.modules:
             if isinstance(module, DistributedDataParallel):
                 return module.process_group
@@ -75,56 +75,57 @@ class WrappedModules:
         return self._mesh.get_group() if self._mesh else None
 
     def left(self) -> list[Tensor]:
-        """Parameters whose gradients no module has reduced in the backward that was."""
+        """Return the parameters whose gradients no module reduced in the last backward."""
         done = {id(p) for m, reduces in self.modules.items() if reduces for p in m.parameters()}
         self.modules.update(dict.fromkeys(list(self.modules), False))
         trained = [p for p in self.parameters if p.requires_grad and not sharded(p)]
         return [p for p in trained if id(p) not in done]
 
     def check(self, name: str) -> None:
-        """Raise if the gradients are reduced in a way that this does not go along with."""
+        """Raise if a module reduces gradients in an unsupported way."""
         for module in self.modules:
             if getattr(module, "static_graph", False):
                 raise RuntimeError(
-                    f"{name}: DistributedDataParallel(static_graph=True) takes the first "
-                    "backward pass of any kind for that of the training step; leave it out"
+                    f"{name}: DistributedDataParallel(static_graph=True) is not supported, since "
+                    "it takes the first backward, which may be for statistics, for the training "
+                    "step. Omit static_graph."
                 )
             if type(module).__name__ == "FullyShardedDataParallel":
                 raise RuntimeError(
-                    f"{name}: FullyShardedDataParallel makes one flat parameter of many, "
-                    "whose statistics are not known; use torch.distributed.fsdp.fully_shard"
+                    f"{name}: FullyShardedDataParallel is not supported, since it merges many "
+                    "parameters into one flat parameter. Use torch.distributed.fsdp.fully_shard."
                 )
         parts: list[Any] = [p for p in self.parameters if sharded(p)]
         if parts and not any(isinstance(module, _fsdp()) for module in self.modules):
             raise RuntimeError(
-                f"{name}: its parameters are DTensors, but no module under fully_shard has "
-                "run; tensor parallelism is not supported"
+                f"{name}: the parameters are DTensors, but no module under fully_shard has run. "
+                "Use fully_shard; tensor parallelism is not supported."
             )
         for p in parts:
             if p.device_mesh.ndim > 1 or not p.placements[0].is_shard(0):
                 raise RuntimeError(
-                    f"{name}: a parameter lies as {p.placements} on a mesh of "
-                    f"{p.device_mesh.ndim} dimensions; only fully_shard on a mesh of one "
-                    "dimension, along the first dimension of the parameters, is supported"
+                    f"{name}: expected parameters sharded in dimension 0 on a 1-dim mesh, got "
+                    f"{p.placements} on a mesh of {p.device_mesh.ndim} dimensions. Use fully_shard "
+                    "with a 1-dim mesh."
                 )
 
     # -- FSDP2 --
 
     def pause_sync(self) -> None:
-        """Backward passes from now on are for statistics, until `resume_sync`.
+        """Turn off FSDP2's gradient reduction and resharding until `resume_sync`.
 
-        FSDP2 is to reduce nothing, and to gather all parameters now and keep them: a second
-        derivative needs them again, and the passes need not be as many on every rank.
+        FSDP2 gathers all parameters now and keeps them: a second derivative needs them again, and
+        ranks may run different numbers of statistics backwards.
         """
         for module in self._set(False):
             module.unshard()
 
     def resume_sync(self) -> None:
-        """The next backward is that of the training step."""
+        """Turn on FSDP2's gradient reduction and resharding, for the training step."""
         self._set(True)
 
     def reshard(self) -> None:
-        """What was kept is needed no more."""
+        """Free the gathered parameters."""
         for module in self._set(True):
             module.reshard()
 
@@ -137,7 +138,7 @@ class WrappedModules:
 
 
 def _fsdp() -> tuple[type, ...]:
-    """What FSDP makes of modules, if it was imported."""
+    """Return the FSDP module classes; () if FSDP is not imported."""
     loaded = sys.modules.get("torch.distributed.fsdp")
     if loaded is None:
         return ()

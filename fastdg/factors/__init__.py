@@ -1,4 +1,4 @@
-"""Per-sample gradients of one parameter, in the form in which its operation makes them."""
+"""Per-sample gradients of one parameter, in the cheapest form for its operation."""
 
 from .base import Agreement, Dense, PerSampleGrad, flat, total, weighted_sum
 from .lookup import Lookup

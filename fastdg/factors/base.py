@@ -1,6 +1,6 @@
-"""The per-sample gradients of a parameter, and the plain form that all others can take.
+"""Per-sample gradients of a parameter, and their dense form.
 
-A `PerSampleGrad` computes every statistic; gradients that need not be formed are never formed.
+A `PerSampleGrad` computes every statistic, and forms single gradients only if it must.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Agreement(NamedTuple):
 def agreement_of(
     rows: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
 ) -> Agreement:
-    """`ops.agreement` of one parameter's gradients, one of each domain."""
+    """Call `ops.agreement` on one parameter's gradients, one for each domain."""
     (combined,), agreeing, magnitude = ops.agreement(
         [[row] for row in rows], weights, threshold, steepness
     )
@@ -54,51 +54,50 @@ class PerSampleGrad(ABC):
 
     @abstractmethod
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of each domain, each ``[D, *shape]``; differentiable."""
+        """Compute mean and biased variance of each domain, ``[D, *shape]`` each; differentiable."""
 
     @abstractmethod
     def domain(self, partition: Partition) -> Tensor:
-        """Mean gradient of each domain, ``[D, *shape]``."""
+        """Compute the mean gradient of each domain, ``[D, *shape]``."""
 
     @abstractmethod
     def per_sample(self) -> Tensor:
-        """The gradients themselves, ``[N, *shape]``."""
+        """Compute the gradients, ``[N, *shape]``."""
 
     @abstractmethod
     def norms(self) -> Tensor:
-        """Squared norms, ``[N]``."""
+        """Compute the squared norms, ``[N]``."""
 
     @abstractmethod
     def scaled(self, weights: Tensor) -> PerSampleGrad:
-        """The gradients times ``weights [N]``."""
+        """Multiply the gradients by ``weights [N]``."""
 
     @abstractmethod
     def take(self, number: Tensor) -> PerSampleGrad:
-        """The gradients of the samples ``number`` ``[K]`` alone."""
+        """Select the gradients of the samples ``number`` ``[K]``."""
 
     @abstractmethod
     def fold(self, samples: int) -> PerSampleGrad:
-        """Rows folded into the batch (sample-major) brought back: ``[k * N] -> [N]``, summed over
-        k."""
+        """Sum over rows that were folded into the batch (sample-major): ``[k * N] -> [N]``."""
 
     def gram(self, partition: Partition) -> Tensor:
-        """Inner products of the domains' mean gradients, ``[D, D]``."""
+        """Compute inner products of the domains' mean gradients, ``[D, D]``."""
         rows = flat(self.domain(partition))
         return rows @ rows.t()
 
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
-        """The domains' mean gradients combined where their signs agree, as `ops.agreement` does."""
+        """Combine the domains' mean gradients where their signs agree, as `ops.agreement` does."""
         return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
 
     def plus(self, other: PerSampleGrad) -> PerSampleGrad:
-        """The gradient of a parameter that is used twice."""
+        """Add the gradients of another use of the parameter."""
         return Dense(self.per_sample() + other.per_sample())
 
 
 class Dense(PerSampleGrad):
-    """Gradients that are small enough to hold: biases, norm weights, modules without a rule.
+    """Gradients in full: of biases, norm weights and other small parameters.
 
     Args:
         grads: ``[N, *shape]``.
@@ -114,7 +113,7 @@ class Dense(PerSampleGrad):
         return mean.view(shape), variance.view(shape)
 
     def domain(self, partition: Partition) -> Tensor:
-        # As products with 1: an index_add wakes torch's threads several times for a few numbers
+        # As products with 1: an index_add wakes torch's threads several times for few numbers
         rows = flat(self.grads).unsqueeze(1)
         ones = rows.new_ones(()).expand(len(rows), 1, 1)
         mean = ops.outer_domain(rows, ones, partition.order, partition.offsets)
@@ -137,11 +136,11 @@ class Dense(PerSampleGrad):
 
 
 def total(parts: Sequence[PerSampleGrad]) -> PerSampleGrad:
-    """One factor for all uses of a parameter: summed before anything is squared."""
+    """Sum the gradients of all uses of a parameter."""
     return reduce(lambda a, b: a.plus(b), parts)
 
 
 def weighted_sum(factor: PerSampleGrad, weights: Tensor) -> Tensor:
-    """``sum_i weights_i g_i``, of the parameter's shape."""
+    """Compute ``sum_i weights_i g_i``, of the parameter's shape."""
     everything = single(factor.samples, weights.device)
     return factor.scaled(weights).domain(everything)[0] * factor.samples

@@ -11,12 +11,12 @@ from .base import Agreement, PerSampleGrad, agreement_of
 
 
 class Lookup(PerSampleGrad):
-    r"""Rows of a table that were looked up: :math:`g_i[v] = \sum_{t: index_{it} = v} \delta_{it}`.
+    r"""Gradients of a lookup in a table: :math:`g_i[v] = \sum_{t: index_{it} = v} \delta_{it}`.
 
     Args:
         index: row numbers ``[N, T]``.
-        delta: gradients at the rows that were read, ``[N, T, E]``.
-        rows: rows V of the table.
+        delta: gradients at the looked-up rows, ``[N, T, E]``.
+        rows: number V of rows of the table.
     """
 
     def __init__(self, index: Tensor, delta: Tensor, rows: int) -> None:
@@ -24,11 +24,10 @@ class Lookup(PerSampleGrad):
         self.shape, self.samples = (rows, delta.shape[2]), index.shape[0]
 
     def _reads(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradient sums of each distinct (sample, row): ``(sums [M, E], sample [M], row [M], used
-        [M])``.
+        """Sum the gradients of each distinct (sample, row): ``(sums [M, E], sample [M], row [M],
+        used [M])``.
 
-        M = N * T whatever the data, so that nothing waits for the device; the surplus sums are
-        zero and not ``used``.
+        M = N * T for all data, which avoids a host sync; surplus sums are zero and not ``used``.
         """
         sample = torch.arange(self.samples, device=self.index.device).unsqueeze(1)
         key, by_key = (sample * self.rows + self.index).flatten().sort()
@@ -52,8 +51,10 @@ class Lookup(PerSampleGrad):
         mean = self._spread(sums, cell, partition)
         weight = used.to(sums.dtype).unsqueeze(1)
         centred = (sums - mean.flatten(0, 1).index_select(0, cell)).square() * weight
-        read = self._spread(weight, cell, partition)  # share of the domain that reads each row
-        absent = (1 - read).clamp(min=0) * mean.square()  # the others' gradient there is zero
+        read = self._spread(
+            weight, cell, partition
+        )  # share of a domain's samples that read each row
+        absent = (1 - read).clamp(min=0) * mean.square()  # of samples without a read: gradient zero
         return mean, self._spread(centred, cell, partition) + absent
 
     def domain(self, partition: Partition) -> Tensor:
@@ -67,14 +68,16 @@ class Lookup(PerSampleGrad):
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
         combined = self.delta.new_empty(tuple(self.shape))
-        width = -(-self.shape[1] // (partition.num_domains + 1))  # with the result about one table
+        width = -(
+            -self.shape[1] // (partition.num_domains + 1)
+        )  # chunks and result together: about one table
         agreeing, magnitude = self.delta.new_zeros(()), self.delta.new_zeros(())
         for delta, columns in zip(
             self.delta.split(width, 2), combined.split(width, 1), strict=True
         ):
             rows = self._columns(delta, partition).unbind()
             part = agreement_of(rows, weights, threshold, steepness)
-            del rows  # before there are the next
+            del rows  # before the next rows exist
             columns.copy_(part.combined)
             agreeing += part.agreeing
             magnitude += part.magnitude

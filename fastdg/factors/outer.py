@@ -26,7 +26,7 @@ class Outer(PerSampleGrad):
         delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``.
         shape: shape of the weight; its numel is ``O * I / groups``.
         window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
-        groups: blocks that see their own channels only. They are served as further domains.
+        groups: groups of a convolution, computed as further domains.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Outer(PerSampleGrad):
         a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
         if a.dtype != delta.dtype:
             a, delta = a.double(), delta.double()
-        self.factors = a, delta  # as given, one row a sample without a dimension for it
+        self.factors = a, delta  # without T if the arguments have none
         self.shape, self.samples = tuple(shape), a.shape[0]
         self.window, self.groups = list(window), groups
 
@@ -83,8 +83,8 @@ class Outer(PerSampleGrad):
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
-        # Where D of it are small, making them all first is faster on the CPU, up to three times
-        # with thousands of samples; and of many groups the weight is small
+        # On the CPU, for small D * numel, forming all domains first is up to three times faster
+        # with thousands of samples. With many groups, the weight is small
         entries = partition.num_domains * math.prod(self.shape)
         if self.groups > partition.num_domains or (self.delta.is_cpu and entries <= CACHED):
             return super().agreement(partition, weights, threshold, steepness)
@@ -122,7 +122,7 @@ class Outer(PerSampleGrad):
         return Outer(self.a[number], self.delta[number], self.shape, self.window, self.groups)
 
     def _rows(self) -> Outer:
-        """The same without a window: the patches become rows."""
+        """Unfold the window: the patches become rows."""
         if not self.window:
             return self
         return Outer(unfold(self.a, self.window), self.delta, self.shape)

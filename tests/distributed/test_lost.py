@@ -15,9 +15,9 @@ from pool import Pool
 def test_what_the_others_say() -> None:
     pool = Pool(2)
     answer, _ = pool.run(2, comes_late, timeout=timedelta(seconds=2))
-    assert answer.startswith("RuntimeError: VREx: rank 0 could not reach the other 1: one of them")
+    assert answer.startswith("RuntimeError: VREx: rank 0 could not reach the other 1 ranks")
     answer = pool.run(2, dies, answers=1)[0]
-    assert answer.startswith("RuntimeError: VREx: rank 0 could not reach the other 1: one of them")
+    assert answer.startswith("RuntimeError: VREx: rank 0 could not reach the other 1 ranks")
     pool.close()
 
 
