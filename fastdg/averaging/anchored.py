@@ -36,7 +36,7 @@ class Single(Batch):
 
 
 def _inside(opt: Anchored, group: Group) -> Any:
-    return group.get(f"{opt.prefix}_position")  # elsewhere an iteration begins from what there is
+    return group.get(f"{opt.prefix}_position")  # else it begins anew
 
 
 def _buffers(kind: str) -> PerRun:

@@ -51,9 +51,9 @@ def _none(opt: Averaged) -> dict[Tensor, Tensor]:
 class Averaged(DomainOptimizer):
     """Base of wrappers that keep an average of the weights beside the model.
 
-    Every step's weights join the mean of a segment; what becomes of the segments the class decides,
-    see `Segments`. Around a plain optimizer `backward` and ``statistics`` are those of `ERM`,
-    around a wrapper that one's.
+    Every step's weights join the mean of a segment. The class decides which segments join the
+    average, see `Segments`. Around a plain optimizer `backward` and ``statistics`` are those of
+    `ERM`, else the wrapper's inside.
     """
 
     role = "average"
@@ -87,7 +87,7 @@ class Averaged(DomainOptimizer):
 
     @abstractmethod
     def _segments(self) -> Segments:
-        """What the average is made of."""
+        """The segments that the average is made of."""
 
     # -- the averages --
 

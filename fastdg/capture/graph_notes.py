@@ -99,7 +99,7 @@ def found(losses: Tensor, owner: object) -> list[Any]:
 
 
 class Seen(NamedTuple):
-    """What a module returned, and the version of that tensor then."""
+    """The result of a module, and its version then."""
 
     tensor: Tensor
     version: int
@@ -118,7 +118,7 @@ def hook_on(register: Callable[..., Any], owner: object, method: str, *args: Any
 
     Args:
         register: ``module.register_forward_hook`` or the like; or a partial of it.
-        args: what the method is given before what the hook is.
+        args: arguments of the method before those of the hook.
     """
     handle = register(Hook(owner, method, *args))
     weakref.finalize(owner, handle.remove).atexit = False

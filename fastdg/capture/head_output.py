@@ -26,11 +26,11 @@ class HeadOutputs:
     def of(
         self, losses: Tensor, logits: Tensor | None, tape: Tape, check: bool
     ) -> tuple[HeadOutput, Resolved | None]:
-        """The logits of ``losses``: as the user gave them, or what the cross-entropy was taken of,
+        """The logits of ``losses``: as the user gave them, or the input of the cross-entropy,
         or else the result of the last layer with parameters, for which the graph is resolved.
 
         Raises:
-            TypeError, ValueError: what was given are no logits of these losses.
+            TypeError, ValueError: ``logits`` cannot be the logits of these losses.
         """
         checked = self.checked if check else None
         if logits is not None:
@@ -97,7 +97,9 @@ class HeadOutput:
             allow_unused=True,
         )
         if delta is None:
-            raise ValueError("logits: losses do not depend on them; pass what losses were made of")
+            raise ValueError(
+                "logits: losses do not depend on them; pass the logits that losses were made from"
+            )
         if self.head is not None:
             return self.head.rows(delta), self.head.rows(self.head.value)
         assert self.given is not None

@@ -17,8 +17,8 @@ class Forward:
     """A forward of the module.
 
     Attributes:
-        output: what it gave.
-        seen: that, if it has a graph.
+        output: the result.
+        seen: the result, if it has a graph.
         token: left on its graph node then, to tell losses that come from it.
     """
 
@@ -28,7 +28,7 @@ class Forward:
 
 
 class ModuleOutput:
-    """Takes what a module gives in a forward, until the losses of it come.
+    """Holds the output of a module's last forward until the losses of that come.
 
     Args:
         module: it, which is hooked for as long as this lives.

@@ -35,7 +35,7 @@ class OracleForwards:
     Args:
         model: the network in training, which is hooked for as long as this lives.
         oracle: the frozen network.
-        encoders: layer -> what compares its maps; a bias without a size gets that of the channels.
+        encoders: layer -> the module that compares its maps; its bias gets a size.
         name: of the wrapper, in messages.
         first: called before the first forward.
     """
@@ -83,7 +83,7 @@ class OracleForwards:
         return values
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to run: the oracle does so first, on what nobody has changed yet."""
+        """The model is about to run: the oracle runs before it, on inputs as they are now."""
         self.forward = None
         if not (model.training and recording()):
             return

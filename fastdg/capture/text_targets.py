@@ -1,4 +1,4 @@
-"""What texts say of classes: tables of their embeddings, and checks of what goes with these."""
+"""Tables of the embeddings of classes' texts, and checks of labels and logits for them."""
 
 from __future__ import annotations
 

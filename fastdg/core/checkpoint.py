@@ -25,7 +25,7 @@ Kept = dict[str, dict[Tensor, Tensor]]
 
 
 class Keeping(Wrapping):
-    """What is asked here of a wrapper that keeps state; `Stateful` does it."""
+    """The methods of a wrapper with state that are called here; `Stateful` has them."""
 
     _names: dict[Tensor, str]
     _own_state: Kept
@@ -285,7 +285,7 @@ def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, An
             f"it is wrapped; to go on with that run, wrap the {inner} in what saved it"
         )
     warn_user(
-        f"state_dict: what {names} kept in it is left out, since there is no such wrapper here",
+        f"state_dict: ignored the state of {names}, which does not wrap this optimizer",
     )
     marks = tuple(f"{prefix}_" for prefix in away)
 

@@ -61,7 +61,7 @@ class Forward:
 
     Args:
         opt: the wrapper.
-        closure: returns what `backward` takes, or calls it; or, if it has a parameter, the losses
+        closure: returns arguments of `backward`, or calls it; or, if it has a parameter, the losses
             of the domain that it is given, or ``(losses, domains)``.
 
     Attributes:
@@ -73,8 +73,8 @@ class Forward:
         self.by_domain = asks_for_domain(closure)
 
     def backward(self) -> Tensor:
-        """Run a closure without a parameter, and `backward` on what it returns, unless it has
-        called that itself; returns the mean loss, or what the closure returned."""
+        """Run a closure without a parameter, and `backward` on its losses, unless it has called
+        that itself; returns the mean loss, or the closure's result."""
         opt = self.opt
         if self.by_domain:
             raise TypeError(
@@ -110,7 +110,7 @@ class Forward:
     def two_passes(
         self, domain_penalty: Callable[[Tensor, Gradients], Tensor]
     ) -> dict[str, Tensor]:
-        """``.grad`` of the mean of the domains' losses and of what a second pass adds.
+        """``.grad`` of the mean of the domains' losses, and of penalties in a second pass.
 
         Args:
             domain_penalty: losses of one domain in the second pass, and the mean gradient -> the

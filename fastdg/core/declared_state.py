@@ -21,11 +21,11 @@ STEP_FIRST = "run one backward and step before loading"
 
 
 class Rows(NamedTuple):
-    """What the first dimension of a tensor counts.
+    """The meaning of the first dimension of a tensor, and its size.
 
     Attributes:
-        unit: of what there is a row each.
-        source: where their number is from, in messages.
+        unit: plural of the thing that has a row each.
+        source: name of the place that gives their number, for messages.
         number: wrapper, first group of a state -> how many there have to be; None: any number.
     """
 
@@ -42,13 +42,13 @@ class PerParameter:
 
     Args:
         key: in the state dict, after the prefix.
-        what: they are, in messages.
-        rows: what is counted by a dimension before those of the parameter; None: there is none.
-        begin: wrapper -> those of a new run, where they are known before any forward. So
-            torch.distributed.checkpoint, which loads into what there is, finds them.
+        what: name of the tensors in messages.
+        rows: meaning of a dimension before the parameter's own; None: there is none.
+        begin: wrapper -> the tensors of a new run, where they are known before any forward:
+            torch.distributed.checkpoint loads into tensors that exist.
         needed: wrapper, first group of a state -> whether a run goes on with them. If not, a state
             may lack them, and nothing is checked.
-        way: what makes an optimizer have them before it loads.
+        way: how a user makes them exist before a load, for messages.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ObjectState:
         key: in the group, after the prefix.
         read: wrapper -> the object's state; None: there is nothing to keep.
         write: wrapper, state -> the object has that state.
-        check: wrapper, first group of a state -> raises if the object cannot have what is there.
+        check: wrapper, first group of a state -> raises if the object cannot have the state there.
         fresh: whether the object starts anew where a loaded state has none.
     """
 
@@ -155,12 +155,12 @@ class ObjectState:
 
 
 class DeclaredState(NamedTuple):
-    """What a class and its bases declare.
+    """The declarations of a class and its bases.
 
     Attributes:
-        tensors: those of the wrapper.
-        values: name -> start of a run's values.
-        objects: those with state.
+        tensors: tensors in the entries of ``state``.
+        values: name -> start of a value in the first group.
+        objects: objects with state in the first group.
     """
 
     tensors: list[PerParameter]
@@ -169,7 +169,7 @@ class DeclaredState(NamedTuple):
 
 
 def declared_state(kind: type) -> DeclaredState:
-    """What ``kind`` and its bases declare; looked for once."""
+    """The declarations of ``kind`` and its bases; looked for once."""
     found = vars(kind).get("_declared_state")
     if not isinstance(found, DeclaredState):
         named = {name: x for base in reversed(kind.__mro__) for name, x in vars(base).items()}

@@ -137,8 +137,8 @@ def argument(
 
 
 def declared(kind: type) -> dict[str, Option]:
-    """The arguments that a class declares: its own in their order, then those of its bases, but
-    for those in place of which it has an attribute of another kind."""
+    """The arguments that a class declares: its own in their order, then its bases'. A plain
+    attribute of the same name takes an argument away."""
     found: dict[str, Option | None] = {}
     for base in kind.__mro__:
         for name, value in vars(base).items():
@@ -152,7 +152,7 @@ def own_signature(init: Callable[..., Any]) -> inspect.Signature:
 
 
 def declared_signature(kind: type) -> inspect.Signature:
-    """The signature of the constructor of a wrapper: ``base``, and what it declares."""
+    """The signature of a wrapper's constructor: ``base``, and the declared arguments."""
     base = inspect.Parameter(
         "base", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Optimizer"
     )
@@ -200,7 +200,7 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
 
 
 def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor by name, checked, with the defaults of those left out.
+    """The arguments of a constructor by name, checked, with the defaults of the others.
 
     Raises:
         TypeError: there are too many, one is missing, given twice, or not declared.

@@ -17,7 +17,7 @@ from .hyper import nearest
 
 
 class Penalty(Protocol):
-    """What a wrapper asks of the terms inside it; `Term` is one."""
+    """The methods of the terms inside a wrapper that it calls; `Term` has them."""
 
     def inputs(self) -> dict[str, bool]: ...
     def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput: ...

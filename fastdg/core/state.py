@@ -71,7 +71,7 @@ class Stateful(checkpoint.Keeping):
                 self.param_groups[0][f"{self.prefix}_{state.key}"] = value
 
     def _note_objects(self) -> None:
-        """Before a step that a GradScaler may skip: what to put back then."""
+        """Keep the states of objects before a step that a GradScaler may skip."""
         if self._scaler is not None and self._before is None:
             self._before = {state.key: state.read(self) for state in self._declared.objects}
 

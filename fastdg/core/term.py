@@ -27,8 +27,8 @@ class Term(DomainOptimizer):
     gradients see losses with their terms; those that penalise something of the losses see the
     losses alone, and the terms' mean joins the objective.
 
-    A term implements `sample_penalty`. What that takes by keyword the user passes to `backward`
-    of the outermost wrapper, by that name; an argument without a default is needed.
+    A term implements `sample_penalty`. The user passes its keyword arguments to `backward` of the
+    outermost wrapper, by the same names; an argument without a default is needed.
     """
 
     role = "term"
@@ -38,15 +38,15 @@ class Term(DomainOptimizer):
     def sample_penalty(
         self, losses: Tensor, *args: Any, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is added to each of ``losses`` ``[N]``, times the weight and with its graph, and
-        statistics that are means over the samples, detached."""
+        """The penalty of each sample ``[N]``, times its weight and with its graph, and statistics
+        that are means over the samples, detached."""
 
     def weighted(
         self, parts: Mapping[str, tuple[float, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of weight times values ``[N]``, and the mean of the values by name.
 
-        What has no weight stays out: 0 * inf is NaN.
+        Values of weight 0 stay out, as 0 * inf is NaN.
         """
         found = [weight * values for weight, values in parts.values() if weight > 0]
         (_, first), *_ = parts.values()
@@ -57,7 +57,7 @@ class Term(DomainOptimizer):
         return total, {name: values.detach().mean() for name, values in names.items()}
 
     def modules(self) -> Sequence[nn.Module]:
-        """What owns the term's own parameters, if it has any."""
+        """The modules that own the term's parameters, if it has any."""
         return ()
 
     def inputs(self) -> dict[str, bool]:
@@ -67,7 +67,7 @@ class Term(DomainOptimizer):
         return {p.name: p.default is p.empty for p in parameters if p.kind is kinds}
 
     def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput:
-        """What this term adds to ``losses``; every check on that."""
+        """The penalties of ``losses``, checked."""
         takes, name = self.inputs(), type(self).__name__
         missing = [key for key, needed in takes.items() if needed and inputs.get(key) is None]
         if missing:
@@ -116,7 +116,7 @@ class VarianceTerm(Term):
 
     def _join(self, marks: Mapping[str, Any], more: Mapping[str, Any]) -> None:
         """Find the group with the entries ``marks`` and take its parameters; or give the optimizer
-        such a group, with those and ``more``."""
+        a group with them and the entries ``more``."""
         marks = {f"{self.prefix}_{key}": value for key, value in marks.items()}
         name, first, biases = type(self).__name__, self.param_groups[0], self.biases
         for group in self.param_groups:
@@ -138,7 +138,7 @@ class VarianceTerm(Term):
         self.base.add_param_group({**group, "params": params, **marks, **own})
 
     def _own_group(self) -> int:
-        """Where among the groups that of the parameters is."""
+        """Place of the variances' group among the groups."""
         own = {id(bias) for bias in self.biases.values()}
         return next(i for i, g in enumerate(self.param_groups) if own & set(map(id, g["params"])))
 

@@ -304,7 +304,7 @@ def test_resumes_bit_for_bit(name: str) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore:state_dict. what VREx kept in it is left out")
+@pytest.mark.filterwarnings("ignore:state_dict. ignored the state of VREx")
 def test_a_state_without_miro_starts_it_anew() -> None:
     model, (batch,) = net(), batches(1)
     bare = MAKES["adam"](model)

@@ -40,13 +40,13 @@ def _check(opt: WeightedCombiner, group: Group) -> None:
         )
     if state is None and group.get(f"{opt.prefix}_steps") and keeps_state(opt.weighting):
         warn_user(
-            f"state_dict: it has no state of the weighting, so that of this {name} stays as it "
-            "is. Checkpoints of earlier versions had none."
+            f"state_dict: it has no state of the weighting, so this {name} keeps its own. "
+            "Checkpoints of earlier versions had none."
         )
 
 
 class WeightedCombiner(GradientCombiner):
-    """Checks what the user's ``weighting`` is asked and what it returns, and keeps its state.
+    """Asks the user's ``weighting``, checks its results, and keeps its state.
 
     A class declares two arguments: ``weighting``, ``[D, D]`` Gram matrix -> ``[D]`` weights, and
     ``normalize``, whether the matrix is divided by the power of two next to its trace.
