@@ -21,7 +21,7 @@ _NOT_INSTALLED = (
 
 
 def load() -> None:
-    """Load the compiled extension if it is there; never raises, ``status()`` tells the outcome."""
+    """Load the compiled extension if it is there; never raises, see ``status()``."""
     status()
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer's statistics look like in TensorBoard and in Weights & Biases."""
+"""Write an optimizer's statistics to TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 

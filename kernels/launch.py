@@ -40,18 +40,18 @@ def processors(device: torch.device) -> int:
 
 
 def fills(programs: int, device: torch.device) -> bool:
-    """Whether ``programs`` leave no multiprocessor idle."""
+    """Return whether ``programs`` leave no multiprocessor idle."""
     return programs >= processors(device)
 
 
 def hopper(device: torch.device) -> bool:
-    """Whether matrix instructions read shared memory and leave the registers to accumulators. Later
-    GPUs do so too, but Triton spills some there."""
+    """Return whether matrix instructions read shared memory, so that registers hold accumulators.
+    Later GPUs do so too, but Triton spills some there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def gradient_like(x: Tensor, order: Tensor) -> Tensor:
-    """A gradient of ``x`` to be written for every sample of a domain; zero for samples of none."""
+    """Allocate a gradient of ``x``; it is zero for samples that belong to no domain."""
     return x.new_empty(x.shape) if order.numel() == x.shape[0] else x.new_zeros(x.shape)
 
 
@@ -154,7 +154,7 @@ def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, i
 
 
 def paired(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Any, Tensor, int]:
-    """``address(a, window)``, ``delta`` and T for sums over (sample, position) pairs."""
+    """Return ``address(a, window)``, ``delta`` and T for sums over (sample, position) pairs."""
     T = windows.sizes(a.shape, window)[0]
     if T >= 16 and not window:
         a, delta, T, _ = summed_last(a, delta, window)

@@ -103,7 +103,7 @@ def moments_backward(
     order: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """The gradient of `moments`, one read and one write of ``grads``."""
+    """Return the gradient of `moments`, one read and one write of ``grads``."""
     P, domains = grads.shape[1], offsets.numel() - 1
     out = gradient_like(grads, order)
     columns = _columns(P, domains)

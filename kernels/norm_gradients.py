@@ -172,7 +172,7 @@ def norm_gradients_backward(
     own: bool,
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `norm_gradients`: both maps read once from memory, once from the caches."""
+    """Return the gradient of `norm_gradients`; reads both maps from memory once."""
     N, T, C, S = x.shape
     rows = by_rows(x, delta)
     of_x, of_delta = gradient_like(x, rows), gradient_like(delta, rows)

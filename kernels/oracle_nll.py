@@ -99,7 +99,7 @@ def oracle_nll(features: Tensor, oracle: Tensor, bias: Tensor) -> tuple[Tensor, 
 def oracle_nll_backward(
     grad: Tensor, features: Tensor, oracle: Tensor, bias: Tensor, squares: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `oracle_nll`: one read of both maps, one write."""
+    """Return the gradient of `oracle_nll`: one read of both maps, one write."""
     N, C, P = features.shape
     tile, out = _tile(features), gradient_like(features, by_rows(features))
     launch(

@@ -160,7 +160,7 @@ def _rank_one_kernel(
     """``out = u * (v^2 slope) + v level`` for BLOCK_N samples of one domain, BLOCK_U columns.
 
     With g = u v^T, dL/dg = slope * g + level; slope = 2/n grad_variance, level = 1/n grad_mean -
-    mean * slope. Strides m are those of grad_mean, w those of grad_variance and mean.
+    mean * slope. Strides m belong to grad_mean, w to grad_variance and mean.
     """
     tiles_u = tl.cdiv(U, BLOCK_U)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_u  # a domain can hold every sample; mostly it does not
@@ -204,7 +204,7 @@ def _rank_one(
     grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
     order: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(grad_a, grad_delta)`` for rows ``a [N, I]`` and ``delta [N, O]``."""
+    """Return ``(grad_a, grad_delta)`` for rows ``a [N, I]`` and ``delta [N, O]``."""
     domains, samples = offsets.numel() - 1, a.shape[0]
     block_n = block(triton.cdiv(samples, max(1, domains)), 64)
     grads = []
@@ -232,9 +232,9 @@ def _geometry(
 
     Returns:
         ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; ``row_last [T]`` and ``tap [taps]``
-        of an input ``[*S, C]``; ``position [places]``, the places of the input, those that see the
-        same taps next to each other; ``source [taps, places]``, the output position that reads a
-        place through a tap, or -1.
+        of an input ``[*S, C]``; ``position [places]``, the places of the input, sorted so that
+        places with the same taps are next to each other; ``source [taps, places]``, the output
+        position that reads a place through a tap, or -1.
     """
     kernel, stride, dilation = windows.split(window)
     places, taps = prod(spatial), prod(kernel)
@@ -266,7 +266,7 @@ def outer_moments_backward(
     grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
     order: Tensor, offsets: Tensor, window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradient of `outer_moments`."""
+    """Return the gradient of `outer_moments`."""
     grad_variance, mean = grad_variance.contiguous(), mean.contiguous()
     if a.shape[1] == 1 and not window:
         rows = a[:, 0], delta[:, 0]

@@ -18,8 +18,8 @@ def _place(
     embedding, text, anchors, teacher, y, a, A, E, stride,
     BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One over the length, the cosines with the text and the anchors, their softmax, and what that
-    has more than the teacher's."""
+    """Return one over the length, the cosines with the text and the anchors, their softmax, and its
+    difference to the teacher's."""
     square = 0.0
     cosine = 0.0
     around = tl.zeros((BLOCK_A,), tl.float32)
@@ -121,7 +121,7 @@ def text_distance_backward(
     anchors: Tensor,
     teacher: Tensor,
 ) -> Tensor:
-    """The gradient of `text_distance`, which computes the cosines anew."""
+    """Return the gradient of `text_distance`, which computes the cosines anew."""
     N, E = embeddings.shape
     C, A = anchors.shape[:2]
     out = embeddings.new_empty((N, E))

@@ -71,7 +71,7 @@ takes float32, bfloat16 and float16. To log why a backend passes a call on:
 
 
 def ops_table() -> Table:
-    """The backends that compute each op."""
+    """Return the backends that compute each op."""
     table = Table(title="ops", title_justify="left")
     names = [name for name in BACKENDS if name != "reference"]
     here = {name: available for name, (available, _) in backends().items()}

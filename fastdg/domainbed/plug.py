@@ -27,7 +27,7 @@ IMPORTS = "Install its imports: pip install torchvision timm wilds tqdm"
 
 
 def find(name: str) -> Any:
-    """The module ``domainbed.{name}``.
+    """Return the module ``domainbed.{name}``.
 
     Raises:
         ImportError: there is no DomainBed, or none where ``DOMAINBED`` says, or it lacks something.
@@ -82,7 +82,7 @@ def _enough(loader: type[Any]) -> type[Any]:
 
 
 def _fetching(download: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.hub's download of pre-trained weights, which says where to put them by hand."""
+    """Return torch.hub's download of weights, with an error that names the file to put there."""
 
     def download_url_to_file(url: str, dst: str, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -38,7 +38,7 @@ class Trained(Protocol):
         """Make one step; returns the values that DomainBed logs."""
 
     def wrapper(self) -> Optimizer:
-        """The optimizer that makes the steps."""
+        """Return the optimizer that makes the steps."""
 
 
 class Journal:
@@ -143,22 +143,22 @@ class Journal:
         self.evaluated = False
 
     def _check(self, saved: dict[str, str], here: dict[str, str]) -> None:
-        for what, value in saved.items():
-            if value != here[what]:
+        for name, value in saved.items():
+            if value != here[name]:
                 raise Refused(
-                    f"{self.path}: it is of another run, whose {what} at step {len(self.values)} "
-                    f"was {value}, but here it is {here[what]}. Pass the arguments of that run, or "
+                    f"{self.path}: it is of another run, whose {name} at step {len(self.values)} "
+                    f"was {value}, but here it is {here[name]}. Pass the arguments of that run, or "
                     "another --output_dir; or delete the file to start anew"
                 )
 
 
 def unfinished(path: Path) -> bool:
-    """Whether this is the checkpoint of a run that has not come to its end."""
+    """Return whether this is the checkpoint of a run that has not ended."""
     return path.exists() and not (path.parent / "done").exists()
 
 
 def runs_to_resume(folder: Path) -> list[list[str]]:
-    """The arguments of the unfinished runs in ``folder`` and below it."""
+    """Return the arguments of the unfinished runs in ``folder`` and below it."""
     return [
         load(path, whole=False)["arguments"]
         for path in sorted(folder.rglob(FILE))
@@ -167,7 +167,7 @@ def runs_to_resume(folder: Path) -> list[list[str]]:
 
 
 def load(path: Path, whole: bool = True) -> dict[str, Any]:
-    """The checkpoint at ``path``; without ``whole``, tensors are read when they are used.
+    """Return the checkpoint at ``path``; without ``whole``, tensors are read when they are used.
 
     Raises:
         Refused: it cannot be read, is damaged, or is no checkpoint of a run.
@@ -191,7 +191,7 @@ def identity(algorithm: Trained, minibatches: Minibatches) -> dict[str, str]:
 
 
 def fingerprint(minibatches: Minibatches) -> str:
-    """The same for the same data."""
+    """Return a digest of the data."""
     digest = hashlib.sha256()
     for x, y in minibatches:
         for tensor in (x, y):

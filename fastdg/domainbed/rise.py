@@ -17,9 +17,9 @@ class RISEAdapter(Adapter):
     """The network gets a linear layer between features and classifier, whose output is the
     embedding; the classifier begins as the texts of the classes, as in the paper.
 
-    ``rise_clip`` names a CLIP model for transformers, on the hub or a folder. It sees what the
-    student sees, as in the authors' code. ``rise_classes`` has to name the classes, in the order of
-    the labels: DomainBed does not tell algorithms what they are called.
+    ``rise_clip`` names a CLIP model for transformers, on the hub or a folder. It sees the
+    student's images, as in the authors' code. ``rise_classes`` has to name the classes, in the
+    order of the labels: DomainBed does not pass their names to algorithms.
     """
 
     featurizer: Any

@@ -1,4 +1,4 @@
-"""What all examples train on: small images from three cameras, and a fourth to test with."""
+"""The data of all examples: small images from three cameras, and a fourth to test with."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EPOCHS, BATCH = 6, 20
 
 
 def data(seed: int) -> TensorDataset:
-    """Two domains: the first input tells the label in both, the second is for it or against it."""
+    """Two domains: the first input predicts the label in both, the second helps or misleads."""
     generator = torch.Generator().manual_seed(seed)
     y, domain = torch.arange(200) % 2, torch.arange(200) // 100
     x = torch.randn(200, 4, generator=generator)

@@ -38,7 +38,7 @@ def mask(
 def masked(
     gradients: Sequence[Tensor], weights: Tensor, threshold: float, steepness: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``agreement`` of one parameter: the combination, and both sums in float64."""
+    """Return ``agreement`` of one parameter: the combination, and both sums in float64."""
     present = weights != 0
     kept = [g.where(here, 0) for g, here in zip(gradients, present, strict=True)]
     m = mask(gradients, weights, threshold, steepness).where(present.any(), 0)

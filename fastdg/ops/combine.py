@@ -13,7 +13,7 @@ from .gradients import flatten, in_dtype_of, of_parameter, statistic_dtype
 
 
 def weighted_sum(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_d w_d g_d`` of one parameter in the dtype of the weights, contiguous."""
+    """Return ``sum_d w_d g_d`` of one parameter in the dtype of the weights, contiguous."""
     total = gradients[0].new_zeros(gradients[0].shape, dtype=weights.dtype)
     for gradient, weight in zip(gradients, weights, strict=True):
         total += gradient * weight

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def flatten(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """``gradients[d][k]`` at position ``d * P + k``. The op checks the tensors.
+    """Return ``gradients[d][k]`` at position ``d * P + k``. The op checks the tensors.
 
     Raises:
         TypeError: a domain has no list.
@@ -48,12 +48,12 @@ def of_parameter(flat: Sequence[Tensor], domains: int, k: int) -> list[Tensor]:
 
 
 def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over parameters are returned in: float64 stays, halves become float32."""
+    """Return the dtype of sums over parameters: float64 stays, halves become float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def by_rows(*maps: Tensor) -> bool:
-    """Whether the channels of a position lie side by side, as in tokens, and not the positions."""
+    """Return whether the channels of a position lie side by side, as in tokens."""
     return all(
         x.shape[-1] > 1 and x.stride(-1) != 1 and (x.shape[-2] < 2 or x.stride(-2) == 1)
         for x in maps
@@ -61,7 +61,7 @@ def by_rows(*maps: Tensor) -> bool:
 
 
 def gradient_like(x: Tensor, rows: bool) -> Tensor:
-    """A gradient of x to be written, in dense memory: its channels side by side, or positions."""
+    """Allocate a gradient of x in dense memory, with its channels or its positions side by side."""
     *outer, channels, positions = x.shape
     if rows:
         return x.new_empty((*outer, positions, channels)).transpose(-2, -1)

@@ -14,7 +14,7 @@ from .gradients import by_rows, gradient_like, statistic_dtype
 
 
 def dtype_of(x: Tensor, delta: Tensor) -> torch.dtype:
-    """The dtype of the results, and of mean and rstd."""
+    """Return the dtype of the results, and of mean and rstd."""
     same = x.dtype is delta.dtype  # to promote them dispatches an op
     return statistic_dtype(x.dtype if same else torch.promote_types(x.dtype, delta.dtype))
 
@@ -33,7 +33,7 @@ def reference(
 
 
 def reciprocal(rstd: Tensor | None, eps: float | None) -> Tensor | None:
-    """The reciprocal standard deviation; with ``eps`` it is a variance that is given."""
+    """Return the reciprocal standard deviation; with ``eps`` it is a variance that is given."""
     return rstd if rstd is None or eps is None else (rstd + eps).rsqrt()
 
 
@@ -44,14 +44,14 @@ def normalised(x: Tensor, mean: Tensor | None, rstd: Tensor | None) -> Tensor:
 
 
 def spread(statistic: Tensor, channels: int) -> Tensor:
-    """``[N, T, G]`` as ``[N, T, C, 1]``, the same for all channels of a group."""
+    """Return ``[N, T, G]`` as ``[N, T, C, 1]``, the same for all channels of a group."""
     groups = statistic.shape[2]
     wide = statistic.unsqueeze(3).expand(*statistic.shape, channels // groups)
     return wide.flatten(2).unsqueeze(3)
 
 
 def averaged(values: Tensor, groups: int) -> Tensor:
-    """``[N, T, C, S]`` as the mean of each group ``[N, T, G]``."""
+    """Return ``[N, T, C, S]`` as the mean of each group ``[N, T, G]``."""
     return values.unflatten(2, (groups, values.shape[2] // groups)).mean((3, 4))
 
 

@@ -17,7 +17,7 @@ FLOOR = 1e-5  # of the variance: it bounds the gain of coinciding features
 
 
 def variance_of(bias: Tensor) -> Tensor:
-    """The variance that a bias b stands for, positive."""
+    """Return the variance that a bias b stands for, positive."""
     return F.softplus(bias) + FLOOR
 
 
@@ -28,7 +28,7 @@ def reference(features: Tensor, oracle: Tensor, bias: Tensor) -> tuple[Tensor, T
 
 
 def values_of(squares: Tensor, bias: Tensor, positions: int) -> Tensor:
-    """The value of each sample ``[N]`` from its sums of squares ``[N, C]``."""
+    """Return the value of each sample ``[N]`` from its sums of squares ``[N, C]``."""
     variance = variance_of(bias)
     total = (squares / variance + positions * variance.log()).sum(1)
     return total * (0.5 / max(1, squares.shape[1] * positions))
@@ -52,12 +52,12 @@ def reference_backward(
 
 
 def bias_gradient(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) -> Tensor:
-    """The derivative by the bias ``[C]``, for which the sums of squares ``[N, C]`` are enough."""
+    """Return the derivative by the bias ``[C]``, from the sums of squares ``[N, C]`` alone."""
     return bias_gradients(grad, bias, squares, positions).sum(0).to(bias.dtype)
 
 
 def bias_gradients(grad: Tensor, bias: Tensor, squares: Tensor, positions: int) -> Tensor:
-    """What each sample adds to it, ``[N, C]``."""
+    """Return each sample's part of it, ``[N, C]``."""
     b = bias.to(squares.dtype)
     variance = variance_of(b)
     slope = (positions - squares / variance) * (b.sigmoid() / variance)
@@ -189,7 +189,7 @@ def sums_of_squares(
 
 
 def both(features: Tensor, oracle: Tensor, sample: int, channel: int) -> tuple[Tensor, Tensor]:
-    """Both maps as ``[N, C, P]``, after a look at their shapes, which these do not show."""
+    """Return both maps as ``[N, C, P]``, after a check of their full shapes."""
     for name, x in (("features", features), ("oracle", oracle)):
         checks.floating(name, x)
         checks.shape(name, x, features.shape, "as features")
@@ -197,7 +197,7 @@ def both(features: Tensor, oracle: Tensor, sample: int, channel: int) -> tuple[T
 
 
 def arranged(x: Tensor, sample: int, channel: int) -> Tensor:
-    """``x`` as ``[N, C, P]``: a view, unless its positions lie in no regular order."""
+    """Return ``x`` as ``[N, C, P]``: a view, unless its positions lie in no regular order."""
     dims = x.dim()
     inside = -dims <= sample < dims and -dims <= channel < dims
     if dims < 2 or not inside or sample % dims == channel % dims:

@@ -101,8 +101,8 @@ def outer_agreement(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Weighted sum of the domains' mean gradients where their signs agree.
 
-    What `agreement` makes of the :math:`G_d` of `outer_domain`, which are never all there: at most
-    about one weight's worth of them at a time.
+    The same as `agreement` of the :math:`G_d` of `outer_domain`, but in the memory of about one
+    weight: they never exist all at once.
 
     Args:
         a: layer inputs as in `outer_domain`.

@@ -27,7 +27,7 @@ def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
-    """``rows`` in pieces whose gradients, of ``elements`` entries each, fit the chunk budget."""
+    """Split ``rows`` so that their gradients of ``elements`` entries each fit the chunk budget."""
     return rows.split(max(1, CHUNK_ELEMENTS // max(1, elements)))
 
 
@@ -110,7 +110,7 @@ def _fake_backward(
 def check(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> tuple[Any, Any, Any]:
-    """Returns the shape ``(D, O, I)`` of a statistic of every domain."""
+    """Return the shape ``(D, O, I)`` of a statistic of every domain."""
     outputs, inputs = checks.outer(a, delta, window)
     return checks.partition(order, offsets, a, "a"), outputs, inputs
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 
 def split(window: Sequence[int]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
-    """``(kernel, stride, dilation)``, each with one entry per spatial dimension."""
+    """Return ``(kernel, stride, dilation)``, each with one entry per spatial dimension."""
     dims = len(window) // 3
     return window[:dims], window[dims : 2 * dims], window[2 * dims :]
 
@@ -34,7 +34,7 @@ def positions(spatial: Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
 
 
 def sizes(a_shape: Sequence[int], window: Sequence[int]) -> tuple[int, int]:
-    """``(T, I)`` of the outer product described by ``a`` and ``window``."""
+    """Return ``(T, I)`` of the outer product described by ``a`` and ``window``."""
     if not window:
         return a_shape[1], a_shape[2]
     return prod(positions(a_shape[2:], window)), a_shape[1] * prod(split(window)[0])
@@ -67,7 +67,7 @@ def unfold(a: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def fold(rows: Tensor, a_shape: Sequence[int], window: Sequence[int]) -> Tensor:
-    """The transpose of `unfold`: sums rows ``[N, T, I]`` back into ``a_shape``."""
+    """Return the transpose of `unfold`: sums rows ``[N, T, I]`` back into ``a_shape``."""
     if not window:
         return rows
     kernel, stride, dilation = split(window)
@@ -96,8 +96,8 @@ def offsets(
 ) -> tuple[Tensor, Tensor]:
     """Element offsets ``(row [T], column [I])`` of a patch inside one sample of ``a``.
 
-    Element ``(t, i)`` of the unfolded sample lies at ``row[t] + column[i]``. ``strides`` are those
-    of ``a`` without the sample dimension: ``(channel, *spatial)``.
+    Element ``(t, i)`` of the unfolded sample lies at ``row[t] + column[i]``. ``strides`` are the
+    strides of ``a`` without the sample dimension: ``(channel, *spatial)``.
     """
     kernel, stride, dilation = split(window)
     out = positions(spatial, window)

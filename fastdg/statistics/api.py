@@ -17,7 +17,7 @@ from .small import Small
 
 
 def explain(losses: Tensor, params: Params) -> Explanation:
-    """A table of how the per-sample gradients of each parameter are made, and at which cost.
+    """Return a table of how the per-sample gradients of each parameter are made, and at which cost.
 
     Args:
         losses: per-sample losses ``[N]`` with their graph, which is kept.

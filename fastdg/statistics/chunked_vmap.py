@@ -92,7 +92,7 @@ class Streamed(torch.autograd.Function):
 
 
 def _late(tensors: list[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors``, for a compiler not before ``upstream``.
+    """Return ``tensors`` so that a compiler cannot use them before ``upstream``.
 
     It would find that the backward computes the forward's chunks over again, and keep them all.
     """

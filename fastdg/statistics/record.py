@@ -57,7 +57,7 @@ def record(model: nn.Module, params: Selection = "all", *, check: bool = True) -
 
 
 def tape_of(params: Any) -> Tape:
-    """The parameters that ``params`` names.
+    """Return the parameters that ``params`` names.
 
     Args:
         params: a model, an optimizer (a wrapper of fastdg among them), a tape, one parameter, a

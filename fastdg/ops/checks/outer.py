@@ -41,7 +41,7 @@ def outer(a: Any, delta: Any, window: Sequence[int]) -> tuple[Any, Any]:
 
 
 def _windowed(a: Tensor, window: Sequence[int]) -> tuple[Any, Any]:
-    """``(T, I)`` of the patches."""
+    """Return ``(T, I)`` of the patches."""
     count = a.dim() - 2
     if count < 1 or len(window) != 3 * count:
         raise ValueError(

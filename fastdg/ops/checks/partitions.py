@@ -34,7 +34,7 @@ def partition(order: Any, offsets: Any, like: Tensor, of: str) -> Any:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of an index are to be looked at."""
+    """Return whether to read the values of an index."""
     return x.device.type == "cpu" or os.environ.get("FASTDG_CHECK_INDICES") == "1"
 
 
@@ -74,7 +74,7 @@ FEW = 512  # numbers, which Python goes through faster than a few ops
 
 
 def _ascending(x: Tensor | list[int], least: int) -> bool:
-    """Whether each number is that much larger than the one before it."""
+    """Return whether each number exceeds the one before it by ``least`` or more."""
     if isinstance(x, Tensor):
         return bool((x[1:] - x[:-1] >= least).all())
     return all(b - a >= least for a, b in pairwise(x))
@@ -92,5 +92,5 @@ def label_values(labels: Tensor, classes: int) -> None:
 
 
 def _short(x: Tensor) -> str:
-    """The values of a vector, cut off where they are many."""
+    """Return the values of a vector, cut off where they are many."""
     return f"{x[:8].tolist()}{'...' if x.shape[0] > 8 else ''}"

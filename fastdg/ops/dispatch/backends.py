@@ -19,7 +19,7 @@ _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as the
 
 
 def _float32(op: Op, device: str) -> Supports:
-    """The compiled ops take fp32 on their device; all else goes to the reference."""
+    """Return ``supports`` of a compiled op: it takes fp32 on its device, and nothing else."""
 
     def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
         x = first_float(args)
@@ -41,7 +41,7 @@ def _float32(op: Op, device: str) -> Supports:
 
 
 def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
-    """``op``, which writes to memory that autograd watches, and telling autograd of it."""
+    """Return ``op`` so that autograd counts its writes to memory."""
     written = [
         k
         for k, argument in enumerate(op._schema.arguments)
@@ -84,7 +84,7 @@ def _attach_native() -> None:
 
 
 def _native_fault(available: bool, reason: str) -> str | None:
-    """Warning about compiled ops that this install was to have and has not."""
+    """Return a warning if this install lacks compiled ops that it should have."""
     if os.environ.get("FASTDG_BACKEND") == "reference":
         return None
     if not available:

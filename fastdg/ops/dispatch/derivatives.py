@@ -66,7 +66,7 @@ def not_recorded(name: str) -> None:
 
 
 def call(name: str, *args: Any) -> Any:
-    """Op ``name`` on ``args``, wherever it is called."""
+    """Call op ``name`` on ``args``: in eager code, under transforms, or traced."""
     if _torch.functorch_active() or _torch.forward_ad_active():
         if name not in _FUNCTIONS:
             raise RuntimeError(
@@ -90,7 +90,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 def _plain(args: tuple[Any, ...]) -> bool:
-    """Whether nothing but autograd watches the call: then it needs no dispatcher."""
+    """Return whether nothing but autograd watches the call: then it needs no dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and not _torch.dispatch_modes()
@@ -111,12 +111,12 @@ def _recorded(arg: Any) -> bool:
 
 
 def _tensors(arg: Any) -> int:
-    """How many tensors a list of tensors has; 0 for any other argument."""
+    """Return the length of a list of tensors; 0 for any other argument."""
     return len(arg) if isinstance(arg, list) and arg and isinstance(arg[0], Tensor) else 0
 
 
 def _applied(function: type[torch.autograd.Function], args: Sequence[Any]) -> Any:
-    """``function`` of the arguments, lists of tensors one by one, and of `_tensors` of each."""
+    """Apply ``function`` to the arguments, with lists unpacked, and to `_tensors` of each."""
     sizes = tuple(_tensors(arg) for arg in args)
     flat = [x for arg, n in zip(args, sizes, strict=True) for x in (arg if n else [arg])]
     return function.apply(*flat, sizes)
@@ -132,7 +132,7 @@ def _gathered(given: Sequence[Any]) -> tuple[list[Any], Sequence[int]]:
 def _functions(
     name: str, setup: Callable[..., None], backward: Callable[..., Any]
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """Op ``name`` for eager code, and for transforms; to be `_applied`."""
+    """Return op ``name`` for eager code, and for transforms; to be `_applied`."""
 
     class Derivative(torch.autograd.Function):
         @staticmethod

@@ -37,7 +37,7 @@ _forced: Carried[str | None] = Carried("fastdg_backend", None)
 
 @dataclass
 class Op:
-    """One op: its checks (`fastdg.ops.checks`), its reference and whatever else can compute it.
+    """One op: its checks (`fastdg.ops.checks`), its reference and all backends that compute it.
 
     The first argument is a tensor, or a list of them, on the device where the op runs.
     """
@@ -78,13 +78,13 @@ class Op:
             raise
 
     def shapes(self, *args: Any) -> Any:
-        """The fake implementation, after the checks."""
+        """Return the fake implementation, after the checks."""
         with suppress(*unknown_size_errors()):  # of a size that is known when the op runs
             self.check(*args)
         return self.fake(*args)
 
     def route(self, *args: Any) -> Implementation:
-        """The implementation that serves these arguments."""
+        """Return the implementation that serves these arguments."""
         device = _first(args).device.type
         forced = _forced.get()
         if forced is None and (forced := os.environ.get("FASTDG_BACKEND") or None) is not None:
@@ -114,7 +114,7 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 
 
 def first_float(args: Sequence[Any]) -> Tensor:
-    """The first tensor, or tensor of a list, that is no index."""
+    """Return the first tensor, or tensor of a list, that is no index."""
     for arg in args:
         for x in arg[:1] if isinstance(arg, (list, tuple)) else (arg,):
             if isinstance(x, Tensor) and x.is_floating_point():
@@ -162,7 +162,7 @@ def define(
 
 
 def forced_backend() -> str | None:
-    """The backend of the `use_backend` block that this thread is in."""
+    """Return the backend of the `use_backend` block that this thread is in."""
     return _forced.get()
 
 

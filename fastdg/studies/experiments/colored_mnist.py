@@ -232,7 +232,7 @@ def run_all(
     result that is written first stays. ``fresh`` ignores earlier results.
 
     Returns:
-        What is written to ``results.json``: ``protocol``, ``machine``, ``command`` and, for each
+        The content of ``results.json``: ``protocol``, ``machine``, ``command`` and, for each
         algorithm, its ``restarts`` and a ``summary`` beside the paper's numbers.
 
     Raises:
@@ -252,7 +252,7 @@ def run_all(
         return load_results(path, "protocol", asdict(protocol), _valid)
 
     def change(found: dict[str, Any] | None) -> dict[str, Any]:
-        """The same with the restarts made by this run that are not there yet."""
+        """Add the restarts of this run that the file lacks."""
         entries = {} if found is None else found["algorithms"]
         for name in algorithms:
             there = entries.get(name, {"restarts": []})["restarts"]
@@ -278,10 +278,10 @@ def run_all(
                 if fresh:
                     checkpoint.unlink(missing_ok=True)
 
-                def told(count: int, name: str = name, seed: int = seed, done: int = done) -> None:
+                def show(count: int, name: str = name, seed: int = seed, done: int = done) -> None:
                     progress(f"{name}, restart {seed}", done + count, total)
 
-                restart = run(name, seed, data_dir, checkpoint, protocol, told)
+                restart = run(name, seed, data_dir, checkpoint, protocol, show)
                 made[name].append(asdict(restart))
                 results = update_results(path, load, change)
                 checkpoint.unlink(missing_ok=True)

@@ -80,7 +80,7 @@ class Plan:
         check(self.data / "pacs")
 
     def weights(self) -> Path:
-        """The pre-trained network's file."""
+        """Return the pre-trained network's file."""
         found = sorted((self.data / "weights").glob("resnet20*"))
         if not found:
             raise ValueError(
@@ -123,9 +123,9 @@ def run(
 def train(plan: Plan, algorithm: str, left_out: int, seed: int) -> dict[str, Any]:
     """Train on all domains but one. Deterministic in its arguments, times aside.
 
-    Split and selection are those of `training.train`: 80:20 of each training domain, and the
-    checkpoint with the best mean accuracy on (`HELD` images of) the 20 % parts. What is evaluated
-    of SWAD is the averaged model.
+    Split and selection are as in `training.train`: 80:20 of each training domain, and the
+    checkpoint with the best mean accuracy on (`HELD` images of) the 20 % parts. SWAD's averaged
+    model is evaluated.
 
     Returns:
         ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen

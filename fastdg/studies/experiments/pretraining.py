@@ -26,7 +26,7 @@ def pretrain(model: nn.Sequential, images: Sequence[Tensor], seed: int) -> None:
     Args:
         model: ends in the linear layer that the labels are for, which is left as it is.
         images: of each training domain, ``[n, C, 8, 8]``.
-        seed: of the order of the images, and of the layer that tells the turns.
+        seed: of the order of the images, and of the layer that predicts the turns.
     """
     x = torch.cat(list(images))
     generator = torch.Generator().manual_seed(seed)

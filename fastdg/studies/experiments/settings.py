@@ -87,8 +87,8 @@ class Setting:
         lr: Adam's.
         steps: of a run by default.
         anneal: share of the steps before penalties have their weight.
-        given: wrapper's class -> further arguments of it on this task. Those whose weight is
-            annealed have an entry.
+        given: wrapper's class -> further arguments of it on this task. Wrappers
+            whose weight is annealed have an entry.
         texts: training domains -> the embeddings of the classes' names, as wide as the last linear
             layer of the network but one.
         divided: whether after the anneal the whole gradient is divided by the penalty's weight.

@@ -47,7 +47,7 @@ def update_results(path: Path, load: Load, change: Change) -> dict[str, Any]:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -75,7 +75,7 @@ def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def load_checkpoint(
     path: Path, identity: Mapping[str, Any], fields: tuple[str, ...] = ()
 ) -> dict[str, Any] | None:
-    """The checkpoint at ``path``, or None if there is none; ``fields`` are to be in it.
+    """Return the checkpoint at ``path``, or None if there is none; ``fields`` are to be in it.
 
     Raises:
         ValueError: it is damaged, or belongs to a run with other settings; names them.

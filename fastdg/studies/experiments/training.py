@@ -31,8 +31,8 @@ def train(
 
     Each training domain is split 80:20 and trained on its 80 %. The checkpoint to report is the one
     with the best mean accuracy on the 20 % parts, the first if there are several: DomainBed's
-    training-domain selection. The domain left out takes no part in it. What is evaluated of SWAD is
-    the averaged model.
+    training-domain selection. The domain left out takes no part in it. SWAD's averaged model is
+    evaluated.
 
     Returns:
         ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen
@@ -154,7 +154,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, parts: Sequence[Part]) -> float:
-    """The mean of the parts' losses."""
+    """Return the mean of the parts' losses."""
     return statistics.fmean(float(F.cross_entropy(model(x), y)) for x, y in parts)
 
 

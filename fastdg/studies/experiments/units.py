@@ -48,7 +48,7 @@ def cores() -> int:
 def _results(
     units: Mapping[str, Unit], workers: int
 ) -> Generator[tuple[str, dict[str, Any]], None, None]:
-    """``(key, result)`` of each unit as it ends."""
+    """Return ``(key, result)`` of each unit as it ends."""
     if min(workers, len(units)) <= 1:
         for key, unit in units.items():
             yield key, _trained(unit)

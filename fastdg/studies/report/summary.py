@@ -47,7 +47,7 @@ class Row:
 
 
 def rows(results: dict[str, Any], task: str) -> list[Row]:
-    """The table of one task, in the plan's order."""
+    """Return the table of one task, in the plan's order."""
     plan = results["plan"]
     shape, seeds = TASKS[task](0), range(plan["seeds"])
     anneal = SETTINGS[task].anneal_steps(results["settings"][task]["steps"])
@@ -91,7 +91,7 @@ STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def _clear(difference: Estimate, count: int) -> bool:
-    """Whether the 95 % interval of a mean of ``count`` values leaves out 0."""
+    """Return whether the 95 % interval of a mean of ``count`` values leaves out 0."""
     mean, error = difference
     return abs(mean) > STUDENT[min(count - 1, len(STUDENT)) - 1] * error
 
@@ -117,7 +117,7 @@ def _against(row: list[float], plain: list[float], chance: float) -> str:
 
 
 def closing_words(results: dict[str, Any], task: str) -> list[str]:
-    """Say in a line each what the numbers show, from the numbers alone.
+    """Return sentences about the numbers, computed from them alone.
 
     A difference is the mean over seeds of the difference to ERM with the same seed, ± its standard
     error; it is called clear if its 95 % interval (Student's t) leaves out 0.
