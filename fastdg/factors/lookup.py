@@ -51,9 +51,7 @@ class Lookup(PerSampleGrad):
         mean = self._spread(sums, cell, partition)
         weight = used.to(sums.dtype).unsqueeze(1)
         centred = (sums - mean.flatten(0, 1).index_select(0, cell)).square() * weight
-        read = self._spread(
-            weight, cell, partition
-        )  # share of a domain's samples that read each row
+        read = self._spread(weight, cell, partition)  # share of samples that read a row
         absent = (1 - read).clamp(min=0) * mean.square()  # of samples without a read: gradient zero
         return mean, self._spread(centred, cell, partition) + absent
 
@@ -68,9 +66,7 @@ class Lookup(PerSampleGrad):
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
         combined = self.delta.new_empty(tuple(self.shape))
-        width = -(
-            -self.shape[1] // (partition.num_domains + 1)
-        )  # chunks and result together: about one table
+        width = -(-self.shape[1] // (partition.num_domains + 1))  # with the result: about one table
         agreeing, magnitude = self.delta.new_zeros(()), self.delta.new_zeros(())
         for delta, columns in zip(
             self.delta.split(width, 2), combined.split(width, 1), strict=True

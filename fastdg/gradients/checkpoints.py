@@ -1,4 +1,4 @@
-"""Reentrant checkpoints: what runs inside one is not in the graph of the losses."""
+"""Reentrant checkpoints, whose operations are not in the graph of the losses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _NAME = "CheckpointFunctionBackward"
 
 
 def reentrant_checkpoints(nodes: Sequence[Node]) -> list[Any]:
-    """The nodes of a graph that are reentrant checkpoints."""
-    if all(kind.__name__ != _NAME for kind in set(map(type, nodes))):  # as every step asks
+    """Return the nodes that are reentrant checkpoints."""
+    if all(kind.__name__ != _NAME for kind in set(map(type, nodes))):  # fast, since every step asks
         return []
     return [node for node in nodes if node.name() == _NAME]
 
 
 def tensors_inside(checkpoint: Any) -> Iterator[Tensor]:
-    """Parameters of the function that a checkpoint runs, as far as Python shows them: of the module
-    that it is or is a method of, of its arguments, and of what it closes over."""
+    """Yield the tensors that Python shows in a checkpoint's function: parameters of its module,
+    its bound arguments, and its closure."""
     pending = [checkpoint.run_function]
     seen: set[int] = set()
     for value in pending:  # grows while we walk it
@@ -48,7 +48,7 @@ def tensors_inside(checkpoint: Any) -> Iterator[Tensor]:
 
 def _closed_over(function: Any) -> Iterable[Any]:
     values = list(function.__defaults__ or ())
-    with suppress(ValueError):  # a name that has no value yet
+    with suppress(ValueError):  # a name without a value so far
         names = inspect.getclosurevars(function)
         values += names.nonlocals.values()
         values += [v for v in names.globals.values() if isinstance(v, (Tensor, nn.Module))]

@@ -1,4 +1,4 @@
-"""One backward that gives every parameter's per-sample gradients, as the graph's plan says."""
+"""One backward that computes the per-sample gradients of all parameters, by the graph's plan."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .route import route_of
 from .rules.registry import registered
 
 Consume = Callable[[str, PerSampleGrad], None]
-KEPT = 64  # signatures whose plan is remembered
+KEPT = 64  # cached plans
 
 
 @dataclass
 class Forward:
-    """The graph below some losses, and how each tracked parameter that it reaches is served.
+    """The graph below some losses, and the plan for the tracked parameters in it.
 
     Attributes:
         losses: ``[N]``.
-        graph: the graph below.
-        names: of the tracked parameters that the graph reaches.
+        graph: the graph below the losses.
+        names: names of the tracked parameters in the graph.
         parameters: these parameters.
-        plan: how they are served.
+        plan: how their gradients are computed.
     """
 
     losses: Tensor
@@ -50,7 +50,7 @@ class Forward:
     plan: Plan
 
     def operations(self) -> list[Node]:
-        """The operations where the parameters meet samples."""
+        """Return the operations where the parameters meet samples."""
         places = [place.node for places in self.plan.places.values() for place in places]
         boundaries = [boundary.node for boundary in self.plan.boundaries]
         return [self.graph.nodes[i] for i in dict.fromkeys([*places, *boundaries])]
@@ -58,7 +58,7 @@ class Forward:
 
 @dataclass
 class _Remembered:
-    """A plan, and how many graphs of its signature there were."""
+    """Cached plan, and the number of graphs with its signature so far."""
 
     key: Key
     plan: Plan
@@ -69,12 +69,12 @@ _plans: OrderedDict[Key, _Remembered] = OrderedDict()
 
 
 def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None) -> Forward:
-    """Plan how the parameters of a graph are served, or remember how.
+    """Plan how the gradients of a graph's parameters are computed, or look the plan up.
 
     Args:
         losses: ``[N]`` with a graph.
-        named: name -> parameter; those that the losses do not depend on are left out.
-        graph: of ``losses.grad_fn``, where it was walked already.
+        named: name -> parameter; parameters outside the graph are ignored.
+        graph: graph of ``losses.grad_fn``, if already walked.
     """
     if graph is None:
         assert losses.grad_fn is not None
@@ -84,11 +84,11 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
     signature = graph.signature(parameters)
     key = Key(losses.shape, losses.output_nr, losses.device, signature, registered())
     kept = _plans.get(key)
-    if tracing():  # a graph is written down, which holds for other values, too
+    if tracing():  # the traced graph must hold for other values too
         if kept is None:
             raise RuntimeError(
-                "losses: which row belongs to which sample depends on values in this forward, or "
-                "was not seen before, so that no graph can be written down; call opt.backward"
+                "losses: the samples of rows depend on values in this forward, or no earlier step "
+                "has found them, so the step cannot be traced. Call opt.backward instead."
             )
         return Forward(losses, graph, names, parameters, kept.plan)
     uses = 1 if kept is None else kept.uses + 1
@@ -105,13 +105,13 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
     if where is not None:
         _plans.pop(key)
         raise RuntimeError(
-            f"losses: rows of {where} belong to other samples than in the {uses - 1} steps "
-            "before with the same operations and sizes, so the gradients of these steps may be "
-            "wrong. Report the model to fastdg; until then make the operation that moves the "
-            "rows visible, by an index_select or a mask in the forward"
+            f"losses: rows of {where} belong to other samples than in the {uses - 1} earlier steps "
+            "with the same operations and sizes, so the gradients of these steps may be wrong. "
+            "Report the model to fastdg. Until then, move the rows by an index_select or a mask "
+            "in the forward."
         )
     if kept is not None and plan.dynamic:
-        plan = kept.plan  # a gradient that is zero this time hides where the samples are mixed
+        plan = kept.plan  # a gradient of zero can hide a mix of samples
     if not plan.dynamic:
         _plans[key] = _Remembered(key if kept is None else kept.key, plan, uses)
         _plans.move_to_end(key)
@@ -129,16 +129,16 @@ def collect(
     extra: Sequence[Tensor] = (),
     weight: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """One backward of ``losses.sum()`` that computes no gradient of a weight, and hands the
-    per-sample gradients of each parameter to ``consume`` as soon as they are complete.
+    """Run one backward of ``losses.sum()`` without weight gradients, and call ``consume`` with the
+    per-sample gradients of each parameter as soon as they are complete.
 
     Args:
-        forward: of the losses.
-        consume: called once a parameter with its name and its `PerSampleGrad`.
+        forward: the plan of the losses.
+        consume: called once per parameter, with its name and `PerSampleGrad`.
         create_graph: make the gradients differentiable.
         retain_graph: keep the graph for a further backward.
-        extra: tensors whose ordinary gradients are wanted from the same backward.
-        weight: gradient at ``losses`` ``[N]``; default ones.
+        extra: tensors whose ordinary gradients the same backward computes.
+        weight: gradient at ``losses`` ``[N]``; default: ones.
 
     Returns:
         The gradients of ``extra``, None where unused.
@@ -147,20 +147,20 @@ def collect(
         planner = Planner(forward.losses, forward.graph, forward.parameters, past_zero=True)
         forward = replace(forward, plan=planner.plan())
     sweep = _Sweep(forward, consume, create_graph)
-    # What rules have read already may be freed, but not what further tensors share with what is
-    # pulled after the backward
+    # The backward may free tensors that rules have read, but not tensors that the pull after the
+    # backward needs
     slow = forward.plan.slow or extra
     retain = retain_graph or create_graph or bool(forward.plan.pulled and slow)
     rest = sweep.run(weight, retain, extra)
     if not (retain_graph or create_graph):
-        # Autograd frees what it runs, and it has run nothing below the last operation looked at
+        # Autograd frees the nodes that it runs, and runs none below the last target
         nodes = forward.graph.nodes
         release(nodes if retain else [nodes[at] for at in sweep.route.idle])
     return rest
 
 
 class _Sweep:
-    """The state of one `collect`."""
+    """State of one `collect`."""
 
     def __init__(self, forward: Forward, consume: Consume, create_graph: bool) -> None:
         self.forward, self.consume, self.create_graph = forward, consume, create_graph
@@ -178,10 +178,10 @@ class _Sweep:
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
         self.saved_at: dict[Node, list[tuple[Any, ...] | None]] = {}
         self.boundary_of = dict(self.boundaries)
-        self.readers: list[int] = []  # of what is read now
+        self.readers: list[int] = []  # parameters whose tensors are read now
 
     def _read(self, node: Node) -> None:
-        """Take what rules want of what ``node`` has saved."""
+        """Read the saved tensors of ``node`` that rules need."""
         self.readers = self.forward.plan.pulled
         if (b := self.boundary_of.get(node)) is not None:
             self.saved_at[node] = [s if s is None else s.saved(node) for s in b.served]
@@ -193,16 +193,16 @@ class _Sweep:
         self, weight: Tensor | None, retain_graph: bool, extra: Sequence[Tensor]
     ) -> list[Tensor | None]:
         losses, route, nodes = self.forward.losses, self.route, self.forward.graph.nodes
-        # A further tensor below may have the last ones called, and freed
+        # With further tensors below, the backward may run and free the last targets
         early = [nodes[at] for at in route.last] if extra and not retain_graph else ()
         names = self.forward.names
         with in_words(lambda: [names[i] for i in self.readers]):
-            # A local: as an attribute it would close a cycle, which keeps the graph until gc runs
+            # A local: an attribute would close a cycle, which keeps the graph until gc runs
             reader = Reader([nodes[at] for at in route.targets], self._read, early)
         arrive = partial(self._arrive, reader)
-        # What the backward goes on from is seen before users' hooks at the edge, and after at the
-        # node. Only there is it the gradient; the edges are for the nodes where the backward ends.
-        arrived: dict[Node, Sequence[Tensor | None]] = {}  # what waits for the end of the backward
+        # A node's prehook sees the gradient after users' hooks, as the backward uses it; an edge
+        # sees it before them. So edges serve only the nodes where the backward ends.
+        arrived: dict[Node, Sequence[Tensor | None]] = {}  # gradients that wait for the end
         handles: list[Any] = []
         for at in route.targets:
             ends, node = at in route.last, nodes[at]
@@ -226,7 +226,7 @@ class _Sweep:
                     retain_graph=retain_graph,
                     allow_unused=True,
                 )
-            finally:  # before the backwards of `_finish`, which may pass the same nodes
+            finally:  # before the backwards of `_finish`, which may run the same nodes
                 for handle in handles:
                     handle.remove()
             rest: list[Tensor | None] = list(grads[len(edges) :])
@@ -234,7 +234,7 @@ class _Sweep:
             arrived = {nodes[at]: row for at, row in ended.items()} | arrived
             del grads, ended
             with torch.set_grad_enabled(self.create_graph):
-                for at in route.targets:  # each is freed as it is done with
+                for at in route.targets:  # frees each one after its use
                     if (node := nodes[at]) in arrived:
                         arrive(node, arrived.pop(node))
                 self._finish()

@@ -1,4 +1,4 @@
-"""How each parameter is served, in words."""
+"""Table of how each parameter's gradients are computed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .plan import Boundary
 
 
 class Row(NamedTuple):
-    """How one parameter is served.
+    """How one parameter's gradients are computed.
 
     Attributes:
         parameter: its name.
         way: ``"rule"`` or ``"autograd"``.
-        operations: where it meets the samples.
-        cost: of a statistic, in words.
+        operations: operations where the parameter meets the samples.
+        cost: cost of a statistic, as text.
     """
 
     parameter: str
@@ -27,12 +27,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """A table of how the parameters below some losses are served; ``print`` shows it.
+    """Table of how gradients of the losses' parameters are computed; ``print`` shows it.
 
     Attributes:
         rows: one for each parameter.
-        probed: whether the samples' rows are looked for in every step, which takes two further
-            backwards without weight gradients.
+        probed: whether every step searches for the samples of rows, with two further backwards
+            without weight gradients.
     """
 
     rows: list[Row]
@@ -49,8 +49,8 @@ class Explanation:
         if self.probed:
             lines.append(
                 "Values choose or mix rows above these parameters (indexing, masks, an operation "
-                "that is not known), so each step looks for the rows' samples: 2 further backwards "
-                "without weight gradients."
+                "without a rule), so each step searches for the samples of rows with 2 further "
+                "backwards without weight gradients."
             )
         return "\n".join(lines)
 
@@ -63,7 +63,9 @@ def explanation(forward: Forward) -> Explanation:
     rows: dict[int, Row] = {}
     for i, places in plan.places.items():
         names = ", ".join(dict.fromkeys(_short(place.operation) for place in places))
-        rows[i] = Row(forward.names[i], "rule", names, "one product of what the forward has saved")
+        rows[i] = Row(
+            forward.names[i], "rule", names, "one product of tensors saved by the forward"
+        )
     for i in plan.pulled:
         names = ", ".join(dict.fromkeys(_short(b.operation) for b in plan.boundaries))
         rows[i] = Row(forward.names[i], "autograd", names, _price(plan.boundaries))
@@ -72,10 +74,10 @@ def explanation(forward: Forward) -> Explanation:
 
 def _price(boundaries: list[Boundary]) -> str:
     if all(None not in b.served and not b.mixed for b in boundaries):
-        return "as by a rule, then one backward of what makes the tensor, for all domains at once"
+        return "as by a rule, then one backward to the parameter, for all domains"
     if any(boundary.mixed for boundary in boundaries):
-        return "one backward of all below for each domain (for variances: each sample)"
-    return "one call of the operation for each domain (for variances: each sample)"
+        return "one backward of all operations below per domain (for variances: per sample)"
+    return "one call of the operation per domain (for variances: per sample)"
 
 
 def _short(operation: str) -> str:

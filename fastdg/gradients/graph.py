@@ -13,8 +13,8 @@ from torch.autograd.graph import Node
 
 from .._torch import metadata_of
 
-# What a node saves that decides which row goes where, or that a rule's choice rests on. The shapes
-# of all gradients are in the signature anyway.
+# Saved attributes that decide the place of rows or the choice of a rule. The signature also has the
+# shapes of all gradients.
 _DIM = ("_saved_dim",)
 _LAYOUT: dict[str, tuple[str, ...]] = {
     "SplitWithSizesBackward0": ("_saved_dim", "_saved_split_sizes"),
@@ -41,7 +41,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("MaxBackward0", "MinBackward0", "MedianBackward1"), _DIM),
     **dict.fromkeys(("NormBackward1", "NormBackward3"), _DIM),
 }
-# Operations whose one result has the shape of their first input, or the transposed one
+# Operations whose only result has the shape of the first input, or its transpose
 _KEEPS_SHAPE = frozenset(
     f"{name}Backward{number}"
     for name in (
@@ -54,11 +54,11 @@ _KEEPS_SHAPE = frozenset(
 
 
 class _Kind(NamedTuple):
-    """Of the nodes of one class, what the structure of a graph says beside their class.
+    """Facts about all nodes of one class, for the structure of a graph.
 
     Attributes:
-        saved: attributes.
-        keeps_shape: whether the shape below tells that of the output.
+        saved: saved attributes that belong to the structure.
+        keeps_shape: whether the input's shape determines the output's shape.
     """
 
     saved: tuple[str, ...]
@@ -70,30 +70,30 @@ class _Kind(NamedTuple):
         return cls(_LAYOUT.get(name, ()), name in _KEEPS_SHAPE)
 
 
-# By a weak reference: a class that a user or torch.compile has made keeps data of its own alive
+# By weak reference: a class made by a user or torch.compile keeps its own data alive
 _kinds: dict[ref[type], _Kind] = {}
 _END = -2
 
 
 def output_shapes(node: Node) -> tuple[Any, ...]:
-    """The shape of each output of the operation, None where it has none."""
+    """Return the shape of each output of the operation, or None."""
     metadata = metadata_of(node)
     return tuple(None if m is None else tuple(m.shape) for m in metadata)
 
 
 def output_dtypes(node: Node) -> tuple[torch.dtype | None, ...]:
-    """The dtype of each output of the operation, None where it has none."""
+    """Return the dtype of each output of the operation, or None."""
     metadata = metadata_of(node)
     return tuple(None if m is None else m.dtype for m in metadata)
 
 
 def signed(number: int) -> int:
-    """A saved integer, of which torch shows the negative ones as large unsigned numbers."""
+    """Convert a saved integer: torch shows negative ones as large unsigned numbers."""
     return number if number < 1 << 63 else number - (1 << 64)
 
 
 def moves_nothing(node: Node) -> bool:
-    """Whether this is the transpose of a dimension with itself."""
+    """Whether the node transposes a dimension with itself."""
     if node.name() != "TransposeBackward0":
         return False
     (shape,) = output_shapes(node)
@@ -102,7 +102,7 @@ def moves_nothing(node: Node) -> bool:
 
 
 class Key:
-    """Values to look up, whose hash is computed once."""
+    """Dictionary key that computes the hash of its values once."""
 
     __slots__ = ("_hash", "values")
 
@@ -118,21 +118,21 @@ class Key:
 
 
 class Graph:
-    """The nodes below ``root``, in breadth-first order, which two equal graphs share.
+    """The nodes below ``root`` in breadth-first order, the same for two equal graphs.
 
     Attributes:
         nodes: every node once, ``root`` first.
-        position: node -> its place in ``nodes``.
-        leaves: id of a tensor -> the node that accumulates its gradient.
+        position: node -> index in ``nodes``.
+        leaves: id of a tensor -> node that accumulates its gradient.
     """
 
     def __init__(self, root: Node) -> None:
         self.nodes = [root]
         self.position = {root: 0}
         self.leaves: dict[int, Node] = {}
-        # For each node the place and the output of whatever feeds it, and a mark
+        # For each node: position and output number of each node that feeds it, then _END
         self._edges: list[int] = []
-        # For each node the shape of its leaf, or whether its first input is known by a node
+        # For each node: the shape of its leaf, or whether a node feeds its first input
         self._below: list[tuple[int, ...] | bool] = []
         nodes, position, edges = self.nodes, self.position, self._edges
         for node in nodes:  # grows while we walk it
@@ -156,8 +156,8 @@ class Graph:
 
     @cached_property
     def consumers(self) -> dict[Node, list[tuple[Node, int, int]]]:
-        """Node -> ``(consumer, slot, output_nr)``: which input of which operation reads which
-        output of the node."""
+        """Node -> ``(consumer, slot, output_nr)`` for each operation input that reads an output of
+        the node."""
         found: dict[Node, list[tuple[Node, int, int]]] = {node: [] for node in self.nodes}
         for node in self.nodes:
             for slot, (child, nr) in enumerate(node.next_functions):
@@ -167,13 +167,13 @@ class Graph:
 
     @cached_property
     def structure(self) -> Key:
-        """Equal for graphs of the same operations, shapes and saved sizes."""
+        """Key that is equal for graphs with the same operations, shapes and saved sizes."""
         kinds: list[ref[type]] = []
         sizes: list[Hashable] = []
         for node, below in zip(self.nodes, self._below, strict=True):
             kind = ref(type(node))
             kinds.append(kind)
-            if isinstance(below, tuple):  # the shapes of nodes take ten times as long to read
+            if isinstance(below, tuple):  # ten times as fast as the shapes of nodes
                 sizes.append(below)
                 continue
             if (known := _kinds.get(kind)) is None:
@@ -186,14 +186,14 @@ class Graph:
         return Key(tuple(self._edges), tuple(kinds), tuple(sizes))
 
     def signature(self, parameters: Sequence[Tensor]) -> Hashable:
-        """Equal for graphs of one `structure` where the tracked parameters are in one place."""
+        """Return a key, equal for graphs of one `structure` with parameters in the same places."""
         position, leaves = self.position, self.leaves
         nodes = (leaves.get(id(p)) for p in parameters)
         return self.structure, tuple(-1 if node is None else position[node] for node in nodes)
 
     def above(self, nodes: Iterable[Node]) -> dict[Node, None]:
-        """All nodes that the gradients at ``nodes`` depend on, without ``nodes`` themselves unless
-        one is above another; in a fixed order."""
+        """Return all nodes that the gradients at ``nodes`` depend on, in a fixed order. One of
+        ``nodes`` is in it only if it is above another."""
         covered: dict[Node, None] = {}
         pending = list(nodes)
         for node in pending:  # grows while we walk it
@@ -204,16 +204,16 @@ class Graph:
         return covered
 
 
-# Products of a weight and something else
+# Products of a weight and another tensor
 _PRODUCTS = frozenset(
     f"{name}Backward0" for name in ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Embedding")
 )
 
 
 def holds_samples(node: Node, samples: int) -> bool:
-    """Whether what an operation returns was made from samples, as far as shapes tell, rather than
-    from parameters alone (a weight-normed weight): a product with a constant lies below, and some
-    tensor there has a dimension as long as the batch."""
+    """Whether an operation's result depends on samples, not on parameters alone (a weight-normed
+    weight), as far as shapes tell: below it are a product with a constant and a tensor with a
+    dimension as long as the batch."""
     found = [node]
     seen = set(found)
     product = long = False

@@ -1,4 +1,4 @@
-"""Which parameters are the head: those of the last layer before the losses."""
+"""The head: the parameters of the last layer before the losses."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _heads: OrderedDict[Hashable, list[int]] = OrderedDict()
 def head_of(
     losses: Tensor, graph: Graph, named: Mapping[str, Tensor], key: Hashable
 ) -> dict[str, Tensor]:
-    """The parameters of the last layer.
+    """Find the parameters of the last layer.
 
-    The last layer is the operation that ran last among those where a parameter meets samples, with
-    the operations that feed it directly and have parameters, too: a matrix product below a bias.
-    What scales or shifts the losses ``[N]`` themselves (the weights of several losses) is a
-    criterion's and no layer's; so is a single number (a temperature) that scales the layer's result
-    but, by its name, belongs to another module.
+    The last layer is the last operation where a parameter meets samples, together with operations
+    with parameters that feed it directly: a matrix product below a bias. A parameter that scales or
+    shifts the losses ``[N]`` (weights of several losses) belongs to the criterion, not to a layer;
+    so does a scalar (a temperature) that scales the layer's result but belongs to another module by
+    its name.
 
     Args:
         losses: ``[N]``.
-        graph: of ``losses.grad_fn``.
-        named: all of the optimizer's that the graph reaches, by name.
-        key: of the graph; equal for graphs that have the same head.
+        graph: graph of ``losses.grad_fn``.
+        named: name -> parameter of the optimizer, for all in the graph.
+        key: key of the graph; equal for graphs with the same head.
     """
     names, parameters = list(named), list(named.values())
     if (known := _heads.get(key)) is not None:
@@ -71,18 +71,18 @@ def head_of(
 
 
 def _of_losses(node: Node) -> bool:
-    """Whether the operation scales or shifts the losses, rather than the result of a layer."""
+    """Whether the operation scales or shifts the losses, not the result of a layer."""
     shape = output_shapes(node)[0]
     return node.name() in _ELEMENTWISE and shape is not None and len(shape) < 2
 
 
 def _module(name: str) -> str:
-    """The module of a parameter; one and the same where names are not known."""
+    """Return the module name of a parameter; "" for all if names are unknown."""
     return "" if name.startswith("param_groups[") else name.rpartition(".")[0]
 
 
 def refuse_opaque(forward: Forward) -> None:
-    """Raise if the head is inside of a compiled part, with other layers."""
+    """Raise if a compiled part has the head and other layers."""
     names = forward.names
     layers = {name.rpartition(".")[0] for name in names}
     if len(names) < 3 and len(layers) < 2:
@@ -90,15 +90,15 @@ def refuse_opaque(forward: Forward) -> None:
     for node in forward.operations():
         if node.name() == "CompiledFunctionBackward" or "DifferentiableGraph" in node.name():
             raise RuntimeError(
-                f"params: 'head' is not known, since the model's last part is compiled as one "
-                f"operation with {len(names)} parameters. Name those meant, params=['fc.weight', "
-                "'fc.bias'], leave the head out of torch.compile, or compile the whole step with "
-                "fastdg.compiled"
+                f"params: 'head' is unknown, since the model's last part is compiled as one "
+                f"operation with {len(names)} parameters. Pass the head's names, "
+                "params=['fc.weight', 'fc.bias'], exclude the head from torch.compile, or compile "
+                "the whole step with fastdg.compiled."
             )
 
 
 def layers_after(forward: Forward, known: set[int]) -> Tensor | None:
-    """A trained parameter that is not one of ``known``, of a layer that ran after the head."""
+    """Return a trained parameter outside ``known`` of a layer that ran after the head, or None."""
     graph = forward.graph
     head = max(map(sequence_number, forward.operations()), default=0)
     for key, leaf in graph.leaves.items():
@@ -124,8 +124,8 @@ def _through_moves(node: Node) -> Node:
 
 
 def value_of(node: Node | None, nr: int = 0) -> Tensor | None:
-    """The tensor that an operation has returned, made again from what it has saved, with its graph;
-    None where that is not known how."""
+    """Recompute the result of an operation from its saved tensors, with its graph; None for an
+    unsupported operation."""
     if node is None:
         return None
     if (variable := getattr(node, "variable", None)) is not None:
@@ -204,12 +204,12 @@ _VALUES: dict[str, Callable[[Any], Tensor]] = {
 
 @dataclass(frozen=True)
 class Head:
-    """The result of the last layer.
+    """Result of the last layer.
 
     Attributes:
-        edge: where its gradient arrives.
+        edge: edge of its gradient.
         value: the result, with its graph.
-        layout: which of its rows belong to which sample.
+        layout: samples of its rows.
     """
 
     edge: GradientEdge
@@ -217,16 +217,16 @@ class Head:
     layout: Layout
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x``, of the shape of the result, as ``[N, *]``."""
+        """Reshape ``x``, of the shape of the result, to ``[N, *]``."""
         rows = self.layout.rows(x)
         return rows.squeeze(1) if rows.shape[1] == 1 else rows
 
 
 def crossed_output(losses: Tensor) -> Head | None:
-    """What a cross-entropy was taken of, whatever made it; None of other losses.
+    """Return the input of a cross-entropy, from any layer; None for other losses.
 
-    Of the classes' scores it has saved the logarithm of their softmax. Their products with the
-    gradient at the scores are the same, since the entries of that gradient sum to zero.
+    A cross-entropy has saved the log-softmax of the logits. Its products with the gradient at the
+    logits are the same as the logits' products, since the entries of the gradient sum to zero.
     """
     node: Any = losses.grad_fn
     layout = Layout("major", len(losses), 1, None)
@@ -246,10 +246,10 @@ def crossed_output(losses: Tensor) -> Head | None:
 
 
 def last_output(forward: Forward) -> Head:
-    """The result of the last layer that has parameters, of a forward that looks at the head.
+    """Return the result of the last layer with parameters, of a forward that tracks the head.
 
     Raises:
-        RuntimeError: it is not known which result that is, or which of its rows are whose.
+        RuntimeError: the last layer, or the samples of its rows, are unknown.
     """
     plan = forward.plan
     node = max(forward.operations(), key=sequence_number)
@@ -262,7 +262,7 @@ def last_output(forward: Forward) -> Head:
     value, shape = value_of(node), output_shapes(node)[0]
     samples = len(forward.losses)
     if not found and owner is None and plan.silent and shape and shape[0] % samples == 0:
-        # Its gradient is zero, or not a number: so are all products with it
+        # Its gradient is zero or NaN: so are all products with it
         found = [Layout("major", samples, shape[0] // samples, None)]
     if not found and owner is not None and shape is not None:
         rows = lead(owner, shape, (0,))
@@ -273,6 +273,5 @@ def last_output(forward: Forward) -> Head:
 
 
 _WHICH = (
-    "so it is not known which output the logits are; pass them: opt.backward(losses, domains, "
-    "logits=logits)"
+    "so fastdg cannot find the logits. Pass them: opt.backward(losses, domains, logits=logits)."
 )

@@ -1,4 +1,4 @@
-"""Autograd's own gradients, before hooks of parameters change them."""
+"""Autograd's own gradients, without parameter hooks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .errors import in_words
 
 @contextmanager
 def unhooked(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients taken inside come before any hook of these parameters changes them."""
+    """Disable the gradient hooks of these parameters inside."""
     with resting(table for p in parameters if (table := hook_tables(p)[0])):
         yield
 
 
 @contextmanager
 def resting(tables: Iterable[dict[int, Any]]) -> Iterator[None]:
-    """The tables of hooks are empty inside, and are what they were after."""
+    """Empty the tables of hooks inside, and restore them after."""
     tables = list(tables)
     hooks = [dict(table) for table in tables]
     for table in tables:
@@ -37,7 +37,7 @@ def resting(tables: Iterable[dict[int, Any]]) -> Iterator[None]:
 def gradients_of(
     losses: Tensor, parameters: Sequence[Tensor], weight: Tensor, *, retain_graph: bool = True
 ) -> list[Any]:
-    """Autograd's own gradients of ``(weight * losses).sum()``, before any hook changes them."""
+    """Compute autograd's gradients of ``(weight * losses).sum()`` without parameter hooks."""
     with in_words(), unhooked(parameters), without_autocast(losses):
         grads = torch.autograd.grad(
             losses, list(parameters), weight, retain_graph=retain_graph, allow_unused=True
@@ -46,7 +46,7 @@ def gradients_of(
 
 
 def without_autocast(losses: Any) -> AbstractContextManager[Any]:
-    """Autocast off where the losses are: what a backward computes has the dtypes of its graph."""
+    """Disable autocast on the losses' device: a backward has the dtypes of its graph."""
     if isinstance(losses, Tensor) and torch.amp.is_autocast_available(losses.device.type):
         return torch.autocast(losses.device.type, enabled=False)
     return nullcontext()

@@ -1,4 +1,4 @@
-"""How each parameter of a graph is served: boundaries, rules, and what no rule knows."""
+"""The plan for the parameters of a graph: rules and boundaries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .rules.registry import Served
 
-# One input, one output (or several parts of it), and nothing but entries moved or cast
+# One input, one output (or several parts of it); entries are only moved or cast
 MOVES = frozenset(
     f"{name}Backward{number}"
     for name in (
@@ -20,13 +20,13 @@ MOVES = frozenset(
     for number in range(6)
 )
 
-# They may repeat a tensor for each sample, or a weight for each product of a batch
+# May repeat a tensor for each sample, or a weight for each product of a batch
 COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
 
 
 @dataclass(frozen=True)
 class Place:
-    """One use of a parameter that a rule serves."""
+    """One use of a parameter with a rule."""
 
     node: int
     served: Served
@@ -35,15 +35,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a tensor that no rule knows meets samples.
+    """Operation where a tensor without a rule meets samples.
 
     Attributes:
         node: position of the operation in the graph.
-        slots: the inputs that the parameters reach.
-        served: the rule that makes the per-sample gradients of the tensor at each slot, if any.
+        slots: inputs that depend on the parameters.
+        served: rule for the per-sample gradients of the tensor at each slot, or None.
         owners: sample of each entry of the gradient at each output; None without a gradient.
-        operation: its name.
-        mixed: whether the samples were found mixed below it.
+        operation: name of the operation.
+        mixed: whether samples are mixed below it.
     """
 
     node: int
@@ -56,16 +56,16 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Route:
-    """Places in the graph of what a backward has to do with.
+    """Positions in the graph that a backward uses.
 
     Attributes:
-        uses: node -> each parameter that a rule serves there, and how.
-        parts: parameter -> at how many places it is used.
-        targets: the operations whose output gradients are wanted.
-        outputs: of each, the outputs that have gradients.
-        last: those with no other target below them: a backward to these passes all others.
-        small: those whose output gradients are so small that they may wait for its end.
-        idle: nodes that a backward to ``last`` does not run, and that have saved tensors.
+        uses: node -> parameters with a rule at this node, and their places.
+        parts: parameter -> number of its places.
+        targets: operations whose output gradients are needed.
+        outputs: target -> outputs with gradients.
+        last: targets without another target below; a backward to these passes all others.
+        small: targets with output gradients small enough to keep until the end of the backward.
+        idle: nodes with saved tensors that a backward to ``last`` does not run.
     """
 
     uses: dict[int, list[tuple[int, Place]]]
@@ -77,33 +77,32 @@ class Route:
     idle: list[int]
 
     def rows(self, grads: Sequence[Tensor | None]) -> dict[int, list[Tensor | None]]:
-        """Gradients at the ``outputs`` of ``last``, in their order, as lists with a place for each
-        output of the operation."""
+        """Group gradients at the ``outputs`` of ``last``, in this order, into one list per node
+        with an element for each output."""
         found: dict[int, list[Tensor | None]] = {}
-        rest = iter(grads)
+        gradient = iter(grads)
         for at in self.last:
             found[at] = [None] * (1 + max(self.outputs[at], default=-1))
             for nr in self.outputs[at]:
-                found[at][nr] = next(rest)
+                found[at][nr] = next(gradient)
         return found
 
 
 @dataclass
 class Plan:
-    """How the parameters of all graphs of one signature are served.
+    """How gradients are computed in all graphs of one signature.
 
     Attributes:
-        places: position of a parameter -> its uses, where a rule knows all of them.
-        pulled: positions of the other parameters that the graph reaches.
-        boundaries: of these, all together.
-        owners: the sample of each entry of the output gradients at the uses and boundaries, which
-            are known by position and number of the output.
-        dynamic: whether values choose or mix rows above a use, so that the next graph of the same
-            signature may be another.
-        zero: whether a gradient was zero at a use, everywhere or in rows that no pattern fills, so
-            that its samples are not known: its own gradients may not be zero.
-        silent: whether a gradient that was zero or unreadable, at least in part, left something
-            unknown.
+        places: position of a parameter -> its uses, if all have a rule.
+        pulled: positions of the other parameters in the graph.
+        boundaries: boundaries of the pulled parameters.
+        owners: (position, output) of a use or boundary -> sample of each entry of its gradient.
+        dynamic: whether values choose or mix rows above a use, so the next graph of this signature
+            may need another plan.
+        zero: whether a gradient at a use was zero, everywhere or in rows that no pattern fills, so
+            its samples are unknown; its derivative may not be zero.
+        silent: whether samples are unknown because a gradient was zero or unreadable, at least in
+            part.
     """
 
     places: dict[int, list[Place]] = field(default_factory=dict)
@@ -113,10 +112,9 @@ class Plan:
     dynamic: bool = False
     zero: bool = False
     silent: bool = False
-    route: Route | None = None  # of a backward, made by the first one (`route_of`)
+    route: Route | None = None  # made by the first backward (`route_of`)
 
     @property
     def slow(self) -> list[Boundary]:
-        """The boundaries whose operation is called once for each domain or sample, or below which
-        the samples are mixed."""
+        """Boundaries that need one call per domain or sample, or have mixed samples below."""
         return [b for b in self.boundaries if b.mixed or None in b.served]

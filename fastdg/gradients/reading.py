@@ -1,4 +1,4 @@
-"""Read what graph nodes have saved: once, and no earlier than needed where a checkpoint made it."""
+"""Read the saved tensors of graph nodes: once, and late if a checkpoint recomputes them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from .release import raw_saved
 
 
 def _hook(node: Node) -> Any:
-    """The hook that unpacks the tensors which ``node`` has saved; None if they are kept as they
-    are."""
+    """Return the unpack hook of the node's saved tensors; None if they are not packed."""
     for saved in raw_saved(node):
         if (hook := saved.unpack_hook) is not None or saved.data is not None:
-            return hook  # all tensors of a node have it, but for an input that is None
+            return hook  # all tensors of a node have it, except an input None
     return None
 
 
 class Reader:
-    """Reads nodes before a backward frees them. Nodes whose tensors a checkpoint computes again are
-    read as the backward comes to the first of them, all of one checkpoint together: it computes
-    them once, and holds them no longer than its own backward does.
+    """Reader of nodes before a backward frees them.
+
+    Nodes whose tensors a checkpoint recomputes are read when the backward comes to the first of
+    them, all of one checkpoint together: the checkpoint computes them once, and holds them no
+    longer than its own backward.
 
     Args:
-        nodes: to be read.
-        read: reads one.
-        early: those that a backward may have freed when they are asked for.
+        nodes: nodes to read.
+        read: reads one node.
+        early: nodes that the backward may free before it comes to them.
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Reader:
             in_one_pass(read, at_once)
 
     def waits_for(self, node: Node) -> bool:
-        """Whether ``node`` is to be read when the backward comes to it."""
+        """Whether ``node`` is read when the backward comes to it."""
         return node in self._later
 
     def come_to(self, node: Node) -> None:
-        """Read ``node`` now if it was not read yet."""
+        """Read ``node`` now unless it was read."""
         together, group = self._later.get(node, (False, ()))
         if not group:
             return
@@ -69,9 +70,9 @@ class Reader:
 
 
 def in_one_pass(read: Callable[[Node], None], nodes: Iterable[Node]) -> None:
-    """Call ``read`` on the nodes inside a backward of its own, for which a checkpoint computes once
-    what it has not kept. Outside of any it would compute everything again for each tensor, and in
-    the backward that follows it hands each out once, to its node."""
+    """Call ``read`` on the nodes inside a backward of its own, in which a checkpoint recomputes its
+    tensors once. Outside a backward it would recompute all for each tensor; in the backward that
+    follows, it gives each tensor once, to its node."""
     errors: list[BaseException] = []
 
     def call(grads: Any) -> None:

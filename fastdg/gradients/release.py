@@ -1,4 +1,4 @@
-"""Free what a graph has saved, as the last backward through it would."""
+"""Free the saved tensors of a graph, as its last backward would."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _names: dict[ref[type], tuple[str, ...]] = {}
 
 
 def release(nodes: Iterable[Node]) -> None:
-    """Free the saved tensors of ``nodes`` that no backward pass has freed.
+    """Free the saved tensors of ``nodes`` that no backward has freed.
 
-    Autograd frees the tensors of the nodes that it runs. A pass to the outputs of layers does not
-    run what lies below them: the first layer would keep the batch for as long as the losses live,
-    which a user may keep for a plot. Hooks of saved tensors are torch's public way to exchange one;
-    ours keep nothing. Tensors that have hooks already (checkpoints, offloading) stay.
+    Autograd frees the tensors of the nodes that it runs. A backward to the outputs of layers does
+    not run the nodes below: the first layer would keep the batch as long as a user keeps the
+    losses, say for a plot. Hooks are torch's public way to replace a saved tensor; these hooks keep
+    nothing. Tensors with hooks already (checkpoints, offloading) stay.
     """
     for node in nodes:
         for saved in raw_saved(node):
-            if saved.data is None:  # not a tensor, or freed before; an error would take long
+            if saved.data is None:  # no tensor, or freed; faster than an error
                 continue
             with suppress(RuntimeError):  # it has hooks
                 saved.register_hooks(_nothing, _refuse)
@@ -36,11 +36,11 @@ def keeps_tensors(node: Node) -> bool:
 
 
 def raw_saved(node: Node) -> Iterator[Any]:
-    """The ``SavedTensor`` of each tensor that ``node`` has saved, which unpacks nothing."""
+    """Yield the ``SavedTensor`` of each tensor that ``node`` has saved, without unpacking it."""
     for name in _raw_names(node):
         try:
             value = getattr(node, name)
-        except RuntimeError:  # of a function written in Python whose tensors were freed
+        except RuntimeError:  # a Python function whose tensors were freed
             continue
         yield from value if isinstance(value, (tuple, list)) else (value,)
 
@@ -60,6 +60,5 @@ def _nothing(tensor: Any) -> None:
 def _refuse(nothing: None) -> Any:
     raise RuntimeError(
         "losses: their graph was freed by the backward of a fastdg optimizer, or by a statistic "
-        "with retain_graph=False, got a further backward through it. Run the model again, or pass "
-        "retain_graph=True to the statistic"
+        "with retain_graph=False. Run the model again, or pass retain_graph=True to the statistic."
     )

@@ -1,4 +1,4 @@
-"""Where a backward stops at the operations of a plan: the same for all graphs of its signature."""
+"""Where a backward stops for a plan: the same in all graphs of a signature."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .graph import Graph, output_shapes
 from .plan import Place, Plan, Route
 from .release import keeps_tensors
 
-CAUGHT = 1 << 16  # entries of an output gradient that may wait for the end of the backward
-WAITING = 1 << 20  # of all that wait; a call of Python for each takes longer than such small ones
+# A Python hook costs more than keeping a small gradient until the end of the backward
+CAUGHT = 1 << 16  # entries of one output gradient that may wait
+WAITING = 1 << 20  # entries of all that wait
 
 
 def route_of(plan: Plan, graph: Graph) -> Route:
-    """The route of a plan, from one graph of its signature."""
+    """Compute the route of a plan from one graph of its signature."""
     uses: dict[int, list[tuple[int, Place]]] = {}
     for i, places in plan.places.items():
         for place in places:

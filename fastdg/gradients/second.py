@@ -1,4 +1,4 @@
-"""Operations that have no second derivative, found before a penalty on gradients needs one."""
+"""Check for operations without a second derivative, before a gradient penalty needs one."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _known: dict[ref[type], bool] = {}  # kind of node -> whether its backward has a
 
 
 def refuse_single_derivatives(nodes: Iterable[Node]) -> None:
-    """Raise if the backward of one of these has no derivative of its own, in words that advise."""
+    """Raise if the backward of one of these nodes has no derivative."""
     for node in nodes:
         kind = ref(type(node))
         if kind not in _known:
             _known[kind] = _differentiable(node)
         if not _known[kind]:
             raise RuntimeError(
-                f"create_graph: {_what(node)} lies between the tracked layers and the losses, and "
+                f"create_graph: {_name(node)} lies between the tracked layers and the losses, and "
                 f"it has no second derivative. {_advice(node)}, or track only layers after it "
                 "(params='head', or a list of parameters)."
             )
 
 
 def _differentiable(node: Any) -> bool:
-    """Whether autograd knows a derivative of what the node computes."""
+    """Whether autograd knows a derivative of the node's backward."""
     if not callable(node):  # written in Python
         return node.name() != "CompiledFunctionBackward"
     given = [
@@ -52,16 +52,16 @@ def _differentiable(node: Any) -> bool:
                 allow_unused=True,
                 retain_graph=True,
             )
-    except (RuntimeError, TypeError) as error:  # otherwise it is not to be called like this
+    except (RuntimeError, TypeError) as error:  # other errors: the node needs other arguments
         return "derivative for" not in str(error)
     return True
 
 
-def _what(node: Node) -> str:
+def _name(node: Node) -> str:
     if node.name().startswith("ScaledDotProduct"):
         return "fused attention"
     if node.name() == "CompiledFunctionBackward":
-        return "a part that torch.compile made"
+        return "a part compiled by torch.compile"
     return node.name().partition("Backward")[0]
 
 
@@ -71,5 +71,5 @@ def _advice(node: Node) -> str:
             "Run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
     if node.name() == "CompiledFunctionBackward":
-        return "Run that part as it was, compile the whole step with fastdg.compiled"
-    return "Write it out in operations that have one"
+        return "Run that part uncompiled, compile the whole step with fastdg.compiled"
+    return "Replace it by operations that have one"

@@ -1,4 +1,4 @@
-"""The tensors that a forward under FSDP2 uses in place of the optimizer's parameters."""
+"""Unsharded tensors of FSDP2 forwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._torch import fsdp_parameters
 
 
 def leaf_of(modules: Callable[[], Iterable[nn.Module]]) -> Callable[[Tensor], Tensor]:
-    """Parameter -> the tensor that a forward of ``modules`` uses as it; itself if not sharded."""
+    """Return a function from a parameter to its tensor in a forward of ``modules``."""
 
     def leaf(p: Tensor) -> Tensor:
         if not hasattr(p, "device_mesh"):

@@ -1,4 +1,4 @@
-"""What the graph of some losses knows of an optimizer's, or a model's, parameters."""
+"""The tracked parameters of an optimizer or a model in the graph of some losses."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .second import refuse_single_derivatives
 
 @dataclass
 class Resolved:
-    """The parameters below some losses.
+    """The tracked parameters in the graph of some losses, and their plan.
 
     Attributes:
-        chosen: name -> parameter, of those asked for that the losses depend on.
-        leaves: name -> the tensor that the forward used as this parameter (FSDP2 has others).
+        chosen: name -> selected parameter in the graph.
+        leaves: name -> tensor that the forward used as this parameter (FSDP2 has others).
         rest: other tensors to which a backward would give a ``.grad``.
-        forward: how the chosen ones are served; None where only sums over samples are wanted.
+        forward: plan for the chosen parameters; None if only sums over samples are needed.
     """
 
     chosen: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Resolved:
 
     @property
     def sparse(self) -> set[Tensor]:
-        """The chosen parameters to which autograd would give a sparse gradient."""
+        """The chosen parameters whose autograd gradient is sparse."""
         if self.forward is None:
             return set()
         found: set[Tensor] = set()
@@ -55,12 +55,12 @@ class Resolved:
 
     @property
     def slow(self) -> bool:
-        """Whether some of the chosen take a call of autograd for each domain."""
+        """Whether some chosen parameters need a call of autograd for each domain."""
         return self.forward is not None and bool(self.forward.plan.slow)
 
     @property
     def hooked(self) -> bool:
-        """Whether a tensor that gets a ``.grad`` has hooks, which only a backward calls."""
+        """Whether a tensor that gets a ``.grad`` has hooks, which only ``backward()`` calls."""
         return any(any(hook_tables(p)) for p in (*self.leaves.values(), *self.rest))
 
     def collect(
@@ -72,15 +72,15 @@ class Resolved:
         extra: Sequence[Tensor] = (),
         scale: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """One backward that hands each chosen parameter's `PerSampleGrad` to ``consume``.
+        """Run one backward and call ``consume`` with each chosen parameter's `PerSampleGrad`.
 
         Args:
-            consume: called with a name and its `PerSampleGrad`, as soon as that is complete.
+            consume: called with a name and its `PerSampleGrad`, as soon as it is complete.
             create_graph: make the per-sample gradients differentiable.
             retain_graph: keep the graph.
-            extra: tensors whose gradients of ``losses.sum()`` are wanted as well.
-            scale: the factor of a ``torch.amp.GradScaler``, which the backward runs with and
-                nothing that comes out of it has.
+            extra: tensors whose gradients of ``losses.sum()`` the same backward computes.
+            scale: loss scale of a ``torch.amp.GradScaler`` for the backward; all results are
+                unscaled.
 
         Returns:
             The gradients of ``extra``.
@@ -109,7 +109,7 @@ class Resolved:
         return [None if grad is None else unscaled(grad, start) for grad in grads]
 
     def refuse_single_derivatives(self) -> None:
-        """Raise if the gradients' own gradients pass an operation that has none."""
+        """Raise if an operation on the way of the gradients has no second derivative."""
         forward = self.forward
         assert forward is not None
         called = [forward.graph.nodes[b.node] for b in forward.plan.slow]
@@ -118,13 +118,14 @@ class Resolved:
 
 
 class Tape:
-    """Which parameters are asked for, whatever forward made the losses. Made by `record`, and by
-    every wrapper. It watches nothing: a forward leaves all that is needed in its graph.
+    """Selection of parameters to track, for any forward; `record` and every wrapper create one.
+
+    A tape does not watch forwards: the graph of the losses has all information.
 
     Args:
         names: parameter -> its name.
-        params: which of these are asked for.
-        leaf: parameter -> the tensor that a forward uses in its place.
+        params: selection of these parameters.
+        leaf: parameter -> tensor that a forward uses in its place.
     """
 
     def __init__(
@@ -139,11 +140,11 @@ class Tape:
         self._warned = self._head_seen = False
 
     def resolve(self, losses: Tensor, *, warn: bool = True) -> Resolved:
-        """Find the parameters asked for below ``losses`` ``[N]``, and how they are served.
+        """Find the selected parameters below ``losses`` ``[N]``, and plan their gradients.
 
         Raises:
             TypeError, ValueError: ``losses`` are not as described.
-            RuntimeError: they depend on none of the parameters.
+            RuntimeError: the losses depend on none of the parameters.
         """
         graph, used = self._reach(losses)
         if isinstance(self.params, str) and self.params == "head":
@@ -154,14 +155,14 @@ class Tape:
         elif self.params == "all":
             self._refuse_hidden(graph, used, lambda name, p: True)
         else:
-            # A frozen parameter may be asked for: it takes part from when it is unfrozen.
+            # A selection may have frozen parameters: these count once they are unfrozen.
             selected = select(self.params, self.names)
             wanted = {name: p for name, p in used.items() if selected(name, self.names[name])}
             self._refuse_hidden(graph, used, selected)
             if not wanted:
                 raise RuntimeError(
-                    "params: the losses depend on none of the selected parameters; they depend on "
-                    f"{sorted(used)}"
+                    "params: the losses depend on none of the selected parameters, only on "
+                    f"{sorted(used)}. Select some of these."
                 )
             used = wanted
         forward = look(losses, used, graph)
@@ -174,7 +175,7 @@ class Tape:
         return resolved
 
     def reached(self, losses: Tensor) -> Resolved:
-        """The parameters below ``losses``, of which the sum over the samples is wanted."""
+        """Find the parameters below ``losses``, for gradients summed over the samples."""
         graph, used = self._reach(losses)
         return self._resolved(graph, used, None)
 
@@ -191,15 +192,15 @@ class Tape:
             self._refuse_hidden(graph, used, lambda name, p: True)
             raise RuntimeError(
                 "losses: they depend on none of the tracked parameters. Compute them from the "
-                "model that the optimizer was made for, outside torch.no_grad and torch.func, and "
-                "without detach; for a stateless model use fastdg.func"
+                "optimizer's model, outside torch.no_grad and torch.func, and without detach. For "
+                "a stateless model use fastdg.func."
             )
         return graph, used
 
     def _refuse_hidden(
         self, graph: Graph, used: Mapping[str, Tensor], asked: Callable[[str, Tensor], bool]
     ) -> None:
-        """Raise if a use of a parameter asked for may be inside a reentrant checkpoint."""
+        """Raise if a reentrant checkpoint may use a selected parameter."""
         checkpoints = reentrant_checkpoints(graph.nodes)
         if not checkpoints:
             return
@@ -223,7 +224,7 @@ class Tape:
         return Resolved({name: self.names[name] for name in used}, used, rest, forward)
 
     def _warn_of_later_layers(self, forward: Forward) -> None:
-        """Say once that layers after the head are not the optimizer's."""
+        """Warn once of layers after the head that are not in the optimizer."""
         if self._head_seen or tracing():
             return
         self._head_seen = True
@@ -231,18 +232,17 @@ class Tape:
         if (later := layers_after(forward, known)) is not None:
             warn_user(
                 f"params: the head is {listed(forward.names)}, but a later layer has a parameter "
-                f"of shape {tuple(later.shape)} that the optimizer does not have. If the model's "
-                "last layer was replaced after the optimizer was made, make the optimizer again; "
-                "or name those meant, params=[...]"
+                f"of shape {tuple(later.shape)} that is not in the optimizer. If you replaced the "
+                "model's last layer, create the optimizer again; or pass the head's parameters, "
+                "params=[...]."
             )
 
     def warn(self, resolved: Resolved, more: str = "") -> None:
-        """Say once which parameters cost more than others, why, and what would change it; and
-        ``more``."""
+        """Warn once of slow parameters, with the reason, a remedy, and ``more``."""
         forward = resolved.forward
         assert forward is not None
         plan = forward.plan
-        # Of gradients that are zero now the next step knows more
+        # If gradients are zero now, the next step knows more
         if self._warned or not plan.slow or plan.silent or tracing():
             return
         self._warned = True
@@ -252,13 +252,13 @@ class Tape:
         reason = (
             f"the samples are mixed below {', '.join(where)}"
             if mixed
-            else f"no rule knows how {', '.join(where)} uses them"
+            else f"no rule supports {', '.join(where)}"
         )
         advice = (
-            "For gradients of domains, one forward for each domain with final=False makes it fast; "
-            "where a batch norm in training mixes them, eval() on the norms does, for variances too"
+            "For gradients of domains, run one forward per domain with final=False; if a batch "
+            "norm in training mode mixes the samples, call eval() on the norms, for variances too"
             if mixed
-            else "fastdg.explain(losses, params=...) shows the price of each"
+            else "fastdg.explain(losses, params=...) shows the cost of each parameter"
         )
         warn_user(
             f"params: {listed(names)} take one call of autograd for each domain "
@@ -271,20 +271,20 @@ class Tape:
 def check_losses(losses: Tensor) -> None:
     """Raise unless ``losses`` is ``[N]``, floating, and has a graph."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}")
+        raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}.")
     if losses.dim() != 1:
         advice = (
-            "pass reduction='none' to the loss"
+            "Pass reduction='none' to the loss."
             if losses.dim() == 0
-            else "reduce every sample's to one, as by losses.flatten(1).mean(1)"
+            else "Reduce to one loss per sample, such as losses.flatten(1).mean(1)."
         )
-        raise ValueError(f"losses: expected shape (N,), got {tuple(losses.shape)}; {advice}")
+        raise ValueError(f"losses: expected shape (N,), got {tuple(losses.shape)}. {advice}")
     if losses.numel() == 0:
-        raise ValueError("losses: expected at least one sample, got an empty batch")
+        raise ValueError("losses: expected at least one sample, got an empty batch.")
     if not losses.is_floating_point():
-        raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}")
+        raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}.")
     if losses.grad_fn is None:
         raise ValueError(
-            "losses: they have no graph (no grad_fn); compute them outside torch.no_grad and "
-            "without detach, from a model whose parameters require gradients"
+            "losses: they have no graph (no grad_fn). Compute them outside torch.no_grad and "
+            "without detach, from a model whose parameters require gradients."
         )

@@ -59,8 +59,8 @@ def test_batch_norm_costs_a_backward_for_each_domain() -> None:
     table = {row.parameter: row for row in fastdg.explain(losses_of(model), model).rows}
     for name in ("0.weight", "0.bias"):
         assert table[name].way == "autograd"
-        assert "one backward of all below for each domain" in table[name].cost
-    assert table["3.weight"].cost == "one product of what the forward has saved"
+        assert "one backward of all operations below per domain" in table[name].cost
+    assert table["3.weight"].cost == "one product of tensors saved by the forward"
     table = {row.parameter: row for row in fastdg.explain(losses_of(model.eval()), model).rows}
     assert {row.way for row in table.values()} == {"rule"}
 
@@ -71,7 +71,7 @@ def test_a_weight_made_of_parameters_costs_little() -> None:
     for k in (0, 1):
         row = table[f"1.parametrizations.weight.original{k}"]
         assert row.way == "autograd"
-        assert "one backward of what makes the tensor" in row.cost
+        assert "one backward to the parameter" in row.cost
     assert table["1.bias"].way == "rule"
 
 
@@ -79,7 +79,7 @@ def test_an_operation_that_no_rule_knows() -> None:
     layer = nn.Bilinear(4, 4, 3)
     x = torch.randn(N, 4)
     (weight, bias) = fastdg.explain(layer(x, x.flip(1)).square().sum(1), layer).rows
-    assert weight.cost == "one call of the operation for each domain (for variances: each sample)"
+    assert weight.cost == "one call of the operation per domain (for variances: per sample)"
     assert "Trilinear" in weight.operations
     assert bias.way == "rule"
 

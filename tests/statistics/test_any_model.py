@@ -424,4 +424,4 @@ def test_custom_function() -> None:
             self.gain = nn.Parameter(torch.rand(4))
 
     model = Model(lambda m, x: m.two(Scale.apply(m.one(x), m.inner.gain).tanh()), inner=Gain())
-    warned(model, squares(torch.randn(N, 4)), "inner.gain", "no rule knows how Scale")
+    warned(model, squares(torch.randn(N, 4)), "inner.gain", "no rule supports Scale")

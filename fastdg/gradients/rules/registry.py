@@ -1,8 +1,8 @@
-"""Fast ways for known operations: from an output gradient to a parameter's per-sample gradients.
+"""Rules for known operations: from an output gradient to a parameter's per-sample gradients.
 
-A rule looks at one use of a parameter, when the graph is planned, and returns a `Served` or None.
-A rule is never needed for the result: without one, `pulled` calls the operation's own backward once
-for each domain or sample. Its test is that it equals that.
+When a graph is planned, a rule gets one use of a parameter and returns a `Served` or None. Results
+never depend on a rule: without one, `pulled` calls the operation's own backward once for each
+domain or sample. The test of a rule compares both.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Use:
 
     Attributes:
         node: the operation.
-        slot: which of its inputs the parameter, or a view or a cast of it, is.
-        chain: names of the operations between the parameter and that input, outermost first.
-        shape: of that input.
+        slot: the input that is the parameter, or a view or a cast of it.
+        chain: names of the operations between the parameter and this input, outermost first.
+        shape: shape of this input.
         owner: sample of each entry of the gradient at output 0, broadcastable to it.
         output: shape of output 0.
         samples: N.
@@ -47,35 +47,35 @@ class Use:
 
 
 class Served(ABC):
-    """How one use is served. Holds sizes and row maps, no node and no activation."""
+    """Rule for one use. Holds sizes and row maps, no node and no activation."""
 
     layout: Layout
 
     @abstractmethod
     def saved(self, node: Node) -> tuple[Any, ...]:
-        """The tensors of the forward that `factor` wants, read before the backward frees them."""
+        """Read the saved tensors that `factor` needs, before the backward frees them."""
 
     @abstractmethod
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
-        """The per-sample gradients of the parameter, of the shape of the parameter."""
+        """Compute the per-sample gradients, of the shape of the parameter."""
 
     def factor_beside(
         self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
     ) -> PerSampleGrad:
-        """`factor`, with what the rules of the other inputs of ``node`` leave to one another."""
+        """Compute `factor`; the rules of the inputs of ``node`` share results in ``made``."""
         return self.factor(node, saved, delta)
 
 
 Rule = Callable[[Use], Served | None]
 RULES: dict[tuple[str | type, int], Rule] = {}  # by a node's name, or its autograd.Function
-_registered = 0  # rules of users, so that no plan made without one is remembered
+_registered = 0  # number of users' rules; part of the key of a plan
 R = TypeVar("R", bound=Rule)
 F = TypeVar("F", bound=Callable[[Any, Tensor], PerSampleGrad])
 
 
 @dataclass(frozen=True)
 class Registered(Served):
-    """One input of an operation that a user's function serves."""
+    """Rule from a user's function, for one input of an operation."""
 
     layout: Layout
     function: Callable[[Any, Tensor], PerSampleGrad]
@@ -88,7 +88,7 @@ class Registered(Served):
 
 
 class _Read:
-    """A graph node whose saved values were read before the backward, which may free them."""
+    """Graph node with its saved values, read before the backward may free them."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -101,20 +101,20 @@ class _Read:
 
 
 def register_rule(operation: str | type[torch.autograd.Function], *, slot: int) -> Callable[[F], F]:
-    r"""Register how per-sample gradients of an operation's input are made (decorator).
+    r"""Register a rule for the per-sample gradients of an operation's input (decorator).
 
-    Without a rule they are right, too; a rule replaces one call of the operation's backward for
-    each domain (sample) by whatever it does. It serves an input that is a parameter, or made from
-    parameters, where dimension 0 of the result counts the samples.
+    Results are correct without a rule; a rule replaces one call of the operation's backward per
+    domain (or sample). It applies to an input that is a parameter, or computed from parameters, if
+    dimension 0 of the result is the sample.
 
     Args:
         operation: a `torch.autograd.Function`, or the name of a graph node, as
             ``tensor.grad_fn.name()`` shows it.
-        slot: which input of the operation that is, from 0.
+        slot: index of the input, from 0.
 
-    The function ``rule(node, delta)`` is given the graph node, with what the forward saved
-    (``node.saved_tensors`` of a `torch.autograd.Function`), and the gradient of ``losses.sum()``
-    at the result. It returns the gradients in the cheapest form: `Outer`, `Lookup` or `Dense`.
+    The function ``rule(node, delta)`` gets the graph node with its saved tensors
+    (``node.saved_tensors`` of a `torch.autograd.Function`) and the gradient of ``losses.sum()`` at
+    the result. It returns the gradients in the cheapest form: `Outer`, `Lookup` or `Dense`.
 
     Raises:
         TypeError: an argument is not as described.
@@ -129,7 +129,7 @@ def register_rule(operation: str | type[torch.autograd.Function], *, slot: int) 
     if not (function_class or isinstance(operation, str)):
         raise TypeError(
             "operation: expected a torch.autograd.Function or the name of a graph node, got "
-            f"{operation!r}"
+            f"{operation!r}."
         )
 
     def register(function: F) -> F:
@@ -166,17 +166,17 @@ def rule(*operations: str, slots: Sequence[int]) -> Callable[[R], R]:
 
 
 def serve(use: Use) -> Served | None:
-    """What serves this use, or None."""
+    """Return the rule's result for this use, or None."""
     made = RULES.get((function_of(use.node), use.slot))
     made = made or RULES.get((use.node.name(), use.slot))
     return None if made is None else made(use)
 
 
 def registered() -> int:
-    """How many rules users have registered so far."""
+    """Return the number of rules that users have registered."""
     return _registered
 
 
 def plain(chain: Sequence[str]) -> tuple[str, ...]:
-    """The chain without casts."""
+    """Return the chain without casts."""
     return tuple(name for name in chain if name not in CASTS)
