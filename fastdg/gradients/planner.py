@@ -1,4 +1,4 @@
-"""Finds how each parameter of a graph is served: where it meets samples, and by which rule."""
+"""Planner: finds where each parameter of a graph meets samples, and its rule."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:
 class Planner:
     """Finds the boundaries of parameters.
 
-    A boundary of a parameter is the first operation on a way from it to the losses whose output
-    gradient belongs to samples entry by entry. What lies below is shared by the samples, or mixes
-    them: it is linear in the gradients that arrive at its boundaries.
+    A boundary of a parameter is the first operation on a path to the losses whose output gradient
+    belongs to samples entry by entry. The operations below are shared by the samples or mix them,
+    and are linear in the gradients at their boundaries.
 
     Args:
         losses: ``[N]``.
-        graph: below them.
-        parameters: those to serve.
-        past_zero: look for boundaries above operations whose output gradient is zero, everywhere
-            or in rows that no pattern fills, too. Zero is right for every sample, but its
-            derivative is not.
+        graph: graph below the losses.
+        parameters: parameters to plan for.
+        past_zero: also search above operations whose output gradient is zero, everywhere or in rows
+            that no pattern fills. Zero is right for every sample, but its derivative is not.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Planner:
     ) -> None:
         self.losses, self.graph, self.parameters = losses, graph, parameters
         self.past_zero = past_zero
-        self.unread = False  # whether a boundary lies higher, since a probe could not read rows
+        self.unread = False  # whether unreadable rows moved a boundary up
         self.found: Found = {}
         root = losses.grad_fn
         assert root is not None
@@ -55,8 +54,8 @@ class Planner:
         self.found[Output(root, losses.output_nr)] = own
 
     def boundaries(self) -> dict[int, list[tuple[Node, int, bool]]]:
-        """Position of a parameter -> ``(node, slot, direct)`` of its boundaries; direct: nothing
-        but moves and casts lies between. Probes as far as needed."""
+        """Find the boundaries, probing as far as needed: position of a parameter -> ``(node, slot,
+        direct)``; direct: only moves and casts are between."""
         leaves = {
             i: leaf
             for i, p in enumerate(self.parameters)
@@ -71,8 +70,8 @@ class Planner:
         return {i: self._apart([leaf])[0] for i, leaf in leaves.items()}
 
     def _apart(self, leaves: Sequence[Node]) -> list[list[tuple[Node, int, bool]]]:
-        """The boundaries of tensors that are pulled together, none below another: what is pulled
-        from the upper one would pass the lower one as well."""
+        """Find boundaries of tensors that are pulled together, none below another: a pull from the
+        upper one would also pass the lower one."""
         through: set[Node] = set()
         while True:
             passed: set[Node] = set()
@@ -84,8 +83,7 @@ class Planner:
             self._probe(self.graph.above(nested))
 
     def _below(self, passed: set[Node], boundaries: set[Node]) -> set[Node]:
-        """The boundaries that lie below an operation through which another one is pulled, however
-        many operations are between."""
+        """Return the boundaries that are below an operation in ``passed``, at any distance."""
         if len(boundaries) < 2 or passed.isdisjoint(self.graph.above(boundaries)):
             return set()
         return {node for node in boundaries if not passed.isdisjoint(self.graph.above([node]))}
@@ -135,8 +133,8 @@ class Planner:
         return made
 
     def holds_for_other_values(self, found: dict[int, list[tuple[Node, int, bool]]]) -> bool:
-        """Whether other values may move none of these boundaries: a gradient that is zero, or of
-        one sample alone, may hide that samples are mixed."""
+        """Whether these boundaries hold for other values. A gradient that is zero, or of one sample
+        alone, can hide mixed samples."""
         uses = _nodes(found)
         if self._by_structure(uses):
             return True
@@ -152,9 +150,9 @@ class Planner:
         )
 
     def _by_structure(self, uses: Iterable[Node]) -> bool:
-        """Whether the operations alone say which rows belong to which sample at these uses, and
-        what was probed does not contradict; these owners then take the place of the probed ones,
-        which know nothing of rows without gradient."""
+        """Whether the operations alone give the samples of all rows at these uses, without
+        contradiction to the probes. These owners then replace the probed owners, which are unknown
+        for rows without gradient."""
         uses = list(uses)
         owners = structure(self.losses, self.graph, uses)
         if owners is None:
@@ -179,8 +177,8 @@ class Planner:
         return True
 
     def contradicts(self, plan: Plan) -> str | None:
-        """After `plan`: an operation whose rows belong to other samples than in an earlier plan of
-        this signature."""
+        """After `plan`: return the name of an operation whose rows belong to other samples than in
+        an earlier plan of this signature, or None."""
         for (where, nr), ids in plan.owners.items():
             node = self.graph.nodes[where]
             seen = self.found.get(Output(node, nr))
@@ -189,18 +187,18 @@ class Planner:
         return None
 
     def _agree(self, out: Output, seen: Tensor, ids: Tensor) -> bool:
-        """Whether what was probed fits these owners. It may be of whole rows, or columns, with a
-        single entry that is not zero; then the entries themselves decide."""
+        """Whether the probed owners fit these owners. A probe may see whole rows or columns with a
+        single nonzero entry; then the entries decide."""
         return same(seen, ids) or follows(self.losses, out, ids)
 
     def _mixes(self, node: Node | None, nr: int) -> bool:
-        """Whether the samples meet below a tensor; they only share it if it was made without."""
+        """Whether samples are mixed below a tensor, not only shared by samples."""
         if node is None or self.found.get(Output(node, nr)) != Unclear(mixes=True):
             return False
         return holds_samples(node, self.losses.shape[0])
 
     def _readers(self, node: Node) -> Iterator[tuple[Node, int]]:
-        """Operations that read a tensor, through such as only move or cast its entries."""
+        """Yield the operations that read a tensor, directly or through moves and casts."""
         for consumer, slot, _ in self.graph.consumers[node]:
             if consumer.name() in MOVES and consumer is not self.root:
                 yield from self._readers(consumer)
@@ -208,7 +206,7 @@ class Planner:
                 yield consumer, slot
 
     def _beyond(self, node: Node) -> Iterator[tuple[Node, int]]:
-        """What reads a tensor through an operation that repeats it, perhaps for each sample."""
+        """Yield the operations that read a tensor through copies, which may be one per sample."""
         if node.name() in COPIES and node is not self.root:
             for reader, slot in self._readers(node):
                 yield reader, slot
@@ -226,15 +224,15 @@ class Planner:
             self.found.update(found | self._settled(found))
 
     def _lost(self, value: Owner | Unclear | None, zero: bool) -> bool:
-        """Whether the sample of some rows, also of such as are ``zero``, stays unknown."""
+        """Whether the sample of some rows stays unknown; with ``zero``, rows of zeros count too."""
         if not isinstance(value, Owner) or not bool((value.ids < 0).any()):
             return False
         ids = completed(value.ids, len(self.losses))
         return bool((ids < 0).any() if zero else (ids == UNREAD).any())
 
     def _settled(self, found: Found) -> Found:
-        """For gradients with rows that no probe can read and no pattern fills: the owners by
-        structure, or none, so that a boundary is looked for above."""
+        """Find owners by structure for gradients with rows that no probe reads and no pattern
+        fills; without them the boundary moves up."""
         lost = {out: value for out, value in found.items() if self._lost(value, self.past_zero)}
         owners = structure(self.losses, self.graph, {out.node for out in lost}) if lost else None
         made: Found = {}
@@ -267,8 +265,8 @@ class Planner:
     def _boundaries(
         self, leaf: Node, through: set[Node], passed: set[Node]
     ) -> list[tuple[Node, int, bool]]:
-        """``(node, slot, direct)`` of each boundary; direct: only moves and casts lie between.
-        Nodes of ``through`` are none; those that lie below a boundary are added to ``passed``."""
+        """Return ``(node, slot, direct)`` of each boundary; direct: only moves and casts are
+        between. Nodes of ``through`` are no boundaries; nodes below one are added to ``passed``."""
         found: dict[tuple[Node, int], bool] = {}
         seen: set[Node] = set()
         pending = [(node, slot, True) for node, slot in self._readers(leaf)]
@@ -290,7 +288,7 @@ class Planner:
         return self.graph.leaves[id(self.parameters[i])]
 
     def _place(self, i: int, node: Node, slot: int, direct: bool) -> Place | None:
-        """How a rule serves the use of parameter ``i`` itself, if one does."""
+        """Ask the rules for the use of parameter ``i`` itself."""
         leaf = self._leaf(i)
         chain: list[str] = []
         below, _ = node.next_functions[slot]
@@ -306,11 +304,11 @@ class Planner:
     def _serve(
         self, node: Node, slot: int, chain: tuple[str, ...], parameter: tuple[int, ...] | None
     ) -> Served | None:
-        """Ask the rules for the tensor at a slot, or for a parameter of that shape behind it."""
+        """Ask the rules for the tensor at a slot, or for a parameter of this shape behind it."""
         shapes, owner = output_shapes(node), self._owner(node, 0)
         output = shapes[0]
         below, nr = node.next_functions[slot]
-        # A rule is given the gradient at output 0 alone, so no other one may have one
+        # A rule gets the gradient at output 0 only, so no other output may have one
         others = any(self.found.get(Output(node, k)) is not None for k in range(1, len(shapes)))
         if others or owner is None or output is None or below is None:
             return None

@@ -1,9 +1,9 @@
-"""Per-sample gradients without a rule for any operation.
+"""Per-sample gradients without rules.
 
-At a boundary the output gradient, weighted sample by sample, goes through the operation's own
-backward, of which only the shared inputs are taken. What arrives there is pulled through the shared
-part of the graph to the parameters by autograd. Each row of weights costs one call of the boundary
-operations and one backward of the shared part, whatever the operations are.
+At a boundary, the operation's own backward runs on the output gradient, weighted sample by sample,
+and gives gradients at the shared inputs. Autograd pulls them through the shared part of the graph
+to the parameters. Each row of weights costs one call of the boundary operations and one backward of
+the shared part, for all operations.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .graph import Graph, output_dtypes, output_shapes
 from .plain import unhooked, without_autocast
 from .plan import Boundary
 
-BYTES = 1 << 26  # of the rows that are pulled at once
+BYTES = 1 << 26  # of the rows of one pull
 
 
 class Part(NamedTuple):
-    """What has arrived at one boundary.
+    """Gradients at one boundary.
 
     Attributes:
         node: the operation.
-        boundary: its description.
-        deltas: gradient of ``losses.sum()`` at each output, None without one; needed where a slot
-            has no factor.
-        factors: slot -> per-sample gradients of the tensor there, where a rule made them.
+        boundary: its boundary.
+        deltas: gradient of ``losses.sum()`` at each output, or None; needed if a slot has no
+            factor.
+        factors: slot -> per-sample gradients of its tensor, if made by a rule.
     """
 
     node: Node
@@ -43,10 +43,10 @@ class Part(NamedTuple):
 
 
 class Pull:
-    """The gradients of several parameters, pulled through the shared part of the graph.
+    """Gradients of several parameters, pulled through the shared part of the graph.
 
     Args:
-        parts: of all boundaries; the graph must not have been freed.
+        parts: gradients at all boundaries; the graph must not be freed.
         parameters: the tensors.
         samples: N.
     """
@@ -58,10 +58,10 @@ class Pull:
         self.chunk = max(1, BYTES // max(entries, 1))
 
     def domain(self, partition: Partition, scale: Tensor | None) -> list[Tensor]:
-        """Mean gradient of each domain, ``[D, *shape]`` of each parameter.
+        """Compute the mean gradient of each domain, ``[D, *shape]`` for each parameter.
 
         Args:
-            partition: of the samples.
+            partition: partition of the samples.
             scale: factor of each sample's gradient ``[N]``.
         """
         domains = torch.arange(partition.num_domains, device=partition.domains.device)
@@ -74,7 +74,7 @@ class Pull:
         return self._pull(means, scale, mean)
 
     def of_samples(self, number: Tensor, scale: Tensor | None) -> list[Tensor]:
-        """Gradients of the samples ``number`` ``[K]``, ``[K, *shape]`` of each parameter."""
+        """Compute gradients of the samples ``number`` ``[K]``, ``[K, *shape]`` per parameter."""
         rows = torch.zeros((len(number), self.samples), device=number.device, dtype=torch.float64)
         rows[torch.arange(len(number), device=number.device), number] = 1
         return self._pull(rows, scale, lambda factor: factor.take(number).per_sample())
@@ -82,8 +82,8 @@ class Pull:
     def _pull(
         self, weights: Tensor, scale: Tensor | None, read: Callable[[PerSampleGrad], Tensor]
     ) -> list[Tensor]:
-        """``sum_i weights[k, i] scale[i] g_i`` of each parameter, for ``weights [K, N]``; ``read``
-        says the same of a factor."""
+        """Compute ``sum_i weights[k, i] scale[i] g_i`` for ``weights [K, N]`` and each parameter;
+        ``read`` computes the same sums of a scaled factor."""
         weighted = weights if scale is None else weights * scale.to(weights.dtype)
         edges: dict[tuple[Node | None, int], Tensor] = {}
 
@@ -119,7 +119,7 @@ class Pull:
         return parts[0] if self.create_graph else _apart(parts[0])
 
     def _through(self, edges: Mapping[tuple[Node | None, int], Tensor]) -> list[Tensor]:
-        """Pull what has arrived at the edges to the parameters."""
+        """Pull the gradients at the edges to the parameters."""
         there = {edge: rows for edge, rows in edges.items() if rows.numel()}
         outputs = [GradientEdge(node, nr) for node, nr in there if node is not None]
         stacked, rows = list(there.values()), max(map(len, edges.values()), default=0)
@@ -152,8 +152,8 @@ class Pull:
 
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Each in memory of its own, so that it may be written to. Autograd hands on one and the same
-    gradient to both terms of a sum, and one that repeats an entry to the operand of a sum."""
+    """Copy tensors that share memory, so that each may be written to. Autograd gives both terms of
+    a sum the same gradient, and the operand of a sum an expanded one."""
     seen: set[int] = set()
     found = []
     for x in tensors:
@@ -169,7 +169,7 @@ def _batched(
     stacked: Sequence[Tensor],
     rows: int,
 ) -> list[Tensor | None]:
-    """All rows in one call; one by one where an operation has no rule for that."""
+    """Run all rows in one call; one by one if an operation has no batching rule."""
     try:
         return list(grad(stacked, True))
     except RuntimeError:
@@ -177,9 +177,8 @@ def _batched(
 
 
 def _unbatched(nodes: Iterable[Node]) -> bool:
-    """Whether some operation below has a backward that is wrong where it is batched and
-    differentiated at once: it takes its saved statistics for batched ones, and where sizes happen
-    to fit, raises nothing."""
+    """Whether some operation below has a backward that is wrong when batched and differentiated at
+    once: it takes its saved statistics for batched ones, without an error if sizes fit."""
     return any(
         below.name() == "NativeGroupNormBackward0"
         for node in dict.fromkeys(nodes)
@@ -202,7 +201,7 @@ def _one_by_one(
 
 
 def _dtype_at(node: Node, slot: int) -> torch.dtype | None:
-    """The dtype of the tensor at an input of an operation."""
+    """Return the dtype of the tensor at an input of an operation."""
     child, nr = node.next_functions[slot]
     if child is None:
         return None
@@ -215,17 +214,17 @@ def _weighted(delta: Tensor, owner: Tensor | None, weights: Tensor) -> Tensor:
         return delta
     known, of_entry = owner >= 0, weights[owner.clamp(min=0)]
     weighted = delta * torch.where(known, of_entry, 0).to(delta.dtype)
-    # NaN of a sample that is not asked for is no number of the others
+    # A NaN of a sample with weight 0 must not reach the others
     return torch.where(known & (of_entry == 0), 0, weighted)
 
 
 def _backward_of(
     node: Node, grads: Sequence[Tensor | None], slots: Sequence[int]
 ) -> list[tuple[int, Tensor]]:
-    """The operation's own backward: gradients at the inputs ``slots`` for those at its outputs.
+    """Run the operation's own backward: from gradients at its outputs to the inputs ``slots``.
 
-    The node is called alone. The engine, where it stops at one input of a node, hands that also
-    what came through the node's other inputs (``q @ q.t()``).
+    The node is called alone: the engine, stopped at one input of a node, also gives it gradients
+    through the node's other inputs (``q @ q.t()``).
     """
     given = list(grads)
     shapes, below = output_shapes(node), node.next_functions
@@ -237,11 +236,11 @@ def _backward_of(
                     given[k] = like.new_zeros(shape)
         made: Any = node(*given)
         results = made if isinstance(made, tuple) else (made,)
-    else:  # written in Python, or compiled: the engine is the only way in
+    else:  # a Python or compiled function: only the engine can call it
         wanted = [slot for slot, (child, _) in enumerate(below) if child is not None]
         there = [k for k, g in enumerate(given) if g is not None]
         caught: list[tuple[Tensor | None, ...]] = []
-        # What arrives at an edge may have come through another input, too; a hook sees it before
+        # A gradient at an edge may also come through another input; a hook sees it before
         handle = node.register_hook(lambda inputs, outputs: caught.append(tuple(inputs)))
         leaves = [v for c, _ in below if (v := getattr(c, "variable", None)) is not None]
         try:
@@ -273,11 +272,11 @@ def _backward_of(
 
 
 class Pulled(PerSampleGrad):
-    """One parameter of a `Pull`; what is asked of one is computed for all and kept.
+    """One parameter of a `Pull`; results are computed for all parameters and cached.
 
     Args:
-        pull: of all parameters.
-        place: which one this is.
+        pull: the pull of all parameters.
+        place: index of this parameter.
         scale: factor of each sample's gradient, ``[N]``.
     """
 
@@ -286,8 +285,8 @@ class Pulled(PerSampleGrad):
         self.shape, self.samples = tuple(pull.parameters[place].shape), pull.samples
 
     def _of_all(self, key: Any, compute: Callable[[], list[Any]], of: Any = None) -> Any:
-        """Of this parameter; ``of`` is the object behind an id in the key, kept so that no other
-        one gets this id."""
+        """Return this parameter's entry. ``of`` is the object whose id is in the key, kept so that
+        no other object gets this id."""
         if key not in self.cache:
             self.cache[key] = of, compute()
         return self.cache[key][1][self.place]
@@ -332,7 +331,7 @@ class Pulled(PerSampleGrad):
         return self._of_all("samples", compute)
 
     def _samples(self) -> Any:
-        """The gradients of some samples after the other, and which samples these are."""
+        """Yield chunks: the gradients of some samples, and the samples' numbers."""
         device = self.pull.parameters[0].device
         for number in torch.arange(self.samples, device=device).split(self.pull.chunk):
             yield self.pull.of_samples(number, self.scale), number

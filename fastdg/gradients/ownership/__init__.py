@@ -1,1 +1,1 @@
-"""Which sample each entry of a gradient belongs to."""
+"""Ownership: the sample of each entry of a gradient."""

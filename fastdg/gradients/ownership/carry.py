@@ -1,7 +1,7 @@
-"""From the owners of an output gradient to these of an input's, operation by operation.
+"""From the owners of an output gradient to the owners of an input gradient, per operation.
 
-Only what an operation's sizes and dimensions say counts, and these are in a graph's signature:
-`fastdg.gradients.graph` lists the attributes that are read here.
+Owners depend only on an operation's sizes and dimensions, which are in a graph's signature:
+`fastdg.gradients.graph` lists the attributes read here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Carry = Callable[[Any, int, Tensor, Shape, int, Shape], Ids]
 
 
 class Unknown(Exception):
-    """It is not known where an operation takes its rows from."""
+    """The source of an operation's rows is unknown."""
 
 
 def _along(ids: Tensor, dims: Iterable[int]) -> Ids:
-    """The owners where each entry takes from all along ``dims``; size 1 there."""
+    """Reduce owners where each entry depends on all along ``dims``; size 1 there."""
     for d in dims:
         if ids.shape[d] > 1:
             most = ids.amax(d, keepdim=True)
@@ -42,7 +42,7 @@ def _all(ids: Tensor, shape: Shape) -> Ids:
 
 
 def _entrywise(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
-    """Entry by entry, with broadcasting; or a single loss of all."""
+    """Carry entry by entry, with broadcasting; or from a scalar loss to all."""
     if not out:
         return ids.reshape([1] * len(shape))
     extra = len(out) - len(shape)
@@ -56,7 +56,7 @@ def _entrywise(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Sh
 
 
 def _viewed(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
-    """The same entries in the same order: dimensions are joined and split group by group."""
+    """Carry through a view: join and split dimensions group by group."""
     wide: list[int] = []
     made: list[int] = []
     i = j = 0
@@ -87,7 +87,7 @@ def _transposed(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: S
 
 
 def _into(ids: Tensor, shape: Shape, dim: int, where: Any) -> Tensor:
-    """``ids`` at the places ``where`` along a dimension, -1 elsewhere."""
+    """Put ``ids`` at the places ``where`` along a dimension, -1 elsewhere."""
     full = ids.new_full([*ids.shape[:dim], shape[dim], *ids.shape[dim + 1 :]], -1)
     full[(slice(None),) * dim + (where,)] = ids
     return full
@@ -127,7 +127,7 @@ def _joined(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape
     if ids.shape[dim] == 1:
         return ids
     before = [_shape_of(child, place) for child, place in node.next_functions[:slot]]
-    if any(b is None for b in before):  # a constant: its size is known from its neighbours at best
+    if any(b is None for b in before):  # a constant: its neighbours may tell its size
         after = [_shape_of(child, place) for child, place in node.next_functions[slot + 1 :]]
         if any(b is None for b in after):
             raise Unknown
@@ -142,7 +142,7 @@ def _length(shapes: Sequence[Shape | None], dim: int) -> int:
 
 
 def _shape_of(node: Node | None, nr: int) -> Shape | None:
-    """The shape of a tensor of the graph; None for one that is not in it."""
+    """Return the shape of a tensor of the graph; None for a tensor outside it."""
     if node is None:
         return None
     variable = getattr(node, "variable", None)
@@ -187,7 +187,7 @@ def _diagonal(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Sha
 
 
 def _reduced(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
-    """Each result from all entries along some dimensions."""
+    """Carry through a reduction along some dimensions."""
     if not out:
         return ids.reshape([1] * len(shape))
     if len(out) != len(shape):
@@ -198,12 +198,12 @@ def _reduced(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shap
 
 
 def _classes(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
-    """A negative log-likelihood: one loss from all classes, dimension 1."""
+    """Carry through a negative log-likelihood: one loss from all classes, dimension 1."""
     return ids.reshape([1] * len(shape)) if not out or len(shape) < 2 else ids.unsqueeze(1)
 
 
 def _mixing(dims: Callable[[Any, Shape], Sequence[int]], slots: Sequence[int] = (0,)) -> Carry:
-    """Everything along ``dims`` is mixed, nothing along the others."""
+    """Return a carry that mixes along ``dims`` and not along other dimensions."""
 
     def carry(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
         if slot not in slots:
@@ -237,7 +237,7 @@ def _batch_norm(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: S
 
 
 def _product(rows: int, columns: int) -> Carry:
-    """A matrix product of the inputs at these slots; what is before them is added."""
+    """Return the carry of a matrix product of these slots; an earlier slot is a summand."""
 
     def carry(node: Any, nr: int, ids: Tensor, out: Shape, slot: int, shape: Shape) -> Ids:
         if slot not in (rows, columns):

@@ -1,4 +1,4 @@
-"""Bring the rows of a tensor to ``[N, T, *]``, whatever order the model keeps its samples in."""
+"""Layout of rows: from any order of the samples to ``[N, T, *]``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Kind = Literal["major", "minor", "any"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows belong to samples: R rows, N samples, T positions of the sample with most rows.
+    """Map of R rows to N samples; the sample with most rows has T.
 
     Attributes:
         kind: ``"major"``, row r belongs to sample r // T; ``"minor"``, to r % N; ``"any"``,
-            as ``index`` says.
+            by ``index``.
         samples: N.
         positions: T.
-        index: ``[N * T]``, the row at each position of each sample; R where there is none.
+        index: ``[N * T]``, the row at each position of each sample; R for no row.
     """
 
     kind: Kind
@@ -34,7 +34,7 @@ class Layout:
 
     @classmethod
     def of(cls, owner: Tensor, samples: int) -> Layout:
-        """The layout of rows whose samples are ``owner`` ``[R]``; -1 for a row without gradient."""
+        """Find the layout of rows with samples ``owner`` ``[R]``; -1: a row without gradient."""
         count = owner.numel()
         place = torch.arange(count, device=owner.device)
         if count % samples == 0:
@@ -54,13 +54,13 @@ class Layout:
         return cls("any", samples, positions, index.index_copy(0, slot, order))
 
     def shortest(self, x: Tensor) -> Tensor:
-        """`rows`, without the dimension T where each sample has one row, in order, and nothing is
-        to be differentiated."""
+        """Call `rows`, but omit the dimension T if each sample has one row, in order, and grad mode
+        is off."""
         alone = self.positions == 1 and self.kind == "major"
         return x if alone and not torch.is_grad_enabled() else self.rows(x)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x [R, *]`` as ``[N, T, *]``; zeros where a sample has no more rows."""
+        """Rearrange ``x [R, *]`` to ``[N, T, *]``; zeros where a sample has fewer rows."""
         if self.kind == "major":
             if torch.is_grad_enabled() and x.requires_grad and type(x) is Tensor and not tracing():
                 return _Unflatten.apply(x, self.samples, self.positions)
@@ -73,8 +73,8 @@ class Layout:
 
 
 class _Unflatten(torch.autograd.Function):
-    """``x.unflatten(0, (samples, positions))`` whose gradient is no view: autograd adds another to
-    it in place, where that of a view takes new memory each time."""
+    """``x.unflatten(0, (samples, positions))`` whose gradient is no view: autograd adds to it in
+    place, but allocates new memory for each sum with a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, samples: int, positions: int) -> Tensor:
@@ -88,7 +88,7 @@ class _Unflatten(torch.autograd.Function):
 
 
 def lead(owner: Tensor, shape: Sequence[int], dims: Sequence[int]) -> Tensor | None:
-    """The samples of the rows made by ``dims`` of a tensor of that shape, ``[R]``; None if the
+    """Return the samples ``[R]`` of the rows along ``dims`` of a tensor of this shape; None if the
     sample changes along another dimension."""
     if any(owner.shape[d] != 1 for d in range(len(shape)) if d not in dims):
         return None

@@ -1,4 +1,4 @@
-"""The samples that the entries of an output gradient belong to."""
+"""Owners: the samples of the entries of an output gradient."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Owner:
-    """The sample of each entry of an output gradient.
+    """Sample of each entry of an output gradient.
 
     Attributes:
-        ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so that its
-            sample is unknown; `UNREAD` where it is not zero, but too small or not finite.
+        ids: int64, broadcastable to the gradient; -1 where the gradient is zero, so its sample is
+            unknown; `UNREAD` where it is not zero, but too small or not finite.
     """
 
     ids: Tensor
 
 
 class Unclear(NamedTuple):
-    """Why an output gradient has no `Owner`: it ``mixes`` samples, or it is zero everywhere."""
+    """Reason for no `Owner`: the output gradient ``mixes`` samples, or is zero everywhere."""
 
     mixes: bool
 
 
-# None: no gradient arrives there at all
+# None: no gradient arrives at the output
 Found = dict[Output, Owner | Unclear | None]
 
 
@@ -58,8 +58,8 @@ def compressed(ids: Tensor) -> Tensor:
 
 
 def completed(ids: Tensor, samples: int) -> Tensor:
-    """Drop dimensions as in `compressed`, and fill in the samples of rows that are not known where
-    a regular pattern fits the others: where they are without gradient nothing is added there."""
+    """Drop dimensions as in `compressed`, and fill in the samples of unknown rows if a regular
+    pattern fits the others. Rows without gradient add nothing."""
     ids = compressed(ids)
     unknown = ids < 0
     count = ids.numel()

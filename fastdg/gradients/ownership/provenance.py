@@ -1,9 +1,9 @@
-r"""Which sample each row of an output gradient belongs to, exactly.
+r"""Samples of the rows of an output gradient, by probing.
 
-A backward is linear in the gradient that it starts with. Scale the loss of sample i by
-:math:`2^{e_i}`: an entry that depends on sample i alone is scaled by :math:`2^{e_i}` bit for bit,
-since only its exponent changes. Two such backwards, read by `torch.frexp`, give the sample of every
-entry. An entry whose mantissa has changed depends on several samples.
+A backward is linear in its start gradient. Scale the loss of sample i by :math:`2^{e_i}`: an entry
+that depends on sample i alone is scaled by :math:`2^{e_i}` bit for bit, since only its exponent
+changes. Two such backwards, read by `torch.frexp`, give the sample of every entry. An entry with a
+changed mantissa depends on several samples.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from ..graph import Graph, output_dtypes
 from ..plain import without_autocast
 from .owners import UNREAD, Found, Output, Owner, Unclear, same
 
-_SMALL = 1 << 16  # entries of a gradient that are looked at one by one
-# Powers of two that a loss can be scaled by without overflow or underflow of common gradients
+_SMALL = 1 << 16  # entries of a gradient whose entries are read one by one
+# Powers of two that scale a loss without overflow or underflow of common gradients
 _BASE = {torch.float16: 8, torch.bfloat16: 128, torch.float32: 128, torch.float64: 1024}
 _TARGET = {False: 0, True: 8}  # exponent of the largest gradient, without and with float16
 
 
 def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
-    """The `Owner` of each output gradient, or the reason why there is none.
+    """Find the `Owner` of each output gradient, or the reason for none.
 
     Runs ``1 + ceil(log_base N)`` backwards that compute no gradient below ``outputs``; base is 128
-    in float32. Where gradients are far from 1, a further one finds a power of two to begin with;
-    where they are far from each other, the faint ones are read at another power. The graph is kept.
+    in float32. If gradients are far from 1, a further backward finds a power of two to start with;
+    if they are far from each other, faint ones are read at another power. The graph is kept.
 
     Args:
         losses: ``[N]``.
-        graph: of ``losses.grad_fn``.
-        outputs: where to look.
+        graph: graph of ``losses.grad_fn``.
+        outputs: outputs to probe.
     """
     samples = losses.shape[0]
     through = {dtype for node in graph.nodes for dtype in _dtypes(node)}
     half = torch.float16 in through
     dtypes = {dtype for out in outputs for dtype in _dtypes(out.node)}
     dtypes |= {losses.dtype} | through - {torch.float16}
-    # No larger than needed: the smaller the powers, the smaller the gradients that can be read
+    # No larger than needed: small powers allow to read small gradients
     most = 1 << max(1, (samples - 1).bit_length())
     base = min(most, *(_BASE.get(dtype, 8) for dtype in dtypes))
     digits = max(1, math.ceil(math.log(max(samples, 2), base) - 1e-9))
     number = torch.arange(samples, device=losses.device)
-    # Below the smallest normal number of any operation above bits are lost, and nothing can be read
+    # Below the smallest normal number of any operation above, bits are lost and reading fails
     floor = max(torch.finfo(dtype).tiny for dtype in through | dtypes) * (16 if half else 4096)
     one = torch.ones_like(losses)
 
@@ -107,14 +107,14 @@ def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
 
 
 def _dtypes(node: Node) -> set[torch.dtype]:
-    """The real dtypes of the gradients at a node."""
+    """Return the real dtypes of the gradients at a node."""
     found = {dtype.to_real() for dtype in output_dtypes(node) if dtype is not None}
     return found & _BASE.keys()
 
 
 def follows(losses: Tensor, output: Output, ids: Tensor) -> bool:
-    """Whether each entry of an output gradient belongs to the sample that ``ids``, broadcastable to
-    it, says; -1 for none, `UNREAD` for any. Takes ``1 + ceil(log_7 N)`` backwards."""
+    """Whether ``ids``, broadcastable to an output gradient, gives the sample of each entry; -1 for
+    none, `UNREAD` for any. Takes ``1 + ceil(log_7 N)`` backwards."""
     number = torch.arange(len(losses), device=losses.device)
     one, known = torch.ones_like(losses), ids.clamp(min=0)
     first = _gradient(losses, output, one)
@@ -141,7 +141,7 @@ def _gradient(losses: Tensor, output: Output, weight: Tensor) -> Tensor | None:
 
 
 class _Reading:
-    """What is known of one output gradient, in each of its profiles."""
+    """Samples read so far from one output gradient, for each of its profiles."""
 
     def __init__(self, profile: list[Tensor], half: bool, floor: float) -> None:
         self.profile, self.half, self.floor = profile, half, floor
@@ -163,7 +163,7 @@ class _Reading:
             self.ids[k] = None if value is None else ids + value * weight
 
     def add(self, other: _Reading) -> None:
-        """Take over what another reading, at another power of two, could read."""
+        """Fill in samples from another reading, at another power of two."""
         self.readable = None
         for k, (ids, more) in enumerate(zip(self.ids, other.ids, strict=True)):
             if ids is not None and more is not None:
@@ -171,7 +171,7 @@ class _Reading:
                 self.there[k] = self.there[k] | other.there[k]
 
     def faint(self, raw: list[Tensor], samples: int) -> float:
-        """The largest finite size that could not be read; ``raw`` is the unscaled profile."""
+        """Return the largest finite unread size; ``raw`` is the unscaled profile."""
         for k in self._readable(samples)[:1]:
             if not bool(self.there[k].all()):
                 size = torch.where(self.there[k] | ~torch.isfinite(raw[k]), 0, raw[k])
@@ -179,8 +179,8 @@ class _Reading:
         return 0.0
 
     def _readable(self, samples: int) -> list[int]:
-        """The profiles whose entries do not mix samples. A large gradient hides the small ones that
-        it is summed with: where single entries were read, they decide."""
+        """Return the profiles whose entries do not mix samples. In a sum, a large gradient hides
+        small ones: if single entries were read, they decide."""
         if self.readable is not None:
             return self.readable
         found = [
@@ -206,7 +206,7 @@ class _Reading:
         return self._known(k, torch.where(self._seen(k, raw), UNREAD, -1))
 
     def _seen(self, k: int, raw: list[Tensor] | None) -> Tensor:
-        """Where a gradient is not zero, at one power of two at least."""
+        """Mask of the entries that are not zero at one power of two at least."""
         seen = self.profile[k] != 0
         for profile in [*self.scaled, *([raw] if raw is not None else [])]:
             seen = seen | (profile[k] != 0)
@@ -215,7 +215,7 @@ class _Reading:
     def result(
         self, raw: list[Tensor] | None, samples: int, fits: Callable[[Tensor], bool]
     ) -> Owner | Unclear:
-        """``fits`` tells by the gradient's entries whether these owners are right."""
+        """Return the result; ``fits`` checks owners against the gradient's entries."""
         if not bool(self._seen(0, raw).any()):
             return Unclear(mixes=False)
         found = [self._owners(k, raw) for k in self._readable(samples)]
@@ -227,14 +227,14 @@ class _Reading:
 def _profiles(
     losses: Tensor, graph: Graph, outputs: Sequence[Output], weight: Tensor
 ) -> list[list[Tensor] | None]:
-    """Of each output gradient the sums of its absolute values over the last dimension, over all
-    others, and itself where it is small, each broadcastable to it. They are taken as the gradient
-    arrives, so that no more gradients are alive than in any backward."""
+    """Compute profiles of each output gradient: sums of absolute values over the last dimension,
+    over all others, and for a small gradient its absolute values, each broadcastable to it. They
+    are computed as the gradient arrives, so no more gradients are alive than in any backward."""
     found: dict[Output, list[Tensor] | None] = dict.fromkeys(outputs)
     wanted: dict[Node, list[Output]] = {}
     for out in outputs:
         wanted.setdefault(out.node, []).append(out)
-    # A backward to the deepest passes all others; these it does not run
+    # A backward to the deepest passes all others, but does not run the deepest
     passed = graph.above(node for node in wanted if node in graph.position)
     deepest = [out for out in outputs if out.node not in passed]
 
@@ -279,7 +279,7 @@ def _profile(grad: Tensor) -> list[Tensor]:
     if grad.dim() < 2:
         return [grad.abs()]
     lead = tuple(range(grad.dim() - 1))
-    # Norms, as the absolute values themselves would be one more tensor of that size
+    # Norms, since absolute values would be one more tensor of this size
     profile = [torch.linalg.vector_norm(grad, 1, dims, keepdim=True) for dims in ((-1,), lead)]
     if grad.numel() <= _SMALL:
         profile.append(grad.abs())
@@ -287,7 +287,7 @@ def _profile(grad: Tensor) -> list[Tensor]:
 
 
 def _shift(profiles: Sequence[list[Tensor] | None], half: bool) -> int:
-    """The power of two by which the losses are scaled so that the gradients keep their bits."""
+    """Return the exponent to scale the losses with, so that gradients keep their bits."""
     sizes = [
         profile[0].amax() for profile in profiles if profile is not None and profile[0].numel()
     ]
@@ -302,11 +302,11 @@ def _shift(profiles: Sequence[list[Tensor] | None], half: bool) -> int:
 
 
 def _exponents(a: Tensor, b: Tensor, there: Tensor, base: int, half: bool) -> Tensor | None:
-    """The power of two between ``a`` and ``b``, from 0 to ``base - 1``; None if some entry of those
-    that are ``there`` is not scaled by one."""
+    """Return the power of two between ``a`` and ``b``, from 0 to ``base - 1``; None if the scale of
+    an entry that is ``there`` is no power of two."""
     ratio = torch.where(there, b / a, 1)
     exponent = torch.frexp(ratio * math.sqrt(2))[1] - 1  # of the nearest power of two
-    # Kernels with atomics add in another order each time; float16 loses the bits of small numbers
+    # Kernels with atomics vary the order of sums; float16 loses bits of small numbers
     slack = 1e-2 if half else 1e-3 if a.is_cuda else 4 * torch.finfo(a.dtype).eps
     value = exponent.long() + base // 2
     bad = ((torch.ldexp(ratio, -exponent) - 1).abs() > slack) | (value < 0) | (value >= base)

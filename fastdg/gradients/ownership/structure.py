@@ -1,10 +1,10 @@
-"""Which sample each row belongs to by the operations alone, whatever the values are.
+"""Samples of rows by the operations alone, for all values.
 
-A map of rows to samples may be remembered only if values do not decide it: a gate that is zero in
-one step hides that samples are mixed, and so do a mask, a dead unit and a saturated attention. Here
-the owners of the losses are carried down through the operations, sizes and dimensions of a graph,
-which its signature holds. An operation that is not listed, or that may mix samples, ends that: the
-rows below are then probed in every step.
+A map of rows to samples can be cached only if it does not depend on values: a gate that is zero in
+one step hides mixed samples, and so do a mask, a dead unit and a saturated attention. This module
+carries the owners of the losses down through the operations, sizes and dimensions of a graph, which
+are in its signature. An operation that is not listed, or that may mix samples, stops it: the rows
+below are then probed in every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .owners import Output
 
 
 def structure(losses: Tensor, graph: Graph, uses: Iterable[Node]) -> Mapping[Output, Ids] | None:
-    """The sample of each entry of the output gradients at ``uses``, and above.
+    """Find the sample of each entry of the output gradients at ``uses``, and above.
 
     Returns:
         Output -> int64 ids, broadcastable to the gradient, -1 where it is always zero; None where
@@ -81,7 +81,7 @@ def _merged(a: Ids, b: Ids) -> Ids:
 
 
 def _smallest(ids: Tensor) -> Tensor:
-    """Without dimensions along which the owner is one and the same."""
+    """Reduce dimensions along which the owner is the same to size 1."""
     for d, size in enumerate(ids.shape):
         if size > 1 and bool((ids == (first := ids.narrow(d, 0, 1))).all()):
             ids = first

@@ -1,4 +1,4 @@
-"""Fast ways for known operations, one file for each family; to import this registers them."""
+"""Rules for known operations, one file per family; importing this package registers them."""
 
 from . import broadcast, convolution, linear, lookup, norm
 

@@ -1,4 +1,4 @@
-"""Element-wise operations whose operand is shared by samples: a bias, a scale, a position table."""
+"""Element-wise operations with an operand that samples share: bias, scale, position table."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .registry import RESHAPES, Served, Use, plain, rule
 
 @dataclass(frozen=True)
 class Broadcast(Served):
-    """An operand that was broadcast over samples.
+    """Rule for an operand that was broadcast over samples.
 
     Attributes:
         operation: name of the operation.
-        slot: which operand.
-        layout: of the rows made by ``over``.
+        slot: index of the operand.
+        layout: layout of the rows along ``over``.
         over: dimensions of the output over which the operand was broadcast.
         parameter: shape of the parameter.
     """
@@ -40,7 +40,7 @@ class Broadcast(Served):
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         grad = delta
         for other in saved:
-            # As autograd does: a product would make NaN of inf where the operand is not chosen
+            # As in autograd: a product would turn inf into NaN where the operand is not chosen
             chosen = isinstance(other, Tensor) and other.dtype == torch.bool
             grad = grad.where(other, 0) if chosen else grad * other
         kept = [d for d in range(grad.dim()) if d not in self.over]
@@ -98,11 +98,11 @@ def elementwise(use: Use) -> Served | None:
 
 @dataclass(frozen=True)
 class Repeated(Served):
-    """A tensor that was repeated for each sample.
+    """Rule for a tensor that was repeated for each sample.
 
     Attributes:
-        layout: of the copies.
-        sizes: of the output, each dimension split into how often, and how long.
+        layout: layout of the copies.
+        sizes: sizes of the output, each dimension split into (repeats, length).
         parameter: shape of the parameter.
     """
 
@@ -120,7 +120,7 @@ class Repeated(Served):
 
 
 def _copies_first(x: Tensor) -> Tensor:
-    """Dimensions (how often, how long, how often, ...) as those of how often, then the others."""
+    """Permute dimensions (repeats, length, repeats, ...) to all repeats, then all lengths."""
     return x.permute(*range(0, x.dim(), 2), *range(1, x.dim(), 2))
 
 
@@ -132,7 +132,7 @@ def repeat(use: Use) -> Served | None:
     dims = len(use.output)
     long = (1,) * (dims - len(use.shape)) + use.shape
     often = tuple(out // n for out, n in zip(use.output, long, strict=True))
-    split: list[int] = []  # of the owners, which may be the same along a dimension
+    split: list[int] = []  # of the owners, which may have size 1 in a dimension
     for d in range(dims):
         split += (1, 1) if use.owner.shape[d] == 1 else (often[d], long[d])
     owner = _copies_first(use.owner.reshape(split)).flatten(dims)

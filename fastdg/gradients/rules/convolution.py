@@ -1,4 +1,4 @@
-"""Convolutions: outer products of deltas and patches, which are addressed and never copied."""
+"""Convolutions: outer products of deltas and patches, without copies of the patches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .registry import Served, Use, plain, rule
 
 @dataclass(frozen=True)
 class Patches(Served):
-    """The weight of a convolution over rows of samples.
+    """Rule for the weight of a convolution over rows of samples.
 
     Attributes:
-        layout: of the convolution's batch dimension.
+        layout: layout of the convolution's batch dimension.
         parameter: shape of the weight.
     """
 
@@ -33,7 +33,7 @@ class Patches(Served):
         x, delta = _sample_major(saved[0], self.layout), _sample_major(delta, self.layout)
         sizes = list(reversed(node._saved_padding))
         more = [0] * len(sizes)
-        if node._saved_transposed:  # its gradient is that of a convolution of delta with x
+        if node._saved_transposed:  # its gradient: of a convolution of delta with x
             x, delta, more = delta, x, list(reversed(node._saved_output_padding))
         padding = [p for size, extra in zip(sizes, more, strict=True) for p in (size, size - extra)]
         window = (*self.parameter[2:], *node._saved_stride, *node._saved_dilation)
@@ -45,7 +45,7 @@ class Patches(Served):
 
 @dataclass(frozen=True)
 class Channels(Served):
-    """The bias of a convolution, or what else is added to each channel, dimension 1."""
+    """Rule for the bias of a convolution, which is added to each channel, dimension 1."""
 
     layout: Layout
     parameter: tuple[int, ...]

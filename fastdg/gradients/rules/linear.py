@@ -16,13 +16,13 @@ from .registry import CASTS, RESHAPES, Served, Use, plain, rule
 
 @dataclass(frozen=True)
 class Product(Served):
-    """A matrix in a product with rows of samples.
+    """Rule for a matrix in a product with rows of samples.
 
     Attributes:
-        layout: of the rows.
+        layout: layout of the rows.
         saved_as: the attribute of the node that holds the rows.
-        columns: whether the rows are the columns of what is saved, and of the delta.
-        swapped: whether the parameter is ``[I, O]`` rather than ``[O, I]``.
+        columns: whether the rows are columns of the saved tensor and of the delta.
+        swapped: whether the parameter is ``[I, O]``, not ``[O, I]``.
         parameter: shape of the parameter.
     """
 
@@ -51,7 +51,7 @@ class Product(Served):
 
 @dataclass(frozen=True)
 class Summed(Served):
-    """A bias that is added to rows of samples."""
+    """Rule for a bias that is added to rows of samples."""
 
     layout: Layout
     parameter: tuple[int, ...]
@@ -72,10 +72,10 @@ def _transposed(use: Use) -> bool | None:
     """Whether the operand is the transpose of the parameter; None if it is neither."""
     chain = plain(use.chain)
     transposed = bool(chain) and chain[0] in ("TBackward0", "TransposeBackward0")
-    rest = chain[1:] if transposed else chain
-    if any(name not in RESHAPES for name in rest):
+    reshapes = chain[1:] if transposed else chain
+    if any(name not in RESHAPES for name in reshapes):
         return None
-    # A parameter of any shape that is seen as a matrix, row by row: (O, C, 1, 1) as (O, C)
+    # A parameter of any shape viewed as a matrix, row by row: (O, C, 1, 1) as (O, C)
     matrix = use.shape[::-1] if transposed else use.shape
     return transposed if prod(use.parameter) == prod(matrix) else None
 
@@ -120,12 +120,12 @@ def left(use: Use) -> Served | None:
 
 @dataclass(frozen=True)
 class Blocks(Served):
-    """Matrices that are multiplied with rows of all samples, each with rows of its own.
+    """Rule for a batch of matrices in products with rows of all samples.
 
     Attributes:
-        layout: of the rows.
+        layout: layout of the rows.
         saved_as: the attribute of the node that holds the rows.
-        columns: whether the rows are the columns of what is saved, and of the delta.
+        columns: whether the rows are columns of the saved tensor and of the delta.
         parameter: shape of the parameter.
     """
 
@@ -138,7 +138,7 @@ class Blocks(Served):
         return (getattr(node, self.saved_as),)
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
-        # [R, B, I] and [R, B, O]; from the right a matrix is [I, O], so the two change places
+        # [R, B, I] and [R, B, O]; a matrix on the right is [I, O], so the two swap
         order = (2, 0, 1) if self.columns else (1, 0, 2)
         a, delta = (self.layout.rows(x.permute(order)) for x in (saved[0], delta))
         if not self.columns:
@@ -146,14 +146,14 @@ class Blocks(Served):
         blocks = a.shape[2]
         if blocks == 1:
             return Outer(a.squeeze(2), delta.squeeze(2), self.parameter)
-        # As a convolution with a kernel of one position, whose groups see their own channels only
+        # As a grouped convolution with a kernel of one position
         a, delta = a.permute(0, 2, 3, 1).flatten(1, 2), delta.flatten(2)
         return Outer(a, delta, self.parameter, (1, 1, 1), blocks)
 
 
 @rule("BmmBackward0", slots=[0, 1])
 def blocks(use: Use) -> Served | None:
-    """``x @ w`` and ``w @ x`` with x ``[B, R, I]`` or ``[B, I, R]``, as einsum makes them."""
+    """``x @ w`` and ``w @ x`` with x ``[B, R, I]`` or ``[B, I, R]``, as in einsum."""
     if use.slot == 1 and "ExpandBackward0" in use.chain:
         return batched(use)
     reshaped = all(name in RESHAPES for name in plain(use.chain))
@@ -166,14 +166,14 @@ def blocks(use: Use) -> Served | None:
 
 
 def batched(use: Use) -> Served | None:
-    """``x @ w.expand(B, I, O)``, of a linear layer on a tensor that is not contiguous."""
+    """``x @ w.expand(B, I, O)``, from a linear layer on a non-contiguous tensor."""
     names = [name for name in plain(use.chain) if name not in RESHAPES]
     if names not in (["ExpandBackward0"], ["ExpandBackward0", "TBackward0"]):
         return None
     rows = lead(use.owner, use.output, (0, 1))
     outer = use.chain[: use.chain.index("TBackward0")] if "TBackward0" in names else ()
     if any(name in CASTS or name == "UnsafeViewBackward0" for name in outer):
-        return None  # the transpose was copied, and may be seen with other rows
+        return None  # the transpose was copied, and its view may have other rows
     if rows is None or prod(use.parameter) != prod(use.shape[1:]):
         return None
     layout = Layout.of(rows, use.samples)

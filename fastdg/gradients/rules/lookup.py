@@ -1,4 +1,4 @@
-"""Tables: the gradient touches only the rows that were looked up."""
+"""Tables: the gradient is zero outside the looked-up rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .registry import Served, Use, plain, rule
 
 @dataclass(frozen=True)
 class Rows(Served):
-    """A table whose rows samples have looked up."""
+    """Rule for a table whose rows the samples look up."""
 
     layout: Layout
     parameter: tuple[int, ...]

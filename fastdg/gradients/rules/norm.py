@@ -20,12 +20,12 @@ Kind = Literal["layer", "rms", "group", "batch"]
 
 @dataclass(frozen=True)
 class Affine(Served):
-    """Weight or bias of a norm.
+    """Rule for the weight or bias of a norm.
 
     Attributes:
-        kind: how the input is normalised.
-        layout: of the rows, which are all entries of a channel (of the last dimensions).
-        trailing: number of last dimensions that the parameter has; 0 for channels in dimension 1.
+        kind: kind of the norm.
+        layout: layout of the rows, which are all entries of a channel (of the last dimensions).
+        trailing: number of last dimensions of the parameter; 0 for channels in dimension 1.
         weight: whether the parameter is the weight.
         parameter: shape of the parameter.
     """
@@ -53,7 +53,7 @@ class Affine(Served):
     ) -> PerSampleGrad:
         if self.weight:
             grads, made["bias"] = self._both(node, saved, delta)
-        elif "bias" in made:  # with the weight's
+        elif "bias" in made:  # computed with the weight's
             grads = made.pop("bias")
         else:
             grads = self._rows(to_statistics_dtype(delta)).sum((1, 3))
@@ -71,13 +71,13 @@ class Affine(Served):
         return ops.norm_gradients(x, delta, *given, own=True)
 
     def _lines(self, statistic: Tensor) -> Tensor:
-        """Mean or rstd of each row as ``[N, T, G]``."""
+        """Rearrange mean or rstd of each row to ``[N, T, G]``."""
         if self.trailing:
             statistic = statistic.flatten(0, -self.trailing - 1).flatten(1)
         return self.layout.rows(statistic)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """``x`` as ``[N, T, C, S]``, a view where it can be one."""
+        """Rearrange ``x`` to ``[N, T, C, S]``, as a view if possible."""
         if self.trailing:
             rows = x.flatten(0, -self.trailing - 1)
             return self.layout.rows(rows.flatten(1)).unsqueeze(3)
