@@ -11,8 +11,8 @@ from torch import Tensor
 from ..domains import tracing
 from ..dtypes import to_statistics_dtype
 from ..gradients.heads import Head, crossed_output, last_output
-from ..gradients.scale import root
-from ..gradients.tape import Resolved, Tape
+from ..gradients.scale import backward_scale
+from ..gradients.tape import Tape, TrackedForward
 from ..statistics.check import TOLERANCE
 from ..warn import warn_user
 
@@ -25,7 +25,7 @@ class HeadOutputs:
 
     def of(
         self, losses: Tensor, logits: Tensor | None, tape: Tape, check: bool
-    ) -> tuple[HeadOutput, Resolved | None]:
+    ) -> tuple[HeadOutput, TrackedForward | None]:
         """The logits of ``losses``: as the user gave them, or the input of the cross-entropy,
         or else the result of the last layer with parameters, for which the graph is resolved.
 
@@ -74,16 +74,16 @@ class HeadOutput:
             RuntimeError: a loss depends on logits of other samples.
         """
         rows = len(self.losses), -1
-        start = root(self.losses, scale)
+        grad_scale = backward_scale(self.losses, scale)
         weights = torch.ones_like(self.losses)
-        if start is not None:
-            weights *= start
+        if grad_scale is not None:
+            weights *= grad_scale
         delta, logits = self._deltas(create_graph, weights)
         with torch.set_grad_enabled(create_graph):
             self._check(delta, logits, weights)
             products = to_statistics_dtype(delta) * to_statistics_dtype(logits)
             products = products.reshape(rows).sum(1)
-            return products if start is None else products / start
+            return products if grad_scale is None else products / grad_scale
 
     def _deltas(self, create_graph: bool, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the weighted losses at the logits, and these; the graph is kept."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..capture.head_output import HeadOutput
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
-from ..gradients.tape import Resolved
+from ..gradients.tape import TrackedForward
 from ..statistics.moments import pad_rows
 
 
@@ -36,7 +36,7 @@ class Batch:
 
     losses: Tensor
     partition: Partition
-    resolved: Resolved
+    resolved: TrackedForward
     terms: Tensor | None
     scale: Tensor | None
     output: HeadOutput | None = field(default=None, kw_only=True)

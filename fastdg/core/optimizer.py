@@ -14,7 +14,7 @@ from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, partition
 from ..dtypes import to_statistics_dtype
 from ..gradients.plain import without_autocast
-from ..gradients.tape import Resolved, check_losses
+from ..gradients.tape import TrackedForward, check_losses
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
 from .base_state import is_new
@@ -33,7 +33,7 @@ from .nesting import (
 from .step_batch import StepBatch, StepRecord
 
 Closure = Callable[..., Any]
-UNSEEN = Resolved()  # of losses whose graph nobody looks at
+UNSEEN = TrackedForward()  # of losses whose graph nobody looks at
 _USED = "fastdg_used"  # on the graph of losses that had their backward
 
 

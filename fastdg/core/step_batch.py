@@ -107,7 +107,7 @@ class StepBatch:
         The samples of one rank come after those of the ranks before it.
         """
         places: list[Tensor] = []
-        before = self.whole.before
+        before = self.whole.count_before
         for part in self.parts:
             partition = part.partition
             first = partition.offsets[partition.domains] - before[partition.domains]
@@ -157,7 +157,7 @@ class StepBatch:
         self._others = {} if once else None
         found: list[DomainMoments] = []
         for part in self.parts:
-            others = part.resolved.rest if once else []
+            others = part.resolved.other_leaves if once else []
             moments, grads = moments_of(
                 part.resolved,
                 part.partition,
@@ -269,7 +269,7 @@ class StepBatch:
                 accumulate(
                     p, scaled(own if own.shape == p.shape else own.view(p.shape), self.parts)
                 )
-        for p, grad in self.whole.rest(self._others).items():
+        for p, grad in self.whole.sum_parameter_grads(self._others).items():
             accumulate(p, scaled(grad / self.whole.samples, self.parts))
 
 

@@ -34,7 +34,7 @@ class GlobalBatch:
         return self.counts.sum(0)
 
     @property
-    def before(self) -> Tensor:
+    def count_before(self) -> Tensor:
         """Number of samples of each domain on the ranks before this one, ``[D]``."""
         return self.counts[: self.ranks.rank].sum(0)
 
@@ -77,7 +77,7 @@ class GlobalBatch:
         share = pad_rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
         return pad_rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
 
-    def rest(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    def sum_parameter_grads(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Sum the gradients of parameters outside the optimizer over the ranks; gradients of
         other tensors stay."""
         shared = [p for p in sums if isinstance(p, nn.Parameter)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .graph import Graph, holds_samples, moves_nothing, output_dtypes, output_shapes
-from .ownership.owners import UNREAD, Found, Output, Owner, Unclear, completed, same
+from .ownership.owners import UNREAD, Output, Owner, OwnerMap, Unclear, completed, same
 from .ownership.provenance import follows, probe
 from .ownership.structure import structure
 from .plan import COPIES, MOVES, Boundary, Place, Plan
@@ -46,7 +46,7 @@ class Planner:
         self.losses, self.graph, self.parameters = losses, graph, parameters
         self.past_zero = past_zero
         self.unread = False  # whether unreadable rows moved a boundary up
-        self.found: Found = {}
+        self.found: OwnerMap = {}
         root = losses.grad_fn
         assert root is not None
         self.root = root
@@ -157,7 +157,7 @@ class Planner:
         owners = structure(self.losses, self.graph, uses)
         if owners is None:
             return False
-        sure: Found = {}
+        sure: OwnerMap = {}
         for node in uses:
             for nr in range(len(output_shapes(node))):
                 out = Output(node, nr)
@@ -230,12 +230,12 @@ class Planner:
         ids = completed(value.ids, len(self.losses))
         return bool((ids < 0).any() if zero else (ids == UNREAD).any())
 
-    def _settled(self, found: Found) -> Found:
+    def _settled(self, found: OwnerMap) -> OwnerMap:
         """Find owners by structure for gradients with rows that no probe reads and no pattern
         fills; without them the boundary moves up."""
         lost = {out: value for out, value in found.items() if self._lost(value, self.past_zero)}
         owners = structure(self.losses, self.graph, {out.node for out in lost}) if lost else None
-        made: Found = {}
+        made: OwnerMap = {}
         for out, value in lost.items():
             assert isinstance(value, Owner)
             unread = bool((value.ids == UNREAD).any())

@@ -18,24 +18,24 @@ from .engine import Consume, Forward, collect, look
 from .errors import in_words, listed, reentrant
 from .graph import Graph
 from .heads import head_of, layers_after, refuse_opaque
-from .scale import root, unscaled
+from .scale import backward_scale, unscaled
 from .second import refuse_single_derivatives
 
 
 @dataclass
-class Resolved:
+class TrackedForward:
     """The tracked parameters in the graph of some losses, and their plan.
 
     Attributes:
         chosen: name -> selected parameter in the graph.
         leaves: name -> tensor that the forward used as this parameter (FSDP2 has others).
-        rest: other tensors to which a backward would give a ``.grad``.
+        other_leaves: other tensors to which a backward would give a ``.grad``.
         forward: plan for the chosen parameters; None if only sums over samples are needed.
     """
 
     chosen: dict[str, Tensor] = field(default_factory=dict)
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    rest: list[Tensor] = field(default_factory=list)
+    other_leaves: list[Tensor] = field(default_factory=list)
     forward: Forward | None = None
 
     @property
@@ -61,7 +61,7 @@ class Resolved:
     @property
     def hooked(self) -> bool:
         """Whether a tensor that gets a ``.grad`` has hooks, which only ``backward()`` calls."""
-        return any(any(hook_tables(p)) for p in (*self.leaves.values(), *self.rest))
+        return any(any(hook_tables(p)) for p in (*self.leaves.values(), *self.other_leaves))
 
     def collect(
         self,
@@ -89,11 +89,11 @@ class Resolved:
         assert forward is not None
         if create_graph:
             self.refuse_single_derivatives()
-        start = root(forward.losses, scale)
+        grad_scale = backward_scale(forward.losses, scale)
         weight, use = None, consume
-        if start is not None:
-            weight = torch.ones_like(forward.losses) * start
-            inverse = start.reciprocal().expand(forward.losses.shape[0])
+        if grad_scale is not None:
+            weight = torch.ones_like(forward.losses) * grad_scale
+            inverse = grad_scale.reciprocal().expand(forward.losses.shape[0])
 
             def use(name: str, factor: PerSampleGrad) -> None:
                 consume(name, factor.scaled(inverse))
@@ -106,7 +106,7 @@ class Resolved:
             extra=extra,
             weight=weight,
         )
-        return [None if grad is None else unscaled(grad, start) for grad in grads]
+        return [None if grad is None else unscaled(grad, grad_scale) for grad in grads]
 
     def refuse_single_derivatives(self) -> None:
         """Raise if an operation on the way of the gradients has no second derivative."""
@@ -139,7 +139,7 @@ class Tape:
         self.leaf = leaf or (lambda p: p)
         self._warned = self._head_seen = False
 
-    def resolve(self, losses: Tensor, *, warn: bool = True) -> Resolved:
+    def resolve(self, losses: Tensor, *, warn: bool = True) -> TrackedForward:
         """Find the selected parameters below ``losses`` ``[N]``, and plan their gradients.
 
         Raises:
@@ -174,7 +174,7 @@ class Tape:
             self.warn(resolved)
         return resolved
 
-    def reached(self, losses: Tensor) -> Resolved:
+    def reached(self, losses: Tensor) -> TrackedForward:
         """Find the parameters below ``losses``, for gradients summed over the samples."""
         graph, used = self._reach(losses)
         return self._resolved(graph, used, None)
@@ -214,14 +214,16 @@ class Tape:
         if hidden:
             raise reentrant(hidden)
 
-    def _resolved(self, graph: Graph, used: dict[str, Tensor], forward: Forward | None) -> Resolved:
+    def _resolved(
+        self, graph: Graph, used: dict[str, Tensor], forward: Forward | None
+    ) -> TrackedForward:
         taken = {id(p) for p in used.values()}
-        rest = [
+        others = [
             leaf
             for key, node in graph.leaves.items()
             if key not in taken and (leaf := node.variable).requires_grad  # type: ignore[attr-defined]
         ]
-        return Resolved({name: self.names[name] for name in used}, used, rest, forward)
+        return TrackedForward({name: self.names[name] for name in used}, used, others, forward)
 
     def _warn_of_later_layers(self, forward: Forward) -> None:
         """Warn once of layers after the head that are not in the optimizer."""
@@ -237,7 +239,7 @@ class Tape:
                 "params=[...]."
             )
 
-    def warn(self, resolved: Resolved, more: str = "") -> None:
+    def warn(self, resolved: TrackedForward, more: str = "") -> None:
         """Warn once of slow parameters, with the reason, a remedy, and ``more``."""
         forward = resolved.forward
         assert forward is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..domains import Partition, partition
 from ..factors import PerSampleGrad
 from ..gradients.explain import Explanation, explanation
-from ..gradients.tape import Resolved, Tape, check_losses
+from ..gradients.tape import Tape, TrackedForward, check_losses
 from .moments import DomainMoments
 from .record import Params, tape_and_tensors, tape_of
 from .small import Small
@@ -58,7 +58,7 @@ def _by_name(
 
 
 def moments_of(
-    resolved: Resolved,
+    resolved: TrackedForward,
     parts: Partition,
     *,
     create_graph: bool,
@@ -67,7 +67,7 @@ def moments_of(
     scale: Tensor | None = None,
 ) -> tuple[DomainMoments, list[Tensor | None]]:
     """Return moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
-    ``extra``; ``scale`` as in `Resolved.collect`."""
+    ``extra``; ``scale`` as in `TrackedForward.collect`."""
     small: Small[str] = Small(parts, variance=True)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 

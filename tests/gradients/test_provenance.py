@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fastdg.gradients.graph import Graph
-from fastdg.gradients.ownership.owners import Found, Output, Owner, Unclear, completed, compressed
+from fastdg.gradients.ownership.owners import (
+    Output,
+    Owner,
+    OwnerMap,
+    Unclear,
+    completed,
+    compressed,
+)
 from fastdg.gradients.ownership.provenance import probe
 
 
 def found_at(losses: Tensor, *tensors: Tensor) -> list[Owner | Unclear | None]:
     assert losses.grad_fn is not None
     outputs = [Output(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
-    found: Found = probe(losses, Graph(losses.grad_fn), outputs)
+    found: OwnerMap = probe(losses, Graph(losses.grad_fn), outputs)
     return [found[output] for output in outputs]
 
 

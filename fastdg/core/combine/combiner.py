@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...distributed.global_batch import GlobalBatch
 from ...domains import Partition, partition, readable
-from ...gradients.tape import Resolved
+from ...gradients.tape import TrackedForward
 from ...statistics.moments import pad_rows
 from ..backward import accumulate_with_hooks, scaled
 from ..optimizer import DomainOptimizer
@@ -174,7 +174,7 @@ class GradientCombiner(DomainOptimizer):
         parts = partition(domains, losses, self.num_domains)
         extent = parts.num_domains
 
-        def made(parts: Partition, resolved: Resolved, ids: list[int]) -> DomainBatch:
+        def made(parts: Partition, resolved: TrackedForward, ids: list[int]) -> DomainBatch:
             return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
 
         resolved = None
@@ -202,7 +202,7 @@ class GradientCombiner(DomainOptimizer):
             before = gathered.scatter_rows(gathered.count, 0)
             domains = max(len(count), len(before))
             count = pad_rows(count, domains) + pad_rows(before, domains)
-        others = [p.shape for p in batch.resolved.rest]
+        others = [p.shape for p in batch.resolved.other_leaves]
         return self._met(count, samples, others)
 
     def _on_micro_batch(self) -> None:

@@ -108,7 +108,7 @@ class DistributedGradients(Gradients):
             raise self.failure
         if places := failed.nonzero().flatten().tolist():
             raise failed_on(self.ranks.name, places)
-        self.rest = self.whole.rest(self.own.rest)
+        self.rest = self.whole.sum_parameter_grads(self.own.rest)
 
     def _buckets(self) -> list[Bucket]:
         """In the order of a backward, as far as it is that of the parameters, backwards."""

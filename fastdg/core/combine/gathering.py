@@ -14,7 +14,7 @@ from ... import ops
 from ...dtypes import to_statistics_dtype
 from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
-from ...gradients.scale import about_mean, root, unscaled
+from ...gradients.scale import backward_scale, pow2_scale, unscaled
 from ...statistics.small import Small
 from ..batch import Batch
 
@@ -179,7 +179,7 @@ class SingleBackward(Own):
 
     def _each(self, compute: Callable[[Tensor, PerSampleGrad], T]) -> dict[Tensor, T]:
         """What is computed of each parameter's gradients the moment they are there."""
-        chosen, rest = self.batch.resolved.chosen, self.batch.resolved.rest
+        chosen, rest = self.batch.resolved.chosen, self.batch.resolved.other_leaves
         made: dict[Tensor, T] = {}
 
         def use(name: str, factor: PerSampleGrad) -> None:
@@ -236,21 +236,21 @@ class AccumulatedGradients(Own):
         """One domain's gradient is autograd's own, whatever its samples do with each other."""
         resolved = batch.resolved
         tracked = {leaf: resolved.chosen[name] for name, leaf in resolved.leaves.items()}
-        leaves = [*tracked, *resolved.rest]
-        under = root(batch.total, batch.scale)
-        start = about_mean(batch.total) if under is None else under  # fp16 may not overflow
-        weight = torch.ones_like(batch.total) * start
+        leaves = [*tracked, *resolved.other_leaves]
+        under = backward_scale(batch.total, batch.scale)
+        grad_scale = pow2_scale(batch.total) if under is None else under  # fp16 may not overflow
+        weight = torch.ones_like(batch.total) * grad_scale
         grads = gradients_of(batch.total, leaves, weight, retain_graph=False)
         for p, grad in zip(leaves, grads, strict=True):
             if grad is None:
                 continue
             if p not in tracked:
-                self._add_rest(p, unscaled(grad, start))
+                self._add_rest(p, unscaled(grad, grad_scale))
                 continue
             if grad.layout != torch.strided:
                 self.sparse.add(tracked[p])
                 grad = grad.to_dense()
-            self._add(tracked[p], batch.ids[0], unscaled(to_statistics_dtype(grad), start))
+            self._add(tracked[p], batch.ids[0], unscaled(to_statistics_dtype(grad), grad_scale))
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})

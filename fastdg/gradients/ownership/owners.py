@@ -38,7 +38,7 @@ class Unclear(NamedTuple):
 
 
 # None: no gradient arrives at the output
-Found = dict[Output, Owner | Unclear | None]
+OwnerMap = dict[Output, Owner | Unclear | None]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

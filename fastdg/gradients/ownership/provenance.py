@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 from ...carried import continued
 from ..graph import Graph, output_dtypes
 from ..plain import without_autocast
-from .owners import UNREAD, Found, Output, Owner, Unclear, same
+from .owners import UNREAD, Output, Owner, OwnerMap, Unclear, same
 
 _SMALL = 1 << 16  # entries of a gradient whose entries are read one by one
 # Powers of two that scale a loss without overflow or underflow of common gradients
@@ -28,7 +28,7 @@ _BASE = {torch.float16: 8, torch.bfloat16: 128, torch.float32: 128, torch.float6
 _TARGET = {False: 0, True: 8}  # exponent of the largest gradient, without and with float16
 
 
-def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> Found:
+def probe(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> OwnerMap:
     """Find the `Owner` of each output gradient, or the reason for none.
 
     Runs ``1 + ceil(log_base N)`` backwards that compute no gradient below ``outputs``; base is 128
