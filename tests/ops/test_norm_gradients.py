@@ -187,7 +187,7 @@ def test_half_precision(device: str) -> None:
     ("change", "message"),
     [
         ({"x": (2, 3, 4)}, "^x: .*got 3 dimensions"),
-        ({"delta": (2, 3, 4, 6)}, r"delta: expected shape \(2, 3, 4, 5\) \(as x\)"),
+        ({"delta": (2, 3, 4, 6)}, "^delta: "),
         ({"rstd": (2, 3, 3)}, "^rstd: .*got 3"),
         ({"mean": (2, 3, 1)}, "^mean: "),
         ({"rstd": None}, "^rstd: "),

@@ -461,7 +461,7 @@ def test_what_cannot_be_mixed(mix: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"embedding": torch.zeros(3)}, TypeError, "^embedding: expected"),
+        ({"embedding": torch.zeros(3)}, TypeError, "^embedding: "),
         ({"classes": [1.0]}, TypeError, "^classes: .*got list"),
         ({"classes": torch.zeros(3, 5).long()}, TypeError, "^classes: .*got torch.int64"),
         ({"classes": torch.zeros(5)}, ValueError, r"^classes: .*got \[5"),
