@@ -291,16 +291,16 @@ class Ranks:
         The result maps parameter to gradient; parameters without a gradient on any rank are
         omitted. If an unseen module has averaged them already, a second average changes nothing.
         """
-        left = self.modules.left() if self.size > 1 else []
-        if not left:
+        unreduced = self.modules.unreduced() if self.size > 1 else []
+        if not unreduced:
             return {}
-        used = torch.tensor([p.grad is not None for p in left], dtype=left[0].dtype)
-        used = used.to(left[0].device)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in left]
+        used = torch.tensor([p.grad is not None for p in unreduced], dtype=unreduced[0].dtype)
+        used = used.to(unreduced[0].device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in unreduced]
         *sums, used = self.all_reduce([*(g.to_dense() if g.is_sparse else g for g in grads), used])
         return {
             p: total.div_(self.size)
-            for p, total, anyone in zip(left, sums, used.tolist(), strict=True)
+            for p, total, anyone in zip(unreduced, sums, used.tolist(), strict=True)
             if anyone
         }
 

@@ -42,16 +42,16 @@ class WrappedModules:
     def discover(self) -> None:
         """Hook every module that runs, until `hook_owners_only`."""
         if not self.handles:
-            self.handles.append(register_module_forward_pre_hook(Hook(self, "_see")))
+            self.handles.append(register_module_forward_pre_hook(Hook(self, "_on_forward")))
 
     def hook_owners_only(self) -> None:
         """Hook the modules found so far, and no others."""
         _remove(self.handles)
         self.handles.extend(
-            module.register_forward_pre_hook(Hook(self, "_see")) for module in self.modules
+            module.register_forward_pre_hook(Hook(self, "_on_forward")) for module in self.modules
         )
 
-    def _see(self, module: nn.Module, args: Any) -> None:
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
         module = original(module)
         engine = isinstance(module, (DistributedDataParallel, *_fsdp()))
         if not engine or not torch.is_grad_enabled():
@@ -74,7 +74,7 @@ class WrappedModules:
             self._mesh = parts[0].device_mesh if parts else False
         return self._mesh.get_group() if self._mesh else None
 
-    def left(self) -> list[Tensor]:
+    def unreduced(self) -> list[Tensor]:
         """Return the parameters whose gradients no module reduced in the last backward."""
         done = {id(p) for m, reduces in self.modules.items() if reduces for p in m.parameters()}
         self.modules.update(dict.fromkeys(list(self.modules), False))
