@@ -67,7 +67,7 @@ class Configured(Stateful):
         if not hasattr(type(self), "prefix"):
             raise TypeError(
                 f"{name}: it is a base class. Derive from it and write objective(), or use "
-                "fastdg.ERM."
+                'fastdg.ERM. A class of the package itself says prefix = "name".'
             )
         if base is NEEDED:
             raise TypeError(

@@ -243,6 +243,8 @@ class DomainOptimizer(Configured):
             ready, self._ready = self._ready, False
             with torch.enable_grad():
                 loss = self.evaluate_closure(Forward(self, closure))
+            if loss is not None and not (self._ready or self._micro_batches):
+                self._mark_grad_owned()  # an algorithm has written .grad itself
             self._ready |= ready
         if self._micro_batches or not self._ready:
             if self._micro_batches or not errors.is_probe(self.base):

@@ -24,7 +24,7 @@ class CosinePenalty(fastdg.DomainOptimizer):
 
     def objective(self, batch: StepBatch) -> Tensor:
         means = batch.means(differentiable=True).values()
-        unit = F.normalize(torch.cat([mean.flatten(1) for mean in means], 1), dim=1)
+        unit = F.normalize(torch.cat([mean.reshape(len(mean), -1) for mean in means], 1), dim=1)
         penalty = 1 - batch.shares @ (unit @ unit.t()) @ batch.shares
         return batch.penalised(batch.loss, self.penalty_weight, penalty)
 
@@ -210,3 +210,46 @@ def test_what_is_not_declared_is_no_argument() -> None:
         Undeclared(base, strength=3.0)
     with pytest.raises(TypeError, match=r"^DomainOptimizer: "):
         fastdg.DomainOptimizer(base)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda gradients, p: None, "combine: .* got NoneType"),
+        (lambda gradients, p: {}, "combine: .* got nothing"),
+        (lambda gradients, p: {"weight": p}, "combine: .* no parameter"),
+        (lambda gradients, p: {torch.zeros(2): torch.zeros(2)}, "combine: .* no parameter"),
+        (lambda gradients, p: {p: torch.zeros(())}, r"combine: .* shape \(\)"),
+        (lambda gradients, p: {p: 1.0}, "combine: .* got float"),
+    ],
+)
+def test_what_is_no_combination_is_refused(made: Any, message: str) -> None:
+    class Own(GradientCombiner):
+        def combine(self, gradients: DomainGradients) -> Combined:
+            return made(gradients, next(iter(self._names)))
+
+    model, losses, domains = model_and_losses()
+    opt = Own(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=message):
+        opt.backward(losses, domains)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_closure_may_be_followed_by_a_gradient_of_the_algorithms_own() -> None:
+    class Signs(fastdg.DomainOptimizer):
+        def evaluate_closure(self, forward: Forward) -> Tensor:
+            losses = forward.closure()
+            losses.mean().backward()
+            for p in self._names:
+                p.grad = p.grad.sign()
+            return losses.detach().mean()
+
+    model, _, _ = model_and_losses()
+    x, y, _ = data(0)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = Signs(torch.optim.SGD(model.parameters(), lr=0.25))
+    opt.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    for p, was in zip(model.parameters(), before, strict=True):
+        moved = (was - p).detach()
+        torch.testing.assert_close(moved, 0.25 * moved.sign())
+    assert opt.steps == 1

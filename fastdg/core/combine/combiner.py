@@ -221,6 +221,7 @@ class GradientCombiner(DomainOptimizer):
             )
             domains = DomainGradients(gradients, self._names, self._sizes)
             combined = self.combine(domains)
+            check_combined(combined, self._names, type(self).__name__)
             for p in self._names:
                 if p in combined:
                     grad = scaled(combined.pop(p), staged)
@@ -247,3 +248,21 @@ class GradientCombiner(DomainOptimizer):
             sizes = to_device_async(made, like.device)
             self._measured = order, sizes
         return sizes
+
+
+def check_combined(combined: Any, names: Mapping[Tensor, str], name: str) -> None:
+    """Raise unless an algorithm has returned gradients of the optimizer's parameters."""
+    expected = f"combine: {name}.combine has to return parameter -> gradient, got "
+    advice = ". Return gradients.weighted_sum(weights) or gradients.agreement(...), one of them."
+    if not isinstance(combined, dict) or not combined:
+        got = "nothing" if isinstance(combined, dict) else type(combined).__name__
+        raise TypeError(f"{expected}{got}{advice}")
+    for p, grad in combined.items():
+        if not isinstance(p, Tensor) or p not in names:
+            raise TypeError(f"{expected}a key that is no parameter of the optimizer{advice}")
+        if not isinstance(grad, Tensor) or grad.shape != p.shape:
+            got = f"shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else type(grad).__name__
+            raise TypeError(
+                f"combine: {name}.combine has to return a gradient of shape {tuple(p.shape)} for "
+                f"{names[p]}, got {got}{advice}"
+            )
