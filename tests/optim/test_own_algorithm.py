@@ -253,3 +253,19 @@ def test_a_closure_may_be_followed_by_a_gradient_of_the_algorithms_own() -> None
         moved = (was - p).detach()
         torch.testing.assert_close(moved, 0.25 * moved.sign())
     assert opt.steps == 1
+
+
+@pytest.mark.parametrize("asked", ["agreement gram", "gram agreement", "weighted_sum weighted_sum"])
+def test_gradients_are_used_up_once(asked: str) -> None:
+    arguments = {"agreement": ("mean",), "gram": (), "weighted_sum": (torch.ones(3) / 3,)}
+
+    class Own(GradientCombiner):
+        def combine(self, gradients: DomainGradients) -> Combined:
+            first, second = asked.split()
+            getattr(gradients, first)(*arguments[first])
+            return getattr(gradients, second)(*arguments[second])
+
+    model, losses, domains = model_and_losses()
+    opt = Own(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="combine: asked for"):
+        opt.backward(losses, domains)

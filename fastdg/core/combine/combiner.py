@@ -65,6 +65,7 @@ class DomainGradients:
         self.count, self.ids, self.extent = source.count, source.ids, source.extent
         self.statistics: dict[str, Tensor] = {}
         self._gram: Tensor | None = None
+        self._used = ""  # what has freed the gradients, or the graph that makes them
 
     @property
     def several(self) -> Tensor:
@@ -75,15 +76,25 @@ class DomainGradients:
         """Weights of the domains that have samples in their ``"mean"`` or ``"sum"``, ``[E]``."""
         return self.source.weights(reduction)
 
+    def _use(self, name: str) -> None:
+        if self._used:
+            raise RuntimeError(
+                f"combine: asked for {name}() after {self._used}(), which has used the gradients "
+                "up. Ask for gram() and one weighted_sum(), or for one agreement()."
+            )
+
     def gram(self) -> Tensor:
         """Inner products over all parameters ``[E, E]``."""
         if self._gram is None:
+            self._use("gram")
             self._gram = self.source.gram()
         return self._gram
 
     def weighted_sum(self, weights: Tensor) -> Combined:
         """The sum of the domains' gradients times ``weights`` ``[E]``; once."""
+        self._use("weighted_sum")
         gram, scatter = self.gram(), self.source.scatter_rows
+        self._used = "weighted_sum"
         norm = gram.diagonal().sqrt()
         place = torch.arange(len(gram), device=gram.device)
         pairs = place.unsqueeze(1) < place  # triu would wake torch's threads for a few numbers
@@ -103,6 +114,9 @@ class DomainGradients:
         self, reduction: str, threshold: float = 1.0, steepness: float = torch.inf
     ) -> Agreed:
         """`fastdg.ops.agreement` of all parameters; once. One domain alone agrees with itself."""
+        self._used = self._used or ("gram" if self._gram is not None else "")
+        self._use("agreement")
+        self._used = "agreement"
         if len(self.ids) == 1:
             threshold, steepness = 0.0, torch.inf
         found = self.source.agreement(self.domain_weights(reduction), threshold, steepness)
