@@ -89,9 +89,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark(items)
 
 
-def pytest_collection_finish() -> None:
-    """What is there before the first test is nothing that any `gc.collect()` has to look at: of
-    thousands of tests and all of torch that takes half a second, and many tests call it."""
+@pytest.fixture(scope="module", autouse=True)
+def _older() -> None:
+    """What outlives a file's tests is nothing that a later `gc.collect()` has to look at: of torch,
+    of what it compiled and of thousands of tests that takes seconds, and many tests call it."""
     gc.collect()
     gc.freeze()
 
