@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.global_batch import GlobalBatch
+from ...distributed.sharding import local
 from ...domains import Partition, partition, readable
 from ...gradients.tape import TrackedForward
 from ...statistics.moments import pad_rows
@@ -274,7 +275,7 @@ def check_combined(combined: Any, names: Mapping[Tensor, str], name: str) -> Non
     for p, grad in combined.items():
         if not isinstance(p, Tensor) or p not in names:
             raise TypeError(f"{expected}a key that is no parameter of the optimizer{advice}")
-        if not isinstance(grad, Tensor) or grad.shape != p.shape:
+        if not isinstance(grad, Tensor) or grad.shape not in (p.shape, local(p).shape):
             got = f"shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else type(grad).__name__
             raise TypeError(
                 f"combine: {name}.combine has to return a gradient of shape {tuple(p.shape)} for "
