@@ -41,6 +41,11 @@ def script() -> Tensor:
     return made[-1]
 
 
+def compiled() -> Tensor:
+    torch._dynamo.reset()  # after many graphs of one function it would run eagerly
+    return torch.compile(torch.sin, backend="aot_eager")(torch.rand(3, requires_grad=True))
+
+
 ALONE = {  # of one tensor
     "Abs": torch.abs, "Acos": torch.acos, "Asin": torch.asin, "Atan": torch.atan,
     "Celu": F.celu, "Clamp": lambda x: x.clamp(x.detach(), x.detach()),
@@ -157,9 +162,7 @@ NODES: dict[str, Built] = {
     "NormBackward3": lambda: torch.ops.aten.norm(t(3, 3), 2, [1], False, dtype=torch.float64),
     "torch::autograd::CopyBackwards": lambda: torch.zeros(3).copy_(t(3)),
     "CheckpointFunctionBackward": lambda: checkpoint(torch.sin, t(3), use_reentrant=True),
-    "CompiledFunctionBackward": lambda: torch.compile(torch.sin, backend="aot_eager")(
-        torch.rand(3, requires_grad=True)
-    ),
+    "CompiledFunctionBackward": compiled,
     "torch::jit::(anonymous namespace)::DifferentiableGraphBackward": script,
 }
 # What a CPU does not have, and what torch no longer makes but did, or does where it was built so
