@@ -48,8 +48,10 @@ def _norm_sums_kernel(
             h -= tl.load(at, mask=inside, other=0.0)
         if RSTD:
             at = rstd + sample * r_sample + t * r_row + group * r_group
-            scale = tl.load(at, mask=inside, other=0.0)
-            h *= 1.0 / tl.sqrt_rn(scale + eps) if VARIANCE else scale
+            if VARIANCE:  # 1 outside: of 0 the reciprocal is inf, and 0 * inf is NaN
+                h *= 1.0 / tl.sqrt_rn(tl.load(at, mask=inside, other=1.0) + eps)
+            else:
+                h *= tl.load(at, mask=inside, other=0.0)
         of_weight += d * h
         of_bias += d
     at = (sample * splits + split) * C + c

@@ -228,9 +228,9 @@ class Averaged(DomainOptimizer):
 
     # -- around another wrapper --
 
-    def _start(self) -> None:
-        super()._start()
-        self._share_extent()
+    def _look(self, model: nn.Module | None) -> None:
+        super()._look(model)
+        self._share_extent()  # not before every argument was checked
 
     def _share_extent(self) -> None:
         """Tell the wrappers inside the number of domains that was given here."""

@@ -18,7 +18,7 @@ from ..warn import warn_user
 from . import errors
 from .base_optimizer import Wrapping
 from .base_state import is_standard, own_part
-from .declared_state import Group, declared_state
+from .declared_state import Group, PerRun, declared_state
 from .nesting import chain, innermost
 
 Kept = dict[str, dict[Tensor, Tensor]]
@@ -202,12 +202,13 @@ def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
     """
     name, steps = type(wrapper).__name__, group.get(f"{wrapper.prefix}_steps", 0)
     for state in declared_state(type(wrapper)).tensors:
-        if not state.needed(wrapper, group):
+        needed = state.needed(wrapper, group)
+        if not needed and isinstance(state, PerRun):
             continue
         key = f"{wrapper.prefix}_{state.key}"
         counted = state.rows
         rows = None if counted is None else counted.number(wrapper, group)
-        if steps and not kept[state.key] and rows != 0:
+        if steps and needed and not kept[state.key] and rows != 0:
             raise ValueError(
                 f"state_dict: it comes from a {name} run of {steps} steps but has no {key}, so the "
                 f"{state.what} would silently start anew. torch.distributed.checkpoint fills in "

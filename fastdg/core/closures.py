@@ -15,6 +15,7 @@ from ..dtypes import to_statistics_dtype
 from ..gradients.graph import Graph
 from ..gradients.release import release
 from ..gradients.tape import check_losses
+from ..statistics.moments import pad_rows
 from . import errors
 from .backward import accumulate, check_reached, hooks_at_the_end, put
 from .base_optimizer import check_result
@@ -213,8 +214,9 @@ def _compare(losses: Tensor, total: Tensor, count: int, d: int) -> None:
 
 def _together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The statistics of several inner steps as those of one."""
-    counts = torch.stack([s["domain_count"] for s in seen])
-    losses = torch.stack([s["domain_loss"] for s in seen])
+    domains = max(len(s["domain_count"]) for s in seen)
+    counts = torch.stack([pad_rows(s["domain_count"], domains) for s in seen])
+    losses = torch.stack([pad_rows(s["domain_loss"], domains) for s in seen])
     count = counts.sum(0)
     total = (losses.where(counts > 0, 0) * counts).sum(0)
     return {

@@ -80,7 +80,7 @@ class Configured(Stateful):
         values, kinds = bound(type(self), places, given), declared(type(self))
         self.base = base
         for key, o in kinds.items():
-            if not isinstance(o, Hyper):
+            if not isinstance(o, (Hyper, NotKept)):
                 setattr(self, key, values[key])
         hypers = {
             key: o.fill(self) if values[key] is None and o.fill is not None else values[key]

@@ -71,6 +71,11 @@ class PerParameter:
     def __get__(self, opt: Any, owner: type) -> Any:
         return self if opt is None else opt._own_state[self.key]
 
+    def __set__(self, opt: Any, value: Any) -> None:
+        tensors = dict(value)  # it may be the dict itself
+        opt._own_state[self.key].clear()
+        opt._own_state[self.key].update(tensors)
+
     def fits(self, p: Tensor, tensor: Tensor) -> bool:
         """Whether it has the parameter's shape; one without a size yet gets it by loading."""
         shape = tensor.shape if self.rows is None else tensor.shape[1:]
@@ -92,10 +97,10 @@ class PerRun(PerParameter):
     def __set__(self, opt: Any, value: Tensor) -> None:
         kept = opt._own_state[self.key]
         for p, before in kept.items() or [(opt._owner(), None)]:
-            if before is not None and before.shape == value.shape:
+            if before is not None and (before.shape, before.dtype) == (value.shape, value.dtype):
                 before.copy_(value)
-            else:
-                kept[p] = value
+            else:  # a copy, as it is written to from now on
+                kept[p] = value.detach().clone()
 
     def fits(self, p: Tensor, tensor: Tensor) -> bool:
         return True

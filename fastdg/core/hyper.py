@@ -84,9 +84,6 @@ class NotKept(Option):
     def __init__(self, default: Any, check: Check) -> None:
         super().__init__(default, check, show=None)
 
-    def __set__(self, opt: Any, value: Any) -> None:
-        pass
-
 
 class Hyper(Option):
     """A hyper-parameter: an `Option` kept in ``param_groups[0]`` under the wrapper's prefix.

@@ -215,7 +215,8 @@ class DomainOptimizer(Configured):
 
     def _commit(self) -> None:
         """Let own state follow a step."""
-        self.after_step(self._pending)
+        if self._pending is not None:  # the objective's own, where the gradient came from it
+            self.after_step(self._pending)
 
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
@@ -245,6 +246,7 @@ class DomainOptimizer(Configured):
                 loss = self.evaluate_closure(Forward(self, closure))
             if loss is not None and not (self._ready or self._micro_batches):
                 self._mark_grad_owned()  # an algorithm has written .grad itself
+                self._ready = self._owned_grad is not None
             self._ready |= ready
         if self._micro_batches or not self._ready:
             if self._micro_batches or not errors.is_probe(self.base):

@@ -142,7 +142,7 @@ class Stateful(checkpoint.Keeping):
     def _set_defaults(self) -> None:
         """Give the first group what it lacks of the wrapper's settings and counters."""
         for name, value in self._given.items():
-            self.param_groups[0].setdefault(f"{self.prefix}_{name}", value)
+            self.param_groups[0].setdefault(f"{self.prefix}_{name}", copy.copy(value))
 
     def _owner(self) -> Tensor:
         """The parameter whose entry holds state that belongs to no parameter: the first that is

@@ -98,3 +98,13 @@ def test_what_is_not_finite_comes_through(value: float) -> None:
     args[1][1, 1, 2, 30] = value  # type: ignore[index]
     for found in norm_gradients.norm_gradients(*args):
         assert found.isfinite().logical_not().nonzero().tolist() == [[1, 2]]
+
+
+def test_a_variance_without_eps() -> None:
+    """Lanes beyond the edge have none, and 0 * inf is NaN."""
+    x, delta, mean, variance, own, _ = arguments((2, 1, 5, 7, 5), "plain", "variance")
+    args = x, delta, mean, variance, own, 0.0
+    for actual, want in zip(
+        norm_gradients.norm_gradients(*args), reference.reference(*double(*args)), strict=True
+    ):
+        torch.testing.assert_close(actual.cpu().double(), want, rtol=1e-4, atol=1e-4)

@@ -167,3 +167,79 @@ def test_a_class_that_looks_at_no_sample_is_told_how_to_say_so() -> None:
             kind(SGD(model.parameters(), lr=0.1)).backward(*batch(model))
         assert ("Mean.objective" in str(caught[0].message)) == told
         assert ("looks_at_samples = False" in str(caught[0].message)) == told
+
+
+def step(opt: Any, model: nn.Module, seed: int = 0, domains: int = 3) -> Tensor:
+    torch.manual_seed(seed)
+    losses = model(torch.randn(12, 4)).square().sum(1)
+    opt.zero_grad()
+    loss = opt.backward(losses, torch.arange(12) % domains)
+    opt.step()
+    return loss
+
+
+def test_state_of_a_run_is_a_copy_of_its_value() -> None:
+    class Last(fastdg.ERM):
+        last = PerRun("last", "last loss")
+
+        def after_step(self, record: StepRecord) -> None:
+            self.last = record.loss
+
+    model = nn.Linear(4, 3)
+    opt = Last(torch.optim.SGD(model.parameters(), lr=0.1))
+    returned = [step(opt, model, seed) for seed in range(3)]
+    assert len({float(loss) for loss in returned}) == 3
+    assert opt.last == returned[-1]
+    opt.last = returned[0].double()
+    assert opt.last.dtype == torch.float64
+
+
+def test_state_of_parameters_may_be_assigned() -> None:
+    class Trace(fastdg.ERM):
+        trace = PerParameter("trace", "trace")
+
+        def after_step(self, record: StepRecord) -> None:
+            self.trace = {p: p.detach().clone() for p in self._names}
+
+    model = nn.Linear(4, 3)
+    opt = Trace(torch.optim.SGD(model.parameters(), lr=0.1))
+    step(opt, model)
+    saved = opt.state_dict()["state"]
+    torch.testing.assert_close(saved[0][f"{opt.prefix}_trace"], model.weight.detach())
+
+
+def test_another_number_of_domains_is_refused_without_a_history_too() -> None:
+    model = nn.Linear(4, 3)
+    opt = fastdg.Fishr(torch.optim.SGD(model.parameters(), lr=0.1), num_domains=5)
+    step(opt, model, domains=5)
+    state = opt.state_dict()
+    state["param_groups"][0]["fishr_ema"] = None
+    other = fastdg.Fishr(torch.optim.SGD(model.parameters(), lr=0.1), num_domains=3)
+    with pytest.raises(ValueError, match="num_domains"):
+        other.load_state_dict(state)
+
+
+def test_an_attribute_model_is_kept() -> None:
+    model = nn.Linear(4, 3)
+    opt = fastdg.ERM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    opt.model = model
+    assert opt.model is model
+
+
+def test_a_constructor_that_fails_changes_nothing_inside() -> None:
+    model = nn.Linear(4, 3)
+    inner = fastdg.Fishr(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="model"):
+        fastdg.SWAD(inner, nn.Linear(2, 2), num_domains=3)
+    assert inner.num_domains is None
+
+
+def test_lists_of_a_run_are_its_own() -> None:
+    model = nn.Linear(4, 3)
+    first, second = (
+        fastdg.SWAD(torch.optim.SGD(model.parameters(), lr=0.1), model) for _ in range(2)
+    )
+    first.state_dict()["param_groups"][0]["swad_losses"].append(99.0)
+    third = fastdg.SWAD(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for opt in (second, third):
+        assert opt.param_groups[0]["swad_losses"] == []

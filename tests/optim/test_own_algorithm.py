@@ -16,7 +16,7 @@ import fastdg
 from fastdg.core.closures import Forward
 from fastdg.core.combine.combiner import Combined, DomainGradients, GradientCombiner
 from fastdg.core.hyper import check_weight, hyper
-from fastdg.core.step_batch import StepBatch
+from fastdg.core.step_batch import StepBatch, StepRecord
 
 
 class CosinePenalty(fastdg.DomainOptimizer):
@@ -237,6 +237,9 @@ def test_what_is_no_combination_is_refused(made: Any, message: str) -> None:
 
 def test_a_closure_may_be_followed_by_a_gradient_of_the_algorithms_own() -> None:
     class Signs(fastdg.DomainOptimizer):
+        def after_step(self, record: StepRecord) -> None:
+            raise AssertionError("there was no objective")
+
         def evaluate_closure(self, forward: Forward) -> Tensor:
             losses = forward.closure()
             losses.mean().backward()
@@ -269,3 +272,16 @@ def test_gradients_are_used_up_once(asked: str) -> None:
     opt = Own(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(RuntimeError, match="combine: asked for"):
         opt.backward(losses, domains)
+
+
+def test_a_closure_that_leaves_no_gradient_is_no_step() -> None:
+    class Lazy(fastdg.DomainOptimizer):
+        def evaluate_closure(self, forward: Forward) -> Tensor:
+            return forward.closure().detach().mean()
+
+    model, _, _ = model_and_losses()
+    x, y, _ = data(0)
+    opt = Lazy(torch.optim.SGD(model.parameters(), lr=0.25))
+    with pytest.raises(RuntimeError, match="backward"):
+        opt.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+    assert opt.steps == 0
