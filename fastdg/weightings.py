@@ -11,6 +11,8 @@ from typing import Any, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
+from ._torch import version_of
+
 Weighting = Callable[[Tensor], Tensor]
 _OF_MODULES = vars(nn.Module()).keys() - {"training"}
 
@@ -83,6 +85,24 @@ def keeps_state(weighting: Any) -> bool:
 
 
 # -- state --
+
+
+def stamp(weighting: Any) -> Any:
+    """Return a value that changes when a call changes the attributes of a weighting. It reads no
+    tensor."""
+    return [(path, _stamp(table[name])) for path, table, name in _places(weighting)]
+
+
+def _stamp(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return id(x), version_of(x)
+    if isinstance(x, torch.Generator):
+        return bytes(x.get_state().numpy())
+    if isinstance(x, (tuple, list)):
+        return [_stamp(item) for item in x]
+    if isinstance(x, dict):
+        return [(key, _stamp(item)) for key, item in x.items()]
+    return x if _is_value(x) else id(x)
 
 
 def _places(

@@ -87,7 +87,10 @@ class GramSurgery(WeightedCombiner):
             weights = self.ask(scatter_rows(columns.t(), ids, extent, 0))
             weights = weights if len(ids) == extent else weights[ids]
             return weights.where(gradients.count > 0, 0)
-        if self._readable or tracing() or bool((present := gradients.count > 0).all()):
+        whole = self._readable or tracing() or bool((present := gradients.count > 0).all())
+        if self.absent == "auto" and not (whole and len(gram) == extent):
+            self.warn_of_absent()
+        if whole:
             return self.ask(gram)
         rows = present.nonzero().squeeze(1)
         part = gram[rows][:, rows]

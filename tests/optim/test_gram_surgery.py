@@ -328,3 +328,58 @@ def test_normalising_changes_no_digit() -> None:
             found.append(opt.statistics["weights"])
         assert torch.equal(found[1], found[2])
         close(found[0], found[1], 1e-9)
+
+
+class Attribute:
+    """Keeps its state in a plain attribute and says so nowhere."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(3)
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        self.mean = self.mean[: len(gram)] + gram.diagonal()
+        return torch.softmax(-self.mean, 0)
+
+
+def test_state_in_attributes_is_seen_and_saved() -> None:
+    def made() -> tuple[nn.Module, Attribute, fastdg.GramSurgery]:
+        torch.manual_seed(0)
+        model, weighting = nn.Linear(4, 3), Attribute()
+        return model, weighting, fastdg.GramSurgery(SGD(model.parameters(), 0.1), weighting)
+
+    def step(model: nn.Module, opt: fastdg.GramSurgery, domains: Tensor, seed: int) -> None:
+        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed))
+        opt.zero_grad()
+        opt.backward(model(x).square().sum(1), domains)
+        opt.step()
+
+    model, weighting, opt = made()
+    domains = torch.arange(12) % 3
+    step(model, opt, domains, 0)
+    again, other, resumed = made()
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert torch.equal(weighting.mean, other.mean)
+    for seed in (1, 2):
+        step(model, opt, domains, seed)
+        step(again, resumed, domains, seed)
+    assert torch.equal(model.weight, again.weight)
+    with pytest.warns(UserWarning, match="absent: the Attribute changes"):
+        step(model, opt, torch.where(domains == 1, 2, domains), 3)
+
+
+def test_a_weighting_that_only_computes_has_no_state() -> None:
+    model = nn.Linear(4, 3)
+    opt = fastdg.GramSurgery(SGD(model.parameters(), 0.1), Scaled())
+    opt.backward(model(torch.randn(12, 4)).square().sum(1), torch.arange(12) % 3)
+    opt.step()
+    assert "gramsurgery_weighting" not in opt.state_dict()["param_groups"][0]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.table = 2.0, {"ones": [torch.ones(3)]}
+
+    def forward(self, gram: Tensor) -> Tensor:
+        return self.scale * self.table["ones"][0][: len(gram)]

@@ -15,6 +15,7 @@ from ...weightings import (
     load_weighting,
     not_saved,
     smallest_trace,
+    stamp,
     weighting_state,
 )
 from ..declared_state import Group, ObjectState
@@ -27,7 +28,7 @@ def _read(opt: WeightedCombiner) -> dict[str, Any] | None:
 
 
 def _write(opt: WeightedCombiner, state: dict[str, Any]) -> None:
-    opt._extent = state["domains"]
+    opt._extent, opt._moves = state["domains"], True
     load_weighting(opt.weighting, state["values"], opt._home())
 
 
@@ -60,13 +61,19 @@ class WeightedCombiner(GradientCombiner):
     def _start(self) -> None:
         self._extent: int | None = None  # domains that the weighting keeps state of
         self._readable = False  # which domains have samples, without a wait for the device
-        self._warned = self._warned_lost = False
+        self._warned = self._warned_lost = self._warned_absent = False
+        self._moves = False  # whether a call has changed the weighting's attributes
 
     def _batch(
         self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any
     ) -> DomainBatch:
         self._readable = (self._readable or not self._micro_batches) and readable(domains)
         return super()._batch(losses, domains, terms, **own)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the weighting says that it keeps state, or has been seen to change."""
+        return self._moves or keeps_state(self.weighting)
 
     def check_extent(self, extent: int) -> None:
         if self._extent not in (None, extent):
@@ -88,7 +95,10 @@ class WeightedCombiner(GradientCombiner):
             gram = torch.ldexp(gram.double(), -exponent).to(gram.dtype)
         elif not self._warned and not tracing():
             self._check_trace(gram)
+        before = None if self.keeps_state or tracing() else stamp(self.weighting)
         weights = self.weighting(gram)
+        if before is not None and stamp(self.weighting) != before:
+            self._moves = True
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
             raise TypeError(f"weighting: expected it to return floating-point weights, got {kind}")
@@ -98,6 +108,16 @@ class WeightedCombiner(GradientCombiner):
                 f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
             )
         return weights if self._scaler is None else weights.where(finite, torch.nan)
+
+    def warn_of_absent(self) -> None:
+        """Say once that a weighting which changes is asked about a part of the domains."""
+        if self._moves and not (keeps_state(self.weighting) or self._warned_absent):
+            self._warned_absent = True
+            warn_user(
+                f"absent: the {type(self.weighting).__name__} changes from step to step and is "
+                "asked about the domains of this batch alone, which it may take for others. Pass "
+                'absent="zeros", or "drop" if it keeps nothing of a domain.'
+            )
 
     def _check_trace(self, gram: Tensor) -> None:
         least = smallest_trace(self.weighting)
@@ -113,7 +133,7 @@ class WeightedCombiner(GradientCombiner):
         return next(iter(self._names)).device
 
     def _weighting_state(self) -> dict[str, Any] | None:
-        if not keeps_state(self.weighting):
+        if not self.keeps_state:
             return None
         name, lost = type(self.weighting).__name__, not_saved(self.weighting)
         if lost and not self._warned_lost:
