@@ -27,7 +27,21 @@ if not torch.cuda.is_available():
     torch.use_deterministic_algorithms(True)
 
 
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:  # tests share the cores: so do their threads, and those of processes they start
+    torch.set_num_threads(max(1, torch.get_num_threads() // _WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 fit_torchvision()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many workers as cores that this process may use, and no more than memory is there for: a
+    test takes up to 2 GB."""
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores, memory // (2 << 30), 16))
 
 
 @pytest.fixture(autouse=True)
