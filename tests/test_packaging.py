@@ -315,5 +315,6 @@ def test_every_requirement_has_a_tested_version() -> None:
 
 def test_readme_has_one_command_for_the_demo_and_one_for_the_tests() -> None:
     commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert [command.rsplit(" && ", 1)[1] for command in commands] == ["fastdg demo", "pytest -n auto"]
+    last = [command.rsplit(" && ", 1)[1] for command in commands]
+    assert last == ["fastdg demo", "pytest -n auto"]
     assert all(command.count("-c constraints.txt") == 2 for command in commands)

@@ -249,7 +249,7 @@ class Averaged(DomainOptimizer):
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a ``torch.amp.GradScaler`` shows itself to `step`: for the wrapper inside, or
         since `backward` was given it."""
-        return isinstance(self.base, DomainOptimizer) or self._scaler is not None
+        return isinstance(self.base, DomainOptimizer) or self._loss_scale.scaler is not None
 
     @property
     def statistics(self) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from ..gradients.scale import UNSCALED
 from ..selection import Selection, select
 from .base_state import carried, forwarded
 
@@ -22,7 +22,7 @@ class Wrapping(Optimizer):
     base: Optimizer
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     _ready: bool  # .grad is this wrapper's, and no step has used it yet
-    _scaler: GradScaler | None  # by whose factor it is too large
+    _loss_scale = UNSCALED  # of .grad, and of the staged micro-batches
     _micro_batches: list[Any]  # of what `_batch` makes, or of what `_on_micro_batch` makes of it
     _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
     _before: dict[str, Any] | None = None  # states of objects before a step that may be skipped
@@ -35,7 +35,6 @@ class Wrapping(Optimizer):
     # before the losses), "all", a list of names or parameters, or a predicate (name, parameter)
     params: Any = "all"
     _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
-    _scale: Tensor | None = None  # the factor of the GradScaler given to the last `backward`
     _statistics: dict[str, Tensor]
     _term_statistics: list[Any]  # what terms have to say of everything staged
     role = "algorithm"  # or "term", which others may go around, or "average", outermost
@@ -52,8 +51,7 @@ class Wrapping(Optimizer):
         "_pending",
         "_before",
         "_statistics",
-        "_scale",
-        "_scaler",
+        "_loss_scale",
         "_model",
         "_loaded",
         "_loaded_groups",
@@ -118,7 +116,8 @@ class Wrapping(Optimizer):
 
     def _release_grad(self) -> None:
         """The gradient that `backward` has left is used, or not wanted."""
-        self._ready, self._owned_grad, self._scaler, self._pending = False, None, None, None
+        self._ready, self._owned_grad, self._pending = False, None, None
+        self._loss_scale = UNSCALED
         self._before = None
 
     def _step_base(self, *args: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from .._torch import hook_tables, make_fx, pytree
 from ..domains import as_ids, check_ids
+from ..gradients.scale import UNSCALED
 from .annealed import Annealed
 from .backward import accumulate, put
 from .hyper import Hyper, declared
@@ -98,7 +99,7 @@ class CompiledBackward:
         check_single_rank()
         if any(link._micro_batches for link in self.links):
             raise RuntimeError("compiled: a batch is whole, but a micro-batch of it is staged")
-        if any(link._ready and link._scaler is not None for link in self.links):
+        if any(link._ready and link._loss_scale is not UNSCALED for link in self.links):
             raise RuntimeError(
                 "compiled: what opt.backward has left in .grad has the factor of a GradScaler, and "
                 "what a graph adds has none; step, or call opt.zero_grad(), before"
@@ -242,7 +243,7 @@ class _Graph:
                 link._mark_grad_owned()
             link._statistics, link._pending = statistics, pending
             link._one_domain.watch(link, again, stacklevel=5)  # no_grad is one
-            link._scaler = None  # of a backward that has failed
+            link._loss_scale = UNSCALED  # of a backward that has failed
         return loss
 
 

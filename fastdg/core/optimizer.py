@@ -126,8 +126,8 @@ class DomainOptimizer(Configured):
         self._ranks.end_step()
         for link in chain(self):
             link._mark_grad_owned()
-            link._scaler = self._scaler
-        if self._scaler is not None:
+            link._loss_scale = self._loss_scale
+        if self._loss_scale.scaler is not None:
             kept = (self._statistics.get(key) for key in ("penalty", "objective"))
             poison_if_nonfinite(self.param_groups, [x for x in kept if x is not None])
         self._one_domain.watch(self, again)
@@ -139,7 +139,7 @@ class DomainOptimizer(Configured):
         check_losses(losses)
         domains = as_ids(domains, len(losses))
         checkpoint.catch_up(self)
-        self._scale = amp.factor(self, scaler, losses)
+        self._loss_scale = amp.loss_scale(self, scaler, losses)
         errors.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         self._count()
         note: Any = losses.grad_fn.metadata  # type: ignore[union-attr]
@@ -166,7 +166,7 @@ class DomainOptimizer(Configured):
             self._tape.warn(resolved, _advice(type(self)))
         if resolved is UNSEEN:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
-        return Batch(losses, parts, resolved, terms, self._scale, output=output)
+        return Batch(losses, parts, resolved, terms, self._loss_scale.scale, output=output)
 
     def _clear(self) -> None:
         super()._clear()

@@ -72,7 +72,7 @@ class Stateful(checkpoint.Keeping):
 
     def _note_objects(self) -> None:
         """Keep the states of objects before a step that a GradScaler may skip."""
-        if self._scaler is not None and self._before is None:
+        if self._loss_scale.scaler is not None and self._before is None:
             self._before = {state.key: state.read(self) for state in self._declared.objects}
 
     def _skip(self) -> None:

@@ -1,9 +1,27 @@
-"""Factors that keep a backward in the range of half precision."""
+"""Loss scales: factors that keep a backward in the range of half precision."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
+
+
+class LossScale(NamedTuple):
+    """The GradScaler of a step and its scale.
+
+    Attributes:
+        scaler: the GradScaler that has to unscale ``.grad``; None if ``.grad`` is not scaled.
+        scale: 0-dim, on the device of the losses; None without a scaler.
+    """
+
+    scaler: GradScaler | None = None
+    scale: Tensor | None = None
+
+
+UNSCALED = LossScale()
 
 
 def pow2_scale(losses: Tensor) -> float:

@@ -190,7 +190,8 @@ class GradientCombiner(DomainOptimizer):
         extent = parts.num_domains
 
         def made(parts: Partition, resolved: TrackedForward, ids: list[int]) -> DomainBatch:
-            return DomainBatch(losses, parts, resolved, terms, self._scale, total, ids, extent)
+            scale = self._loss_scale.scale
+            return DomainBatch(losses, parts, resolved, terms, scale, total, ids, extent)
 
         resolved = None
         if self.num_domains is not None and not readable(domains):

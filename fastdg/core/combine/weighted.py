@@ -87,7 +87,8 @@ class WeightedCombiner(GradientCombiner):
     def ask(self, gram: Tensor) -> Tensor:
         """The weights that the weighting gives for a Gram matrix."""
         finite = gram.isfinite().all()
-        if self._scaler is not None:  # whose step is skipped then; solvers raise at what they see
+        scaled = self._loss_scale.scaler is not None
+        if scaled:  # whose step is skipped then; solvers raise at what they see
             gram = gram.where(finite, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         if self.normalize:
             trace = gram.diagonal().sum().double()
@@ -107,7 +108,7 @@ class WeightedCombiner(GradientCombiner):
                 f"weighting: expected it to return weights of shape {tuple(gram.shape[:1])} for a "
                 f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
             )
-        return weights if self._scaler is None else weights.where(finite, torch.nan)
+        return weights.where(finite, torch.nan) if scaled else weights
 
     def warn_of_absent(self) -> None:
         """Say once that a weighting which changes is asked about a part of the domains."""
