@@ -164,13 +164,13 @@ def outer_agreement(
         kernel: Any, programs: int, of: Sequence[Tensor], numbers: Sequence[int], **meta: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Launch it with its results, and add up the sums of its programs."""
-        agreeing, magnitude = (a.new_empty((programs,), dtype=torch.float32) for _ in "am")
+        sums = a.new_empty((2, programs), dtype=torch.float32)
         launch(
-            kernel, programs, *of, weights, combined, agreeing, magnitude,
+            kernel, programs, *of, weights, combined, *sums.unbind(),
             threshold, steepness if soft else 0.0, domains, *numbers, SOFT=soft, **meta,
         )  # fmt: skip
-        # Within a tile in fp32, over the tiles in fp64.
-        return combined, *(x.sum(dtype=torch.float64).float() for x in (agreeing, magnitude))
+        agreeing, magnitude = sums.sum(1).unbind()  # of terms >= 0: pairwise in fp32 is enough
+        return combined, agreeing, magnitude
 
     if not fills(tiles, a.device):
         means, _ = grouped_product(a, delta, *samples, window, squares=False)

@@ -35,6 +35,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     "AddmmBackward0": ("_saved_alpha", "_saved_beta"),
     **dict.fromkeys(("UnbindBackward0", "CatBackward0", "StackBackward0", "GluBackward0"), _DIM),
     **dict.fromkeys(("SoftmaxBackward0", "LogSoftmaxBackward0", "CumsumBackward0"), _DIM),
+    "SafeSoftmaxBackward0": _DIM,
     **dict.fromkeys(("SumBackward1", "MeanBackward1", "AmaxBackward0", "AminBackward0"), _DIM),
     **dict.fromkeys(("LogsumexpBackward0", "LinalgVectorNormBackward0", "ProdBackward1"), _DIM),
     **dict.fromkeys(("VarBackward0", "StdBackward0", "VarMeanBackward0", "StdMeanBackward0"), _DIM),
@@ -47,7 +48,7 @@ _KEEPS_SHAPE = frozenset(
     for name in (
         *("T", "Alias", "Clone", "ToCopy", "Neg", "Relu", "Gelu", "Silu", "Elu", "LeakyRelu"),
         *("Hardtanh", "Hardswish", "Hardsigmoid", "Tanh", "Sigmoid", "Softplus", "NativeDropout"),
-        *("LogSoftmax", "Softmax"),
+        *("LogSoftmax", "Softmax", "SafeSoftmax"),
     )
     for number in range(2)
 )

@@ -15,6 +15,9 @@ from ..factors import Dense, Outer, PerSampleGrad
 
 SMALL = 1 << 16  # entries of a factor's tensors, and of a parameter, that may wait for others
 WAITING = 1 << 18  # entries of all factors that wait
+# On a GPU a launch takes as long as some MB of memory: per-sample gradients of biases and norms
+# wait there, and no product, whose kernel for many has no tensor cores.
+SMALL_THERE, WAITING_THERE = 1 << 22, 1 << 24
 
 K = TypeVar("K", bound=Hashable)
 
@@ -42,8 +45,11 @@ class Small(Generic[K]):
 
     def takes(self, key: K, factor: PerSampleGrad) -> bool:
         """Return whether these gradients are small; then `results` has their moments."""
+        most, waits = SMALL, WAITING
         if isinstance(factor, Dense):
             size, dtype = factor.grads.numel(), factor.grads.dtype
+            if not factor.grads.is_cpu:
+                most, waits = SMALL_THERE, WAITING_THERE
         elif isinstance(factor, Outer) and factor.groups == 1 and not factor.window:
             a, delta = factor.factors
             size, dtype = a.numel() + delta.numel(), a.dtype
@@ -51,14 +57,14 @@ class Small(Generic[K]):
                 return False
         else:
             return False
-        if size > SMALL:
+        if size > most:
             return False
         waiting = self.waiting.get(dtype)
         if waiting is None:
             waiting = self.waiting[dtype] = _Waiting([], [])
         (waiting.grads if isinstance(factor, Dense) else waiting.products).append((key, factor))  # type: ignore[arg-type]
         self.entries += size
-        if self.entries > WAITING:
+        if self.entries > waits:
             self._flush()
         return True
 

@@ -74,6 +74,7 @@ ALONE = {  # of one tensor
     "ReshapeAlias": lambda x: torch.ops.aten._reshape_alias(x, [9], [1]),
     "Unsqueeze": lambda x: x.unsqueeze(0), "AsStrided": lambda x: x.as_strided((2, 2), (3, 1)),
     "Softmax": lambda x: x.softmax(1), "LogSoftmax": lambda x: x.log_softmax(1),
+    "SafeSoftmax": lambda x: torch.ops.aten._safe_softmax(x, 1),
     "Cumsum": lambda x: x.cumsum(1), "Glu": lambda x: F.glu(t(3, 4)),
     "Amax": lambda x: x.amax(1), "Amin": lambda x: x.amin(1), "Dot": lambda x: x[0].dot(x[1]),
     "Logsumexp": lambda x: x.logsumexp(1), "Var": lambda x: x.var(1), "Std": lambda x: x.std(1),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdg
 from fastdg.gradients import engine
@@ -214,6 +215,12 @@ def test_a_branch_of_zeros_is_remembered_where_the_operations_tell_its_rows() ->
     assert len(engine._plans) == 1
 
 
+def math_attention(*given: Tensor) -> Tensor:
+    """Attention that has a second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*given)
+
+
 # Operations that keep rows apart, beside the cases above
 KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "views": lambda h: h.view(N, 2, 2).transpose(1, 2).flatten(1).unsqueeze(0).squeeze(0).t().t(),
@@ -236,6 +243,7 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "batched": lambda h: torch.baddbmm(h[:, None], h[:, None], torch.ones(N, N, N)).flatten(1),
     "columns": lambda h: (torch.ones(3, N) @ h.t()).t(),
     "attention": lambda h: F.scaled_dot_product_attention(*(h.view(N, 1, 2, 2),) * 3).flatten(1),
+    "attention of products": lambda h: math_attention(*(h.view(N, 1, 2, 2),) * 3).flatten(1),
     "diagonal": lambda h: h.diag_embed().diagonal(0, 1, 2),
     "sample last": lambda h: h.t().contiguous().tanh().cumsum(0).t(),
 }

@@ -157,6 +157,18 @@ def test_large_and_grouped_gradients_do_not_wait() -> None:
     assert found.results() == {}
 
 
+def test_on_a_device_far_larger_gradients_wait_for_one_launch() -> None:
+    there = torch.device("meta")
+    waiting: Small[str] = Small(partition(torch.arange(N) % D, torch.ones(N)), variance=True)
+    big = torch.empty(96, 2048, device=there)  # of the norms in a ResNet-50's last stage
+    assert not waiting.takes("norm", Dense(torch.empty(96, 2048)))
+    assert all(waiting.takes(str(k), Dense(big)) for k in range(40))
+    assert waiting.made == {}  # not one launch yet
+    assert not waiting.takes("positions", Dense(torch.empty(96, 197, 768, device=there)))
+    wide = torch.empty(N, 300, device=there)
+    assert not waiting.takes("weight", Outer(wide, wide, (300, 300)))
+
+
 @pytest.mark.parametrize("caught", [0, 1 << 16])
 def test_gradients_that_wait_for_the_end_are_those_that_arrive(
     caught: int, monkeypatch: pytest.MonkeyPatch

@@ -307,7 +307,9 @@ CARRY: dict[str, Carry] = {
         ),
         _mixing(_but_first, (0, 1)),
     ),
-    **dict.fromkeys(_numbered(["Softmax", "LogSoftmax", "Cumsum", "Glu"]), _mixing(_saved_dim)),
+    **dict.fromkeys(
+        _numbered(["Softmax", "SafeSoftmax", "LogSoftmax", "Cumsum", "Glu"]), _mixing(_saved_dim)
+    ),
     **dict.fromkeys(_numbered(["NativeLayerNorm", "FusedRmsNorm"]), _mixing(_normalized)),
     **dict.fromkeys(_numbered(["NativeBatchNorm", "CudnnBatchNorm"]), _batch_norm),
     **dict.fromkeys(_numbered(["NllLoss", "NllLoss2D"]), _classes),
