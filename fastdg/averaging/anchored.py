@@ -49,7 +49,7 @@ def _buffers(kind: str) -> PerRun:
     return PerRun(
         kind,
         f"{kind} that the meta-iteration began with",
-        rows=Rows("numbers", "the number in those of model=", count),
+        rows=Rows("numbers", "the buffers of model=", count),
         begin=now,
         needed=_inside,
     )

@@ -34,7 +34,7 @@ _WAY = (
 )
 _SEGMENTS = Rows(
     "segments",
-    "the number of losses",
+    "the number of saved losses",
     lambda opt, group: len(group.get(f"{opt.prefix}_losses", ())),
 )
 

@@ -1,4 +1,4 @@
-"""Penalties that start late, as DomainBed's do."""
+"""Penalties that start late, as in DomainBed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .optimizer import DomainOptimizer
 class Annealed(DomainOptimizer):
     """A wrapper whose penalty gets its full weight at step ``anneal_steps``.
 
-    At that step the wrapped optimizer starts anew if ``reset_base``: its moments are those of
-    another objective.
+    At that step the wrapped optimizer starts anew if ``reset_base``: its moments belong to another
+    objective.
     """
 
     penalty_weight: float
@@ -22,7 +22,7 @@ class Annealed(DomainOptimizer):
 
     @property
     def weight(self) -> float:
-        """The penalty's weight in this step."""
+        """Weight of the penalty in this step."""
         return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
 
     def _prepare(self) -> None:

@@ -22,10 +22,10 @@ def backward(
     """Add the gradient of ``sum((root * weight).sum())`` and of the terms' mean to ``.grad``.
 
     Args:
-        roots: of this rank; what they are made of is summed over the ranks (`GlobalBatch.total`).
-        weights: of each root's entries, without the factor of a GradScaler.
-        batches: the micro-batches, with their terms.
-        whole: the batch of all ranks.
+        roots: this rank's outputs; their inputs are summed over the ranks (`GlobalBatch.total`).
+        weights: weight of each entry of each root, without the scale of a GradScaler.
+        batches: micro-batches, with their terms.
+        whole: batch of all ranks.
     """
     terms = [batch.terms for batch in batches if batch.terms is not None]
     shares = [torch.full_like(values, 1 / whole.samples) for values in terms]
@@ -43,13 +43,13 @@ def backward(
 
 
 def scaled(grad: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """``grad`` with the factor that ``.grad`` has under a GradScaler: that of the final call."""
+    """Multiply ``grad`` by the loss scale of ``.grad``: the final call's."""
     scale = batches[-1].scale
     return grad if scale is None else grad * scale.to(grad.device, non_blocking=True)
 
 
 def accumulate(p: Tensor, grad: Tensor) -> None:
-    """Add ``grad``, which nobody else holds, to ``p.grad``; laid out as autograd would."""
+    """Add ``grad``, of which there is no other reference, to ``p.grad``; in autograd's layout."""
     grad = like_parameter(p, grad if grad.dtype is p.dtype else grad.to(p.dtype))
     if p.grad is None:
         if grad.layout == torch.strided and grad.stride() != p.stride():
@@ -63,7 +63,7 @@ def accumulate(p: Tensor, grad: Tensor) -> None:
 
 
 def accumulate_with_hooks(p: Tensor, grad: Tensor) -> None:
-    """`accumulate`, and the hooks of ``p`` that autograd calls when it does that."""
+    """`accumulate`, and call the hooks of ``p`` as autograd does."""
     of_gradient, of_accumulated = hook_tables(p)
     for hook in list(of_gradient.values()):
         changed = hook(grad)
@@ -74,7 +74,7 @@ def accumulate_with_hooks(p: Tensor, grad: Tensor) -> None:
 
 
 def overwrite(p: Tensor, grad: Tensor) -> None:
-    """Make ``grad``, which nobody else holds, the gradient, in the memory of the one before."""
+    """Replace ``p.grad`` by ``grad``, of which there is no other reference; reuse its memory."""
     if p.grad is None:
         p.grad = grad
     elif p.grad.is_sparse:
@@ -84,17 +84,17 @@ def overwrite(p: Tensor, grad: Tensor) -> None:
 
 
 def put(grads: Mapping[Tensor, Tensor | None]) -> None:
-    """Make these the gradients, in place of those there are."""
+    """Set ``.grad`` of each parameter."""
     for p, grad in grads.items():
         p.grad = grad
 
 
 @contextmanager
 def rollback_on_error(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
-    """What is written to ``.grad`` inside is added to what was there, unless it fails.
+    """Add the ``.grad`` written inside to the earlier one; restore the earlier one on an error.
 
-    ``copied``: whether that lies in memory which is written to inside, too, as it may if
-    DistributedDataParallel has made it.
+    ``copied``: copy the earlier one first, since code inside may write to its memory, as
+    DistributedDataParallel does.
     """
     parameters = [p for group in groups for p in group["params"]]
     before = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -118,7 +118,7 @@ def rollback_on_error(groups: Sequence[dict[str, Any]], copied: bool) -> Iterato
 
 @contextmanager
 def hooks_at_the_end(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks of the parameters rest inside, and are called with the gradient there is at the end."""
+    """Suspend the parameters' hooks inside, and call each with the final gradient at the end."""
     hooked = {p: tables for p in parameters if any(tables := hook_tables(p))}
     with resting(table for tables in hooked.values() for table in tables):
         yield
@@ -130,20 +130,22 @@ def hooks_at_the_end(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def check_reached(groups: Iterable[dict[str, Any]], name: str) -> None:
-    """Raise if a backward has left no parameter a gradient."""
+    """Raise RuntimeError if a backward has given no parameter a gradient."""
     parameters = [p for group in groups for p in group["params"]]
     if all(p.grad is None for p in parameters):
         if any(hook_tables(p)[1] for p in parameters):
-            return  # which may have used and cleared it
+            return  # a hook may have used and cleared it
         raise RuntimeError(
-            f"losses: {name}.backward reached none of the optimizer's parameters; compute the "
-            "losses from the model that the optimizer was made for"
+            f"losses: {name}.backward reached none of the optimizer's parameters. Compute the "
+            "losses with the model that the optimizer was created for."
         )
 
 
 def poison_if_nonfinite(groups: Iterable[dict[str, Any]], values: Sequence[Tensor]) -> None:
-    """Make ``.grad`` NaN, where a GradScaler looks, if one of ``values`` (0-dim) is not finite: a
-    variance can overflow where no gradient does."""
+    """Set ``.grad``, which a GradScaler checks, to NaN if one of ``values`` (0-dim) is not finite.
+
+    A variance can overflow where no gradient does.
+    """
     if not values:
         return
     finite = torch.stack([x.to(values[0]) for x in values]).isfinite().all()

@@ -1,4 +1,4 @@
-"""What a wrapper has to know of the optimizer that it wraps."""
+"""A wrapper's view of the optimizer that it wraps."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .base_state import carried, forwarded
 
 
 class Wrapping(Optimizer):
-    """An optimizer whose groups, state and defaults are those of ``base``, by reference."""
+    """An optimizer that shares its groups, state and defaults with ``base``, by reference."""
 
     base: Optimizer
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
-    _ready: bool  # .grad is this wrapper's, and no step has used it yet
+    _ready: bool  # whether .grad holds this wrapper's gradient, which no step has used yet
     _loss_scale = UNSCALED  # of .grad, and of the staged micro-batches
-    _micro_batches: list[Any]  # of what `_batch` makes, or of what `_on_micro_batch` makes of it
-    _pending: Any  # what the algorithm keeps from `_gradient` for `_commit`
+    _micro_batches: list[Any]  # results of `_batch`, or of `_on_micro_batch`
+    _pending: Any  # kept from `_gradient` for `_commit`
     _before: dict[str, Any] | None = None  # states of objects before a step that may be skipped
-    # A parameter, and the .grad it was given
+    # A parameter and its .grad as `backward` has written it
     _owned_grad: tuple[Tensor, weakref.ref[Tensor]] | None = None
-    _stepping = False  # the optimizer inside, which nobody else may do once .grad is this wrapper's
-    _reads_grad = False  # in `_prepare`
-    _resumed = False  # from a state that was loaded, and no step was made since
-    # Which parameters' per-sample gradients the algorithm looks at: "head" (those of the last layer
-    # before the losses), "all", a list of names or parameters, or a predicate (name, parameter)
+    _stepping = False  # whether this wrapper itself is stepping the optimizer inside
+    _reads_grad = False  # whether `_prepare` reads .grad
+    _resumed = False  # whether a state was loaded, and no step has followed
+    # Parameters whose per-sample gradients the algorithm uses: "head" (the last layer before the
+    # losses), "all", a list of names or parameters, or a predicate (name, parameter)
     params: Any = "all"
-    _way_out: str | None = None  # in messages, where the statistics advise params= and it has none
+    _way_out: str | None = None  # advice in place of params= in messages of the statistics
     _statistics: dict[str, Tensor]
-    _term_statistics: list[Any]  # what terms have to say of everything staged
-    role = "algorithm"  # or "term", which others may go around, or "average", outermost
-    # Neither copied nor pickled: what belongs to one forward or to one model, and what schedulers
-    # patch onto the instance.
+    _term_statistics: list[Any]  # of the terms, for each staged micro-batch
+    role = "algorithm"  # or "term", inside of others, or "average", outermost
+    # Neither copied nor pickled: state of one forward or one model, and schedulers' patches on the
+    # instance
     _transient: tuple[str, ...] = (
         "_tape",
         "_heads",
@@ -64,8 +64,8 @@ class Wrapping(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Lightning hands out objects that hold one of ours and imitate its class by inheriting from
-        # it: whatever they have not of their own has to be that of the one they hold.
+        # Lightning's LightningOptimizer derives from the class of the optimizer that it holds: the
+        # attributes it inherits from a wrapper must be the held wrapper's
         imitation = cls.__bases__[0]
         if isinstance(getattr(imitation, "optimizer", None), property):
             for name in dir(cls):
@@ -100,7 +100,7 @@ class Wrapping(Optimizer):
         return sum(len(group["params"]) for group in self.param_groups)
 
     def _mark_grad_owned(self) -> None:
-        """What is in .grad now is this wrapper's, for its next step."""
+        """Note that .grad holds this wrapper's gradient, for its next step."""
         self._ready = True
         parameters = (p for group in self.param_groups for p in group["params"])
         self._owned_grad = next(
@@ -108,20 +108,20 @@ class Wrapping(Optimizer):
         )
 
     def _grad_is_owned(self) -> bool:
-        """Whether what `backward` has left is in .grad still: others may have cleared it."""
+        """Return whether .grad still holds the gradient of `backward`: users may clear it."""
         if not self._ready or self._owned_grad is None:
             return False
         p, grad = self._owned_grad
         return p.grad is not None and p.grad is grad()
 
     def _release_grad(self) -> None:
-        """The gradient that `backward` has left is used, or not wanted."""
+        """Note that the gradient of `backward` is used or discarded."""
         self._ready, self._owned_grad, self._pending = False, None, None
         self._loss_scale = UNSCALED
         self._before = None
 
     def _step_base(self, *args: Any) -> Any:
-        """A step of the optimizer inside."""
+        """Step the optimizer inside."""
         self._stepping = True
         try:
             return self.base.step(*args)
@@ -129,11 +129,11 @@ class Wrapping(Optimizer):
             self._stepping = False
 
     def _step(self, closure: Callable[..., Any] | None) -> Tensor | None:
-        """`step`, where no GradScaler is between it and the caller."""
+        """`step`, unless a GradScaler has called it."""
         raise NotImplementedError
 
     def _skip(self) -> None:
-        """Called in place of a step that a GradScaler skips: own state stays as it is."""
+        """Restore own state where a GradScaler skips the step."""
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = (*self._transient, *self._patched)
@@ -152,19 +152,19 @@ class Wrapping(Optimizer):
                 raise AttributeError(message) from None
 
     def settings(self) -> dict[str, Any]:
-        """The wrapper's own settings, for ``repr`` and logs."""
+        """Return the wrapper's own settings, for ``repr`` and logs."""
         return {}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
-        # torch shows all that a group has; of this wrapper's, the settings stand above already
+        # torch shows all keys of a group, but this wrapper's settings are in the line above
         own = rf"\n *{self.prefix}_(?!steps:)\w+: .*(?:\n(?! *\w+: | *Parameter Group|\)| *$).*)*"
         inner = re.sub(own, "", repr(self.base), flags=re.MULTILINE).replace("\n", "\n  ")
         return f"{type(self).__name__}({shown}\n  {inner}\n)"
 
 
 def _held(name: str) -> property:
-    """The attribute of that name of the optimizer that an imitation holds."""
+    """Forward the attribute ``name`` to the optimizer that a LightningOptimizer holds."""
     return property(
         lambda self: getattr(self.optimizer, name),
         lambda self, value: setattr(self.optimizer, name, value),
@@ -172,23 +172,25 @@ def _held(name: str) -> property:
 
 
 def check_base(base: Any, name: str) -> None:
-    """Raise TypeError unless ``base`` is an optimizer that the wrapper ``name`` can drive."""
+    """Raise TypeError unless the wrapper ``name`` supports the optimizer ``base``."""
     if not isinstance(base, Optimizer):
         raise TypeError(
-            f"base: expected a torch.optim.Optimizer, got {type(base).__name__}; wrap one: "
-            f"fastdg.{name}(torch.optim.Adam(model.parameters()))"
+            f"base: expected a torch.optim.Optimizer, got {type(base).__name__}. Pass one: "
+            f"fastdg.{name}(torch.optim.Adam(model.parameters()))."
         )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"base: {type(base).__name__} evaluates the model several times a step, which a "
-            "wrapped backward cannot follow; use an optimizer that steps without a closure"
+            f"base: {type(base).__name__} is not supported, because its step() needs a closure. "
+            "Use SGD, Adam or another optimizer that steps without one."
         )
 
 
 def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What a closure returned, if it is ``(losses, domains)``, with the further inputs of
-    `backward` as a third or without; of an algorithm that ``takes`` one, itself."""
+    """Check a closure's result: ``(losses, domains)`` or ``(losses, domains, inputs)``.
+
+    ``inputs`` is a dict, or the value itself for an algorithm that ``takes`` one input.
+    """
     if isinstance(result, tuple) and len(result) == 3:
         if isinstance(result[2], dict):
             return result
@@ -196,8 +198,8 @@ def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor
             return *result[:2], {takes[0]: result[2]}
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
-            "closure: expected it to return (losses, domains) and to leave backward to step, or to "
-            f"call opt.backward(losses, domains) itself, got {type(result).__name__}"
+            "closure: expected it to return (losses, domains), or to call opt.backward(losses, "
+            f"domains) itself and return the loss, got {type(result).__name__}."
         )
     return *result, {}
 
@@ -205,7 +207,11 @@ def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor
 def names_of(
     groups: Sequence[dict[str, Any]], model: nn.Module | None, known: Mapping[Tensor, str]
 ) -> dict[Tensor, str]:
-    """Parameter -> its name: the model's, or as known, or the optimizer's, or its place there."""
+    """Name each parameter: as in the model, or as known, or as in the optimizer, or by its place.
+
+    Returns:
+        Parameter -> name.
+    """
     given = {p: name for name, p in model.named_parameters()} if model is not None else {}
     names: dict[Tensor, str] = {}
     taken: set[str] = set()
@@ -226,17 +232,17 @@ def check_params(
     groups: Sequence[dict[str, Any]],
     model: nn.Module | None,
 ) -> None:
-    """Raise unless ``params`` can be made out among the optimizer's parameters."""
+    """Raise ValueError unless ``params`` selects parameters of the optimizer."""
     if model is not None and not any(p in names for p in model.parameters()):
         raise ValueError(
-            f"model: none of the parameters of this {type(model).__name__} is one of the "
-            "optimizer's; was the model copied or made anew after the optimizer?"
+            f"model: the optimizer has none of the parameters of this {type(model).__name__}. "
+            "Create the optimizer after the model, and do not copy the model in between."
         )
     texts = [item for item in params if isinstance(item, str)] if isinstance(params, list) else []
     if texts and model is None and "param_names" not in groups[0]:
         raise ValueError(
-            f"params: names ({texts[0]!r}) are known only with model=, or if the optimizer was "
-            "made from model.named_parameters(); or pass the parameters themselves"
+            f"params: the optimizer does not know names, got {texts[0]!r}. Pass model=, create the "
+            "optimizer from model.named_parameters(), or pass the parameters themselves."
         )
     if not callable(params):
         select(params, {name: p for p, name in names.items()})

@@ -1,4 +1,4 @@
-"""State of the wrapped optimizer: saved, copied and renewed, whatever kind of optimizer it is."""
+"""Save, copy and renew the state of any kind of wrapped optimizer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.optim import Optimizer
 
 from ..warn import warn_user
 
-# Where the wrappers' own part lies if the optimizer's state dict is not laid out as PyTorch's are
+# Key of the wrappers' part if the optimizer's state dict has another layout than PyTorch's
 KEY = "fastdg"
 _STANDARD = ("state", "param_groups")
 _DCP = "torch.distributed.checkpoint.state_dict"
 
 
 def by_id(groups: Sequence[Mapping[str, Any]], parameters: Iterable[Tensor]) -> dict[Any, Tensor]:
-    """Id in a state dict's ``groups`` -> parameter.
+    """Map each id in a state dict's ``groups`` to its parameter.
 
-    Ids may be names (torch.distributed.checkpoint): the order of the groups says which is who.
+    Ids may be names (torch.distributed.checkpoint), so parameters are matched by their order.
     """
     ids = [i for group in groups for i in group["params"]]
     return dict(zip(ids, parameters, strict=False))
 
 
 def is_standard(state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` has an entry for each parameter, and groups, as PyTorch's have."""
+    """Return whether ``state_dict`` has PyTorch's layout: entries by parameter, and groups."""
     groups = state_dict.get("param_groups")
     return (
         isinstance(state_dict.get("state"), Mapping)
@@ -38,11 +38,11 @@ def is_standard(state_dict: Mapping[str, Any]) -> bool:
 
 
 def own_part(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The part of ``state_dict`` that holds what wrappers keep, laid out as PyTorch lays it out.
+    """Return the part of ``state_dict`` with the wrappers' state, in PyTorch's layout.
 
     Args:
-        state_dict: of a wrapper, or of a bare optimizer, which has no such part.
-        groups: the optimizer's, as they are now.
+        state_dict: state of a wrapper, or of a bare optimizer, which has no such part.
+        groups: current groups of the optimizer.
     """
     if KEY in state_dict:
         return dict(state_dict[KEY])
@@ -56,7 +56,7 @@ def own_part(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
 
 
 def with_part(state_dict: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """``state_dict`` with another part in place of its `own_part`."""
+    """Replace the `own_part` of ``state_dict``."""
     if KEY not in state_dict and is_standard(state_dict):
         return {**state_dict, **part}
     return {**state_dict, KEY: part}
@@ -69,23 +69,24 @@ def with_own(
     prefixes: tuple[str, ...],
     name: str,
 ) -> dict[str, Any]:
-    """A base's state dict with what its wrappers keep.
+    """Add the wrappers' state to a base's state dict.
 
     Args:
-        saved: what the base's ``state_dict()`` gives.
-        groups: the optimizer's, as they are now.
-        own: parameter, key and tensor of what the wrappers keep for each parameter.
-        prefixes: of the wrappers' keys in the groups.
-        name: of the base, for the error.
+        saved: result of the base's ``state_dict()``.
+        groups: current groups of the optimizer.
+        own: parameter, key and tensor of each of the wrappers' tensors.
+        prefixes: prefixes of the wrappers' keys in the groups.
+        name: name of the base, for the error.
 
     Raises:
-        RuntimeError: torch.distributed.checkpoint asks, which would lose a part of it.
+        RuntimeError: torch.distributed.checkpoint is the caller, and would lose a part of the
+            state.
     """
     part = own_part(saved, groups)
     parameters = by_id(part["param_groups"], (p for group in groups for p in group["params"]))
     _check_caller(saved, parameters.keys(), name)
     if own:
-        # Who has entries for some parameters must have them for all: torch.distributed.checkpoint
+        # torch.distributed.checkpoint expects entries for all parameters or for none
         state = {**part["state"], **{i: dict(part["state"].get(i, {})) for i in parameters}}
         ids = {p: i for i, p in parameters.items()}
         for p, key, tensor in own:
@@ -110,8 +111,8 @@ def _check_caller(saved: Mapping[str, Any], ids: Iterable[Any], name: str) -> No
         frame = frame.f_back
     if frame.f_globals.get("__name__") == _DCP:
         raise RuntimeError(
-            f"state_dict: torch.distributed.checkpoint keeps each parameter's state and the groups "
-            f"alone, and {name} also saves {', '.join(sorted(lost))}. Save opt.state_dict() with "
+            f"state_dict: torch.distributed.checkpoint saves only each parameter's state and the "
+            f"groups, but {name} also saves {', '.join(sorted(lost))}. Save opt.state_dict() with "
             "torch.save."
         )
 
@@ -120,22 +121,24 @@ def _check_caller(saved: Mapping[str, Any], ids: Iterable[Any], name: str) -> No
 
 
 def is_new(base: Optimizer) -> bool:
-    """Whether it has no state yet, wherever it keeps it: an optimizer around another one may have
-    none in ``state`` itself, and is asked for a probing step again and again."""
+    """Return whether ``base`` has no state yet.
+
+    An optimizer around another one may have none in its own ``state``, so its state dict decides.
+    """
     saved = base.state_dict()
     return is_standard(saved) and not any(saved["state"].values())
 
 
 def nested(base: Optimizer) -> dict[str, Optimizer]:
-    """The optimizers that this one holds, by the attributes that hold them."""
+    """Return the optimizers inside ``base``: attribute -> optimizer."""
     return {name: x for name, x in vars(base).items() if isinstance(x, Optimizer)}
 
 
 class Portable:
-    """Stands for an optimizer in a pickle or a deep copy, and is that optimizer afterwards.
+    """Replaces an optimizer in a pickle or a deep copy, and becomes this optimizer again.
 
-    Optimizers inherit from PyTorch a way to be copied that keeps groups, state and defaults alone:
-    whatever else they have, such as the optimizer inside a Lookahead, would be lost.
+    PyTorch copies only the groups, state and defaults of an optimizer: all other attributes, such
+    as the optimizer inside a Lookahead, would be lost.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -145,27 +148,27 @@ class Portable:
         base = self.base
         kept = {name: carried(vars(base)[name]) for name in _carried_names(base)}
         ids = {id(p) for group in base.param_groups for p in group["params"]}
-        # Copied parameters have other ids; loading a state finds out which is which
+        # Copied parameters have other ids; load_state_dict maps them
         tables = [x for x in kept.values() if isinstance(x, dict)]
         loads = any(isinstance(key, int) and key in ids for table in tables for key in table)
         return _rebuilt, (type(base), kept, base.state_dict() if loads else None)
 
 
 def carried(x: Any) -> Any:
-    """``x`` as it goes into a pickle or a deep copy."""
+    """Return ``x``, or a `Portable` in its place, for a pickle or a deep copy."""
     if not isinstance(x, Optimizer):
         return x
     kind = type(x)
     own_way = kind.__getstate__ is not Optimizer.__getstate__
     if own_way and kind.__setstate__ is not Optimizer.__setstate__:
         return x
-    if kind.__module__.startswith("torch.optim."):  # makes again what is not copied
+    if kind.__module__.startswith("torch.optim."):  # these recreate what PyTorch does not copy
         return x
     return Portable(x) if _carried_names(x) - x.__getstate__().keys() else x
 
 
 def _carried_names(base: Optimizer) -> set[str]:
-    """Attributes that belong to the optimizer; the others are hooks, or patched by schedulers."""
+    """Return attributes of the optimizer itself, without hooks and schedulers' patches."""
     patched = {"step", "_opt_called", "_zero_grad_profile_name"}
     return {name for name in vars(base) if "hook" not in name} - patched
 
@@ -175,7 +178,7 @@ def _rebuilt(
 ) -> Optimizer:
     base = kind.__new__(kind)
     vars(base).update(kept)
-    Optimizer.__setstate__(base, {})  # every hook table torch knows
+    Optimizer.__setstate__(base, {})  # creates all hook tables
     if state_dict is not None:
         base.load_state_dict(state_dict)
     return base
@@ -185,26 +188,26 @@ def _rebuilt(
 
 
 def renew(base: Optimizer, prefixes: tuple[str, ...]) -> None:
-    """Start ``base`` anew in place: hyper-parameters stay, and all else is a new optimizer's.
+    """Reset ``base`` in place to a new optimizer with its hyper-parameters.
 
     Args:
-        base: the innermost wrapped optimizer; those inside it start anew too.
-        prefixes: of keys in the groups that are not the optimizer's.
+        base: innermost wrapped optimizer; optimizers inside it are reset too.
+        prefixes: prefixes of the wrappers' keys in the groups.
     """
     try:
         fresh: Optimizer | None = _made_anew(base)
-    except Exception as error:  # made in some other way, as its users alone know
+    except Exception as error:  # its constructor needs arguments that it does not keep
         warn_user(
-            f"reset_base: cannot make a new {type(base).__name__} "
-            f"({type(error).__name__}: {error}), so the state of this one is cleared, "
-            "and its counters go on. Pass reset_base=False, or start it anew yourself.",
+            f"reset_base: cannot create a new {type(base).__name__} "
+            f"({type(error).__name__}: {error}). Its state is cleared, but its counters go on. "
+            "Pass reset_base=False, or reset it yourself.",
         )
         fresh = None
     _take_over(base, fresh, prefixes)
 
 
 def _accepted(base: Optimizer) -> set[str]:
-    """Names of the arguments that optimizers of this kind are made with."""
+    """Return the names of the constructor's arguments, of optimizers inside too."""
     inner = (name for held in nested(base).values() for name in _accepted(held))
     return set(inspect.signature(type(base)).parameters) | set(inner)
 
@@ -222,18 +225,18 @@ def _made_anew(base: Optimizer) -> Any:
 
 
 def _take_over(base: Optimizer, fresh: Optimizer | None, prefixes: tuple[str, ...]) -> None:
-    """Make ``base`` what ``fresh`` is, but for its settings."""
-    base.state.clear()  # in place: schedulers and checkpoints hold it
+    """Copy the state and counters of ``fresh`` to ``base``; settings stay."""
+    base.state.clear()  # in place: schedulers and checkpoints refer to it
     if fresh is not None:
         base.state.update(fresh.state)
-        # A scheduler's learning rate stays, and a mode, in which the weights are; counters do not
+        # A scheduler's learning rate and a mode that describes the weights stay; counters do not
         settings = _accepted(base) | {"params", "param_names"}
         for group, new in zip(base.param_groups, fresh.param_groups, strict=True):
             for key in new.keys() - settings:
                 if not (isinstance(new[key], bool) or key.startswith(prefixes)):
                     group[key] = new[key]
             for key in (group.keys() & _written(base)) - new.keys() - settings:
-                if not key.startswith(prefixes):  # counted from the first step on
+                if not key.startswith(prefixes):  # a counter that the first step creates
                     del group[key]
         for name, value in vars(fresh).items():
             counts = isinstance(value, (int, dict)) and not isinstance(value, bool)
@@ -244,7 +247,7 @@ def _take_over(base: Optimizer, fresh: Optimizer | None, prefixes: tuple[str, ..
 
 
 def _written(base: Optimizer) -> set[str]:
-    """The keys of groups that code of this kind of optimizer names."""
+    """Return all strings in the code of this kind of optimizer: keys of groups are among them."""
     codes = [
         inspect.unwrap(f).__code__
         for kind in type(base).__mro__
@@ -257,10 +260,10 @@ def _written(base: Optimizer) -> set[str]:
 
 
 def forwarded(base: Optimizer, name: str) -> Any:
-    """A public method of the optimizer, which its wrapper has not.
+    """Return a public method of the optimizer that its wrapper lacks.
 
-    Attributes stay with the optimizer: frameworks look at some (``_step_supports_amp_scaling``)
-    to find out what they may do, and would do it behind the wrapper's back.
+    Attributes are not forwarded: frameworks read some (``_step_supports_amp_scaling``) to decide
+    how to treat an optimizer, and would bypass the wrapper.
 
     Raises:
         AttributeError: there is no such method.

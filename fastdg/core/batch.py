@@ -17,11 +17,11 @@ from ..statistics.moments import pad_rows
 
 
 class PenaltyOutput(NamedTuple):
-    """What terms add to the losses of one micro-batch.
+    """Penalties that terms add to the losses of one micro-batch.
 
     Attributes:
-        values: of each sample ``[N]``, times the terms' weights, with their graph.
-        statistics: means over its samples, detached.
+        values: sum of the terms for each sample ``[N]``, times their weights, with the graph.
+        statistics: means over the samples, detached.
     """
 
     values: Tensor
@@ -30,9 +30,16 @@ class PenaltyOutput(NamedTuple):
 
 @dataclass
 class Batch:
-    """One staged micro-batch: its losses, its domains, what the tape knows of its forward, what
-    terms add to each loss ``[N]``, the factor of the `backward`'s GradScaler, 0-dim, and the logits
-    of the losses, where an algorithm asks for them."""
+    """One staged micro-batch.
+
+    Attributes:
+        losses: ``[N]``, with their graph.
+        partition: samples by domain.
+        resolved: tracked parameters below the losses.
+        terms: penalty that terms add to each loss ``[N]``.
+        scale: loss scale of the `backward`'s GradScaler, 0-dim.
+        output: logits of the losses, if an algorithm asks for them.
+    """
 
     losses: Tensor
     partition: Partition
@@ -43,7 +50,7 @@ class Batch:
 
 
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
-    """Samples of each domain ``[D]``, of all, and the names of the parameters looked at."""
+    """Return the samples of each domain ``[D]``, of all, and the names of tracked parameters."""
     counts = [batch.partition.count for batch in staged]
     count = counts[0]
     if len(counts) > 1:
@@ -54,13 +61,13 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
 
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:
-    """Sum of this rank's losses, 0-dim, with its graph."""
+    """Sum this rank's losses, 0-dim, with the graph."""
     parts = [to_statistics_dtype(batch.losses).sum() for batch in staged]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
-    """Sum of this rank's losses in each domain ``[D]``, detached."""
+    """Sum this rank's losses in each domain ``[D]``, detached."""
     total = to_statistics_dtype(staged[0].losses.detach()).new_zeros(domains)
     for batch in staged:
         total.index_add_(0, batch.partition.domains, to_statistics_dtype(batch.losses.detach()))

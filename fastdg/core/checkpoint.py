@@ -1,6 +1,6 @@
-"""Loading a state: the wrapper's own part of it goes to the wrapper, the rest to what it wraps.
+"""Load a state: split it into the wrapper's part and the wrapped optimizer's.
 
-And what else is done to the wrapped optimizer that its wrapper has to know of.
+Hooks of the wrapped optimizer tell its wrapper of loads and steps that bypass the wrapper.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kept = dict[str, dict[Tensor, Tensor]]
 
 
 class Keeping(Wrapping):
-    """The methods of a wrapper with state that are called here; `Stateful` has them."""
+    """Interface of a wrapper with state; `Stateful` implements it."""
 
     _names: dict[Tensor, str]
     _own_state: Kept
@@ -46,11 +46,10 @@ class Keeping(Wrapping):
 
 
 class Loading:
-    """Hooks of the wrapped optimizer, so that a state loaded into it reaches its wrapper too, and
-    it is not stepped behind the wrapper's back.
+    """Hooks of the wrapped optimizer: its wrapper loads states too, and refuses steps around it.
 
-    They know the wrapper by a weak reference, and a copy of them knows none: a wrapper lives as
-    long as its user wants, and one that is copied hooks itself onto its own optimizer.
+    The hooks refer to the wrapper weakly, so they do not keep it alive. A copy of them refers to
+    none: a copied wrapper registers its own hooks on its own optimizer.
     """
 
     def __init__(self, wrapper: Keeping | None = None) -> None:
@@ -94,7 +93,7 @@ class Loading:
 
 
 def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state as the hooks that ``opt`` calls before it loads one leave it."""
+    """Apply the hooks that ``opt`` calls before it loads a state."""
     state_dict = dict(state_dict)
     for hook in (optimizer_hooks(opt, "load_state_dict_pre") or {}).values():
         changed = hook(opt, state_dict)
@@ -103,7 +102,7 @@ def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def attach(wrapper: Any) -> None:
-    """Follow what is done to ``wrapper.base``, for as long as the wrapper lives."""
+    """Register `Loading` hooks on ``wrapper.base``, for the lifetime of the wrapper."""
     hooks = Loading(wrapper)
     for table, hook in (
         ("state_dict_pre", hooks.saving),
@@ -111,7 +110,7 @@ def attach(wrapper: Any) -> None:
         ("load_state_dict_post", hooks.after),
         ("step_pre", hooks.stepping),
     ):
-        # An optimizer around another one may never call Optimizer.__init__, and have none
+        # An optimizer around another one may never call Optimizer.__init__: it has no tables
         if optimizer_hooks(wrapper.base, table) is not None:
             handle = getattr(wrapper.base, f"register_{table}_hook")(hook)
             weakref.finalize(wrapper, handle.remove).atexit = False
@@ -120,12 +119,14 @@ def attach(wrapper: Any) -> None:
 def split(
     state: Mapping[Any, dict[str, Any]], named: Mapping[Any, Tensor], own: Mapping[str, str]
 ) -> tuple[Kept, dict[Any, Any]]:
-    """The wrapper's tensors, copied and in the dtype they were saved in, and the rest.
+    """Split the entries of a state into the wrapper's tensors, copied, and all others.
+
+    The tensors keep the dtype in which they were saved.
 
     Args:
-        state: of a state dict.
-        named: id there -> parameter.
-        own: key of the wrapper's in an entry -> the tensor's name.
+        state: ``state`` of a state dict.
+        named: id in it -> parameter.
+        own: key of a wrapper's tensor in an entry -> name of the tensor.
     """
     kept: Kept = {name: {} for name in own.values()}
     rest: dict[Any, Any] = {}
@@ -133,7 +134,7 @@ def split(
         if i in named:
             p = named[i]
             for key in own.keys() & entry.keys():
-                if isinstance(entry[key], Tensor):  # what was not saved may come as {}
+                if isinstance(entry[key], Tensor):  # {} stands for a value that was not saved
                     kept[own[key]][p] = entry[key].detach().to(p.device, copy=True)
             entry = {key: value for key, value in entry.items() if key not in own}
         if entry:
@@ -142,10 +143,10 @@ def split(
 
 
 def catch_up(wrapper: Keeping) -> None:
-    """Notice a state that was loaded into the wrapped optimizer, if that calls no hooks.
+    """Take over a state that was loaded into a wrapped optimizer which calls no hooks.
 
     Raises:
-        ValueError: the state lacks tensors that the wrapper should have.
+        ValueError: the state lacks tensors that the wrapper needs.
     """
     if wrapper._group is wrapper.param_groups[0]:
         return
@@ -163,8 +164,14 @@ def check_complete(
     state_dict: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> None:
-    """Warn if ``state_dict``, of which the wrapped optimizer gets ``rest``, lacks what that one
-    saves; raise ValueError if it cannot go on without."""
+    """Warn if ``state_dict`` lacks keys that the wrapped optimizer saves.
+
+    Args:
+        rest: part of it that the wrapped optimizer loads.
+
+    Raises:
+        ValueError: the optimizer cannot resume without them.
+    """
     groups = own_part(state_dict, wrapper.param_groups)["param_groups"]
     if isinstance(wrapper.base, Wrapping) or not groups[0].get(f"{wrapper.prefix}_steps"):
         return
@@ -180,7 +187,7 @@ def check_complete(
         refused = True
     message = (
         f"state_dict: it comes from a run but lacks {', '.join(lacking)}, which "
-        f"{type(wrapper.base).__name__} saves. torch.distributed.checkpoint loses it: save "
+        f"{type(wrapper.base).__name__} saves and torch.distributed.checkpoint drops. Save "
         "opt.state_dict() with torch.save."
     )
     if refused:
@@ -190,15 +197,15 @@ def check_complete(
 
 
 def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
-    """Refuse a state that does not fit what the wrapper declares, before anything is changed.
+    """Check a state against the wrapper's declarations, before it changes anything.
 
     Args:
-        kept: the wrapper's tensors in it.
-        group: its first one.
+        kept: the wrapper's tensors in the state.
+        group: first group of the state.
 
     Raises:
-        ValueError: a run that has made steps lacks tensors; they have other shapes, or are of
-            another number of domains; an object cannot have the state that was saved.
+        ValueError: a run with steps lacks tensors; tensors have another shape or another number of
+            domains; an object does not accept its saved state.
     """
     name, steps = type(wrapper).__name__, group.get(f"{wrapper.prefix}_steps", 0)
     for state in declared_state(type(wrapper)).tensors:
@@ -211,33 +218,33 @@ def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
         if steps and needed and not kept[state.key] and rows != 0:
             raise ValueError(
                 f"state_dict: it comes from a {name} run of {steps} steps but has no {key}, so the "
-                f"{state.what} would silently start anew. torch.distributed.checkpoint fills in "
-                f"only what the optimizer already has: {state.way}"
+                f"{state.what} would silently start anew. torch.distributed.checkpoint loads only "
+                f"into existing tensors: {state.way}."
             )
         for p, tensor in kept[state.key].items():
             if counted is not None and rows is not None and len(tensor) != rows:
                 raise ValueError(
-                    f"state_dict: {key} has {len(tensor)} {counted.unit}, but {counted.source} is "
-                    f"{rows}"
+                    f"state_dict: {key} must have {rows} {counted.unit} ({counted.source}), got "
+                    f"{len(tensor)}."
                 )
             if not state.fits(p, tensor):
                 own, each = tensor.shape, ""
                 if counted is not None:
                     own, each = own[1:], f" for each of the {counted.unit}"
                 raise ValueError(
-                    f"state_dict: {key} of {wrapper._names[p]} has shape {tuple(own)}{each}, but "
-                    f"the parameter has shape {tuple(p.shape)}"
+                    f"state_dict: {key} of {wrapper._names[p]} must have the parameter's shape "
+                    f"{tuple(p.shape)}, got {tuple(own)}{each}."
                 )
     for item in declared_state(type(wrapper)).objects:
         item.check(wrapper, group)
 
 
 def begin(wrapper: Keeping, parameters: Iterable[Tensor]) -> None:
-    """Give the wrapper's tensors of a new run to those of ``parameters`` that lack them.
+    """Create the wrapper's missing tensors of a new run for ``parameters``.
 
-    torch.distributed.checkpoint, which loads into what an optimizer already has, makes a step with
-    gradients of zeros before. The wrapped optimizer has state of its own for ``parameters``, or
-    needs none: an entry of ours alone would pass for it.
+    torch.distributed.checkpoint loads into existing tensors, and makes a step with gradients of
+    zeros to create them. The wrapped optimizer must have its own state for ``parameters``, or need
+    none: it would take an entry with our tensors alone for its own.
     """
     there = set(parameters)
     for state in declared_state(type(wrapper)).tensors:
@@ -250,7 +257,7 @@ def begin(wrapper: Keeping, parameters: Iterable[Tensor]) -> None:
 
 
 def adopt(wrapper: Keeping) -> None:
-    """Take over what an optimizer that was wrapped before, or is born with state, has."""
+    """Take over existing state of an optimizer that was wrapped before or is created with state."""
     for p in wrapper._names:
         for name, kept in wrapper._own_state.items():
             if (tensor := wrapper.state.get(p, {}).get(f"{wrapper.prefix}_{name}")) is not None:
@@ -259,15 +266,15 @@ def adopt(wrapper: Keeping) -> None:
 
 
 def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state without what wrappers that are not in this chain have left in it.
+    """Remove the state of wrappers that are not in this chain, with a warning.
 
     Raises:
-        ValueError: another algorithm has saved it.
+        ValueError: another algorithm has saved the state.
     """
     for hook in (optimizer_hooks(wrapper, "load_state_dict_pre") or {}).values():
         hooks = getattr(hook, "__self__", None)
         if isinstance(hooks, Loading) and hooks.wrapper is not None and hooks.wrapper() is not None:
-            return state_dict  # the wrapper outside has seen to it
+            return state_dict  # the wrapper outside has removed it
     links = list(chain(wrapper))
     here = {link.prefix for link in links}
     groups, known = state_dict["param_groups"], dict(_prefixes(Wrapping))
@@ -281,12 +288,12 @@ def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, An
     ):
         name, inner = type(own[0]).__name__, type(innermost(wrapper)).__name__
         raise ValueError(
-            f"state_dict: it was saved by {names}, and here is {name}, which could go on with the "
-            f"part of the {inner} only. If that is what you want, load it into the {inner} before "
-            f"it is wrapped; to go on with that run, wrap the {inner} in what saved it"
+            f"state_dict: {names} saved it, so {name} can load only the part of the {inner}. For "
+            f"this part alone, load it into the {inner} before you wrap it. To resume the run, "
+            f"wrap the {inner} in {names}."
         )
     warn_user(
-        f"state_dict: ignored the state of {names}, which does not wrap this optimizer",
+        f"state_dict: ignored the state of {names}, which does not wrap this optimizer.",
     )
     marks = tuple(f"{prefix}_" for prefix in away)
 
@@ -302,8 +309,7 @@ def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, An
 
 
 def _prefixes(kind: type[Wrapping]) -> Iterator[tuple[str, type[Wrapping]]]:
-    """Prefix of the keys -> the wrapper, of all that there are; of several the one that others are
-    made from."""
+    """Yield the prefix of every wrapper class; a base class comes after its subclasses."""
     for sub in kind.__subclasses__():
         yield from _prefixes(sub)
     if hasattr(kind, "prefix"):

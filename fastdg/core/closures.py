@@ -125,7 +125,7 @@ class Forward:
         """
         opt, name = self.opt, type(self.opt).__name__
         errors.refuse_ranks(
-            f"{name}.step(closure)", "call opt.backward(losses, domains) and opt.step()"
+            f"{name}.step(closure)", "Call opt.backward(losses, domains) and opt.step()"
         )
         errors.refuse_groups(opt.param_groups, name)
         if terms := terms_of(opt):

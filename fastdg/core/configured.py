@@ -1,4 +1,4 @@
-"""A wrapper with its arguments, the parameters that it looks at, its groups and its copies."""
+"""Constructor of a wrapper, its tracked parameters, parameter groups and copies."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from .state import Stateful
 
 
 class Configured(Stateful):
-    """Takes the arguments that its class declares, and follows what the optimizer is given."""
+    """A wrapper with declared arguments, which tracks the optimizer's parameters."""
 
-    if TYPE_CHECKING:  # before all that is declared
+    if TYPE_CHECKING:  # type checkers see it before the declared arguments
         base: Optimizer = argument(kw_only=False)
     num_domains: int | None = option(None, check_extent)
     model: InitVar[nn.Module | None] = NotKept(None, check_model)
     check: bool = option(True, show=None)
 
-    penalises = True  # adds a term that an optimizer which ascends would turn around
+    penalises = True  # whether it adds a penalty, which maximize=True would turn around
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,13 +66,13 @@ class Configured(Stateful):
         name = type(self).__name__
         if not hasattr(type(self), "prefix"):
             raise TypeError(
-                f"{name}: it is a base class. Derive from it and write objective(), or use "
-                'fastdg.ERM. A class of the package itself says prefix = "name".'
+                f"{name}: a base class has no instances. Derive from it and write objective(), or "
+                'use fastdg.ERM. A class of the package itself sets prefix = "name".'
             )
         if base is NEEDED:
             raise TypeError(
-                f"base: {name} needs the optimizer that it wraps: "
-                f"fastdg.{name}(torch.optim.Adam(model.parameters()))"
+                f"base: {name} needs an optimizer to wrap, got none. Pass one: "
+                f"fastdg.{name}(torch.optim.Adam(model.parameters()))."
             )
         check_order(self, base)
         check_base(base, name)
@@ -107,22 +107,22 @@ class Configured(Stateful):
         self._follow()
 
     def _start(self) -> None:
-        """Called once, by the constructor, before anything is made of its arguments."""
+        """Create attributes that the constructor needs; called once, before state is created."""
 
     def _follow(self) -> None:
-        """Hook onto modules that were given: called at the end of the constructor and of a copy."""
+        """Register hooks on given modules; called at the end of the constructor and of a copy."""
 
-    steps = RunValue(0)  # taken so far
+    steps = RunValue(0)  # steps so far
 
     @property
     def tape(self) -> Tape:
-        """The parameters that this wrapper looks at, for `fastdg.domain_gram` and the like."""
+        """Tracked parameters of this wrapper, for `fastdg.domain_gram` and similar functions."""
         return self._tape
 
     def explain(self, losses: Tensor) -> Explanation:
-        """A table of how the per-sample gradients of each parameter are made, and at which cost.
+        """Return a table of the method and the cost of each parameter's per-sample gradients.
 
-        Args, errors: as `fastdg.explain`; ``losses [N]`` with their graph, which is kept.
+        Args, errors: as in `fastdg.explain`; ``losses [N]`` with their graph, which stays alive.
 
         Example:
             >>> print(opt.explain(losses))
@@ -132,12 +132,12 @@ class Configured(Stateful):
     # -- groups, copies --
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer, from the next `backward` on."""
+        """Add a group to the wrapped optimizer; it counts from the next `backward` on."""
         self.base.add_param_group(param_group)
         self._count()
 
     def _count(self) -> None:
-        """Look at parameters that the optimizer inside was given."""
+        """Track parameters that were added to the wrapped optimizer."""
         if self._size() == self._counted:
             return
         model = self._model() if self._model is not None else None
@@ -145,19 +145,19 @@ class Configured(Stateful):
         self._look(model)
 
     def _look(self, model: nn.Module | None) -> None:
-        """Look at the optimizer's parameters, some of which have the names of ``model``."""
+        """Track the optimizer's parameters; ``model`` gives some of them their names."""
         self._model = weakref.ref(model) if model is not None else None
         if "_one_domain" not in self.__dict__:
             self._one_domain: OneDomain = OneDomain()
         if "_ranks" not in self.__dict__:
             inner = isinstance(self.base, Configured)
             self._ranks: Ranks = self.base._ranks if inner else Ranks(self)  # type: ignore[attr-defined]
-        wrapped = self._ranks.modules  # which do not hold this wrapper
+        wrapped = self._ranks.modules  # these hold no reference to this wrapper
         self._tape: Tape = Tape(self._names, self.params, leaf_of(lambda: list(wrapped.modules)))
         self._counted = self._size()
 
     def _known(self) -> dict[Tensor, str]:
-        """Names of parameters that wrappers inside have."""
+        """Return the parameters' names in the wrappers inside."""
         return self.base._names if isinstance(self.base, Configured) else {}
 
     def _clear(self) -> None:
@@ -165,7 +165,7 @@ class Configured(Stateful):
         self._release_grad()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base = state["base"]  # torch's __setstate__ reads defaults, which are the base's
+        self.base = state["base"]  # torch's __setstate__ reads defaults, a property of the base
         Optimizer.__setstate__(self, state)
         self._look(vars(self).get("model"))
         self._clear()
@@ -174,7 +174,7 @@ class Configured(Stateful):
         self._follow()
 
     def settings(self) -> dict[str, Any]:
-        """The wrapper's own settings, for ``repr`` and logs."""
+        """Return the wrapper's own settings, for ``repr`` and logs."""
         own = {
             name: o.show(getattr(self, name))
             for name, o in declared(type(self)).items()

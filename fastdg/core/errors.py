@@ -1,4 +1,4 @@
-"""Ways to train that the wrappers do not support, told apart from those that they do."""
+"""Errors for training loops that the wrappers do not support."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..selection import LEAVE_OUT, NAMES
 
 
 def explain(error: BaseException, way_out: str | None) -> None:
-    """Complete the message of an error that the statistics raised with what the wrapper knows.
+    """Complete the message of an error from the statistics with the wrapper's own advice.
 
     Args:
         error: changed in place.
-        way_out: what to do in place of params=, for a wrapper that does not take it.
+        way_out: advice in place of params=, for a wrapper without this argument.
     """
     if not error.args or not isinstance(error.args[0], str):
         return
@@ -29,30 +29,30 @@ def explain(error: BaseException, way_out: str | None) -> None:
 
 
 def refuse_ranks(name: str, advice: str) -> None:
-    """Raise if several processes train together."""
+    """Raise RuntimeError if several processes train together."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     ranks = distributed.get_world_size()
     if ranks > 1:
         raise RuntimeError(
-            f"{name} does not train on several ranks, and torch.distributed is initialised with "
-            f"{ranks}; {advice}"
+            f"{name}: it does not support several ranks, but torch.distributed is initialised with "
+            f"{ranks}. {advice}."
         )
 
 
 def refuse_groups(groups: Sequence[dict[str, Any]], name: str, penalises: bool = True) -> None:
-    """Raise if the wrapped optimizer ascends a penalty."""
+    """Raise ValueError if the wrapped optimizer would maximise a penalty."""
     if penalises and any(group.get("maximize") for group in groups):
         raise ValueError(
-            f"base: its param_groups say maximize=True, so that {name} would maximise the penalty "
-            "too; use maximize=False and negate the losses"
+            f"base: its param_groups have maximize=True, so {name} would maximise the penalty "
+            "too. Use maximize=False and negate the losses."
         )
 
 
 def is_probe(base: Optimizer) -> bool:
-    """Whether a step without a backward is only to make the state of a fresh optimizer.
+    """Return whether a step without a backward only creates the state of a fresh optimizer.
 
-    Checkpoint libraries do that with every lr 0 and gradients of zeros.
+    Checkpoint libraries make such a step with every lr 0 and gradients of zeros.
     """
     parameters: list[Tensor] = [p for group in base.param_groups for p in group["params"]]
     return (
@@ -63,40 +63,40 @@ def is_probe(base: Optimizer) -> bool:
 
 
 def refuse_again(losses: Tensor, staged: Iterable[Any], name: str) -> None:
-    """Raise if these very losses were staged already; other uses of a graph are autograd's."""
+    """Raise RuntimeError if the same losses are staged; autograd finds other reuse of a graph."""
     if any(batch.losses is losses for batch in staged):
         raise RuntimeError(
-            f"{name}.backward was already called on these losses with final=False; pass the next "
-            "micro-batch's"
+            f"losses: {name}.backward was already called on them with final=False. Pass the losses "
+            "of the next micro-batch."
         )
 
 
 def used_twice(name: str) -> RuntimeError:
-    """What to raise for a second backward on the same losses."""
+    """Return the error for a second backward on the same losses."""
     return RuntimeError(
-        f"{name}.backward was already called on these losses; run the model again, or add the "
-        "losses up first and call backward once"
+        f"losses: {name}.backward was already called on them. Run the model again, or add the "
+        "losses first and call backward once."
     )
 
 
 def no_backward(name: str, staged: bool) -> RuntimeError:
-    """What to raise for a step that nothing, or only micro-batches, came before."""
+    """Return the error for a step without a backward, or after staged micro-batches only."""
     if staged:
         return RuntimeError(
             f"{name}.step() needs a final backward before it: since the last step every backward "
-            "was called with final=False; leave that out in the last call"
+            "was called with final=False. Omit final=False in the last call."
         )
     return RuntimeError(
-        f"{name}.step() needs a backward before it: call opt.backward(losses, domains) in place of "
+        f"{name}.step() needs a backward before it. Call opt.backward(losses, domains) in place of "
         "loss.backward(), with losses from reduction='none'; with a GradScaler, "
-        "opt.backward(losses, domains, scaler=scaler) in place of scaler.scale(loss).backward()"
+        "opt.backward(losses, domains, scaler=scaler) in place of scaler.scale(loss).backward()."
     )
 
 
 def stepped_inside(name: str, inner: str) -> RuntimeError:
-    """What to raise if the optimizer inside is stepped on the gradient of its wrapper."""
+    """Return the error for a step of the optimizer inside with the gradient of its wrapper."""
     return RuntimeError(
         f"{inner}.step() was called while .grad holds the gradient of {name}. Call opt.step(), or "
         f"scaler.step(opt), with opt the outermost wrapper; to step {inner} alone, call "
-        "opt.zero_grad() and loss.backward() first"
+        "opt.zero_grad() and loss.backward() first."
     )

@@ -1,10 +1,10 @@
-"""Arguments of a wrapper: declared in one line, checked, shown, saved where they are settings.
+"""Arguments of a wrapper: declared in one line, checked, shown, and saved if they are settings.
 
     class Penalty(DomainOptimizer):
         penalty_weight: float = hyper(1.0, check_weight)
 
-makes a keyword of the constructor with a default and a check, an entry of ``param_groups[0]`` that
-checkpoints keep and schedulers change, an attribute, and a part of ``repr``.
+declares a keyword of the constructor with a default and a check, an entry of ``param_groups[0]``
+that checkpoints save and schedulers change, an attribute, and a part of ``repr``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Option:
     """An argument of the constructor that is an attribute of the wrapper.
 
     Args:
-        default: its value where none is given; `NEEDED`: one has to be.
-        check: raises unless ``(name, value)`` is a good value.
-        convert: value -> the one to keep.
-        positional: whether it may be given by its place after ``base``.
-        show: value -> how ``repr`` shows it; None: not at all.
-        fill: wrapper -> the value in place of a None that was given.
+        default: value if none is given; `NEEDED`: the argument is required.
+        check: called with name and value; raises for an invalid value.
+        convert: given value -> value of the attribute.
+        positional: whether it may be passed by position, after ``base``.
+        show: value -> value in ``repr``; None: ``repr`` omits it.
+        fill: wrapper -> value in place of a given None.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class Option:
         opt.__dict__[self.name] = value if self.convert is None else self.convert(value)
 
     def parameter(self) -> inspect.Parameter:
-        """As it stands in a signature."""
+        """Return the parameter for a signature."""
         by_place, by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         kind = by_place if self.positional else by_name
         return inspect.Parameter(self.name, kind, default=self.default, annotation=self.annotation)
 
 
 class NotKept(Option):
-    """An argument that the wrapper does not hold: it is for the constructor alone."""
+    """An argument for the constructor alone, without an attribute."""
 
     def __init__(self, default: Any, check: Check) -> None:
         super().__init__(default, check, show=None)
 
 
 class Hyper(Option):
-    """A hyper-parameter: an `Option` kept in ``param_groups[0]`` under the wrapper's prefix.
+    """A hyper-parameter: an `Option` in ``param_groups[0]`` under the wrapper's prefix.
 
-    So it is saved with every checkpoint, restored on load and open to schedulers. Where the group
-    lacks it, the value given to the constructor holds.
+    Checkpoints save and restore it, and schedulers can change it. If the group lacks it, the
+    constructor's value holds.
     """
 
     def __get__(self, opt: Any, owner: type) -> Any:
@@ -102,8 +102,8 @@ class Hyper(Option):
         opt.param_groups[0][f"{opt.prefix}_{self.name}"] = value
 
 
-# The return type is Any, so that `weight: float = hyper(1.0, check_weight)` reads as it does in a
-# dataclass; `DomainOptimizer` is one to type checkers.
+# The return type is Any, so that `weight: float = hyper(1.0, check_weight)` type-checks as in a
+# dataclass; type checkers treat `DomainOptimizer` as one.
 def hyper(default: Any, check: Check, *, fill: Callable[[Any], Any] | None = None) -> Any:
     """Declare a hyper-parameter, see `Hyper`."""
     return Hyper(default, check, fill=fill)
@@ -116,7 +116,7 @@ def option(
     *,
     show: Callable[[Any], Any] | None = itself,
 ) -> Any:
-    """Declare an argument that is no hyper-parameter, see `Option`."""
+    """Declare an argument other than a hyper-parameter, see `Option`."""
     return Option(default, check, convert, show=show)
 
 
@@ -128,14 +128,18 @@ def argument(
     kw_only: bool,
     show: Callable[[Any], Any] | None = itself,
 ) -> Any:
-    """Declare an argument that has no default, or may be given by its place, see `Option`;
-    ``kw_only`` tells type checkers, too."""
+    """Declare an argument without a default, or a positional one, see `Option`.
+
+    Type checkers read ``kw_only`` too.
+    """
     return Option(default, check, convert, not kw_only, show)
 
 
 def declared(kind: type) -> dict[str, Option]:
-    """The arguments that a class declares: its own in their order, then its bases'. A plain
-    attribute of the same name takes an argument away."""
+    """Return the arguments that a class declares: its own in order, then its bases'.
+
+    A plain attribute of the same name removes an argument.
+    """
     found: dict[str, Option | None] = {}
     for base in kind.__mro__:
         for name, value in vars(base).items():
@@ -144,12 +148,12 @@ def declared(kind: type) -> dict[str, Option]:
 
 
 def own_signature(init: Callable[..., Any]) -> inspect.Signature:
-    """The signature of an ``__init__``, without self."""
+    """Return the signature of an ``__init__``, without self."""
     return inspect.Signature(list(inspect.signature(init).parameters.values())[1:])
 
 
 def declared_signature(kind: type) -> inspect.Signature:
-    """The signature of a wrapper's constructor: ``base``, and the declared arguments."""
+    """Return the signature of a wrapper's constructor: ``base`` and the declared arguments."""
     base = inspect.Parameter(
         "base", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Optimizer"
     )
@@ -160,18 +164,18 @@ def declared_signature(kind: type) -> inspect.Signature:
 
 
 def check_keywords(kind: type, given: Iterable[str]) -> None:
-    """Raise TypeError if the wrapper ``kind`` takes no keyword of one of these names."""
+    """Raise TypeError unless the wrapper ``kind`` has all these keywords."""
     parameters = inspect.signature(kind).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return  # of a class that somebody has derived, which knows
+        return  # a derived class with its own __init__ checks them itself
     known, name = list(parameters), kind.__name__
     for key in given:
         if key in known:
             continue
         if key == "params":
             raise TypeError(
-                f"params: {name} has no such argument. To leave parameters out, freeze them "
-                "(requires_grad_(False)) or give them to another optimizer"
+                f"params: {name} has no such argument. To exclude parameters, freeze them "
+                "(requires_grad_(False)) or pass them to another optimizer."
             )
         if hasattr(kind, key) and not kind.__module__.startswith("fastdg."):
             raise TypeError(
@@ -179,29 +183,29 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
                 f"{key}: ... = hyper(default, check) in the class, from fastdg.core.hyper."
             )
         if near := nearest(key, known):
-            raise TypeError(f"{key}: {name} has no such argument; did you mean {near}=?")
+            raise TypeError(f"{key}: {name} has no such argument. Did you mean {near}=?")
         raise TypeError(
-            f"{key}: {name} has no such argument; it takes {', '.join(known)}. It wraps an "
-            f"optimizer, to which {key} may belong: "
-            f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))"
+            f"{key}: {name} has no such argument. Its arguments are {', '.join(known)}. An "
+            f"argument of the wrapped optimizer belongs there: "
+            f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))."
         )
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The name among ``known`` that was meant by ``key``, if one is like it."""
+    """Return the name among ``known`` that is most like ``key``, if one is like it."""
     known = list(known)
-    # Short names are the optimizer's: lr
+    # Short names belong to the optimizer: lr
     longer = [name for name in known if len(key) > 3 and name.startswith(f"{key}_")]
     near = longer or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     return near[0] if near else None
 
 
 def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a constructor by name, checked, with the defaults of the others.
+    """Bind the arguments of a constructor to their names, with defaults, and check them.
 
     Raises:
-        TypeError: there are too many, one is missing, given twice, or not declared.
-        ValueError: one is no good value.
+        TypeError: there are too many, or one is missing, given twice, or not declared.
+        ValueError: a value is invalid.
     """
     options = declared(kind)
     order = [name for name, o in options.items() if o.positional]
@@ -212,15 +216,15 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
         )
     for name, value in zip(order, places, strict=False):
         if name in given:
-            raise TypeError(f"{name}: given to {kind.__name__} by its place and by name")
+            raise TypeError(f"{name}: {kind.__name__} got it by position and by name. Pass one.")
         given = {**given, name: value}
     for name in given.keys() - options.keys():
-        raise TypeError(f"{name}: {kind.__name__} declares no such argument")
+        raise TypeError(f"{name}: {kind.__name__} declares no such argument.")
     values = {}
     for name, o in options.items():
         value = given.get(name, o.default)
         if value is NEEDED:
-            raise TypeError(f"{name}: {kind.__name__} needs it. Pass {name}=.")
+            raise TypeError(f"{name}: {kind.__name__} needs it, got none. Pass {name}=.")
         if value is not None or o.fill is None:
             o.check(name, value)
         values[name] = value
@@ -229,47 +233,47 @@ def bound(kind: type, places: tuple[Any, ...], given: dict[str, Any]) -> dict[st
 
 def check_weight(name: str, value: Any) -> None:
     if not (_number(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}.")
 
 
 def check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}.")
 
 
 def check_steps(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
 
 
 def check_decay(name: str, value: Any) -> None:
     if value is not None and not (_number(value) and 0 <= value < 1):
-        raise ValueError(f"{name}: expected None or a decay in [0, 1), got {value!r}")
+        raise ValueError(f"{name}: expected None or a decay in [0, 1), got {value!r}.")
 
 
 def check_reduction(name: str, value: Any) -> None:
     if value not in ("mean", "sum"):
-        raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}")
+        raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}.")
 
 
 def check_absent(name: str, value: Any) -> None:
     if value not in ("auto", "zeros", "drop"):
-        raise ValueError(f"{name}: expected 'auto', 'zeros' or 'drop', got {value!r}")
+        raise ValueError(f"{name}: expected 'auto', 'zeros' or 'drop', got {value!r}.")
 
 
 def check_share(name: str, value: Any) -> None:
     if not (_number(value) and 0 <= value <= 1):
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}.")
 
 
 def check_steepness(name: str, value: Any) -> None:
     if not (_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
 
 
 def check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
+        raise ValueError(f"{name}: expected True or False, got {value!r}.")
 
 
 def check_extent(name: str, value: Any) -> None:
@@ -284,16 +288,16 @@ def check_model(name: str, value: Any) -> None:
 
 def check_module(name: str, value: Any) -> None:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}.")
 
 
 def check_generator(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"{name}: expected a torch.Generator or None, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Generator or None, got {type(value).__name__}.")
 
 
 def _anything(name: str, value: Any) -> None:
-    """Of an argument that is checked by what converts it."""
+    """Accept any value: the conversion checks it."""
 
 
 def _number(value: Any) -> bool:

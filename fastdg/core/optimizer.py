@@ -1,4 +1,4 @@
-"""What every wrapper is to PyTorch: a real ``torch.optim.Optimizer`` around another one."""
+"""Wrappers of an optimizer, each a real ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ from .nesting import (
 from .step_batch import StepBatch, StepRecord
 
 Closure = Callable[..., Any]
-UNSEEN = TrackedForward()  # of losses whose graph nobody looks at
-_USED = "fastdg_used"  # on the graph of losses that had their backward
+UNSEEN = TrackedForward()  # for losses whose graph no statistic needs
+_USED = "fastdg_used"  # marks the graph of losses that had their backward
 
 
 class DomainOptimizer(Configured):
     """Base of all wrappers: an algorithm is its `objective`, and `after_step` if it keeps state.
 
-    Its arguments an algorithm declares (`fastdg.core.hyper`); an ``__init__`` of its own it needs
-    only to make something of them.
+    An algorithm declares its arguments (`fastdg.core.hyper`). It needs an ``__init__`` of its own
+    only to compute something from them.
 
-    ``param_groups``, ``state`` and ``defaults`` are those of the wrapped optimizer, not copies:
+    ``param_groups``, ``state`` and ``defaults`` are the wrapped optimizer's own, not copies:
     schedulers, checkpoints and ``add_param_group`` work on either.
 
     Args:
-        base: the optimizer to wrap (also kept as ``opt.base``).
-        num_domains: number of training domains D; default: as many as have been seen.
-        model: its parameters' names are those of messages, and of ``params``.
-        check: has no effect any more: which row belongs to which sample is found exactly.
-        given: what the class declares.
+        base: optimizer to wrap, also available as ``opt.base``.
+        num_domains: number of training domains D; default: the domains seen so far.
+        model: gives parameters their names in messages and in ``params``.
+        check: has no effect any more: the row of each sample is found exactly.
+        given: arguments that the class declares.
 
-    All that is needed of a forward is in the graph of its losses: no module has a hook. Statistics
-    run backward from ``losses.sum()``, so hooks on activations see N times the gradient that
-    ``losses.mean()`` gives them (and are also called for the statistics' sake).
+    The graph of the losses has all that is needed of a forward: no module has a hook. Statistics
+    run backward from ``losses.sum()``, so hooks on activations see N times the gradient of
+    ``losses.mean()``, and are also called in the backward for statistics.
     """
 
-    compares = False  # the domains of a step, so that a step of one domain is plain training
-    takes: tuple[str, ...] = ()  # names of further inputs of `backward`, handed to `_batch`
+    compares = False  # whether it compares domains: a step of one domain is then plain training
+    takes: tuple[str, ...] = ()  # names of further inputs of `backward`, passed to `_batch`
     looks_at_logits = False  # whether the objective asks for `StepBatch.logit_products`
-    looks_at_samples = True  # whether backwards for statistics run before that of the step
+    looks_at_samples = True  # whether backwards for statistics run before the step's own
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
 
     # -- training --
@@ -75,32 +75,32 @@ class DomainOptimizer(Configured):
         scaler: GradScaler | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """In place of ``losses.mean().backward()``: adds the algorithm's gradient to ``.grad``.
+        """Add the algorithm's gradient to ``.grad``, in place of ``losses.mean().backward()``.
 
         Args:
-            losses: one loss a sample ``[N]``, from ``reduction="none"``.
+            losses: one loss per sample ``[N]``, from ``reduction="none"``.
             domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU;
-                or the one of all samples. Of names, `DomainIds` makes them.
-            final: False stages this micro-batch (or one domain's own forward) and leaves ``.grad``
-                alone; the next final call merges everything staged, weighted by the number of
-                samples. The graphs of staged micro-batches stay alive until then, unless the
-                wrapper takes what it needs of them at once.
-            scaler: its factor goes into ``.grad`` alone; ``losses`` are passed without it.
-            inputs: what the terms inside this wrapper ask for (see there).
+                or one domain for all samples. `DomainIds` makes ids from names.
+            final: False stages this micro-batch (or one domain's own forward) and does not change
+                ``.grad``; the next final call merges all staged micro-batches, weighted by their
+                number of samples. The graphs of staged micro-batches stay alive until then, unless
+                the wrapper computes their statistics at once.
+            scaler: scales ``.grad`` only; pass unscaled ``losses``.
+            inputs: inputs of the terms inside this wrapper (see there).
 
         Returns:
-            The mean loss of everything merged (of this micro-batch if not final), 0-dim, detached.
+            The mean loss of all merged samples (of this micro-batch if not final), 0-dim, detached.
 
         Raises:
             TypeError, ValueError: ``losses``, ``domains``, ``scaler`` or ``inputs`` are not as
                 described.
             RuntimeError: the losses depend on none of the parameters; backward was already called
-                on these losses; another rank failed; what is staged or in ``.grad`` was not made
-                with this ``scaler``.
+                on these losses; another rank failed; staged micro-batches or ``.grad`` have another
+                ``scaler``.
 
-        Autocast is off and gradients are on inside, so that this may be called in an autocast block
-        or under ``torch.no_grad``, too. After an error ``.grad`` is as it was, and nothing is
-        staged. A second final call before `step` adds to ``.grad``, as ``loss.backward()`` does.
+        Autocast is off and gradients are on inside, so this may also be called in an autocast block
+        or under ``torch.no_grad``. After an error ``.grad`` is as it was, and nothing is staged. A
+        second final call before `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         again = self._grad_is_owned()
         try:
@@ -155,7 +155,7 @@ class DomainOptimizer(Configured):
             self._term_statistics.append(term_statistics(added))
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
-        """What to stage of a micro-batch, and of what terms add to it; every check on it."""
+        """Check a micro-batch and return it as it is staged; ``terms`` are added to its losses."""
         parts = partition(domains, losses, self.num_domains)
         resolved, output = UNSEEN, None
         if self.looks_at_logits:
@@ -173,7 +173,7 @@ class DomainOptimizer(Configured):
         self._heads = HeadOutputs()
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
-        """What this rank's batch is a part of."""
+        """Return the batch of all ranks."""
         return self._met(*described(staged))
 
     def _met(self, count: Tensor, samples: int, used: object) -> GlobalBatch:
@@ -181,22 +181,22 @@ class DomainOptimizer(Configured):
         return GlobalBatch(self._ranks, counts, total)
 
     def _on_micro_batch(self) -> None:
-        """Called after a micro-batch that is not the last was staged."""
+        """Process a staged micro-batch that is not the last."""
 
     # -- what an algorithm implements --
 
     def objective(self, batch: StepBatch) -> Tensor:
-        """The function of the step to descend, 0-dim, differentiable; here the mean loss."""
+        """Return the value to minimise, 0-dim, differentiable; here the mean loss."""
         return batch.loss
 
     def after_step(self, record: StepRecord) -> None:
-        """Called after the wrapped optimizer has stepped: the only place where own state moves."""
+        """Update own state after the wrapped optimizer's step; no other method updates it."""
 
     def evaluate_closure(self, forward: Forward) -> Tensor:
-        """Leave in ``.grad`` the gradient of a step with a closure; returns the mean loss."""
+        """Write the gradient of a step with a closure to ``.grad``; return the mean loss."""
         return forward.backward()
 
-    # -- what the machinery makes of it --
+    # -- the step --
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         """Add the gradient to ``.grad``, fill ``_statistics``, return the mean loss, detached."""
@@ -211,15 +211,15 @@ class DomainOptimizer(Configured):
         return batch.statistics["loss"]
 
     def _prepare(self) -> None:
-        """Called right before the wrapped optimizer steps."""
+        """Act right before the wrapped optimizer's step."""
 
     def _commit(self) -> None:
-        """Let own state follow a step."""
-        if self._pending is not None:  # the objective's own, where the gradient came from it
+        """Update own state after a step."""
+        if self._pending is not None:  # set where the gradient came from an objective
             self.after_step(self._pending)
 
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step of the wrapped optimizer on the gradient that `backward` left in ``.grad``.
+        """Step the wrapped optimizer with the gradient that `backward` has written to ``.grad``.
 
         Args:
             closure: optional; returns ``(losses, domains)`` or ``(losses, domains, inputs)``, which
@@ -227,11 +227,11 @@ class DomainOptimizer(Configured):
                 closures do in PyTorch. It is called once, with gradients enabled.
 
         Returns:
-            The mean loss if a closure was given, or what that returned, else None.
+            With a closure, the mean loss or the closure's own result; else None.
 
         Raises:
-            RuntimeError: `backward` was not called since the last step, or not with ``final=True``;
-                or was not given the ``scaler`` that makes this call.
+            RuntimeError: `backward` was not called since the last step, or only with
+                ``final=False``; or without the ``scaler`` that makes this call.
         """
         if "found_inf" in self.__dict__:
             amp.step(self, closure)
@@ -259,7 +259,7 @@ class DomainOptimizer(Configured):
         return loss
 
     def _advance(self) -> None:
-        """Step on the gradient there is, and let own state follow."""
+        """Step with the gradient in ``.grad``, then update own state."""
         amp.refuse_scaled(self)
         self._prepare()
         self._step_base()
@@ -268,33 +268,33 @@ class DomainOptimizer(Configured):
         self._resumed = False
         self._release_grad()
         for p, name, tensor in self._own_tensors():
-            if p.grad is not None:  # the wrapped optimizer has made its own state by now
+            if p.grad is not None:  # the wrapped optimizer has created its own state by now
                 self.state[p][name] = tensor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and whatever `backward` has staged or left for `step`."""
+        """Clear gradients and staged micro-batches."""
         self._micro_batches, self._term_statistics = [], []
         self._release_grad()
         self.base.zero_grad(set_to_none)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What the last final `backward` saw: detached tensors, on the device."""
+        """Statistics of the last final `backward`: detached tensors, on the device."""
         return self._statistics
 
 
 def _advice(kind: type[DomainOptimizer]) -> str:
-    """What a user's own class may say to cost less."""
+    """Advise the author of a class that needs no per-sample gradients."""
     if kind.objective.__module__.startswith("fastdg.") or not kind.looks_at_samples:
         return ""
     return (
-        f" If {kind.__name__}.objective asks for no gradients of samples or domains, write "
+        f" If {kind.__name__}.objective asks for no gradients of samples or domains, set "
         "looks_at_samples = False in the class"
     )
 
 
 def check_objective(objective: Any, name: str) -> None:
-    """Raise unless an algorithm has returned something to descend."""
+    """Raise TypeError unless ``objective`` is a 0-dim tensor with a graph."""
     good = isinstance(objective, Tensor)
     if not good or objective.dim() != 0 or not objective.requires_grad:
         got = type(objective).__name__
@@ -302,6 +302,6 @@ def check_objective(objective: Any, name: str) -> None:
             graph = "" if objective.requires_grad else " without a graph"
             got = f"shape {tuple(objective.shape)}{graph}"
         raise TypeError(
-            f"objective: {name}.objective has to return a 0-dim tensor with its graph, got {got}. "
-            "Make it of batch.loss, batch.domain_losses or batch.moments()."
+            f"objective: {name}.objective must return a 0-dim tensor with its graph, got {got}. "
+            "Compute it from batch.loss, batch.domain_losses or batch.moments()."
         )

@@ -1,4 +1,4 @@
-"""A wrapper's own state, inside that of the optimizer it wraps."""
+"""A wrapper's own state, saved within the wrapped optimizer's."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from .hyper import argument
 from .nesting import chain
 
 
-# To type checkers the arguments that a wrapper declares are the fields of a dataclass
+# For type checkers, the arguments that a wrapper declares are the fields of a dataclass
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(argument,))
 class Stateful(checkpoint.Keeping):
     """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
 
-    Own tensors are copied and loaded in the dtype that they have, whatever that of the parameter.
+    Copies and loads keep the dtype of own tensors, whatever the dtype of the parameter.
     """
 
     _loaded_groups: Sequence[dict[str, Any]] = ()
-    _given: dict[str, Any]  # what the first group holds where a loaded state says nothing
+    _given: dict[str, Any]  # defaults for keys that the first group of a loaded state lacks
 
     def _clear(self) -> None:
-        """Forget what was staged, and what belongs to the run so far."""
+        """Drop staged micro-batches, statistics and caches of the run."""
 
     @property
     def _declared(self) -> DeclaredState:
         return declared_state(type(self))
 
     def _known_domains(self) -> int:
-        """How many domains own state knows of already."""
+        """Return the number of domains in own state."""
         kept = [self._own_state[x.key] for x in self._declared.tensors if x.rows is DOMAINS]
         return max((len(tensor) for tensors in kept for tensor in tensors.values()), default=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's own ``state_dict()`` with the wrapper's state in it.
+        """Return the wrapped optimizer's ``state_dict()`` with the wrapper's state in it.
 
-        Where that is not laid out as PyTorch's are, the wrapper's lies under ``"fastdg"``.
+        If its layout is not PyTorch's, the wrapper's state is under ``"fastdg"``.
 
         Raises:
-            RuntimeError: torch.distributed.checkpoint asks for it, and would lose a part.
+            RuntimeError: torch.distributed.checkpoint is the caller, and would lose a part of the
+                state.
         """
         checkpoint.catch_up(self)
         for pre_hook in (optimizer_hooks(self, "state_dict_pre") or {}).values():
@@ -64,7 +65,7 @@ class Stateful(checkpoint.Keeping):
         return state
 
     def _remember(self) -> None:
-        """Write down in ``param_groups`` what is kept elsewhere, before it is saved."""
+        """Copy the states of objects to ``param_groups``, before a save."""
         for state in self._declared.objects:
             value = state.read(self)
             if value is not None or state.fresh:
@@ -82,19 +83,19 @@ class Stateful(checkpoint.Keeping):
         self._remember()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by this wrapper, or by the bare wrapped optimizer.
+        """Load a state of this wrapper, or of the bare wrapped optimizer.
 
-        From the latter the wrapper's own state starts anew, with the constructor's settings.
-        Loading through ``opt.base`` does the same.
+        With a bare optimizer's state, the wrapper's own state starts anew with the constructor's
+        settings. ``opt.base.load_state_dict`` does the same.
 
         Raises:
-            ValueError: the state was saved with another number of domains, or lacks tensors it
-                should have. Nothing is changed then.
+            ValueError: the state has another number of domains, or lacks tensors that it needs.
+                Nothing is changed then.
         """
         state_dict = checkpoint.prepared(self, state_dict)
         rest = self._split_state(state_dict)
         checkpoint.check_complete(self, state_dict, rest)
-        self._loading = True  # so that the hooks of `loading` do not take it again
+        self._loading = True  # so that the hooks of `checkpoint.Loading` do not load it again
         try:
             self.base.load_state_dict(rest)
         finally:
@@ -104,15 +105,15 @@ class Stateful(checkpoint.Keeping):
             post_hook(self)
 
     def _split_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What the wrapped optimizer shall load of this state; the wrapper's own is set aside."""
+        """Set the wrapper's own state aside, and return the part for the wrapped optimizer."""
         part = base_state.own_part(state_dict, self.param_groups)
         part = checkpoint.without_others(self, part)
         groups = part["param_groups"]
         named = base_state.by_id(groups, (p for g in self.param_groups for p in g["params"]))
         own = {f"{self.prefix}_{state.key}": state.key for state in self._declared.tensors}
-        # torch would cast our fp32 tensors to the parameters' dtype: they do not go through it
+        # torch would cast our fp32 tensors to the parameters' dtype, so it does not load them
         self._loaded, rest = checkpoint.split(part["state"], named, own)
-        if sum(len(group["params"]) for group in groups) == self._size():  # or it is refused there
+        if sum(len(group["params"]) for group in groups) == self._size():  # else torch raises
             checkpoint.validate(self, self._loaded, groups[0])
         self._loaded_groups = groups
         if base_state.KEY in state_dict and not isinstance(self.base, Wrapping):
@@ -120,17 +121,17 @@ class Stateful(checkpoint.Keeping):
         return base_state.with_part(state_dict, {**part, "state": rest})
 
     def _finish_load(self) -> None:
-        """The wrapped optimizer has loaded its part: now the wrapper does."""
+        """Load the wrapper's own part, after the wrapped optimizer has loaded its part."""
         self._own_state, self._loaded, self._resumed = self._loaded, {}, True
         mark = f"{self.prefix}_"
-        # Each optimizer has its own way to load its groups: the wrapper's keys are set again
+        # Optimizers may load groups in their own way, so the wrapper's keys are set again
         for group, loaded in zip(self.param_groups, self._loaded_groups, strict=False):
             for key in [key for key in group if key.startswith(mark) and key not in loaded]:
                 del group[key]
             group.update({k: copy.deepcopy(v) for k, v in loaded.items() if k.startswith(mark)})
         self._loaded_groups = ()
         for p, name, tensor in self._own_tensors():
-            if self.state.get(p):  # an entry of ours alone would pass for the wrapped optimizer's
+            if self.state.get(p):  # the optimizer would take an entry of ours alone for its own
                 self.state[p][name] = tensor
         self._clear()
         self._set_defaults()
@@ -140,13 +141,15 @@ class Stateful(checkpoint.Keeping):
                 state.write(self, value)
 
     def _set_defaults(self) -> None:
-        """Give the first group what it lacks of the wrapper's settings and counters."""
+        """Add missing settings and counters of the wrapper to the first group."""
         for name, value in self._given.items():
             self.param_groups[0].setdefault(f"{self.prefix}_{name}", copy.copy(value))
 
     def _owner(self) -> Tensor:
-        """The parameter whose entry holds state that belongs to no parameter: the first that is
-        trained, so that the wrapped optimizer has an entry for it, too."""
+        """Return the parameter whose entry holds state of the whole run.
+
+        It is the first with a gradient, since the wrapped optimizer has an entry for it too.
+        """
         parameters = [p for group in self.param_groups for p in group["params"]]
         return next((p for p in parameters if p.grad is not None), parameters[0])
 

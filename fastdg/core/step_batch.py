@@ -18,7 +18,7 @@ from .batch import Batch, loss_sums, total_loss
 
 
 class StepRecord(NamedTuple):
-    """A step after its backward, detached: what `after_step` moves state by.
+    """A step after its backward, detached: the argument of `after_step`.
 
     Attributes:
         loss, domain_losses, counts: as in `StepBatch`.
@@ -33,26 +33,26 @@ class StepRecord(NamedTuple):
 
     @property
     def present(self) -> Tensor:
-        """Which domains have samples ``[D]``, bool."""
+        """Whether each domain has samples ``[D]``, bool."""
         return self.counts > 0
 
 
 class StepBatch:
-    """All micro-batches and all ranks of one step; an objective is computed from it.
+    """Micro-batches of all ranks in one step, from which an objective is computed.
 
     Args:
         parts: this rank's micro-batches.
-        whole: the batch of all ranks.
-        domains: the least D, of state that knows more domains than the batch.
+        whole: batch of all ranks.
+        domains: least number D of domains, as own state may have more than the batch.
         first: whether this is the first step of a run.
-        params: which parameters' per-sample gradients are looked at.
+        params: selection of the parameters with per-sample gradients.
 
     Attributes:
         loss: mean of all samples' losses, 0-dim, differentiable.
         domain_losses: mean loss of each domain ``[D]``, differentiable; 0 for a domain without
-            samples, which `domain_mean` and `shares` leave out.
+            samples, which `domain_mean` and `shares` exclude.
         counts: samples of each domain ``[D]``, int64.
-        present: which domains have samples ``[D]``, bool.
+        present: whether each domain has samples ``[D]``, bool.
         parts: this rank's micro-batches.
     """
 
@@ -67,32 +67,33 @@ class StepBatch:
             mean = total / whole.samples
             means = sums / self.counts.to(sums.dtype)
         self.statistics = {"loss": mean, "domain_loss": means, "domain_count": self.counts}
-        # Leaves: what an objective makes of them is a weight for each sample, see `backward`
+        # Leaves: the derivative of an objective by them is a weight for each sample, see `backward`
         self.loss = mean.detach().requires_grad_()
         self.domain_losses = means.where(self.present, 0).requires_grad_()
         self._moments: DomainMoments | None = None
         self._first, self._params = first, params
-        self._others: dict[Tensor, Tensor] | None = None  # gradients that the moments came with
+        # Gradients of other tensors, from the moments' backward
+        self._others: dict[Tensor, Tensor] | None = None
 
     # -- over domains and samples --
 
     @property
     def shares(self) -> Tensor:
-        """``[D]``: the same for each domain that is present, 0 for the others; sum 1."""
+        """Weight of each domain ``[D]``: equal for domains with samples, else 0; sum 1."""
         return self.present.to(self.domain_losses.dtype) / self.present.sum()
 
     def domain_mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values [D]`` over the domains that have samples; of others they are finite."""
+        """Average ``values [D]`` over the domains with samples; all values must be finite."""
         return (self.shares * values).sum()
 
     def grouped_mean(
         self, values: Sequence[Tensor], groups: Sequence[Tensor], num_groups: int
     ) -> Tensor:
-        """Mean of per-sample values in each group ``[G]``; 0 for an empty group.
+        """Average per-sample values in each group ``[G]``; 0 for an empty group.
 
         Args:
-            values: ``[N]`` of each micro-batch, differentiable.
-            groups: ``[N]`` of each micro-batch, the group of each sample.
+            values: for each micro-batch ``[N]``, differentiable.
+            groups: group of each sample, for each micro-batch ``[N]``.
             num_groups: G.
         """
         value, group = torch.cat([*values]), torch.cat([*groups])
@@ -102,9 +103,9 @@ class StepBatch:
         return total / count.clamp(min=1)
 
     def places_in_domain(self) -> list[Tensor]:
-        """Place of each sample among those of its domain, ``[N]`` of each micro-batch.
+        """Return the place of each sample within its domain, for each micro-batch ``[N]``.
 
-        The samples of one rank come after those of the ranks before it.
+        The samples of a rank come after the samples of lower ranks.
         """
         places: list[Tensor] = []
         before = self.whole.count_before
@@ -118,8 +119,10 @@ class StepBatch:
         return places
 
     def logit_products(self, differentiable: bool) -> list[Tensor]:
-        """Derivative of each sample's loss by a factor on its logits, ``[N]`` of each micro-batch;
-        of an algorithm with ``looks_at_logits = True``."""
+        """Differentiate each loss by a factor on its logits: for each micro-batch ``[N]``.
+
+        The algorithm must set ``looks_at_logits = True``.
+        """
         found = []
         for part in self.parts:
             assert part.output is not None
@@ -131,14 +134,14 @@ class StepBatch:
     def moments(
         self, *, differentiable: bool, loss_only: bool = False, ever: bool = True
     ) -> DomainMoments:
-        """Mean and biased variance of per-sample gradients by domain, of the chosen parameters.
+        """Compute mean and biased variance of per-sample gradients by domain, of chosen parameters.
 
         Args:
-            differentiable: the objective depends on them.
-            loss_only: the objective is `loss` alone, whose gradient may come from the same
+            differentiable: whether the objective depends on them.
+            loss_only: whether the objective is `loss` alone, whose gradient may come from the same
                 backward.
-            ever: some step of the run differentiates them; where that cannot be, the first step
-                raises.
+            ever: whether some step of the run differentiates them; the first step raises if an
+                operation does not support it.
         """
         if self._moments is None:
             own = self._own_moments(differentiable, loss_only, ever)
@@ -146,11 +149,11 @@ class StepBatch:
         return self._moments
 
     def means(self, *, differentiable: bool) -> dict[str, Tensor]:
-        """The means of `moments` alone; the variances, as large, are not kept."""
+        """Compute the means of `moments` without the variances, which need as much memory."""
         return self.whole.means(self._own_moments(differentiable, loss_only=False, ever=True))
 
     def _own_moments(self, differentiable: bool, loss_only: bool, ever: bool) -> DomainMoments:
-        if self._first and ever:  # now, not after hours, when an anneal ends
+        if self._first and ever:  # in the first step, not hours later when an anneal ends
             for part in self.parts:
                 part.resolved.refuse_single_derivatives()
         once = loss_only and self._params != "head" and self._serves_gradient()
@@ -173,8 +176,10 @@ class StepBatch:
         return merge(found)
 
     def _serves_gradient(self) -> bool:
-        """Whether means of the domains' gradients may stand for autograd's: where nothing but the
-        losses has one, no hook waits for it, and none is sparse."""
+        """Return whether the domains' mean gradients may replace autograd's gradient.
+
+        This needs a gradient of the losses alone, no hooks, and no sparse gradients.
+        """
         looked = [part.resolved for part in self.parts]
         terms = any(part.terms is not None for part in self.parts)
         return not (terms or any(r.hooked or r.sparse for r in looked))
@@ -182,19 +187,21 @@ class StepBatch:
     # -- results --
 
     def penalised(self, risk: Tensor, weight: float, penalty: Tensor) -> Tensor:
-        """``risk + weight * penalty``, both in the statistics; the risk alone if the weight is 0,
-        as 0 * inf is NaN, and then no second derivative is needed."""
+        """Return ``risk + weight * penalty`` and log the sum and the penalty.
+
+        With weight 0 it is the risk alone: 0 * inf is NaN, and no second derivative is needed.
+        """
         objective = risk + weight * penalty if weight > 0 else risk
         self.log(penalty=penalty, objective=objective)
         return objective
 
     def log(self, **statistics: Tensor) -> None:
-        """Add to ``opt.statistics``."""
+        """Add values to ``opt.statistics``."""
         for name, value in statistics.items():
             self.statistics[name] = value.detach() if value.requires_grad else value
 
     def record(self) -> StepRecord:
-        """This step, detached."""
+        """Return this step, detached."""
         moments = self._moments
         mean, variance = (moments.mean, moments.variance) if moments is not None else ({}, {})
         return StepRecord(
@@ -206,7 +213,7 @@ class StepBatch:
         )
 
     def backward(self, objective: Tensor) -> None:
-        """Add the gradient of the objective (0-dim), and of the terms' mean, to ``.grad``."""
+        """Add the gradient of the objective (0-dim) and of the terms' mean to ``.grad``."""
         if self._others is not None:
             self._take_means()
             return
@@ -216,15 +223,17 @@ class StepBatch:
             (weights[part.partition.domains] if weights.dim() else weights).expand(len(root))
             for part, root in zip(self.parts, roots, strict=True)
         ]
-        if more:  # in one root, so that gradients are added up in one order in every thread
+        if more:  # one root, so that all threads add gradients in the same order
             own = [(to_statistics_dtype(x) * w).sum() for x, w in zip(roots, seeds, strict=True)]
             total = objective + torch.stack(own).sum()
             roots, seeds = [total], [torch.ones_like(total)]
         backward(roots, seeds, self.parts, self.whole)
 
     def _weights(self, objective: Tensor) -> tuple[Tensor, bool]:
-        """The weight of a sample's loss in the objective, 0-dim, or ``[D]`` by its domain; and
-        whether the objective depends on more than the losses."""
+        """Return the weight of a sample's loss in the objective, and whether it has other inputs.
+
+        The weight is 0-dim, or ``[D]`` by domain.
+        """
         one = self.loss.new_ones(()) / self.whole.samples
         if objective is self.loss:
             return one, False
@@ -253,8 +262,10 @@ class StepBatch:
         return False
 
     def _take_means(self) -> None:
-        """The gradient of the mean loss is the mean of the domains' gradients, weighted by count;
-        these came with the moments, in one backward."""
+        """Add the mean of the domains' gradients, weighted by their counts, to ``.grad``.
+
+        It is the gradient of the mean loss, and the moments' backward has computed it already.
+        """
         moments = self._moments
         assert moments is not None and self._others is not None
         named = {name: p for part in self.parts for name, p in part.resolved.chosen.items()}

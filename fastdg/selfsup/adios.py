@@ -149,7 +149,7 @@ class ADIOS:
             TypeError, ValueError: the views are of different images; the masker returns no masks.
             RuntimeError: training runs on several ranks; the masker has no gradient.
         """
-        refuse_ranks(type(self).__name__, "train in one process")
+        refuse_ranks(type(self).__name__, "Train in one process")
         view = whole if view is None else view
         if not isinstance(whole, Tensor):
             raise TypeError(f"whole: expected a tensor of images, got {type(whole).__name__}")

@@ -181,7 +181,7 @@ def test_another_algorithm_s_state_is_refused(name: str) -> None:
     saved, run = go(RUNS["Fishr"](), 3).opt.state_dict(), RUNS[name]()
     before = copy.deepcopy(run.opt.state_dict())
     algorithm = type(run.opt.base if isinstance(run.opt, fastdg.SWAD) else run.opt).__name__
-    with pytest.raises(ValueError, match=f"saved by Fishr, and here is {algorithm}, .*of the Adam"):
+    with pytest.raises(ValueError, match=f"Fishr saved it, so {algorithm} .*of the Adam"):
         run.opt.load_state_dict(saved)
     assert str(run.opt.state_dict()) == str(before)
 

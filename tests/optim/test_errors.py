@@ -24,7 +24,7 @@ def model_and_wrapper(**settings: Any) -> tuple[nn.Sequential, fastdg.Fishr]:
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda m: m.parameters(), r"^base: .*got generator; .*fastdg\.Fishr\(torch\.optim\.Adam"),
+        (lambda m: m.parameters(), r"^base: .*got generator\. .*fastdg\.Fishr\(torch\.optim\.Adam"),
         (lambda m: list(m.parameters()), "^base: .*got list"),
         (lambda m: Adam, "^base: .*got type"),
         (
@@ -146,7 +146,7 @@ FAULTS = {
     "negative": (ValueError, "^domains: .*got -1"),
     "length": (ValueError, "^domains: "),
     "scalar": (ValueError, "^losses: .*reduction='none'"),
-    "twice": (RuntimeError, "already called on these losses; run the model again"),
+    "twice": (RuntimeError, r"^losses: .*already called on them\. Run the model again"),
 }
 
 
@@ -209,7 +209,7 @@ def test_backward_twice_on_one_forward() -> None:
     model, opt = model_and_wrapper()
     losses, domains = batch(model)
     opt.backward(losses, domains)
-    with pytest.raises(RuntimeError, match="already called on these losses"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*already called"):
         opt.backward(losses, domains)
     with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         opt.backward(losses * 2, domains)
@@ -279,7 +279,7 @@ def test_a_state_of_another_number_of_domains() -> None:
     model, opt = trained(Adam, num_domains=3)
     state = copy.deepcopy(opt.state_dict())
     other = wrap(Adam(copy.deepcopy(model).parameters()), num_domains=4)
-    with pytest.raises(ValueError, match="fishr_ema has 3 domains, but num_domains is 4"):
+    with pytest.raises(ValueError, match="fishr_ema must have 4 domains .*num_domains.* got 3"):
         other.load_state_dict(state)
     assert other.steps == 0 and not other.state
     free = wrap(Adam(model.parameters()))  # as many as are seen: these three, and then more
@@ -291,7 +291,7 @@ def test_a_state_of_another_model() -> None:
     _, opt = trained(Adam)
     wide = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
     other = wrap(Adam(wide.named_parameters()))
-    with pytest.raises(ValueError, match=r"fishr_ema of 2.weight has shape \(3, 5\) for each"):
+    with pytest.raises(ValueError, match=r"fishr_ema of 2\.weight .* got \(3, 5\) for each"):
         other.load_state_dict(opt.state_dict())
     small = nn.Linear(4, 3)
     with pytest.raises(ValueError, match="parameter group"):

@@ -226,7 +226,7 @@ def test_states_that_do_not_fit() -> None:
     inner(opt, model, *domains[0], 0)
     state = copy.deepcopy(opt.state_dict())
     bare = fastdg.Fish(MAKES["adam"](net(batch_norm=True)), num_domains=3)
-    with pytest.raises(ValueError, match=r"fish_buffers has 8 numbers, .* of model= is 0"):
+    with pytest.raises(ValueError, match=r"fish_buffers must have 0 .*model=.* got 8"):
         bare.load_state_dict(state)
     for entry in state["state"].values():
         entry.pop("fish_kept")
@@ -236,7 +236,7 @@ def test_states_that_do_not_fit() -> None:
     small, opt = linear()
     one(small, opt)
     wide = nn.Linear(5, 3)
-    with pytest.raises(ValueError, match=r"fish_kept of .* has shape \(3, 4\), but"):
+    with pytest.raises(ValueError, match=r"fish_kept of .* got \(3, 4\)"):
         fastdg.Fish(SGD(wide.parameters(), lr=0.1), num_domains=2).load_state_dict(opt.state_dict())
 
 

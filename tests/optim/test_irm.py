@@ -129,7 +129,7 @@ def test_irm_with_heads_whose_logits_are_not_known() -> None:
     logits = head(x) + head(-x)
     losses = F.cross_entropy(logits, y, reduction="none")
     opt.backward(losses, d, final=False, logits=logits)
-    with pytest.raises(RuntimeError, match="already called on these losses"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*already called"):
         opt.backward(losses, d, logits=logits)
     opt.backward(losses, d, logits=logits)
     opt.step()

@@ -107,7 +107,9 @@ def test_the_plain_recipes() -> None:
     model = network()
     opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))
     batch(model)[0].mean().backward()
-    words = r"needs a backward before it: .*in place of loss\.backward\(\).* with a GradScaler, opt"
+    words = (
+        r"needs a backward before it\. .*in place of loss\.backward\(\).* with a GradScaler, opt"
+    )
     with pytest.raises(RuntimeError, match=words):
         opt.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -109,7 +109,7 @@ def test_a_second_backward_is_still_refused_by_name() -> None:
     opt = fastdg.Fishr(torch.optim.SGD(model.parameters(), lr=0.1), params="all", model=model)
     losses = model(torch.randn(4, 3)).square().sum(1)
     opt.backward(losses, DOMAINS)
-    with pytest.raises(RuntimeError, match="backward was already called on these losses"):
+    with pytest.raises(RuntimeError, match=r"^losses: .*already called"):
         opt.backward(losses, DOMAINS)
     with pytest.raises(RuntimeError, match=r"^losses: .*freed"):
         fastdg.per_sample_norms(opt.tape, losses)
