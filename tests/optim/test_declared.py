@@ -89,7 +89,7 @@ def test_declared_state_that_does_not_fit(key: str) -> None:
     steps(model, opt, range(2))
     state = copy.deepcopy(opt.state_dict())
     _, other = made(num_domains=4)
-    with pytest.raises(ValueError, match=r"^state_dict: trace_total .* num_domains is 4"):
+    with pytest.raises(ValueError, match=r"^state_dict: trace_total .*num_domains"):
         other.load_state_dict(state)
     assert other.steps == 0 and not other.total
     lacking = copy.deepcopy(state)

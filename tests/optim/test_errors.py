@@ -279,7 +279,7 @@ def test_a_state_of_another_number_of_domains() -> None:
     model, opt = trained(Adam, num_domains=3)
     state = copy.deepcopy(opt.state_dict())
     other = wrap(Adam(copy.deepcopy(model).parameters()), num_domains=4)
-    with pytest.raises(ValueError, match="fishr_ema must have 4 domains .*num_domains.* got 3"):
+    with pytest.raises(ValueError, match=r"fishr_ema must have 4 domains .*num_domains.* got 3"):
         other.load_state_dict(state)
     assert other.steps == 0 and not other.state
     free = wrap(Adam(model.parameters()))  # as many as are seen: these three, and then more
