@@ -35,6 +35,10 @@ class Partition:
         """Number of samples of each domain, ``[D]`` int64."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    def take(self, number: slice) -> Partition:
+        """Partition some of the samples."""
+        return _sorted(self.domains[number], self.num_domains)
+
     def grouped(self, groups: int) -> Partition:
         """Partition ``N * groups`` rows (sample-major) into ``D * groups`` domains."""
         if groups == 1:
@@ -49,6 +53,13 @@ def _sorted(domains: Tensor, num_domains: int) -> Partition:
     order = torch.argsort(domains, stable=True)
     bounds = torch.arange(num_domains + 1, device=domains.device)
     return Partition(order, torch.searchsorted(domains[order], bounds), domains)
+
+
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum ``values [N]`` by group, ``[G]``, with the same bits in each run: `index_add` adds in any
+    order on a GPU."""
+    numbers = torch.arange(groups, device=group.device).unsqueeze(1)
+    return values.where(group == numbers, 0).sum(1)
 
 
 def single(samples: int, device: torch.device) -> Partition:

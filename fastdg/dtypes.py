@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _EXACT = (torch.float32, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def to_statistics_dtype(x: Tensor) -> Tensor:
@@ -18,6 +19,12 @@ def to_statistics_dtype(x: Tensor) -> Tensor:
         return x
     refuse_complex(x)
     return x.to(torch.float32)
+
+
+def to_operand_dtype(x: Tensor) -> Tensor:
+    """Convert ``x`` to a dtype that ops read: bfloat16 and float16 stay, others as in
+    `to_statistics_dtype`."""
+    return x if x.dtype in HALVES else to_statistics_dtype(x)
 
 
 def refuse_complex(x: Tensor) -> None:

@@ -35,8 +35,8 @@ def _foreach_moments_kernel(
     kind = tl.pointer_type(like.dtype.element_ty)
     a = tl.load(of).to(kind)
     delta = tl.load(of + 1).to(kind)
-    mean = tl.load(of + 2).to(kind)
-    variance = tl.load(of + 3).to(kind)
+    mean = tl.load(of + 2).to(tl.pointer_type(tl.float32))
+    variance = tl.load(of + 3).to(tl.pointer_type(tl.float32))
     T = tl.load(of + 4)
     O = tl.load(of + 5)
     I = tl.load(of + 6)
@@ -96,7 +96,7 @@ def foreach_moments(
     ]
     shapes = [(D, *g.shape[1:]) for g in grads]
     shapes += [(D, d.shape[-1], x.shape[-1]) for x, d in zip(a, delta, strict=True)]
-    means = [like.new_empty(shape) for shape in shapes]
+    means = [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
     variances = [torch.empty_like(mean) for mean in means] if variance else []
     table: list[int] = []
     tiles: list[int] = []

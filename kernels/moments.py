@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import block, gradient_like, launch
-from .launch import supports as supports
+from .launch import supports as plain
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def _columns(P: int, domains: int) -> int:
 def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """See `fastdg.ops.moments`. Accumulates in fp32, in one pass over ``grads``."""
     P, domains = grads.shape[1], offsets.numel() - 1
-    mean = grads.new_empty((domains, P))
+    mean = grads.new_empty((domains, P), dtype=torch.float32)
     variance = torch.empty_like(mean)
     columns = _columns(P, domains)
     launch(
@@ -114,3 +114,8 @@ def moments_backward(
         BLOCK_N=8, BLOCK_P=columns,
     )  # fmt: skip
     return out
+
+
+def supports(*args: Tensor) -> str | None:
+    """`launch.supports` of each tensor: statistics are in fp32, gradients may be halves."""
+    return next(filter(None, map(plain, args)), None)

@@ -151,7 +151,7 @@ def outer_agreement(
     precise, samples = precision(a, window), (order, offsets)
     rows, places = pointwise(a, window)
     outputs, inputs, domains = delta.shape[2], sizes(a.shape, window)[1], offsets.numel() - 1
-    combined = a.new_empty((outputs, inputs))
+    combined = a.new_empty((outputs, inputs), dtype=torch.float32)
     soft = not math.isinf(steepness)
     block_o, block_i, block_k = tile(outputs, inputs, precise, rows, places)
     if soft or (places and block_i > 64):  # two more accumulators; where each position is

@@ -97,7 +97,7 @@ def grouped_product(
     a, window = pointwise(a, window)
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
-    mean = a.new_empty((domains, outputs, inputs))
+    mean = a.new_empty((domains, outputs, inputs), dtype=torch.float32)
     variance = torch.empty_like(mean) if squares else mean
     if mean.numel() == 0 or T == 0:
         return mean.zero_(), variance.zero_()
@@ -109,9 +109,7 @@ def grouped_product(
     steps = triton.cdiv(triton.cdiv(a.shape[0], domains) * T, block_k)
     powers = 2 if squares else 1
     share = parts(domains * tiles, steps, powers * mean.numel(), a.device)
-    partial = (
-        mean.new_empty((share, powers, *mean.shape), dtype=torch.float32) if share > 1 else mean
-    )
+    partial = mean.new_empty((share, powers, *mean.shape)) if share > 1 else mean
     (x, row, column, *strides, windowed), delta, T = paired(a, delta, window)
     launch(
         _outer_domain_kernel, domains * tiles * share,

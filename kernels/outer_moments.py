@@ -115,7 +115,7 @@ def outer_moments(
     a, window = pointwise(a, window)
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
-    mean = a.new_empty((domains, outputs, inputs))
+    mean = a.new_empty((domains, outputs, inputs), dtype=torch.float32)
     variance = torch.empty_like(mean)
     if mean.numel() == 0 or T == 0:
         return mean.zero_(), variance.zero_()
@@ -126,7 +126,7 @@ def outer_moments(
         block_o, block_i, block_t = block(outputs, 64), block(inputs, 64), 1
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
     share = parts(domains * tiles, triton.cdiv(a.shape[0], domains), 2 * mean.numel(), a.device)
-    partial = mean.new_empty((share, 2, *mean.shape), dtype=torch.float32) if share > 1 else mean
+    partial = mean.new_empty((share, 2, *mean.shape)) if share > 1 else mean
     T_delta = T
     if by_dot:
         a, delta, T, T_delta = summed_last(a, delta, window)

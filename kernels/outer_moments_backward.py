@@ -276,8 +276,8 @@ def outer_moments_backward(
     if mean.numel() == 0 or delta.numel() == 0 or order.numel() == 0:
         return grad_a.zero_(), grad_delta.zero_()
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).view(-1, 1, 1)
-    slope = grad_variance.float() * (2 / count)
-    level = torch.addcmul(grad_mean.float() / count, mean.float(), slope, value=-1)
+    slope = grad_variance * (2 / count)
+    level = torch.addcmul(grad_mean / count, mean, slope, value=-1)
     level = level.contiguous()
     precise, channels_first = precision(a, window), bool(window)
     a, window = pointwise(a, window)
@@ -335,6 +335,8 @@ def outer_moments_backward(
     return grad_a, grad_delta
 
 
-def supports(grad_mean: Tensor, grad_variance: Tensor, *args: Any) -> str | None:
-    """`launch.supports_outer` of the forward's arguments, and gradients of one dtype."""
-    return supports_outer(*args) or plain(grad_mean, grad_variance)
+def supports(
+    grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor, *args: Any
+) -> str | None:
+    """`launch.supports_outer` of the forward's arguments, and statistics, which are fp32."""
+    return supports_outer(a, delta, *args) or plain(grad_mean, grad_variance, mean)

@@ -107,7 +107,7 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
     """See `fastdg.ops.outer_norms`."""
     N, O = a.shape[0], delta.shape[2]
     if a.shape[1] == 1 and not window:
-        norms = a.new_empty((N,))
+        norms = a.new_empty((N,), dtype=torch.float32)
         launch(
             _one_position_kernel, N, a, delta, norms, O, a.shape[2],
             a.stride(0), a.stride(2), delta.stride(0), delta.stride(2), BLOCK=512,
@@ -127,7 +127,7 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
             WINDOW=windowed, PRECISION=precise,
             BLOCK_T=block_t, BLOCK_K=32 if precise == "tf32" else 16, num_warps=4, num_stages=3,
         )  # fmt: skip
-        return partial.sum(1).clamp_(min=0).to(a.dtype)
+        return partial.sum(1).clamp_(min=0)
     block_o, block_i, block_t = tile(O, I, precise, a, window)
     tiles = triton.cdiv(O, block_o) * triton.cdiv(I, block_i)
     a, delta, T, T_delta = summed_last(a, delta, window)
@@ -139,4 +139,4 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
         WINDOW=windowed, PRECISION=precise, BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_T=block_t,
         num_warps=warps(block_o, block_i), num_stages=3,
     )  # fmt: skip
-    return partial.sum(1).to(a.dtype)
+    return partial.sum(1)

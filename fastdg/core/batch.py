@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..capture.head_output import HeadOutput
-from ..domains import Partition
+from ..domains import Partition, group_sums
 from ..dtypes import to_statistics_dtype
 from ..gradients.tape import TrackedForward
 from ..statistics.moments import pad_rows
@@ -70,5 +70,6 @@ def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
     """Sum this rank's losses in each domain ``[D]``, detached."""
     total = to_statistics_dtype(staged[0].losses.detach()).new_zeros(domains)
     for batch in staged:
-        total.index_add_(0, batch.partition.domains, to_statistics_dtype(batch.losses.detach()))
+        losses = to_statistics_dtype(batch.losses.detach())
+        total = total + group_sums(losses, batch.partition.domains, domains)
     return total

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..distributed.global_batch import GlobalBatch
+from ..domains import group_sums
 from ..dtypes import to_statistics_dtype
 from ..statistics.api import moments_of
 from ..statistics.moments import DomainMoments, merge, pad_rows
@@ -97,8 +98,8 @@ class StepBatch:
             num_groups: G.
         """
         value, group = torch.cat([*values]), torch.cat([*groups])
-        total = value.new_zeros(num_groups).index_add(0, group, value)
-        count = torch.zeros_like(total).index_add(0, group, torch.ones_like(value))
+        total = group_sums(value, group, num_groups)
+        count = group_sums(torch.ones_like(value), group, num_groups)
         total, count = self.whole.total([total, count])
         return total / count.clamp(min=1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..domains import Partition, single
-from ..dtypes import to_statistics_dtype
+from ..dtypes import to_operand_dtype, to_statistics_dtype
 
 
 def flat(grads: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ class PerSampleGrad(ABC):
         """Multiply the gradients by ``weights [N]``."""
 
     @abstractmethod
-    def take(self, number: Tensor) -> PerSampleGrad:
-        """Select the gradients of the samples ``number`` ``[K]``."""
+    def take(self, number: slice) -> PerSampleGrad:
+        """Select the gradients of some samples."""
 
     @abstractmethod
     def fold(self, samples: int) -> PerSampleGrad:
@@ -100,11 +100,11 @@ class Dense(PerSampleGrad):
     """Gradients in full: of biases, norm weights and other small parameters.
 
     Args:
-        grads: ``[N, *shape]``.
+        grads: ``[N, *shape]``. Statistics of bfloat16 and float16 are float32.
     """
 
     def __init__(self, grads: Tensor) -> None:
-        self.grads = to_statistics_dtype(grads)
+        self.grads = to_operand_dtype(grads)
         self.shape, self.samples = grads.shape[1:], grads.shape[0]
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
@@ -120,19 +120,19 @@ class Dense(PerSampleGrad):
         return mean.view(partition.num_domains, *self.shape)
 
     def per_sample(self) -> Tensor:
-        return self.grads
+        return to_statistics_dtype(self.grads)
 
     def norms(self) -> Tensor:
-        return flat(self.grads).square().sum(1)
+        return flat(self.per_sample()).square().sum(1)
 
     def scaled(self, weights: Tensor) -> PerSampleGrad:
-        return Dense(self.grads * weights.view(-1, *([1] * len(self.shape))))
+        return Dense(self.per_sample() * weights.view(-1, *([1] * len(self.shape))))
 
-    def take(self, number: Tensor) -> PerSampleGrad:
+    def take(self, number: slice) -> PerSampleGrad:
         return Dense(self.grads[number])
 
     def fold(self, samples: int) -> PerSampleGrad:
-        return Dense(self.grads.unflatten(0, (samples, -1)).sum(1))
+        return Dense(self.per_sample().unflatten(0, (samples, -1)).sum(1))
 
 
 def total(parts: Sequence[PerSampleGrad]) -> PerSampleGrad:

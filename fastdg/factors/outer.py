@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..domains import Partition
-from ..dtypes import to_statistics_dtype
+from ..dtypes import to_operand_dtype, to_statistics_dtype
 from ..ops.window import unfold
 from .base import Agreement, Dense, PerSampleGrad
 
@@ -23,7 +23,8 @@ class Outer(PerSampleGrad):
     Args:
         a: layer inputs ``[N, T, I]``, or ``[N, I]``; with ``window`` a padded convolution input
             ``[N, C, *S]``.
-        delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``.
+        delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``. If both are bfloat16, or both
+            float16, they are multiplied as they are; statistics are float32.
         shape: shape of the weight; its numel is ``O * I / groups``.
         window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
         groups: groups of a convolution, computed as further domains.
@@ -37,7 +38,9 @@ class Outer(PerSampleGrad):
         window: Sequence[int] = (),
         groups: int = 1,
     ) -> None:
-        a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
+        a, delta = to_operand_dtype(a), to_operand_dtype(delta)
+        if a.dtype != delta.dtype:
+            a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
         if a.dtype != delta.dtype:
             a, delta = a.double(), delta.double()
         self.factors = a, delta  # without T if the arguments have none
@@ -107,7 +110,7 @@ class Outer(PerSampleGrad):
         )
 
     def per_sample(self) -> Tensor:
-        a, delta = self._grouped()
+        a, delta = map(to_statistics_dtype, self._grouped())  # products in halves are rounded
         grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
         return grads.reshape(self.samples, *self.shape)
 
@@ -115,10 +118,11 @@ class Outer(PerSampleGrad):
         return ops.outer_norms(*self._grouped(), self.window).view(self.samples, -1).sum(1)
 
     def scaled(self, weights: Tensor) -> PerSampleGrad:
-        delta = self.delta * weights.to(self.delta.dtype).view(-1, 1, 1)
+        delta = to_statistics_dtype(self.delta)  # a product with a weight would be rounded
+        delta = delta * weights.to(delta.dtype).view(-1, 1, 1)
         return Outer(self.a, delta, self.shape, self.window, self.groups)
 
-    def take(self, number: Tensor) -> PerSampleGrad:
+    def take(self, number: slice) -> PerSampleGrad:
         return Outer(self.a[number], self.delta[number], self.shape, self.window, self.groups)
 
     def _rows(self) -> Outer:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from .. import ops
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
 from ..factors import Dense, PerSampleGrad, flat
@@ -73,10 +74,10 @@ class Pull:
 
         return self._pull(means, scale, mean)
 
-    def of_samples(self, number: Tensor, scale: Tensor | None) -> list[Tensor]:
-        """Compute gradients of the samples ``number`` ``[K]``, ``[K, *shape]`` per parameter."""
-        rows = torch.zeros((len(number), self.samples), device=number.device, dtype=torch.float64)
-        rows[torch.arange(len(number), device=number.device), number] = 1
+    def of_samples(self, number: slice, scale: Tensor | None) -> list[Tensor]:
+        """Compute gradients of K samples, ``[K, *shape]`` per parameter."""
+        device = self.parameters[0].device
+        rows = torch.eye(self.samples, device=device, dtype=torch.float64)[number]
         return self._pull(rows, scale, lambda factor: factor.take(number).per_sample())
 
     def _pull(
@@ -300,15 +301,14 @@ class Pulled(PerSampleGrad):
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         def compute() -> list[tuple[Tensor, Tensor]]:
             means = [to_statistics_dtype(g) for g in self.pull.domain(partition, self.scale)]
-            share = partition.count.double().clamp(min=1).reciprocal()[partition.domains]
             spread = [torch.zeros_like(mean) for mean in means]
             for rows, number in self._samples():
-                domain = partition.domains[number]
+                part = partition.take(number)
+                share = (part.count / partition.count.clamp(min=1)).unsqueeze(1)
                 for k, grads in enumerate(rows):
-                    square = flat(to_statistics_dtype(grads) - means[k][domain]).square()
-                    square = square * share[number].to(square.dtype).unsqueeze(1)
-                    total = flat(spread[k]).index_add(0, domain, square)
-                    spread[k] = total.view(means[k].shape)
+                    mean, own = ops.moments(flat(grads), part.order, part.offsets)
+                    own = own + (mean - flat(means[k])).square()
+                    spread[k] = spread[k] + (share.to(own.dtype) * own).view(means[k].shape)
             return list(zip(means, spread, strict=True))
 
         return self._of_all(("moments", id(partition)), compute, partition)
@@ -332,8 +332,8 @@ class Pulled(PerSampleGrad):
 
     def _samples(self) -> Any:
         """Yield chunks: the gradients of some samples, and the samples' numbers."""
-        device = self.pull.parameters[0].device
-        for number in torch.arange(self.samples, device=device).split(self.pull.chunk):
+        for first in range(0, self.samples, self.pull.chunk):
+            number = slice(first, min(self.samples, first + self.pull.chunk))
             yield self.pull.of_samples(number, self.scale), number
 
     def scaled(self, weights: Tensor) -> PerSampleGrad:
@@ -341,7 +341,7 @@ class Pulled(PerSampleGrad):
         _, cache = self.cache.setdefault(("scaled", id(weights)), (weights, {}))
         return Pulled(self.pull, self.place, scale, cache)
 
-    def take(self, number: Tensor) -> PerSampleGrad:
+    def take(self, number: slice) -> PerSampleGrad:
         return Dense(self.per_sample()[number])
 
     def fold(self, samples: int) -> PerSampleGrad:

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import checks
 from .dispatch.derivatives import call, not_differentiable
 from .dispatch.registry import define
+from .gradients import statistic_dtype
 from .moments import reference as dense_moments
 from .outer_domain import reference as outer_domain
 from .outer_moments import reference as outer_moments
@@ -53,7 +54,7 @@ def _fake(
     D = offsets.shape[0] - 1
     shapes = [(g, (D, *g.shape[1:])) for g in grads]
     shapes += [(x, (D, d.shape[-1], x.shape[-1])) for x, d in zip(a, delta, strict=True)]
-    means = [like.new_empty(shape) for like, shape in shapes]
+    means = [like.new_empty(shape, dtype=statistic_dtype(like.dtype)) for like, shape in shapes]
     return means, [torch.empty_like(mean) for mean in means] if variance else []
 
 
@@ -119,6 +120,7 @@ define(
     _fake,
     check,
     check_values,
+    halves=(),
 )
 not_differentiable("foreach_moments", "moments and outer_moments are differentiable")
 
@@ -144,8 +146,8 @@ def foreach_moments(
 
     Returns:
         ``(means, variances)``: one of ``[D, *shape]`` for each of ``grads``, then one of
-        ``[D, O, I]`` for each pair; an empty list of variances that are not wanted. Zeros for an
-        empty domain. Not differentiable.
+        ``[D, O, I]`` for each pair; an empty list of variances that are not wanted. In float32, or
+        in float64 for tensors in float64. Zeros for an empty domain. Not differentiable.
 
     Raises:
         TypeError, ValueError: the lists are empty, or not of one length; a tensor has another

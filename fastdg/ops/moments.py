@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import to_statistics_dtype
 from . import checks
 from .dispatch.derivatives import call, differentiable, not_differentiable
 from .dispatch.registry import define
+from .gradients import statistic_dtype
 
 
 def reference(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    domain, rows = domain_of(order, offsets), grads[order]
-    count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(grads.dtype).unsqueeze(1)
-    zero = grads.new_zeros((offsets.numel() - 1, grads.shape[1]))
+    domain, rows = domain_of(order, offsets), to_statistics_dtype(grads[order])
+    count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(rows.dtype).unsqueeze(1)
+    zero = rows.new_zeros((offsets.numel() - 1, grads.shape[1]))
     mean = zero.index_add(0, domain, rows) / count
     centred = rows - mean[domain]  # two passes: never negative, and exact where one pass cancels
     return mean, zero.index_add(0, domain, centred * centred) / count
@@ -47,7 +49,7 @@ def check_backward(
 ) -> None:
     D = check(grads, order, offsets)
     for name, x in (("grad_mean", grad_mean), ("grad_variance", grad_variance), ("mean", mean)):
-        checks.floating(name, x, grads, "grads")
+        checks.statistic(name, x, statistic_dtype(grads.dtype), grads, "grads")
         checks.shape(name, x, (D, grads.shape[1]), "D, P")
 
 
@@ -64,7 +66,8 @@ def check_values_backward(
 
 def _fake(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     shape = (offsets.shape[0] - 1, grads.shape[1])
-    return grads.new_empty(shape), grads.new_empty(shape)
+    mean = grads.new_empty(shape, dtype=statistic_dtype(grads.dtype))
+    return mean, torch.empty_like(mean)
 
 
 def reference_backward(
@@ -76,10 +79,10 @@ def reference_backward(
     offsets: Tensor,
 ) -> Tensor:
     domain = domain_of(order, offsets)
-    count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(grads.dtype).unsqueeze(1)
+    count = (offsets[1:] - offsets[:-1]).clamp(min=1).to(mean.dtype).unsqueeze(1)
     centred = grads[order] - mean[domain]
     rows = (2 * centred * grad_variance[domain] + grad_mean[domain]) / count[domain]
-    return grads.new_zeros(grads.shape).index_copy_(0, order, rows)
+    return grads.new_zeros(grads.shape).index_copy_(0, order, rows.to(grads.dtype))
 
 
 def _fake_backward(
@@ -99,6 +102,7 @@ define(
     _fake,
     check,
     check_values,
+    halves=(),
 )
 define(
     "moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor grads, Tensor mean, "
@@ -107,6 +111,8 @@ define(
     _fake_backward,
     check_backward,
     check_values_backward,
+    mixed=True,
+    halves=(2,),
 )
 
 
@@ -151,7 +157,8 @@ def moments(grads: Tensor, order: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
             another device they are trusted, unless ``FASTDG_CHECK_INDICES=1`` has them read.
 
     Returns:
-        ``(mean, variance)``, each ``[D, P]``; zeros for an empty domain. Differentiable once.
+        ``(mean, variance)``, each ``[D, P]`` in float32, or in float64 for gradients in float64;
+        zeros for an empty domain. Differentiable once.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, or ``order`` and

@@ -116,14 +116,8 @@ def check(
     for name, statistic in (("rstd", rstd), ("mean", mean)):
         if statistic is None:
             continue
-        checks.floating(name, statistic)
-        if statistic.dtype is not dtype_of(x, delta):
-            raise TypeError(
-                f"{name}: expected {dtype_of(x, delta)}, the dtype of the results, got "
-                f"{statistic.dtype}. Use .to()."
-            )
+        checks.statistic(name, statistic, dtype_of(x, delta), x, "x")
         checks.shape(name, statistic, (*x.shape[:2], groups), "N, T, G")
-        checks.on_device(name, statistic, x, "x")
 
 
 def check_backward(
@@ -138,14 +132,8 @@ def check_backward(
 ) -> None:
     check(x, delta, mean, rstd, own, eps)
     for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
-        checks.floating(name, grad)
-        if grad.dtype is not dtype_of(x, delta):
-            raise TypeError(
-                f"{name}: expected {dtype_of(x, delta)}, the dtype of the results, got "
-                f"{grad.dtype}. Use .to()."
-            )
+        checks.statistic(name, grad, dtype_of(x, delta), x, "x")
         checks.shape(name, grad, (x.shape[0], x.shape[2]), "N, C")
-        checks.on_device(name, grad, x, "x")
 
 
 def _fake(x: Tensor, delta: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -167,6 +155,7 @@ define(
     _fake,
     check,
     mixed=True,
+    halves=(),
 )
 define(
     "norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, "
@@ -175,6 +164,7 @@ define(
     _fake_backward,
     check_backward,
     mixed=True,
+    halves=(2, 3),
 )
 
 

@@ -86,14 +86,8 @@ def check_backward(
 ) -> None:
     check(features, oracle, bias)
     for name, x, dims in (("grad", grad, 1), ("squares", squares, 2)):
-        checks.floating(name, x)
-        if x.dtype is not statistic_dtype(features.dtype):
-            raise TypeError(
-                f"{name}: expected {statistic_dtype(features.dtype)}, the dtype of the results of "
-                f"oracle_nll, got {x.dtype}. Use .to()."
-            )
+        checks.statistic(name, x, statistic_dtype(features.dtype), features, "features")
         checks.shape(name, x, features.shape[:dims], "N, C"[: 3 * dims - 2])
-        checks.on_device(name, x, features, "features")
 
 
 define(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import to_statistics_dtype
 from . import checks
 from .agreement import masked
 from .dispatch.derivatives import call, not_differentiable
@@ -28,7 +29,7 @@ def reference(
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs, outputs, domains = sizes(a.shape, window)[1], delta.shape[2], offsets.numel() - 1
-    sums = statistic_dtype(a.dtype)
+    a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
     combined = a.new_empty((outputs, inputs))
     agreeing, magnitude = (a.new_zeros((), dtype=torch.float64) for _ in "am")
     height = max(1, -(-outputs // max(1, domains)))
@@ -39,11 +40,11 @@ def reference(
             d = delta[rows, :, first : first + height].flatten(0, 1)
             torch.mm(d.t(), unfold(a[rows], window).flatten(0, 1), out=mean[domain])
             mean[domain] /= rows.numel()
-        part, agree, size = masked(list(mean), weights.to(sums), threshold, steepness)
+        part, agree, size = masked(list(mean), weights.to(a.dtype), threshold, steepness)
         combined[first : first + height] = part
         agreeing += agree
         magnitude += size
-    return combined, agreeing.to(sums), magnitude.to(sums)
+    return combined, agreeing.to(a.dtype), magnitude.to(a.dtype)
 
 
 def _fake(
@@ -57,7 +58,7 @@ def _fake(
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = statistic_dtype(a.dtype)
-    combined = a.new_empty((delta.shape[2], sizes(a.shape, window)[1]))
+    combined = a.new_empty((delta.shape[2], sizes(a.shape, window)[1]), dtype=sums)
     return combined, a.new_empty((), dtype=sums), a.new_empty((), dtype=sums)
 
 
@@ -85,6 +86,7 @@ define(
     check,
     check_values,
     mixed=True,
+    halves=(),
 )
 not_differentiable("outer_agreement", "its mask is constant almost everywhere")
 
@@ -116,7 +118,7 @@ def outer_agreement(
 
     Returns:
         ``(combined, agreeing, magnitude)``: ``[O, I]``, and 0-dim the sums of the mask and of
-        ``combined.abs()``; their dtypes as in `agreement`. Not differentiable.
+        ``combined.abs()``; in float32, or in float64 for factors in float64. Not differentiable.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, ``threshold`` is not

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import to_statistics_dtype
 from .dispatch.derivatives import call, not_differentiable
 from .dispatch.registry import define
+from .gradients import statistic_dtype
 from .outer_moments import check, check_values, domain_rows
 from .window import sizes, unfold
 
@@ -16,6 +18,7 @@ from .window import sizes, unfold
 def reference(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> Tensor:
+    a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
     mean = a.new_zeros((offsets.numel() - 1, delta.shape[2], sizes(a.shape, window)[1]))
     for domain, rows in domain_rows(order, offsets):
         d, x = delta[rows].flatten(0, 1), unfold(a[rows], window).flatten(0, 1)
@@ -27,7 +30,8 @@ def reference(
 def _fake(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> Tensor:
-    return a.new_empty((offsets.shape[0] - 1, delta.shape[2], sizes(a.shape, window)[1]))
+    shape = (offsets.shape[0] - 1, delta.shape[2], sizes(a.shape, window)[1])
+    return a.new_empty(shape, dtype=statistic_dtype(a.dtype))
 
 
 define(
@@ -36,6 +40,7 @@ define(
     _fake,
     check,
     check_values,
+    halves=(),
 )
 not_differentiable("outer_domain", "for a differentiable mean use outer_moments")
 
@@ -46,7 +51,7 @@ def outer_domain(
     r"""Mean gradient of each domain,
     :math:`G_d = \frac1{n_d}\sum_{i\in d}\sum_t \delta_{it}\otimes a_{it}`.
 
-    Arguments as `outer_moments`. Returns ``[D, O, I]``; zeros for an empty domain. Not
-    differentiable.
+    Arguments and precision as in `outer_moments`. Returns ``[D, O, I]`` in float32, or in float64
+    for factors in float64; zeros for an empty domain. Not differentiable.
     """
     return call("outer_domain", a, delta, order, offsets, list(window))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import to_statistics_dtype
 from . import checks
 from .dispatch.derivatives import call, differentiable, not_differentiable
 from .dispatch.registry import define
+from .gradients import statistic_dtype
 from .window import fold, sizes, unfold
 
 # Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).
@@ -36,6 +38,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     T, inputs = sizes(a.shape, window)
     outputs = delta.shape[2]
+    a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
     mean = a.new_zeros((offsets.numel() - 1, outputs, inputs))
     variance = torch.zeros_like(mean)
     for domain, rows in domain_rows(order, offsets):
@@ -62,7 +65,8 @@ def _fake(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     shape = (offsets.shape[0] - 1, delta.shape[2], sizes(a.shape, window)[1])
-    return a.new_empty(shape), a.new_empty(shape)
+    mean = a.new_empty(shape, dtype=statistic_dtype(a.dtype))
+    return mean, torch.empty_like(mean)
 
 
 def reference_backward(
@@ -75,8 +79,9 @@ def reference_backward(
     offsets: Tensor,
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
+    dtype, a, delta = a.dtype, to_statistics_dtype(a), to_statistics_dtype(delta)
     grad_a = torch.zeros(a.shape, dtype=a.dtype, device=a.device)
-    grad_delta = torch.zeros(delta.shape, dtype=delta.dtype, device=delta.device)
+    grad_delta = torch.zeros(delta.shape, dtype=a.dtype, device=delta.device)
     for domain, rows in domain_rows(order, offsets):
         # dL/dg_i = 2/n (g_i - mean) * grad_variance + grad_mean / n
         slope = grad_variance[domain] * (2 / rows.numel())
@@ -91,7 +96,7 @@ def reference_backward(
             upstream = torch.bmm(d.transpose(1, 2), x).mul_(slope).add_(level)
             grad_delta[part] = torch.bmm(x, upstream.transpose(1, 2))
             grad_a[part] = fold(torch.bmm(d, upstream), (len(part), *a.shape[1:]), window)
-    return grad_a, grad_delta
+    return grad_a.to(dtype), grad_delta.to(dtype)
 
 
 def _fake_backward(
@@ -131,7 +136,7 @@ def check_backward(
 ) -> None:
     shape = check(a, delta, order, offsets, window)
     for name, x in (("grad_mean", grad_mean), ("grad_variance", grad_variance), ("mean", mean)):
-        checks.floating(name, x, a, "a")
+        checks.statistic(name, x, statistic_dtype(a.dtype), a, "a")
         checks.shape(name, x, shape, "D, O, I")
 
 
@@ -148,6 +153,7 @@ define(
     _fake,
     check,
     check_values,
+    halves=(),
 )
 define(
     "outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
@@ -156,6 +162,8 @@ define(
     _fake_backward,
     check_backward,
     check_values_backward,
+    mixed=True,
+    halves=(2, 3),
 )
 
 
@@ -210,9 +218,22 @@ def outer_moments(
         window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``.
 
     Returns:
-        ``(mean, variance)``, each ``[D, O, I]``; zeros for an empty domain. Differentiable once, by
-        recomputation. The variance is accurate to rounding of :math:`E[g^2]`; compiled for the
-        CPU, to rounding of the :math:`g_i`.
+        ``(mean, variance)``, each ``[D, O, I]`` in float32, or in float64 for factors in float64;
+        zeros for an empty domain. Differentiable once, by recomputation; the gradients of ``a`` and
+        ``delta`` have their dtype.
+
+    Precision:
+        Factors in bfloat16 and float16 are multiplied as they are: each product is exact, and sums
+        and squares are float32. On the CPU, factors in float32 are multiplied in float32. On a GPU,
+        they are as in PyTorch's layers: ``torch.set_float32_matmul_precision("high")`` or
+        ``"medium"`` (``torch.backends.cudnn.conv.fp32_precision`` of a convolution, ``"tf32"``
+        unless set) rounds both factors to TF32, 11 bits: each term of a :math:`g_i` is off by up to
+        ``1e-3`` of itself, so a variance below about ``1e-6`` of the squared terms is noise;
+        ``"highest"`` takes three TF32 products for each, about as accurate as float32.
+
+        The variance is accurate to rounding of :math:`E[g^2]`: below about ``1e-7`` of
+        :math:`m_d^2` it is noise, too. Compiled for the CPU, it is accurate to rounding of the
+        :math:`g_i`.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device, ``window`` does not

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import to_statistics_dtype
 from . import checks
 from .dispatch.derivatives import call, not_differentiable
 from .dispatch.registry import define
+from .gradients import statistic_dtype
 from .outer_moments import chunks
 from .window import sizes, unfold
 
 
 def reference(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
     T, inputs = sizes(a.shape, window)
+    a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
     outputs = delta.shape[2]
     # ||sum_t d_t (x) a_t||^2 = sum_ts <d_t,d_s><a_t,a_s>: T^2 (I + O) products against T I O.
     through_gram = T * (inputs + outputs) <= inputs * outputs
@@ -34,11 +37,15 @@ def reference(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _fake(a: Tensor, delta: Tensor, window: Sequence[int]) -> Tensor:
-    return a.new_empty((a.shape[0],))
+    return a.new_empty((a.shape[0],), dtype=statistic_dtype(a.dtype))
 
 
 define(
-    "outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor", reference, _fake, checks.outer
+    "outer_norms(Tensor a, Tensor delta, int[] window) -> Tensor",
+    reference,
+    _fake,
+    checks.outer,
+    halves=(),
 )
 not_differentiable("outer_norms", "square the per-sample gradients instead")
 
@@ -47,6 +54,6 @@ def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int] = ()) -> Tensor:
     r"""Squared norm of each sample's gradient, :math:`\|\sum_t \delta_{it}\otimes a_{it}\|^2`.
 
     Takes the cheaper of two contraction orders. ``a``, ``delta``, ``window`` as in `outer_moments`.
-    Returns ``[N]``. Not differentiable.
+    Returns ``[N]`` in float32, or in float64 for factors in float64. Not differentiable.
     """
     return call("outer_norms", a, delta, list(window))

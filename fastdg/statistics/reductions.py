@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..domains import Partition, partition
+from ..domains import Partition, group_sums, partition
 from ..factors import flat
 from ..ops.dispatch.derivatives import call
 from .moments import DomainMoments, merge
@@ -72,7 +72,7 @@ class Moments(Reduction):
     ) -> list[Tensor]:
         parts, P = self._partition(chunk, grads[0]), len(grads)
         ones = torch.ones_like(self.domains)
-        total = torch.zeros_like(parts.count).index_add(0, self.domains, ones).clamp(min=1)
+        total = group_sums(ones, self.domains, self.num_domains).clamp(min=1)
         pulled = []
         for g, mean, up_mean, up_variance in zip(
             grads, result[:P], upstream[:P], upstream[P:], strict=True

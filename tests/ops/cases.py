@@ -87,6 +87,22 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     }
 
 
+# Op -> arguments that may be bfloat16 or float16, while the statistics of it are float32
+OPERANDS = {
+    "moments": (0,),
+    "outer_moments": (0, 1),
+    "outer_domain": (0, 1),
+    "outer_norms": (0, 1),
+    "outer_gram": (0, 1),
+    "outer_agreement": (0, 1),
+    "norm_gradients": (0, 1),
+    "foreach_moments": (2, 3, 4),
+    "moments_backward": (2,),
+    "outer_moments_backward": (2, 3),
+    "norm_gradients_backward": (2, 3),
+}
+
+
 def differentiable(name: str) -> bool:
     once = ("moments", "norm_gradients", "oracle_nll", "outer_moments", "text_distance")
     return name.split(",")[0] in (*once, "variance_gap")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...domains import group_sums
 from ...dtypes import to_statistics_dtype
 from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
@@ -141,7 +142,7 @@ class SingleBackward(Own):
         self.ids, self.extent = batch.ids, batch.extent
         self.count, self.samples = batch.partition.count, batch.losses.shape[0]
         losses = to_statistics_dtype(batch.losses.detach())
-        self.losses = losses.new_zeros(len(self.ids)).index_add(0, batch.partition.domains, losses)
+        self.losses = group_sums(losses, batch.partition.domains, len(self.ids))
         self.rest = {}
         self.sparse = batch.resolved.sparse
 

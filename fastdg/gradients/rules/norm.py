@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ... import ops
-from ...dtypes import to_statistics_dtype
 from ...factors import Dense, PerSampleGrad
+from ...ops.gradients import statistic_dtype
 from ...ops.norm_gradients import dtype_of
 from ..ownership.layout import Layout, lead
 from .registry import Served, Use, plain, rule
@@ -56,7 +56,7 @@ class Affine(Served):
         elif "bias" in made:  # computed with the weight's
             grads = made.pop("bias")
         else:
-            grads = self._rows(to_statistics_dtype(delta)).sum((1, 3))
+            grads = self._rows(delta).sum((1, 3), dtype=statistic_dtype(delta.dtype))
         return Dense(grads.reshape(self.layout.samples, *self.parameter))
 
     def _both(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> tuple[Tensor, Tensor]:

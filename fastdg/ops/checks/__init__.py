@@ -9,7 +9,7 @@ Errors say ``argument: problem, got X. What to do.``
 from .lists import alike, gradients, one_each, shaped, weighted, written
 from .outer import outer
 from .partitions import label_values, partition, partition_values
-from .tensors import LARGEST_SIDE, dims, finite, floating, mask, on_device, shape, vector
+from .tensors import LARGEST_SIDE, dims, finite, floating, mask, on_device, shape, statistic, vector
 
 __all__ = [
     "LARGEST_SIDE",
@@ -27,6 +27,7 @@ __all__ = [
     "partition_values",
     "shape",
     "shaped",
+    "statistic",
     "vector",
     "weighted",
     "written",

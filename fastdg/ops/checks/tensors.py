@@ -46,6 +46,16 @@ def floating(name: str, x: Any, like: Tensor | None = None, of: str = "") -> Non
     )
 
 
+def statistic(name: str, x: Any, dtype: torch.dtype, like: Tensor, of: str) -> None:
+    """Raise unless x is a dense tensor of ``dtype``, a result's, on the device of ``like``."""
+    floating(name, x)
+    if x.dtype is not dtype:
+        raise TypeError(
+            f"{name}: expected {dtype}, the dtype of the results, got {x.dtype}. Use .to()."
+        )
+    on_device(name, x, like, of)
+
+
 def on_device(name: str, x: Tensor, like: Tensor, of: str) -> None:
     if x.device != like.device:
         raise ValueError(

@@ -13,31 +13,58 @@ import torch
 
 from ... import native
 from ..._torch import has_kernel
+from ...dtypes import HALVES
 from .registry import ABSENT, OPS, Implementation, Op, Supports, first_float, force
 
 _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as their library is
 
 
 def _float32(op: Op, device: str) -> Supports:
-    """Return ``supports`` of a compiled op: it takes fp32 on its device, and nothing else."""
+    """Return ``supports`` of a compiled op: it takes fp32, or what becomes it, on its device."""
+    taken = (torch.float32,) if op.halves is None else (torch.float32, *HALVES)
 
     def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
         x = first_float(args)
-        if x.dtype is torch.float32 and x.device.type == device:
+        if x.dtype in taken and x.device.type == device:
             return None
         return f"it takes torch.float32 on {device}, not {x.dtype} on {x.device.type}"
 
     def every(*args: Any) -> str | None:
         for x in args[1:]:
-            if (
-                isinstance(x, torch.Tensor)
-                and x.dtype is not torch.float32
-                and x.is_floating_point()
-            ):
+            if isinstance(x, torch.Tensor) and x.dtype not in taken and x.is_floating_point():
                 return f"it takes torch.float32 alone, not {x.dtype}"
         return first(*args)
 
     return every if op.mixed else first
+
+
+def _widening(op: Op, compiled: Implementation) -> Implementation:
+    """Return ``compiled`` so that it takes halves, as float32."""
+    if op.halves is None:
+        return compiled
+    like = op.halves
+
+    def wide(x: Any) -> Any:
+        if isinstance(x, list):
+            return [wide(part) for part in x]
+        return x.float() if isinstance(x, torch.Tensor) and x.dtype in HALVES else x
+
+    def run(*args: Any) -> Any:
+        half = (
+            any(isinstance(x, torch.Tensor) and x.dtype in HALVES for x in args)
+            if op.mixed
+            else first_float(args).dtype in HALVES
+        )
+        if not half:
+            return compiled(*args)
+        out = compiled(*map(wide, args))
+        if not like:
+            return out
+        if isinstance(out, torch.Tensor):
+            return out.to(args[like[0]].dtype)
+        return tuple(x.to(args[k].dtype) for x, k in zip(out, like, strict=True))
+
+    return run
 
 
 def _counting_writes(op: torch._ops.OpOverload) -> Implementation:
@@ -69,7 +96,7 @@ def attach_compiled(backend: str, device: str, namespace: str) -> None:
             library.define(op.schema)
         overload = getattr(space, op.name).default
         if has_kernel(overload, device.upper()):
-            op.backends[backend] = _counting_writes(overload), _float32(op, device)
+            op.backends[backend] = _widening(op, _counting_writes(overload)), _float32(op, device)
 
 
 def _attach_native() -> None:

@@ -48,6 +48,7 @@ class Op:
     check: Check
     check_values: Check | None = None
     mixed: bool = False
+    halves: tuple[int, ...] | None = None
     backends: dict[str, tuple[Implementation, Supports]] = field(default_factory=dict)
 
     @property
@@ -142,6 +143,7 @@ def define(
     check_values: Check | None = None,
     *,
     mixed: bool = False,
+    halves: tuple[int, ...] | None = None,
 ) -> Op:
     """Define ``fastdg::<schema>``.
 
@@ -152,8 +154,11 @@ def define(
         check: refuses wrong shapes, dtypes and devices.
         check_values: refuses wrong values of indices.
         mixed: whether some tensors may have another floating dtype than the first.
+        halves: of an op whose results for bfloat16 and float16 are float32, or have the dtype of
+            an argument: the positions of these arguments. Compiled code then gets halves as
+            float32.
     """
-    op = Op(schema, reference, fake, check, check_values, mixed)
+    op = Op(schema, reference, fake, check, check_values, mixed, halves)
     library.define(schema)
     library.impl(op.name, op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdg::{op.name}", op.shapes, lib=library)

@@ -1,0 +1,95 @@
+"""Operands in bfloat16 and float16 are read as they are; sums and statistics are float32.
+
+The budget of a statistic is that of float32 operands: a product of halves is exact in float32. A
+gradient of an operand is rounded once more, to the operand's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import OPERANDS, arguments, cast
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import fastdg.kernels
+from fastdg.ops.dispatch.registry import OPS
+
+DTYPES = [torch.bfloat16, torch.float16]
+# The interpreter computes with NumPy, which warns of overflow and NaN
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+CASES = {
+    name: args for name, args in arguments("cpu", False).items() if name.split(",")[0] in OPERANDS
+}
+
+
+def rounded(name: str, dtype: torch.dtype) -> list[Any]:
+    args: list[Any] = list(CASES[name])
+    for k in OPERANDS[name.split(",")[0]]:
+        args[k] = cast(args[k], dtype)
+    return args
+
+
+def leaves(x: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def assert_right(name: str, args: list[Any], results: Any) -> None:
+    op = OPS[name.split(",")[0]]
+    exact = leaves(op.reference(*cast(args, torch.float64)))
+    found = leaves(results)
+    like = [args[k].dtype for k in op.halves or ()] or [torch.float32] * len(found)
+    assert [x.dtype for x in found] == like
+    for got, want in zip(found, exact, strict=True):
+        budget = 1e-5 if got.dtype is torch.float32 else torch.finfo(got.dtype).eps
+        assert float((got.double().cpu() - want).norm()) <= budget * max(1.0, float(want.norm()))
+
+
+def test_every_op_that_takes_halves_is_here() -> None:
+    assert set(OPERANDS) == {name for name, op in OPS.items() if op.halves is not None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_halves_are_read_as_they_are(device: str, name: str, dtype: torch.dtype) -> None:
+    args = rounded(name, dtype)
+    moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), args)
+    assert_right(name, args, OPS[name.split(",")[0]](*moved))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[..., Any]]]:
+    """The kernels, interpreted; `tl.dot` there would take the bits of bfloat16 for integers."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("they run on the device")
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    dot = InterpreterBuilder.create_dot
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype("uint32") << 16
+        return TensorHandle(bits.view("float32"), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest),
+    )
+    yield {name: function for name, function, _ in fastdg.kernels.implementations(OPERANDS)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_read_halves_as_they_are(
+    kernels: dict[str, Callable[..., Any]], name: str, dtype: torch.dtype
+) -> None:
+    if (kernel := kernels.get(name.split(",")[0])) is None:
+        pytest.skip("no kernel of its own")
+    args = rounded(name, dtype)
+    assert_right(name, args, kernel(*args))
