@@ -1,4 +1,4 @@
-"""The closures of `step`: run once, twice, or once for each domain; and batches of one domain."""
+"""Closures of `step`: run once, twice, or once for each domain; and batches of one domain."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from . import errors
 from .backward import accumulate, check_reached, hooks_at_the_end, put
 from .base_optimizer import check_result
 from .nesting import terms_of
-from .rerun import Start
+from .rerun import RngAndBuffers
 
-Gradients = dict[Tensor, Tensor | None]  # None: of a parameter that is not used
+Gradients = dict[Tensor, Tensor | None]  # None: the parameter is not used
 
 
 def asks_for_domain(closure: Callable[..., Any]) -> bool:
-    """Whether a closure has a parameter to be given, which is the domain it shall run."""
+    """Return whether a closure has a required parameter: the domain to run."""
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     return any(
         p.kind in kinds and p.default is inspect.Parameter.empty
@@ -35,8 +35,10 @@ def asks_for_domain(closure: Callable[..., Any]) -> bool:
 
 
 def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Losses, domain ids and further inputs from what ``closure(domain)`` returned: all, the first
-    two, or the losses alone."""
+    """Complete the result of ``closure(domain)`` to losses, domain ids and further inputs.
+
+    The result may have all three, the first two, or the losses alone.
+    """
     if isinstance(result, Tensor):
         return result, torch.full(result.shape, domain), {}
     losses, domains, inputs = check_result(result)
@@ -47,7 +49,7 @@ def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor, dict[str, Any]]
 def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
     """Raise ValueError unless all ``domains`` are ``domain``.
 
-    On the device where they are: what is not on the CPU is asserted there, without a wait.
+    On another device than the CPU it is asserted there, without a wait.
     """
     same = (domains == domain).all()
     if not readable(same):
@@ -58,15 +60,15 @@ def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
 
 
 class Forward:
-    """The user's closure, as an algorithm runs it.
+    """The user's closure, for an algorithm to run.
 
     Args:
         opt: the wrapper.
-        closure: returns arguments of `backward`, or calls it; or, if it has a parameter, the losses
-            of the domain that it is given, or ``(losses, domains)``.
+        closure: returns arguments of `backward`, or calls it. With a parameter, the domain, it
+            returns the losses of this domain, or ``(losses, domains)``.
 
     Attributes:
-        by_domain: whether it has that parameter.
+        by_domain: whether the closure has this parameter.
     """
 
     def __init__(self, opt: Any, closure: Callable[..., Any]) -> None:
@@ -74,13 +76,16 @@ class Forward:
         self.by_domain = asks_for_domain(closure)
 
     def backward(self) -> Tensor:
-        """Run a closure without a parameter, and `backward` on its losses, unless it has called
-        that itself; returns the mean loss, or the closure's result."""
+        """Run a closure without a parameter, and `backward` unless the closure has called it.
+
+        Returns:
+            The mean loss, or the closure's result.
+        """
         opt = self.opt
         if self.by_domain:
             raise TypeError(
-                f"closure: {type(opt).__name__} calls it without an argument; return (losses, "
-                "domains) of a batch with all domains"
+                f"closure: {type(opt).__name__} calls it without an argument, got one with a "
+                "required parameter. Return (losses, domains) of a batch with all domains."
             )
         before, opt._ready = opt._ready, False
         result = self.closure()
@@ -93,7 +98,7 @@ class Forward:
     # -- a step on each domain --
 
     def steps(self, domains: int) -> Tensor:
-        """A `backward` and a step on each domain, but for the last step; returns the mean loss."""
+        """Run `backward` and a step on each domain, without the last step; return the mean loss."""
         opt = self.opt
         seen: list[dict[str, Tensor]] = []
         for d in range(domains):
@@ -111,17 +116,19 @@ class Forward:
     def two_passes(
         self, domain_penalty: Callable[[Tensor, Gradients], Tensor]
     ) -> dict[str, Tensor]:
-        """``.grad`` of the mean of the domains' losses, and of penalties in a second pass.
+        """Add the gradients of the domains' mean loss, and of penalties in a second pass.
 
         Args:
-            domain_penalty: losses of one domain in the second pass, and the mean gradient -> the
-                domain's penalty, detached; its gradient this adds to ``.grad``.
+            domain_penalty: called with the losses of one domain in the second pass and the mean
+                gradient; adds the gradient of the domain's penalty to ``.grad``, and returns the
+                penalty, detached.
 
         Returns:
             The statistics, with the sum of the penalties.
 
-        In between, random numbers and the modules' buffers are put back. The graph of one domain
-        alone is alive. Hooks on parameters are called once, with the final gradient.
+        The second pass starts with the random numbers and module buffers of the first. Only one
+        domain's graph is alive at a time. Hooks on parameters are called once, with the final
+        gradient.
         """
         opt, name = self.opt, type(self.opt).__name__
         errors.refuse_ranks(
@@ -130,14 +137,14 @@ class Forward:
         errors.refuse_groups(opt.param_groups, name)
         if terms := terms_of(opt):
             raise ValueError(
-                f"closure: {name} runs a closure that asks for a domain twice, which "
-                f"{type(terms[0]).__name__} cannot follow; call opt.backward(losses, domains) on a "
-                "mixed batch"
+                f"closure: {name} runs a closure of one domain twice, which "
+                f"{type(terms[0]).__name__} does not support. Call opt.backward(losses, domains) "
+                "on a mixed batch."
             )
         if opt.num_domains is None:
             raise ValueError(
-                "num_domains: opt.step(closure) asks for the losses of each domain in turn; pass "
-                f"num_domains= to {name}"
+                "num_domains: opt.step(closure) needs it to run the closure for each domain, got "
+                f"None. Pass num_domains= to {name}."
             )
         opt.zero_grad()
         try:
@@ -154,9 +161,9 @@ class Forward:
         self, domains: int, domain_penalty: Callable[[Tensor, Gradients], Tensor]
     ) -> dict[str, Tensor]:
         opt, trained = self.opt, self._trained()
-        start = Start(opt.param_groups[0]["params"][0].device)
+        start = RngAndBuffers(opt.param_groups[0]["params"][0].device)
         sums, counts = [], []
-        with start.watched():
+        with start.recording():
             for d in range(domains):
                 losses = self._ask(d)
                 sums.append(to_statistics_dtype(losses.detach()).sum())
@@ -165,7 +172,7 @@ class Forward:
                 del losses
         means = {p: p.grad for p in trained}
         put(dict.fromkeys(trained))
-        start.again()
+        start.restore()
         penalty = sums[0].new_zeros(())
         for d in range(domains):
             losses = self._ask(d)
@@ -173,7 +180,7 @@ class Forward:
                 _compare(losses, sums[d], counts[d], d)
             penalty = penalty + domain_penalty(losses, means)
             assert losses.grad_fn is not None
-            release(Graph(losses.grad_fn).nodes)  # no backward may have passed all of it
+            release(Graph(losses.grad_fn).nodes)  # parts of it may have had no backward
             del losses
         for p, mean in means.items():
             if mean is not None:
@@ -192,12 +199,12 @@ class Forward:
 
     def _ask(self, d: int) -> Tensor:
         held = {p: p.grad for p in self._trained()}
-        put(dict.fromkeys(held))  # closures clear gradients, by custom
+        put(dict.fromkeys(held))  # closures usually clear gradients
         losses, domains, _ = losses_of(self.closure(d), d)
         put(held)
         check_losses(losses)
         partition(domains, losses, self.opt.num_domains)
-        check_same(domains, d, f"closure: it was asked for the losses of domain {d}")
+        check_same(domains, d, f"closure: it must return the losses of domain {d}")
         return losses
 
 
@@ -205,15 +212,15 @@ def _compare(losses: Tensor, total: Tensor, count: int, d: int) -> None:
     again = to_statistics_dtype(losses.detach()).sum()
     if len(losses) != count or not torch.allclose(again, total, rtol=1e-4, equal_nan=True):
         raise RuntimeError(
-            f"closure: called a second time for domain {d} it returned other losses (mean "
-            f"{float(again) / len(losses):.6g}, {len(losses)} samples) than the first time "
+            f"closure: the second call for domain {d} returned other losses (mean "
+            f"{float(again) / len(losses):.6g}, {len(losses)} samples) than the first call "
             f"({float(total) / count:.6g}, {count} samples). Draw the batch before opt.step, "
-            "and take random numbers from torch's default generators"
+            "and draw random numbers from torch's default generators."
         )
 
 
 def _together(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The statistics of several inner steps as those of one."""
+    """Merge the statistics of several inner steps into one step's."""
     domains = max(len(s["domain_count"]) for s in seen)
     counts = torch.stack([pad_rows(s["domain_count"], domains) for s in seen])
     losses = torch.stack([pad_rows(s["domain_loss"], domains) for s in seen])

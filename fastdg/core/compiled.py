@@ -20,40 +20,39 @@ from .hyper import Hyper, declared
 from .nesting import chain
 from .optimizer import DomainOptimizer
 
-MOST = 8  # graphs, as of torch.compile: if there are more, something changes in every step
+MOST = 8  # graphs, torch.compile's limit: with more, something changes in every step
 
 
 def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) -> CompiledBackward:
-    """The model's forward and ``opt.backward`` on its losses, compiled together.
+    """Compile the model's forward and ``opt.backward`` on its losses together.
 
-    A model that `torch.compile` has compiled is one operation, whose backward is called once for
-    each domain or sample, and has no derivative of its own, which penalties need. So torch writes
-    down what one step of the eager model and wrapper computes (layers, statistics, penalty and its
-    derivative), and that is compiled. Replaying it, Python looks at no layer.
+    `torch.compile` makes one operation of a model, whose backward is called once for each domain or
+    sample, and which has no second derivative for penalties. So torch traces one step of the eager
+    model and wrapper (layers, statistics, penalty and its derivative), and compiles this trace. A
+    replay runs no Python code of the layers.
 
     Args:
-        opt: a wrapper with ``num_domains``. It stays what it is: ``step``, ``statistics``,
-            ``state_dict`` and schedulers as ever, and eager steps may come in between.
+        opt: wrapper with ``num_domains``. Its ``step``, ``statistics``, ``state_dict`` and
+            schedulers work as before, and eager steps may come in between.
         forward: ``forward(*batch)`` runs the model, itself not compiled, and returns the losses
             ``[N]``, or ``(losses, inputs)`` with the further inputs of ``opt.backward``.
-        options: of `torch.compile` (``backend``, ``mode``, ``options``).
+        options: options of `torch.compile` (``backend``, ``mode``, ``options``).
 
     Returns:
         ``backward(*batch, domains=domains)``, in place of ``opt.backward(forward(*batch),
         domains)``: adds to ``.grad`` and returns the mean loss.
 
-    The first batch of each kind runs eagerly, with all checks; the second is written down; the
-    third is compiled. Of one kind are batches of the same shapes, with the same modules in training
-    mode, parameters trained, settings of the wrapper, side of its anneal, and autocast. What else
-    in Python ``forward`` looks at stays what it was in the batch that was written down. Dropout
-    draws from the compiler's random numbers.
+    The first batch of each kind runs eagerly, with all checks; the second is traced; the third is
+    compiled. A kind is given by the batch's shapes, the modules in training mode, the trained
+    parameters, the wrapper's settings, the side of its anneal, and autocast. All other Python
+    values in ``forward`` keep their value from the trace. Dropout draws from the compiler's random
+    numbers.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; ``num_domains`` was not given; the
+        TypeError, ValueError: an argument is not as described; ``num_domains`` is missing; the
             wrapper draws from a generator of its own.
-        RuntimeError: the step looks at values of tensors, so that it is no graph; a parameter has
-            hooks; training runs on several ranks; a micro-batch is staged; ``.grad`` has the factor
-            of a GradScaler.
+        RuntimeError: the step branches on values of tensors; a parameter has hooks; training runs
+            on several ranks; a micro-batch is staged; ``.grad`` has the scale of a GradScaler.
 
     Example:
         >>> opt = fastdg.Fishr(torch.optim.Adam(model.parameters()), params="all", num_domains=3)
@@ -69,40 +68,48 @@ def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) 
 
 
 class CompiledBackward:
-    """What `compiled` returns."""
+    """Result of `compiled`."""
 
     def __init__(
         self, opt: DomainOptimizer, forward: Callable[..., Any], options: dict[str, Any]
     ) -> None:
         if not isinstance(opt, DomainOptimizer):
-            raise TypeError(f"opt: expected a wrapper of fastdg, got {type(opt).__name__}")
+            raise TypeError(f"opt: expected a wrapper of fastdg, got {type(opt).__name__}.")
         if not callable(forward) or isinstance(forward, nn.Module):
             raise TypeError(
                 "forward: expected a function that runs the model on a batch and returns its "
-                f"losses (N,), got {type(forward).__name__}"
+                f"losses (N,), got {type(forward).__name__}."
             )
         self.opt, self.forward, self.options = opt, forward, options
         self.links = [link for link in chain(opt) if isinstance(link, DomainOptimizer)]
         self.num_domains = next((n for link in self.links if (n := link.num_domains)), 0)
         name = type(self.links[0]).__name__
         if not self.num_domains:
-            raise ValueError(f"num_domains: a graph has a number of domains; pass it to {name}")
+            raise ValueError(
+                f"num_domains: a graph needs it, got None. Pass num_domains= to {name}."
+            )
         if any(getattr(link, "generator", None) is not None for link in self.links):
-            raise ValueError(f"generator: a graph draws from torch's own; make {name} without one")
-        self.modules: dict[nn.Module, None] = {}  # that ran
-        self.seen: dict[Any, None] = {}  # kinds of batches that ran once, the latest
+            raise ValueError(
+                "generator: a graph draws from torch's own generator, got another one. Create "
+                f"{name} without generator=."
+            )
+        self.modules: dict[nn.Module, None] = {}  # modules that ran
+        self.seen: dict[Any, None] = {}  # the latest kinds of batches that ran once
         self.graphs: dict[Any, _Graph] = {}  # kind of batch -> its graph
         self.warned = False
 
     def __call__(self, *batch: Any, domains: Tensor) -> Tensor:
-        """Add the gradient of a batch to ``.grad``; returns the mean loss, 0-dim, detached."""
+        """Add the gradient of a batch to ``.grad``; return the mean loss, 0-dim, detached."""
         check_single_rank()
         if any(link._micro_batches for link in self.links):
-            raise RuntimeError("compiled: a batch is whole, but a micro-batch of it is staged")
+            raise RuntimeError(
+                "compiled: it runs whole batches, but a micro-batch is staged. Call opt.backward "
+                "with final=True, or opt.zero_grad(), before."
+            )
         if any(link._ready and link._loss_scale is not UNSCALED for link in self.links):
             raise RuntimeError(
-                "compiled: what opt.backward has left in .grad has the factor of a GradScaler, and "
-                "what a graph adds has none; step, or call opt.zero_grad(), before"
+                "compiled: .grad has the scale of a GradScaler, but a graph adds unscaled "
+                "gradients. Call scaler.step(opt) or opt.zero_grad() before."
             )
         leaves, spec = pytree.tree_flatten(batch)
         ids = self._ids(domains)
@@ -117,15 +124,15 @@ class CompiledBackward:
             return graph.loss
         with self._noting():
             loss = self._eager(batch, ids)
-        # The modules that ran belong to the kind, and are known only now
+        # The modules that ran are a part of the kind, and known only now
         self.seen[self._kind(leaves, spec, ids)] = None
         if len(self.seen) > MOST:
             del self.seen[next(iter(self.seen))]
             if not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"compiled: more than {MOST} kinds of batches, so that some run eagerly. Give "
-                    "all one size (drop_last=True), and do not schedule a setting step by step",
+                    f"compiled: got more than {MOST} kinds of batches, so some run eagerly. Use "
+                    "one size for all (drop_last=True), and do not change a setting every step.",
                     stacklevel=2,
                 )
         return loss
@@ -136,7 +143,7 @@ class CompiledBackward:
         return self.opt.backward(losses, ids, **inputs)
 
     def _ids(self, domains: Tensor) -> Tensor:
-        """``domains`` on the device of the parameters; looked at where that needs no wait."""
+        """Move ``domains`` to the parameters' device, and check them if this needs no wait."""
         domains = as_ids(domains)
         if domains.device.type == "cpu":
             check_ids(domains, self.num_domains)
@@ -147,13 +154,13 @@ class CompiledBackward:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
     def _kind(self, leaves: list[Any], spec: pytree.TreeSpec, ids: Tensor) -> Any:
-        """What a graph holds good for."""
+        """Return the kind of a batch: all that a graph depends on."""
         device, parameters = ids.device.type, self._parameters()
         for p in parameters:
             if any(hook_tables(p)):
                 raise RuntimeError(
-                    f"compiled: a parameter of shape {tuple(p.shape)} has hooks, which a graph "
-                    "does not call; remove them, or call opt.backward"
+                    f"compiled: a graph does not call hooks, but a parameter of shape "
+                    f"{tuple(p.shape)} has some. Remove them, or call opt.backward instead."
                 )
         return (
             spec,
@@ -167,7 +174,7 @@ class CompiledBackward:
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """Modules that run inside are noted."""
+        """Record the modules that run inside."""
 
         def note(module: nn.Module, args: Any) -> None:
             self.modules[module] = None
@@ -180,7 +187,7 @@ class CompiledBackward:
 
 
 class _Graph:
-    """What one step computes, written down from running it, and compiled when it is replayed."""
+    """A traced step, compiled when it is first replayed."""
 
     def __init__(
         self, owner: CompiledBackward, leaves: list[Any], spec: pytree.TreeSpec, ids: Tensor
@@ -213,9 +220,8 @@ class _Graph:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [""])[0]
             raise RuntimeError(
-                f"compiled: this step is no graph ({reason}); what the model, the losses or "
-                f"{type(owner.opt).__name__} look at of a tensor's values cannot be compiled. Call "
-                "opt.backward"
+                f"compiled: could not trace this step ({reason}). The model, the loss or "
+                f"{type(owner.opt).__name__} branches on tensor values. Call opt.backward instead."
             ) from error
         finally:
             made = [p.grad for p in self.targets]
@@ -227,7 +233,7 @@ class _Graph:
 
     @torch.no_grad()
     def replay(self, tensors: list[Tensor]) -> Tensor:
-        """The same step on other tensors."""
+        """Run the step on other tensors."""
         following = iter(self.run(*tensors))
         flat = [
             next(following) if fresh else x
@@ -242,8 +248,8 @@ class _Graph:
             if ready:
                 link._mark_grad_owned()
             link._statistics, link._pending = statistics, pending
-            link._one_domain.watch(link, again, stacklevel=5)  # no_grad is one
-            link._loss_scale = UNSCALED  # of a backward that has failed
+            link._one_domain.watch(link, again, stacklevel=5)  # one of these is no_grad
+            link._loss_scale = UNSCALED  # a failed backward may have set another
         return loss
 
 
@@ -252,23 +258,25 @@ def check_single_rank() -> None:
         ranks = distributed.get_world_size()
         if ranks > 1:
             raise RuntimeError(
-                f"compiled: torch.distributed is initialised with {ranks} ranks, and what they "
-                "tell each other is not part of a graph; call opt.backward"
+                "compiled: a graph has no communication, but torch.distributed is initialised "
+                f"with {ranks} ranks. Call opt.backward instead."
             )
 
 
 def _shown(leaf: Any) -> Any:
-    """What a graph has burnt in of an input."""
+    """Return the properties of an input that a graph depends on."""
     if not isinstance(leaf, Tensor):
         return leaf
     if leaf.requires_grad:
-        raise ValueError("batch: expected tensors that require no gradient, and got one that does")
+        raise ValueError(
+            "batch: expected tensors that require no gradient, got one that does. Detach it."
+        )
     return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
 
 def _settings(link: DomainOptimizer) -> Iterator[Any]:
-    """What a graph has burnt in of a wrapper: its settings, and which tensors it keeps."""
-    if link.role == "average":  # which a backward passes through
+    """Yield the properties of a wrapper that a graph depends on: settings and tensors of state."""
+    if link.role == "average":  # it does not change a backward
         return
     for name, option in declared(type(link)).items():
         if isinstance(option, Hyper):

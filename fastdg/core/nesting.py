@@ -1,4 +1,4 @@
-"""Wrappers in wrappers: terms around the optimizer, one algorithm around them, SWAD outermost."""
+"""Nested wrappers: terms around the optimizer, one algorithm around these, SWAD outermost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .hyper import nearest
 
 
 class Penalty(Protocol):
-    """The methods of the terms inside a wrapper that it calls; `Term` has them."""
+    """Interface of a term inside a wrapper; `Term` implements it."""
 
     def inputs(self) -> dict[str, bool]: ...
     def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput: ...
@@ -30,26 +30,26 @@ TermStatistics = tuple[
 
 
 def chain(opt: Optimizer) -> Iterator[Wrapping]:
-    """``opt`` and every wrapper inside it, from the outermost on."""
+    """Yield ``opt`` and every wrapper inside it, outermost first."""
     while isinstance(opt, Wrapping):
         yield opt
         opt = opt.base
 
 
 def innermost(opt: Optimizer) -> Optimizer:
-    """The plain optimizer inside all wrappers."""
+    """Return the plain optimizer inside all wrappers."""
     while isinstance(opt, Wrapping):
         opt = opt.base
     return opt
 
 
 def terms_of(opt: Optimizer) -> list[Penalty]:
-    """The terms among ``opt`` and the wrappers inside it, from the outermost on."""
+    """Return the terms among ``opt`` and the wrappers inside it, outermost first."""
     return [cast("Penalty", link) for link in chain(opt) if link.role == "term"]
 
 
 def settings_of(opt: Optimizer) -> dict[str, str]:
-    """What the wrappers are, from the outermost on, and the settings of each, with its name."""
+    """Return the names and settings of all wrappers, for a comparison between ranks."""
     links = list(chain(opt))
     names = [type(link).__name__ for link in (*links, innermost(opt))]
     return {
@@ -70,19 +70,19 @@ def check_order(outer: Wrapping, base: Any) -> None:
         return
     name, inner = type(outer).__name__, type(base).__name__
     if outer.role == base.role == "average":
-        advice = "one average of the weights is enough; "
-        shown = f"give {name} what is inside"
+        advice = "one average of the weights is enough"
+        shown = f"Pass its base to {name}"
     elif base.role == "average":
-        advice = f"{inner} averages what all others have made and goes outermost: "
-        shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), model)"
+        advice = f"{inner} averages the weights and goes outermost"
+        shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...), model)"
     elif outer.role == "term":
-        advice = f"{inner} is an algorithm and goes around the terms: "
-        shown = f"fastdg.{inner}(fastdg.{name}(optimizer, ...), ...)"
+        advice = f"{inner} is an algorithm and goes around the terms"
+        shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...), ...)"
     else:
-        advice = "two algorithms do not nest, since each makes the one gradient to step along; "
-        shown = f"give {name} the optimizer inside"
+        advice = "two algorithms do not nest, since each computes the gradient of the step"
+        shown = f"Pass the optimizer inside to {name}"
     what = f"another {inner}" if name == inner else inner
-    raise TypeError(f"base: {name} cannot go around {what}: {advice}{shown}")
+    raise TypeError(f"base: {name} cannot go around {what}: {advice}. {shown}.")
 
 
 def collect_penalties(
@@ -92,13 +92,14 @@ def collect_penalties(
     name: str,
     own: Sequence[str] = (),
 ) -> PenaltyOutput | None:
-    """What ``terms`` add to these losses; each is handed those of the inputs that it takes.
+    """Sum the penalties of ``terms``; each term gets the inputs that it takes.
 
     Args:
-        name: of the algorithm, which takes the inputs ``own`` itself.
+        name: name of the algorithm.
+        own: inputs that the algorithm takes itself.
 
     Raises:
-        TypeError: nobody takes one of the inputs, or one that a term needs is missing.
+        TypeError: neither the algorithm nor a term takes an input, or a needed input is missing.
     """
     takes = {key: type(term).__name__ for term in terms for key in term.inputs()}
     takes |= dict.fromkeys(own, name)
@@ -107,8 +108,8 @@ def collect_penalties(
             near = nearest(key, takes)
             known = ", ".join(f"{key}= ({of})" for key, of in takes.items()) or "none"
             raise TypeError(
-                f"{key}: {name}.backward has no such input; "
-                + (f"did you mean {near}=?" if near else f"known are {known}")
+                f"{key}: {name}.backward has no such input. "
+                + (f"Did you mean {near}=?" if near else f"It takes {known}.")
             )
     found = [term.added(losses, inputs) for term in terms]
     if not found:
@@ -119,7 +120,7 @@ def collect_penalties(
 
 
 def term_statistics(added: PenaltyOutput) -> TermStatistics:
-    """What to keep for the statistics once the graph is gone."""
+    """Detach the statistics of a micro-batch's penalties."""
     values = added.values.detach()
     return len(values), values.mean(), added.statistics
 
@@ -127,8 +128,10 @@ def term_statistics(added: PenaltyOutput) -> TermStatistics:
 def merged(
     parts: Sequence[TermStatistics], statistics: Mapping[str, Tensor], whole: GlobalBatch
 ) -> dict[str, Tensor]:
-    """An algorithm's statistics and the terms', of all micro-batches; their means are in the
-    objective."""
+    """Merge an algorithm's statistics with the terms' of all micro-batches.
+
+    The objective includes the terms' means.
+    """
     if not parts:
         return dict(statistics)
     shares = [count / whole.samples for count, _, _ in parts]

@@ -1,4 +1,4 @@
-"""Tell a user whose steps see one domain each that the algorithm changes nothing."""
+"""Warn if the steps see one domain each, so that an algorithm is plain training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ LATER = 100  # such steps in a row in a run that has also seen several domains i
 
 
 class OneDomain:
-    """Which domains the steps of an algorithm see that compares domains.
+    """Watches the domains in the steps of an algorithm that compares domains.
 
-    With one domain in a step its penalty is 0 and nothing conflicts: the step is one of plain
-    training. Two habits lead there: batches of one domain each, and a ``backward`` for each domain
-    without ``final=False``. A step of one domain now and then (a small or ragged batch) is no
-    habit.
+    With one domain in a step the penalty is 0 and no gradients conflict: the step is plain
+    training. Two mistakes lead there: batches of one domain each, and a ``backward`` for each
+    domain without ``final=False``. An occasional step of one domain (a small or ragged batch) is
+    no mistake.
     """
 
     def __init__(self) -> None:
         self.row, self.mixed, self.told = 0, False, False
-        self.calls: list[int] = []  # the one domain of each `backward` since the last step
+        self.calls: list[int] = []  # domain of each `backward` since the last step
         self.waiting: deque[tuple[Tensor, Any, bool]] = deque()
 
     def watch(self, opt: Any, again: bool, stacklevel: int = 3) -> None:
-        """Look at a final `backward`, and warn its caller, once.
+        """Count the domains of a final `backward`, and warn its caller once.
 
-        Counts on another device than the CPU are looked at by a later call, once their copies are
-        there: nothing waits.
+        A later call reads counts on another device than the CPU, when their copies have arrived:
+        nothing waits.
 
         Args:
-            opt: the wrapper whose it was.
-            again: whether ``.grad`` held the gradient of an earlier one for the same step.
+            opt: wrapper of the `backward`.
+            again: whether ``.grad`` held the gradient of an earlier `backward` of the same step.
             stacklevel: of the caller of `backward`, from here.
         """
         wanted = opt.compares and opt.num_domains != 1 and getattr(opt, "penalty_weight", 1) > 0
@@ -63,27 +63,27 @@ class OneDomain:
             return None
         if not again:
             self.row, self.calls = self.row + 1, []
-        elif not self.calls:  # after one of several domains in the same step
+        elif not self.calls:  # an earlier backward of this step saw several domains
             return None
         self.calls += domains
         if not self.mixed and len(set(self.calls)) > 1:
             return (
-                f"but the {len(self.calls)} backward calls of this one saw one domain each, got "
+                f"but the {len(self.calls)} backward calls of this step saw one domain each, got "
                 f"domains {', '.join(map(str, self.calls))}. Their sum is the gradient of plain "
-                "training. Pass final=False to all backward calls of a step but the last, or mix "
-                "the domains in each batch."
+                "training. Pass final=False to all backward calls of a step except the last, or "
+                "mix the domains in each batch."
             )
         if self.row >= (LATER if self.mixed else FIRST):
             return (
-                f"but {self.row} of the last {self.row} steps saw one domain only, and were plain "
+                f"but each of the last {self.row} steps saw one domain only and was plain "
                 "training. Mix the domains in each batch, or run a batch of each domain in every "
-                "step, with backward(losses, domains, final=False) for all but the last."
+                "step, with backward(losses, domains, final=False) for all except the last."
             )
         return None
 
 
 def _copied(count: Tensor) -> tuple[Tensor, Any]:
-    """``count`` on the CPU, and the event after which it is there; None: it is there now."""
+    """Copy ``count`` to the CPU; return the copy, and the event of its arrival or None."""
     if readable(count):
         return count.clone(), None
     copy = count.to("cpu", non_blocking=True)

@@ -1,4 +1,4 @@
-"""Running the user's code a second time, from where it ran the first time."""
+"""Run the user's code a second time, with the same random numbers and buffers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from ..statistics.random_state import random_state, restore
+from ..statistics.random_state import random_state
+from ..statistics.random_state import restore as restore_random
 
 
-class Start:
-    """The random numbers and the buffers of modules as they are when this is made.
+class RngAndBuffers:
+    """Snapshot of the random states and of module buffers.
 
     Args:
-        device: of the model; its generator and the CPU's are put back.
+        device: device of the model; its generator and the CPU's are restored.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,8 +26,8 @@ class Start:
         self.buffers: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """The buffers of every module that runs inside are noted before it runs."""
+    def recording(self) -> Iterator[None]:
+        """Save the buffers of every module that runs inside, before it runs."""
         handle = torch_module.register_module_forward_pre_hook(self._note)
         try:
             yield
@@ -40,9 +41,9 @@ class Start:
                 self.buffers[key] = module, buffer, buffer.clone()
 
     @torch.no_grad()
-    def again(self) -> None:
-        """Put everything back."""
-        restore(self.random, self.device)
+    def restore(self) -> None:
+        """Restore the random states and the buffers."""
+        restore_random(self.random, self.device)
         for (_, name), (module, buffer, value) in self.buffers.items():
             buffer.copy_(value)
-            module._buffers[name] = buffer  # some modules make themselves new ones
+            module._buffers[name] = buffer  # some modules replace theirs

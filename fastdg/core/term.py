@@ -1,4 +1,4 @@
-"""Common base of the wrappers that add something to every sample's loss."""
+"""Base of the wrappers that add a penalty to every sample's loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Term(DomainOptimizer):
     r"""Base of wrappers that add a term :math:`r_i` to each sample's loss:
     ``objective = mean of the losses + mean of the terms``.
 
-    Alone it makes one plain backward of that. Any algorithm, and any other term, may go around it
-    (``fastdg.Fishr(fastdg.MIRO(optimizer, model))``). Still there is one backward: the outermost
-    wrapper asks every term in the chain for its :math:`r_i`. Algorithms that combine the domains'
-    gradients see losses with their terms; those that penalise something of the losses see the
-    losses alone, and the terms' mean joins the objective.
+    Alone it runs one plain backward of this objective. Any algorithm, and any other term, may go
+    around it (``fastdg.Fishr(fastdg.MIRO(optimizer, model))``). There is still one backward: the
+    outermost wrapper collects :math:`r_i` of every term in the chain. Algorithms that combine the
+    domains' gradients use the losses with their terms; algorithms with a penalty use the losses
+    alone, and the terms' mean joins the objective.
 
     A term implements `sample_penalty`. The user passes its keyword arguments to `backward` of the
-    outermost wrapper, by the same names; an argument without a default is needed.
+    outermost wrapper, by the same names; an argument without a default is required.
     """
 
     role = "term"
@@ -38,60 +38,65 @@ class Term(DomainOptimizer):
     def sample_penalty(
         self, losses: Tensor, *args: Any, **inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The penalty of each sample ``[N]``, times its weight and with its graph, and statistics
-        that are means over the samples, detached."""
+        """Return the penalty of each sample and statistics.
+
+        The penalty ``[N]`` is multiplied by its weight and has a graph; statistics are means over
+        the samples, detached.
+        """
 
     def weighted(
         self, parts: Mapping[str, tuple[float, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of weight times values ``[N]``, and the mean of the values by name.
+        """Return the sum of weight times values ``[N]``, and the mean of the values by name.
 
-        Values of weight 0 stay out, as 0 * inf is NaN.
+        Values of weight 0 are skipped, as 0 * inf is NaN.
         """
         found = [weight * values for weight, values in parts.values() if weight > 0]
         (_, first), *_ = parts.values()
         total = sum(found[1:], found[0]) if found else torch.zeros_like(first)
-        if not total.requires_grad:  # where all it depends on is frozen; a backward starts here
+        if not total.requires_grad:  # all its inputs are frozen, but a backward starts here
             total.requires_grad_()
         names = {f"{self.prefix}_{key}": values for key, (_, values) in parts.items()}
         return total, {name: values.detach().mean() for name, values in names.items()}
 
     def modules(self) -> Sequence[nn.Module]:
-        """The modules that own the term's parameters, if it has any."""
+        """Return the modules that own the term's parameters."""
         return ()
 
     def inputs(self) -> dict[str, bool]:
-        """Name of each further input of `backward` that this term takes -> whether it needs it."""
+        """Return the further inputs of `backward`: name -> whether this term requires it."""
         kinds = inspect.Parameter.KEYWORD_ONLY
         parameters = inspect.signature(self.sample_penalty).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is kinds}
 
     def added(self, losses: Tensor, inputs: Mapping[str, Any]) -> PenaltyOutput:
-        """The penalties of ``losses``, checked."""
+        """Compute the penalties of ``losses``, and check them."""
         takes, name = self.inputs(), type(self).__name__
         missing = [key for key, needed in takes.items() if needed and inputs.get(key) is None]
         if missing:
             more = ", ".join(f"{key}={key}" for key in missing)
             raise TypeError(
-                f"{name} needs {' and '.join(missing)}: opt.backward(losses, domains, {more})"
+                f"{missing[0]}: {name} needs {' and '.join(missing)}, got none. Call "
+                f"opt.backward(losses, domains, {more})."
             )
         own = {key: value for key, value in inputs.items() if key in takes}
         values, statistics = self.sample_penalty(losses, **own)
         if values.shape != losses.shape:
             raise ValueError(
-                f"losses: there are {len(losses)}, but the forward that they come from had "
-                f"{len(values)} samples for {name}; pass one loss for each sample of the forward"
+                f"losses: {name} saw {len(values)} samples in the forward, got {len(losses)} "
+                "losses. Pass one loss for each sample of the forward."
             )
         return PenaltyOutput(values, statistics)
 
 
 class VarianceTerm(Term):
-    """A term with variances of its own, one for each channel of some layers. The wrapped optimizer
-    trains them in a group that this adds: with the settings of the first, and ``lr_multiplier``
-    times its learning rate.
+    """A term with trained variances, one for each channel of some layers.
 
-    They get their sizes in the first forward, by when a loaded state may have given them values;
-    so they are kept as state, too.
+    The wrapped optimizer trains them in an added group, with the settings of the first group and
+    ``lr_multiplier`` times its learning rate.
+
+    The first forward gives them their sizes. A state may be loaded before, so they are saved as
+    state too.
     """
 
     lr_multiplier: float
@@ -108,15 +113,17 @@ class VarianceTerm(Term):
 
     @property
     def biases(self) -> dict[str, Tensor]:
-        """Layer -> the parameter of its encoder; empty before the first forward."""
+        """Layer -> parameter of its encoder; empty before the first forward."""
         return {name: encoder.bias for name, encoder in self._encoders.items()}
 
     def modules(self) -> list[nn.Module]:
         return list(self._encoders.values())
 
     def _join(self, marks: Mapping[str, Any], more: Mapping[str, Any]) -> None:
-        """Find the group with the entries ``marks`` and take its parameters; or give the optimizer
-        a group with them and the entries ``more``."""
+        """Take the parameters of the group with the entries ``marks``, or add such a group.
+
+        A new group also gets the entries ``more``.
+        """
         marks = {f"{self.prefix}_{key}": value for key, value in marks.items()}
         name, first, biases = type(self).__name__, self.param_groups[0], self.biases
         for group in self.param_groups:
@@ -126,8 +133,8 @@ class VarianceTerm(Term):
                 return
         if any("initial_lr" in group for group in self.param_groups):
             raise ValueError(
-                "base: a scheduler was made for it, and would not know the parameter group that "
-                f"{name} adds; make the scheduler after the wrapper"
+                "base: it has a scheduler already, which would miss the parameter group that "
+                f"{name} adds. Create the scheduler after the wrapper."
             )
         group = {key: value for key, value in first.items() if key in self.defaults}
         if "lr" in first:
@@ -138,7 +145,7 @@ class VarianceTerm(Term):
         self.base.add_param_group({**group, "params": params, **marks, **own})
 
     def _own_group(self) -> int:
-        """Place of the variances' group among the groups."""
+        """Return the index of the variances' group."""
         own = {id(bias) for bias in self.biases.values()}
         return next(i for i, g in enumerate(self.param_groups) if own & set(map(id, g["params"])))
 
@@ -160,7 +167,7 @@ class VarianceTerm(Term):
         own = self._own_group()
         part = own_part(state_dict, self.param_groups)
         groups = list(part["param_groups"])
-        if len(groups) == len(self.param_groups) - 1:  # of the optimizer inside, without the term
+        if len(groups) == len(self.param_groups) - 1:  # saved by the optimizer without the term
             ids = [f"{self.prefix}.{name}" for name in self.biases]
             groups.insert(own, {**self.param_groups[own], "params": ids})
             state_dict = with_part(state_dict, {**part, "param_groups": groups})
@@ -179,5 +186,5 @@ class VarianceTerm(Term):
 
     def _follow(self) -> None:
         super()._follow()
-        self.bias.clear()  # of a copy they would share no memory
+        self.bias.clear()  # in a copy, state and parameters would not share memory
         self._remember()

@@ -74,8 +74,8 @@ def test_final_is_forgotten(name: str, num_domains: int | None) -> None:
         loop.opt.step()
     assert loop.texts == [
         f"domains: {name.split(',')[0]} compares the domains of a step, but the 2 backward calls "
-        "of this one saw one domain each, got domains 0, 1. Their sum is the gradient of plain "
-        "training. Pass final=False to all backward calls of a step but the last, or mix the "
+        "of this step saw one domain each, got domains 0, 1. Their sum is the gradient of plain "
+        "training. Pass final=False to all backward calls of a step except the last, or mix the "
         "domains in each batch."
     ]
     assert loop.said[0].filename == __file__
@@ -89,10 +89,10 @@ def test_batches_of_one_domain(name: str, num_domains: int | None) -> None:
         assert len(loop.said) == (step >= one_domain.FIRST)
         loop.step(step % 3, step % 3)
     assert loop.texts == [
-        f"domains: {name.split(',')[0]} compares the domains of a step, but 20 of the last 20 "
-        "steps saw one domain only, and were plain training. Mix the domains in each batch, or "
+        f"domains: {name.split(',')[0]} compares the domains of a step, but each of the last 20 "
+        "steps saw one domain only and was plain training. Mix the domains in each batch, or "
         "run a batch of each domain in every step, with backward(losses, domains, final=False) "
-        "for all but the last."
+        "for all except the last."
     ]
 
 
@@ -157,7 +157,7 @@ def test_a_long_row_after_mixed_batches() -> None:
         loop.step(1, 1)
     assert not loop.texts
     loop.step(1, 1)
-    assert "but 100 of the last 100 steps saw one domain only" in loop.texts[0]
+    assert "but each of the last 100 steps saw one domain only" in loop.texts[0]
     for _ in range(one_domain.LATER):
         loop.step(0, 0)
     assert len(loop.texts) == 1  # once
@@ -233,5 +233,5 @@ def test_compiled_steps_are_seen() -> None:
             backward(torch.randn(2, 4), domains=torch.full((2,), step % 3))
             opt.step()
     (warning,) = (w for w in said if "compares" in str(w.message))
-    assert "of the last 20 steps saw one domain only" in str(warning.message)
+    assert "each of the last 20 steps saw one domain only" in str(warning.message)
     assert warning.filename == __file__

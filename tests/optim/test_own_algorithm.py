@@ -270,7 +270,7 @@ def test_gradients_are_used_up_once(asked: str) -> None:
 
     model, losses, domains = model_and_losses()
     opt = Own(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(RuntimeError, match="combine: asked for"):
+    with pytest.raises(RuntimeError, match=r"^combine: "):
         opt.backward(losses, domains)
 
 

@@ -487,7 +487,7 @@ def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: s
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"labels": None}, TypeError, "^RISE needs labels: "),
+        ({"labels": None}, TypeError, "^labels: RISE needs"),
         ({"labels": torch.zeros(N)}, TypeError, "^labels: .*got torch.float32"),
         ({"labels": torch.zeros(N, 1).long()}, ValueError, "^labels: "),
         ({"labels": torch.full((N,), C)}, ValueError,

@@ -233,7 +233,7 @@ def test_weightings_see_the_domains_of_the_batch() -> None:
     ],
 )
 def test_bad_weightings(weighting: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"weighting: expected it to return {message}"):
+    with pytest.raises(error, match=f"weighting: it must return {message}"):
         surgery(fastdg.GramSurgery, torch.randn(2, 3), weighting=weighting)
 
 

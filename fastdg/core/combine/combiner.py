@@ -1,4 +1,4 @@
-"""Algorithms that make one gradient of the domains' own."""
+"""Algorithms that combine the domains' gradients into one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from .gathering import (
     to_device_async,
 )
 
-Combined = dict[Tensor, Tensor]  # parameter -> the gradient to step along
+Combined = dict[Tensor, Tensor]  # parameter -> gradient of the step
 
 
 class Agreed(NamedTuple):
-    """The domains' gradients combined where their signs agree.
+    """Sum of the domains' gradients where their signs agree.
 
     Attributes:
-        combined: weighted sum times the mask, of each parameter.
-        mean: mean of the mask over each of them, ``[P]``.
-        size: mean of ``combined.abs()`` over all entries that agree, 0-dim; 0 where none does.
+        combined: weighted sum times the mask, for each parameter.
+        mean: mean of the mask for each parameter ``[P]``.
+        size: mean of ``combined.abs()`` over all entries that agree, 0-dim; 0 if none does.
     """
 
     combined: Combined
@@ -44,16 +44,16 @@ class Agreed(NamedTuple):
 
 
 class DomainGradients:
-    """The gradient of each domain's mean loss, of all parameters; never all in memory at once.
+    """Gradient of each domain's mean loss, for all parameters; never all in memory at once.
 
     Args:
-        source: where they come from.
-        names: of the optimizer's parameters, in its order.
-        sizes: parameters, and a tensor to look like -> their ``numel``.
+        source: computes the gradients.
+        names: names of the optimizer's parameters, in its order.
+        sizes: parameters, and a tensor with the wanted dtype and device -> their ``numel``.
 
     Attributes:
-        count: samples of each of the E domains ``[E]``: of those that have samples, where that is
-            known without a wait, else of all D.
+        count: samples of each of the E domains ``[E]``. These are the domains with samples if the
+            CPU knows them without a wait, else all D.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class DomainGradients:
         self.count, self.ids, self.extent = source.count, source.ids, source.extent
         self.statistics: dict[str, Tensor] = {}
         self._gram: Tensor | None = None
-        self._used = ""  # what has freed the gradients, or the graph that makes them
+        self._used = ""  # name of the method that has freed the gradients or their graph
 
     @property
     def several(self) -> Tensor:
@@ -74,31 +74,31 @@ class DomainGradients:
         return self.source.several
 
     def domain_weights(self, reduction: str) -> Tensor:
-        """Weights of the domains that have samples in their ``"mean"`` or ``"sum"``, ``[E]``."""
+        """Return weights ``[E]`` of a ``"mean"`` or ``"sum"`` over the domains with samples."""
         return self.source.weights(reduction)
 
     def _use(self, name: str) -> None:
         if self._used:
             raise RuntimeError(
-                f"combine: asked for {name}() after {self._used}(), which has used the gradients "
-                "up. Ask for gram() and one weighted_sum(), or for one agreement()."
+                f"combine: {name}() was called after {self._used}(), which frees the gradients. "
+                "Call gram() and one weighted_sum(), or one agreement()."
             )
 
     def gram(self) -> Tensor:
-        """Inner products over all parameters ``[E, E]``."""
+        """Compute inner products over all parameters ``[E, E]``."""
         if self._gram is None:
             self._use("gram")
             self._gram = self.source.gram()
         return self._gram
 
     def weighted_sum(self, weights: Tensor) -> Combined:
-        """The sum of the domains' gradients times ``weights`` ``[E]``; once."""
+        """Sum the domains' gradients times ``weights`` ``[E]``; may be called once."""
         self._use("weighted_sum")
         gram, scatter = self.gram(), self.source.scatter_rows
         self._used = "weighted_sum"
         norm = gram.diagonal().sqrt()
         place = torch.arange(len(gram), device=gram.device)
-        pairs = place.unsqueeze(1) < place  # triu would wake torch's threads for a few numbers
+        pairs = place.unsqueeze(1) < place  # triu would start torch's threads for a few numbers
 
         def matrix(values: Tensor, fill: float) -> Tensor:
             return scatter(scatter(values, fill).t(), fill).t()
@@ -114,7 +114,10 @@ class DomainGradients:
     def agreement(
         self, reduction: str, threshold: float = 1.0, steepness: float = torch.inf
     ) -> Agreed:
-        """`fastdg.ops.agreement` of all parameters; once. One domain alone agrees with itself."""
+        """Apply `fastdg.ops.agreement` to all parameters; may be called once.
+
+        The gradient of one domain alone agrees everywhere.
+        """
         self._used = self._used or ("gram" if self._gram is not None else "")
         self._use("agreement")
         self._used = "agreement"
@@ -137,35 +140,35 @@ class DomainGradients:
         return Agreed({p: found[p].combined for p in order}, mean, size)
 
     def log(self, **statistics: Tensor) -> None:
-        """Add to ``opt.statistics``."""
+        """Add values to ``opt.statistics``."""
         self.statistics.update(statistics)
 
 
 class GradientCombiner(DomainOptimizer):
-    r"""Base of the algorithms that make one gradient of the domains' own,
-    :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of all parameters of the optimizer.
+    r"""Base of the algorithms that combine the domains' gradients
+    :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i` of all parameters of the optimizer into one.
 
-    A mixed batch takes one backward. With ``final=False`` the gradients of a micro-batch are taken
-    at once and its graph is freed; the final call merges all of them, weighted by the number of
-    samples. A micro-batch of one domain alone costs one ordinary backward, whatever its samples do
-    with each other; batch norm in training mode has the domain's own statistics there. Ids on the
-    CPU tell what is alone without a wait.
+    A mixed batch takes one backward. With ``final=False`` the gradients of a micro-batch are
+    computed at once and its graph is freed; the final call merges all gradients, weighted by the
+    number of samples. A micro-batch of one domain costs one ordinary backward, even if the model
+    mixes its samples; batch norm in training mode then uses the domain's own statistics. With ids
+    on the CPU, such a micro-batch is found without a wait.
 
     A parameter has a gradient of zeros in a domain that does not use it, and none if no domain
-    does. Hooks of parameters see the gradient that the algorithm has made. What requires a
-    gradient but is not the optimizer's gets that of the mean loss.
+    uses it. Hooks of parameters get the combined gradient. Tensors that require a gradient but are
+    not in the optimizer get the gradient of the mean loss.
 
     Args:
-        base: the optimizer to wrap.
-        num_domains: number of training domains D; default: as many as the batch has.
-        model: its parameters' names are those of messages.
+        base: optimizer to wrap.
+        num_domains: number of training domains D; default: the domains of the batch.
+        model: gives parameters their names in messages.
         check: has no effect any more.
     """
 
     compares, penalises = True, False
     _way_out = (
         "run the model on each domain by itself, with backward(losses, domains, final=False) for "
-        "all but the last; or freeze these parameters"
+        "all except the last, or freeze these parameters"
     )
     _transient = (*DomainOptimizer._transient, "_measured")
 
@@ -180,7 +183,7 @@ class GradientCombiner(DomainOptimizer):
 
     @abstractmethod
     def combine(self, gradients: DomainGradients) -> Combined:
-        """The gradient to step along."""
+        """Return the gradient of the step: parameter -> gradient."""
 
     def _batch(
         self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any
@@ -198,7 +201,7 @@ class GradientCombiner(DomainOptimizer):
             resolved = self._tape.resolve(total, warn=False)
             if not resolved.slow:
                 return made(parts, resolved, list(range(extent)))
-            # One wait for the device, and it may turn out to be one domain's forward
+            # One wait for the device: all samples may belong to one domain
         present, rows = torch.unique(domains.detach().long(), return_inverse=True)
         ids: list[int] = present.tolist()
         if len(ids) < extent:
@@ -256,7 +259,7 @@ class GradientCombiner(DomainOptimizer):
         return loss
 
     def _sizes(self, order: list[Tensor], like: Tensor) -> Tensor:
-        """``numel`` of each parameter; the same tensor as long as they are the same."""
+        """Return ``numel`` of each parameter; cached for the same parameters."""
         before, sizes = self._measured
         same = len(before) == len(order) and all(p is q for p, q in zip(before, order, strict=True))
         if not same or (sizes.dtype, sizes.device) != (like.dtype, like.device):
@@ -267,9 +270,9 @@ class GradientCombiner(DomainOptimizer):
 
 
 def check_combined(combined: Any, names: Mapping[Tensor, str], name: str) -> None:
-    """Raise unless an algorithm has returned gradients of the optimizer's parameters."""
-    expected = f"combine: {name}.combine has to return parameter -> gradient, got "
-    advice = ". Return gradients.weighted_sum(weights) or gradients.agreement(...), one of them."
+    """Raise TypeError unless ``combined`` has gradients of the optimizer's parameters."""
+    expected = f"combine: {name}.combine must return parameter -> gradient, got "
+    advice = ". Return gradients.weighted_sum(weights) or gradients.agreement(...).combined."
     if not isinstance(combined, dict) or not combined:
         got = "nothing" if isinstance(combined, dict) else type(combined).__name__
         raise TypeError(f"{expected}{got}{advice}")
@@ -279,6 +282,6 @@ def check_combined(combined: Any, names: Mapping[Tensor, str], name: str) -> Non
         if not isinstance(grad, Tensor) or grad.shape not in (p.shape, local(p).shape):
             got = f"shape {tuple(grad.shape)}" if isinstance(grad, Tensor) else type(grad).__name__
             raise TypeError(
-                f"combine: {name}.combine has to return a gradient of shape {tuple(p.shape)} for "
+                f"combine: {name}.combine must return a gradient of shape {tuple(p.shape)} for "
                 f"{names[p]}, got {got}{advice}"
             )

@@ -1,4 +1,4 @@
-"""The domains' gradients of all ranks, exchanged while the backward goes on."""
+"""Exchange the domains' gradients between ranks during the backward."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ...factors import Agreement
 from ...statistics.moments import pad_rows
 from .gathering import AccumulatedGradients, Gradients, SingleBackward, to_device_async
 
-FLYING = 2  # buckets on their way at a time; more would only take memory
+FLYING = 2  # buckets in transfer at a time; more would only take memory
 
 
 class DistributedGradients(Gradients):
     """The domains' gradients of all ranks.
 
     Args:
-        own: those of this rank.
-        whole: the batch of all ranks.
-        parameters: all that the optimizer has, in its order.
+        own: gradients of this rank.
+        whole: batch of all ranks.
+        parameters: all parameters of the optimizer, in its order.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class DistributedGradients(Gradients):
         self.parameters = [p for p in parameters if p.requires_grad]
 
     def _exchange(self, finish: Callable[[Bucket, list[Tensor]], None]) -> set[Tensor]:
-        """Run the backward, and hand on each bucket's sums, of every domain in `ids`.
+        """Run the backward, and call ``finish`` with each bucket's sum for every domain in `ids`.
 
-        An error of this rank's backward is kept for `_refuse`: until then it goes on with zeros,
-        since the others wait for what it sends.
+        An error in this rank's backward is kept for `_refuse`: until then this rank sends zeros,
+        since other ranks wait for its buckets.
 
         Returns:
             The parameters that this rank's forward used.
@@ -70,7 +70,7 @@ class DistributedGradients(Gradients):
             finish(bucket, [sums[d] for d in self.ids])
 
         def go() -> None:
-            """All ranks send the buckets in the same order."""
+            """Send complete buckets, in the same order on all ranks."""
             while waiting and not waiting[0].missing:
                 flying.append(waiting.popleft())
                 flying[-1].send(self.domains)
@@ -98,12 +98,12 @@ class DistributedGradients(Gradients):
         return used
 
     def _failed(self, like: Tensor) -> Tensor:
-        """Whether this rank's backward has failed, ``[W]``, to be added up over the ranks."""
+        """Return a one ``[W]`` at this rank if its backward has failed, to sum over the ranks."""
         ranks = torch.arange(self.ranks.size, device=like.device)
         return (ranks == self.ranks.rank).to(like.dtype) * (self.failure is not None)
 
     def _refuse(self, failed: Tensor) -> None:
-        """Raise if the backward of some rank has failed; else all know that none has."""
+        """Raise on all ranks if the backward of a rank has failed."""
         if self.failure is not None:
             raise self.failure
         if places := failed.nonzero().flatten().tolist():
@@ -111,7 +111,7 @@ class DistributedGradients(Gradients):
         self.rest = self.whole.sum_parameter_grads(self.own.rest)
 
     def _buckets(self) -> list[Bucket]:
-        """In the order of a backward, as far as it is that of the parameters, backwards."""
+        """Group the parameters into buckets, in reverse order, as a backward reaches them."""
         alike: dict[tuple[torch.dtype, torch.device, bool], list[list[Tensor]]] = {}
         for p in reversed(self.parameters):
             runs = alike.setdefault((_dtype(p), p.device, sharded(p)), [[]])
@@ -166,14 +166,14 @@ class DistributedGradients(Gradients):
 
 
 class _Returned:
-    """Combined pieces on their way to all ranks; those of sharded parameters stay."""
+    """Combined pieces in transfer to all ranks; pieces of sharded parameters stay."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.made = ranks, dict[Tensor, Tensor]()
         self.flying: list[tuple[Bucket, Tensor, list[Any]]] = []
 
     def send(self, bucket: Bucket, pieces: Sequence[Tensor]) -> None:
-        """Give all ranks this one's piece of a bucket, which comes in several."""
+        """Send this rank's piece of a bucket, in several tensors, to all ranks."""
         mine = self.ranks.rank
         if bucket.sharded:
             piece = torch.cat(tuple(pieces))
@@ -188,17 +188,17 @@ class _Returned:
         self.flying.append((bucket, received, works))
 
     def all(self) -> dict[Tensor, Tensor]:
-        """Wait for them: parameter -> the combined gradient, or this rank's part of it."""
+        """Wait for all pieces; return parameter -> combined gradient, or this rank's shard."""
         for bucket, received, works in self.flying:
             self.ranks.wait(*works)
             sizes = [p.numel() for p in bucket.parameters]
             parts = received[: sum(sizes)].split(sizes)
             for p, part in zip(bucket.parameters, parts, strict=True):
-                # A small gradient that is kept shall not keep those of the whole bucket
+                # A kept small gradient must not keep the memory of the whole bucket
                 self.made[p] = (part if len(parts) == 1 else part.clone()).view(p.shape)
         return self.made
 
 
 def _dtype(p: Tensor) -> torch.dtype:
-    """What its statistics are computed in."""
+    """Return the dtype of the statistics of ``p``."""
     return torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The domains' gradients of all parameters: of one mixed batch, or of several micro-batches."""
+"""Compute the domains' gradients of all parameters, from one mixed batch or micro-batches."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 @dataclass
 class DomainBatch(Batch):
-    """A micro-batch whose partition is of the domains ``ids`` alone.
+    """A micro-batch whose partition has the domains ``ids`` alone.
 
     Attributes:
-        total: losses with what terms add to them ``[N]``; the gradient is of these.
-        ids: the domains that have samples, where that is known without a wait; else all.
+        total: losses with the terms added ``[N]``, whose gradient is computed.
+        ids: domains with samples if known without a wait, else all.
         extent: D.
     """
 
@@ -38,7 +38,7 @@ class DomainBatch(Batch):
 
     @property
     def alone(self) -> bool:
-        """Whether all samples are known to be of one domain, so that autograd has its gradient."""
+        """Whether all samples are known to be of one domain: autograd computes its gradient."""
         return len(self.ids) == 1
 
 
@@ -46,13 +46,13 @@ class Gradients(ABC):
     r"""The domains' gradients :math:`g_d = \frac1{n_d}\sum_{i\in d}\nabla\ell_i`, of E domains.
 
     Attributes:
-        ids: the E domains; all D where it is not known which of them have samples.
+        ids: the E domains; all D if it is not known which of them have samples.
         extent: D.
-        count: samples of each, ``[E]``.
-        losses: sum of each one's losses, ``[E]``.
+        count: samples of each domain ``[E]``.
+        losses: sum of losses of each domain ``[E]``.
         samples: number of all samples.
-        rest: tensor that the optimizer does not have -> gradient of the sum of all losses.
-        sparse: parameters whose gradient autograd would make sparse.
+        rest: tensor outside the optimizer -> gradient of the sum of all losses.
+        sparse: parameters whose autograd gradient is sparse.
     """
 
     ids: list[int]
@@ -67,33 +67,33 @@ class Gradients(ABC):
     def agreement(
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
-        """Parameter -> its gradients combined where their signs agree. Once, this or `gram`."""
+        """Combine gradients where their signs agree; may be called once, instead of `gram`."""
 
     @abstractmethod
     def gram(self) -> Tensor:
-        """Their inner products, over all parameters, ``[E, E]``."""
+        """Compute inner products over all parameters ``[E, E]``."""
 
     @abstractmethod
     def combined(self, weights: Tensor) -> dict[Tensor, Tensor]:
-        """Parameter -> the sum of its gradients, times ``weights`` ``[E]``; once, after `gram`."""
+        """Sum gradients times ``weights`` ``[E]``; may be called once, after `gram`."""
 
     @property
     def several(self) -> Tensor:
-        """Whether more than one has samples, 0-dim bool."""
+        """Whether more than one domain has samples, 0-dim bool."""
         return (self.count > 0).sum() > 1
 
     def weights(self, reduction: str) -> Tensor:
-        """Of a mean, or a sum, over the domains that have samples, ``[E]``."""
+        """Return weights ``[E]`` of a mean or a sum over the domains with samples."""
         ones = (self.count > 0).to(self.losses.dtype)
         return ones / ones.sum().clamp(min=1) if reduction == "mean" else ones
 
     def scatter_rows(self, values: Tensor, fill: float) -> Tensor:
-        """``values [E, *]`` in their places among all domains, ``[D, *]``."""
+        """Scatter ``values [E, *]`` to their places among all domains ``[D, *]``."""
         return scatter_rows(values, self.ids, self.extent, fill)
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, which the CPU does not wait for."""
+    """Copy ``tensor`` to ``device`` without a wait of the CPU."""
     if tensor.device == device:
         return tensor
     if tensor.device.type == "cpu":
@@ -102,7 +102,7 @@ def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def scatter_rows(values: Tensor, places: Sequence[int], extent: int, fill: float) -> Tensor:
-    """``values [E, *]`` in their places of ``[extent, *]``, ``fill`` in the others."""
+    """Scatter ``values [E, *]`` to ``places`` of ``[extent, *]``; ``fill`` the others."""
     if len(places) == extent:
         return values
     every = values.new_full((extent, *values.shape[1:]), fill)
@@ -111,15 +111,15 @@ def scatter_rows(values: Tensor, places: Sequence[int], extent: int, fill: float
 
 
 class Own(Gradients):
-    """Of the samples of this process alone."""
+    """Gradients of this process's samples alone."""
 
     @abstractmethod
     def rows(self) -> dict[Tensor, list[Tensor]]:
-        """Parameter -> its E gradients."""
+        """Return the E gradients of each parameter."""
 
     @abstractmethod
     def feed(self, take: Callable[[Tensor, Sequence[Tensor]], None]) -> None:
-        """Hand on each parameter and its E gradients, the moment they are there."""
+        """Call ``take`` with each parameter and its E gradients, as soon as they are computed."""
 
     def gram(self) -> Tensor:
         self._groups = list(by_dtype(self.rows()))
@@ -135,7 +135,7 @@ class Own(Gradients):
 
 
 class SingleBackward(Own):
-    """Of one mixed batch, from one backward that runs when they are asked for."""
+    """Gradients of one mixed batch, from one backward that runs when they are requested."""
 
     def __init__(self, batch: DomainBatch) -> None:
         self.batch = batch
@@ -151,7 +151,7 @@ class SingleBackward(Own):
 
         def rows(p: Tensor, factor: PerSampleGrad) -> list[Tensor]:
             if small.takes(p, factor):
-                return []  # for its place among the parameters
+                return []  # keeps its place among the parameters
             return list(factor.domain(parts).unbind())
 
         return self._each(rows) | _rows(small)
@@ -174,12 +174,12 @@ class SingleBackward(Own):
         return made | _agreements(_rows(small), weights, threshold, steepness)
 
     def _small(self) -> Small[Tensor]:
-        """For the means of small parameters, many in one call: each call wakes torch's threads
-        several times, and waits for them where other processes keep the cores busy."""
+        """Batch the means of small parameters: each call starts torch's threads several times,
+        and waits for them if other processes keep the cores busy."""
         return Small(self.batch.partition, variance=False)
 
     def _each(self, compute: Callable[[Tensor, PerSampleGrad], T]) -> dict[Tensor, T]:
-        """What is computed of each parameter's gradients the moment they are there."""
+        """Run the backward, and ``compute`` each parameter's result as soon as possible."""
         chosen, rest = self.batch.resolved.chosen, self.batch.resolved.other_leaves
         made: dict[Tensor, T] = {}
 
@@ -194,12 +194,12 @@ class SingleBackward(Own):
 
 
 class AccumulatedGradients(Own):
-    """Of several micro-batches, each of whose gradients were taken as it came."""
+    """Gradients of several micro-batches, each computed when the micro-batch is staged."""
 
-    roots: Sequence[Tensor] = ()  # their graphs are gone
+    roots: Sequence[Tensor] = ()  # their graphs are freed
 
     def __init__(self) -> None:
-        self.sums: dict[Tensor, dict[int, Tensor]] = {}  # of its samples' gradients, by domain
+        self.sums: dict[Tensor, dict[int, Tensor]] = {}  # sums of samples' gradients, by domain
         self.counts: dict[int, Tensor] = {}
         self.totals: dict[int, Tensor] = {}
         self.ids, self.extent, self.samples = [], 0, 0
@@ -207,13 +207,13 @@ class AccumulatedGradients(Own):
 
     @staticmethod
     def of(earlier: Sequence[AccumulatedGradients], batch: DomainBatch) -> AccumulatedGradients:
-        """What was gathered, if anything was, and this micro-batch."""
+        """Add a micro-batch to the accumulated gradients, new if there are none."""
         gathered = earlier[0] if earlier else AccumulatedGradients()
         gathered.add(batch)
         return gathered
 
     def add(self, batch: DomainBatch) -> None:
-        """Take the gradients of a micro-batch; its graph is freed."""
+        """Add the gradients of a micro-batch, and free its graph."""
         swept = SingleBackward(batch)
         if batch.alone:
             self._add_alone(batch)
@@ -234,7 +234,7 @@ class AccumulatedGradients(Own):
         self.losses = torch.stack([self.totals[d] for d in self.ids])
 
     def _add_alone(self, batch: DomainBatch) -> None:
-        """One domain's gradient is autograd's own, whatever its samples do with each other."""
+        """Add one domain's gradient by autograd, which allows the model to mix samples."""
         resolved = batch.resolved
         tracked = {leaf: resolved.chosen[name] for name, leaf in resolved.leaves.items()}
         leaves = [*tracked, *resolved.other_leaves]
@@ -267,7 +267,7 @@ class AccumulatedGradients(Own):
             for d in self.ids:
                 if d in by_domain:
                     by_domain[d] /= self.counts[d].clamp(min=1)
-                else:  # not used by it
+                else:  # the domain does not use it
                     by_domain[d] = torch.zeros_like(like)
         return {p: [by_domain[d] for d in self.ids] for p, by_domain in sums.items()}
 
@@ -283,14 +283,14 @@ class AccumulatedGradients(Own):
 
 
 def _rows(small: Small[Tensor]) -> dict[Tensor, list[Tensor]]:
-    """Parameter -> its E gradients."""
+    """Return the E gradients of each small parameter."""
     return {p: list(mean.unbind()) for p, (mean, _) in small.results().items()}
 
 
 def _agreements(
     rows: Mapping[Tensor, Sequence[Tensor]], weights: Tensor, threshold: float, steepness: float
 ) -> dict[Tensor, Agreement]:
-    """`ops.agreement` of several parameters' gradients in one call."""
+    """Apply `ops.agreement` to several parameters' gradients in one call for each dtype."""
     made: dict[Tensor, Agreement] = {}
     for group, gradients in by_dtype(rows):
         parts = ops.agreement(gradients, weights, threshold, steepness)
@@ -301,7 +301,7 @@ def _agreements(
 def by_dtype(
     rows: Mapping[Tensor, Sequence[Tensor]],
 ) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
-    """Parameters whose gradients have one dtype, and these: a list of tensors for each domain."""
+    """Yield parameters with gradients of one dtype, and a list of their gradients per domain."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for p, gradients in rows.items():
         groups.setdefault(gradients[0].dtype, []).append(p)

@@ -1,4 +1,4 @@
-"""Algorithms that draw random numbers, from a generator that checkpoints keep."""
+"""Algorithms that draw random numbers, from a generator that checkpoints save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .combiner import Combined, GradientCombiner
 
 
 def random_state(name: str) -> ObjectState:
-    """Declare that a generator, which is the attribute ``name`` or None, is saved with a run."""
+    """Declare that a generator, the attribute ``name`` or None, is saved with a run."""
 
     def read(opt: Any) -> Tensor | None:
         generator = getattr(opt, name)
@@ -30,12 +30,12 @@ def random_state(name: str) -> ObjectState:
         if generator is None:
             raise ValueError(
                 f"state_dict: it has the state of a generator, but this {type(opt).__name__} has "
-                "none, so its run would not go on as it was; pass generator=torch.Generator()"
+                "none, and would draw other numbers. Pass generator=torch.Generator()."
             )
         if len(state) != len(generator.get_state()):
             raise ValueError(
-                "state_dict: its generator was not one of the device "
-                f"{str(generator.device)!r}, as the one given here is"
+                "state_dict: it has the state of a generator of another device, got a generator "
+                f"on {str(generator.device)!r}. Pass one on the device of the saved run."
             )
 
     return ObjectState(name, read=read, write=write, check=check, fresh=True)
@@ -45,9 +45,9 @@ class RandomCombiner(GradientCombiner):
     """Keeps the state of ``generator`` in ``param_groups[0]``, so that a run resumes bit for bit.
 
     Args:
-        base: the optimizer to wrap.
-        generator: where random numbers come from; None: torch's global generator, the state of
-            which is the user's to keep.
+        base: optimizer to wrap.
+        generator: generator of random numbers; None: torch's global generator, whose state the
+            user saves.
         num_domains, model, check: as in `GradientCombiner`.
     """
 
@@ -56,11 +56,11 @@ class RandomCombiner(GradientCombiner):
     drawn = random_state("generator")
 
     def device_of(self, combined: Combined) -> torch.device:
-        """Where to draw numbers for these gradients: the generator's device, else theirs."""
+        """Return the device for random numbers: the generator's, else the gradients'."""
         return next(iter(combined)).device if self.generator is None else self.generator.device
 
     def generator_on(self, device: torch.device) -> torch.Generator | None:
-        """What to draw from on ``device``; on several ranks all draw what rank 0 would alone."""
+        """Return the generator on ``device``; on several ranks all draw the numbers of rank 0."""
         own, ranks = self.generator, self._ranks
         if ranks.size == 1:
             return own
@@ -75,5 +75,5 @@ class RandomCombiner(GradientCombiner):
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         loss = super()._gradient(staged)
-        self._remember()  # how far the generator has come
+        self._remember()  # the generator's state after this step
         return loss

@@ -1,4 +1,4 @@
-"""Combiners that ask a function of the user's for the weights of the domains."""
+"""Combiners that get the weights of the domains from a user's function."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _check(opt: WeightedCombiner, group: Group) -> None:
     state, name = group.get(f"{opt.prefix}_weighting"), type(opt.weighting).__name__
     if state is not None and state["kind"] != name:
         raise ValueError(
-            f"state_dict: its weighting is a {state['kind']}, got a {name} here. Make "
-            f"{type(opt).__name__} with the weighting of the run that was saved."
+            f"state_dict: its weighting is a {state['kind']}, got a {name}. Create "
+            f"{type(opt).__name__} with the weighting of the saved run."
         )
     if state is None and group.get(f"{opt.prefix}_steps") and keeps_state(opt.weighting):
         warn_user(
@@ -47,7 +47,7 @@ def _check(opt: WeightedCombiner, group: Group) -> None:
 
 
 class WeightedCombiner(GradientCombiner):
-    """Asks the user's ``weighting``, checks its results, and keeps its state.
+    """Calls the user's ``weighting``, checks its results, and saves its state.
 
     A class declares two arguments: ``weighting``, ``[D, D]`` Gram matrix -> ``[D]`` weights, and
     ``normalize``, whether the matrix is divided by the power of two next to its trace.
@@ -59,8 +59,8 @@ class WeightedCombiner(GradientCombiner):
     learned = ObjectState("weighting", read=_read, write=_write, check=_check, fresh=False)
 
     def _start(self) -> None:
-        self._extent: int | None = None  # domains that the weighting keeps state of
-        self._readable = False  # which domains have samples, without a wait for the device
+        self._extent: int | None = None  # number of domains in the weighting's state
+        self._readable = False  # whether domains with samples are known without a wait
         self._warned = self._warned_lost = self._warned_absent = False
         self._moves = False  # whether a call has changed the weighting's attributes
 
@@ -72,7 +72,7 @@ class WeightedCombiner(GradientCombiner):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the weighting says that it keeps state, or has been seen to change."""
+        """Whether the weighting declares state, or a call has changed it."""
         return self._moves or keeps_state(self.weighting)
 
     def check_extent(self, extent: int) -> None:
@@ -85,10 +85,10 @@ class WeightedCombiner(GradientCombiner):
         self._extent = extent
 
     def ask(self, gram: Tensor) -> Tensor:
-        """The weights that the weighting gives for a Gram matrix."""
+        """Return the weighting's weights for a Gram matrix."""
         finite = gram.isfinite().all()
         scaled = self._loss_scale.scaler is not None
-        if scaled:  # whose step is skipped then; solvers raise at what they see
+        if scaled:  # the scaler skips the step, but solvers raise on infinities
             gram = gram.where(finite, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         if self.normalize:
             trace = gram.diagonal().sum().double()
@@ -102,22 +102,22 @@ class WeightedCombiner(GradientCombiner):
             self._moves = True
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-            raise TypeError(f"weighting: expected it to return floating-point weights, got {kind}")
+            raise TypeError(f"weighting: it must return floating-point weights, got {kind}.")
         if weights.shape != gram.shape[:1]:
             raise ValueError(
-                f"weighting: expected it to return weights of shape {tuple(gram.shape[:1])} for a "
-                f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}"
+                f"weighting: it must return weights of shape {tuple(gram.shape[:1])} for a "
+                f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}."
             )
         return weights.where(finite, torch.nan) if scaled else weights
 
     def warn_of_absent(self) -> None:
-        """Say once that a weighting which changes is asked about a part of the domains."""
+        """Warn once that a weighting with undeclared state gets only some of the domains."""
         if self._moves and not (keeps_state(self.weighting) or self._warned_absent):
             self._warned_absent = True
             warn_user(
-                f"absent: the {type(self.weighting).__name__} changes from step to step and is "
-                "asked about the domains of this batch alone, which it may take for others. Pass "
-                'absent="zeros", or "drop" if it keeps nothing of a domain.'
+                f"absent: the {type(self.weighting).__name__} changes from step to step, but gets "
+                "only the domains of this batch, and may mistake them for others. Pass "
+                'absent="zeros", or "drop" if it keeps no state by domain.'
             )
 
     def _check_trace(self, gram: Tensor) -> None:
@@ -125,9 +125,9 @@ class WeightedCombiner(GradientCombiner):
         if least and (trace := float(gram.diagonal().sum())) < least:
             self._warned = True
             warn_user(
-                f"weighting: {type(self.weighting).__name__} takes gradients whose Gram matrix has "
-                f"a trace below norm_eps={least:g} for zeros, got {trace:.3g}: conflicts of small "
-                "gradients stay. Pass normalize=True."
+                f"weighting: {type(self.weighting).__name__} treats gradients as zeros if the "
+                f"trace of their Gram matrix is below norm_eps={least:g}, got {trace:.3g}, so "
+                "conflicts remain. Pass normalize=True."
             )
 
     def _home(self) -> torch.device:
@@ -140,8 +140,8 @@ class WeightedCombiner(GradientCombiner):
         if lost and not self._warned_lost:
             self._warned_lost = True
             warn_user(
-                f"state_dict: of the {name}, it cannot save {', '.join(lost)}. Keep numbers, "
-                "tensors, or lists and dicts of them."
+                f"state_dict: cannot save {', '.join(lost)} of the {name}. Use numbers, tensors, "
+                "or lists and dicts of these."
             )
         values = weighting_state(self.weighting, self._home())
         return {"kind": name, "domains": self._extent, "values": values}
