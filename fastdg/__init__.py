@@ -5,6 +5,11 @@ from . import func, ops
 from .algorithms.agr_rand import AgrRand
 from .algorithms.agr_sum import AgrSum
 from .algorithms.and_mask import ANDMask
+from .algorithms.ascent.disam import DISAM
+from .algorithms.ascent.gam import GAM
+from .algorithms.ascent.gsam import GSAM
+from .algorithms.ascent.sagm import SAGM
+from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
 from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
@@ -48,11 +53,16 @@ __version__ = "0.1.0"
 __all__ = [
     "ADIOS",
     "BYOL",
+    "DISAM",
     "ERM",
+    "GAM",
+    "GSAM",
     "IGA",
     "IRM",
     "MIRO",
     "RISE",
+    "SAGM",
+    "SAM",
     "SWAD",
     "ANDMask",
     "AgrRand",

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from .._torch import not_compiled
@@ -20,11 +19,11 @@ from ..core.base_optimizer import check_result
 from ..core.base_state import is_new
 from ..core.checkpoint import begin
 from ..core.declared_state import PerParameter, Rows, RunValue
-from ..core.nesting import chain, innermost
-from ..core.optimizer import Closure, DomainOptimizer
+from ..core.nesting import innermost
+from ..core.optimizer import Closure
 from ..distributed.sharding import reshard
 from ..dtypes import to_statistics_dtype
-from ..gradients.tape import Tape
+from ..outer.outer import OuterOptimizer
 from .averages import Segments, finite
 
 _average = get_swa_multi_avg_fn()
@@ -48,19 +47,17 @@ def _none(opt: Averaged) -> dict[Tensor, Tensor]:
     return {p: zero.new_zeros((0, *zero.shape)) for p, zero in _zeros(opt).items()}
 
 
-class Averaged(DomainOptimizer):
+class Averaged(OuterOptimizer):
     """Base of wrappers that keep an average of the weights beside the model.
 
     Every step's weights join the mean of a segment. The class decides which segments join the
-    average, see `Segments`. Around a plain optimizer `backward` and ``statistics`` are those of
-    `ERM`, else the wrapper's inside.
+    average, see `Segments`.
     """
 
     role = "average"
-    looks_at_samples = False
     model: nn.Module
     _shown = False  # whether the model has the averaged weights for a while
-    _transient = (*DomainOptimizer._transient, "_shown")
+    _transient = (*OuterOptimizer._transient, "_shown")
 
     segment = PerParameter("segment", "average of a segment", begin=_zeros, way=_WAY)
     pending = PerParameter("pending", "averages that wait", rows=_SEGMENTS, begin=_none, way=_WAY)
@@ -155,23 +152,6 @@ class Averaged(DomainOptimizer):
 
     # -- training --
 
-    def backward(
-        self,
-        losses: Tensor,
-        domains: Tensor | int | None = None,
-        final: bool = True,
-        *,
-        scaler: GradScaler | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """That of the wrapper inside, or of `ERM`; see there."""
-        if not isinstance(self.base, DomainOptimizer):
-            return super().backward(losses, domains, final, scaler=scaler, **inputs)
-        loss = self.base.backward(losses, domains, final, scaler=scaler, **inputs)
-        if final:
-            self._mark_grad_owned()
-        return loss
-
     def _evaluate(self, closure: Closure) -> Tensor:
         """Run a closure for a plain optimizer, and backward on the losses if it returned them."""
         result = closure()
@@ -185,7 +165,7 @@ class Averaged(DomainOptimizer):
         if self._shown:
             raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
         probe = closure is None and errors.is_probe(self.base)
-        if not isinstance(self.base, DomainOptimizer):
+        if not self.delegates:
             if self._micro_batches:
                 raise errors.no_backward(type(self).__name__, staged=True)
             amp.refuse_scaled(self)
@@ -225,42 +205,6 @@ class Averaged(DomainOptimizer):
             if p in self._names:
                 groups.setdefault((p.device, p.dtype), []).append(p)
         return list(groups.values())
-
-    # -- around another wrapper --
-
-    def _look(self, model: nn.Module | None) -> None:
-        super()._look(model)
-        self._share_extent()  # not before every argument was checked
-
-    def _share_extent(self) -> None:
-        """Tell the wrappers inside the number of domains that was given here."""
-        for link in chain(self.base):
-            own = getattr(link, "num_domains", None)
-            if self.num_domains is None or own == self.num_domains:
-                continue
-            if own is not None:
-                raise ValueError(
-                    f"num_domains: expected {own}, as the {type(link).__name__} inside has, got "
-                    f"{self.num_domains}; give it to one of them"
-                )
-            link.num_domains = self.num_domains  # type: ignore[attr-defined]
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        """Whether a ``torch.amp.GradScaler`` shows itself to `step`: for the wrapper inside, or
-        since `backward` was given it."""
-        return isinstance(self.base, DomainOptimizer) or self._loss_scale.scaler is not None
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """Those of the wrapper inside; around a plain optimizer, of the last final `backward`."""
-        inner = isinstance(self.base, DomainOptimizer)
-        return self.base.statistics if inner else self._statistics  # type: ignore[attr-defined]
-
-    @property
-    def tape(self) -> Tape:
-        """That of the wrapper inside, or its own."""
-        return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
 
     def _clear(self) -> None:
         super()._clear()

@@ -37,7 +37,9 @@ class Wrapping(Optimizer):
     _way_out: str | None = None  # advice in place of params= in messages of the statistics
     _statistics: dict[str, Tensor]
     _term_statistics: list[Any]  # of the terms, for each staged micro-batch
-    role = "algorithm"  # or "term", inside of others, or "average", outermost
+    # Or "term", inside of others; "ascent", around algorithms; "average", outermost
+    role = "algorithm"
+    around_algorithms = True  # of a wrapper of role "ascent"
     # Neither copied nor pickled: state of one forward or one model, and schedulers' patches on the
     # instance
     _transient: tuple[str, ...] = (

@@ -80,6 +80,11 @@ class CompiledBackward:
                 "forward: expected a function that runs the model on a batch and returns its "
                 f"losses (N,), got {type(forward).__name__}."
             )
+        if any(link.role == "ascent" for link in chain(opt)):
+            raise TypeError(
+                f"opt: a graph has one forward, and a step of {type(opt).__name__} has several. "
+                "Call torch.compile on the model instead."
+            )
         self.opt, self.forward, self.options = opt, forward, options
         self.links = [link for link in chain(opt) if isinstance(link, DomainOptimizer)]
         self.num_domains = next((n for link in self.links if (n := link.num_domains)), 0)

@@ -251,14 +251,20 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected None or a decay in [0, 1), got {value!r}.")
 
 
-def check_reduction(name: str, value: Any) -> None:
-    if value not in ("mean", "sum"):
-        raise ValueError(f"{name}: expected 'mean' or 'sum', got {value!r}.")
+def check_one_of(*values: str) -> Check:
+    """Return a check that a value is one of ``values``."""
+    *others, last = map(repr, values)
+    expected = f"{', '.join(others)} or {last}"
+
+    def check(name: str, value: Any) -> None:
+        if value not in values:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}.")
+
+    return check
 
 
-def check_absent(name: str, value: Any) -> None:
-    if value not in ("auto", "zeros", "drop"):
-        raise ValueError(f"{name}: expected 'auto', 'zeros' or 'drop', got {value!r}.")
+check_reduction = check_one_of("mean", "sum")
+check_absent = check_one_of("auto", "zeros", "drop")
 
 
 def check_share(name: str, value: Any) -> None:

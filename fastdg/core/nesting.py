@@ -66,7 +66,9 @@ def check_order(outer: Wrapping, base: Any) -> None:
     """Raise TypeError if ``outer`` cannot go around ``base``."""
     if not isinstance(base, Wrapping) or base.role == "term":
         return
-    if outer.role == "average" and base.role == "algorithm":
+    if outer.role == "average" and base.role in ("algorithm", "ascent"):
+        return
+    if outer.role == "ascent" and base.role == "algorithm" and outer.around_algorithms:
         return
     name, inner = type(outer).__name__, type(base).__name__
     if outer.role == base.role == "average":
@@ -75,6 +77,15 @@ def check_order(outer: Wrapping, base: Any) -> None:
     elif base.role == "average":
         advice = f"{inner} averages the weights and goes outermost"
         shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...), model)"
+    elif base.role == "ascent":
+        advice = f"{inner} takes the gradient of other wrappers at several weights"
+        shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...))"
+        if outer.role == "ascent" or (not base.around_algorithms and outer.role == "algorithm"):
+            advice = f"{inner} moves the weights too"
+            shown = f"Pass its base to {name}"
+    elif outer.role == "ascent":
+        advice = f"{name} has an objective of its own"
+        shown = f"Pass the optimizer inside to {name}, or use fastdg.SAM"
     elif outer.role == "term":
         advice = f"{inner} is an algorithm and goes around the terms"
         shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...), ...)"

@@ -61,10 +61,14 @@ class Adapter:
         if self.entry.together or not (self.entry.alone or couples(self.network.modules())):
             x, y = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
             sizes = torch.tensor([len(labels) for _, labels in minibatches])
-            losses, inputs = self.losses(x, y)
+            domains = torch.arange(len(sizes)).repeat_interleave(sizes)
+
+            def closure() -> tuple[Tensor, Tensor, dict[str, Any]]:
+                losses, inputs = self.losses(x, y)
+                return losses, domains, inputs
+
             opt.zero_grad()
-            opt.backward(losses, torch.arange(len(sizes)).repeat_interleave(sizes), **inputs)
-            opt.step()
+            opt.step(closure)
         elif self.entry.asks:
             opt.step(lambda d: self.losses(*minibatches[d])[0])
         else:

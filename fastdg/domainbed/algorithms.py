@@ -11,6 +11,11 @@ import torch
 from ..algorithms.agr_rand import AgrRand
 from ..algorithms.agr_sum import AgrSum
 from ..algorithms.and_mask import ANDMask
+from ..algorithms.ascent.disam import DISAM
+from ..algorithms.ascent.gam import GAM
+from ..algorithms.ascent.gsam import GSAM
+from ..algorithms.ascent.sagm import SAGM
+from ..algorithms.ascent.sam import SAM
 from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
 from ..algorithms.group_dro import GroupDRO
@@ -123,6 +128,7 @@ def miro(algorithm: Any) -> MIRO:
 
 PENALTY = {"loss": "objective", "nll": "loss", "penalty": "penalty"}
 AGREEMENT = {"loss": "loss", "agreeing": "agreeing"}
+SHARPNESS = {"loss": "loss", "ascended_loss": "ascended_loss"}
 CONFLICTS = {"loss": "loss", "conflicts": "conflicts"}
 TEXTS = ("rise_absolute", "rise_relative", "rise_distillation")
 
@@ -173,13 +179,26 @@ ENTRIES = {
     ),
 }
 
+RHO = {"rho": "sam_rho"}
+ENTRIES |= {
+    name: Entry("ERM", wrapped(kind, **settings), SHARPNESS, together=True)
+    for name, kind, settings in (
+        ("SAM", SAM, RHO),
+        ("GSAM", GSAM, {**RHO, "alpha": "gsam_alpha"}),
+        ("SAGM", SAGM, {**RHO, "alpha": "sagm_alpha"}),
+        ("GAM", GAM, {"grad_rho": "gam_grad_rho", "grad_norm_rho": "gam_grad_norm_rho"}),
+        ("DISAM", DISAM, {**RHO, "variance_weight": "disam_lambda"}),
+    )
+}
+
 Draw = Callable[[np.random.RandomState], Any]
 
 
 def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
     """Default and random search of the hyper-parameters that DomainBed does not know of.
 
-    MIRO and RISE have the search ranges of their papers. Gradient surgery has none of its own.
+    MIRO and RISE have the search ranges of their papers. Gradient surgery has none of its own. The
+    ranges of SAM and its relatives are ours, around the papers' values.
     """
     if algorithm == "MIRO":
         return {
@@ -196,7 +215,22 @@ def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
             "rise_classes": ([], lambda r: []),
             "rise_anchors": (list(PHOTOS), lambda r: list(PHOTOS)),
         }
-    return {}
+    return ASCENTS.get(algorithm, {})
 
 
+def _choice(default: float, *values: float) -> tuple[float, Draw]:
+    return default, lambda r: float(r.choice(values))
+
+
+_RHO = {"sam_rho": _choice(0.05, 0.01, 0.02, 0.05, 0.1)}
+ASCENTS: dict[str, Mapping[str, tuple[Any, Draw]]] = {
+    "SAM": _RHO,
+    "GSAM": {**_RHO, "gsam_alpha": _choice(0.2, 0.05, 0.1, 0.2, 0.4)},
+    "SAGM": {**_RHO, "sagm_alpha": _choice(0.001, 0.0005, 0.001)},
+    "GAM": {
+        "gam_grad_rho": _choice(0.02, 0.02, 0.05),
+        "gam_grad_norm_rho": _choice(0.2, 0.1, 0.2),
+    },
+    "DISAM": {**_RHO, "disam_lambda": _choice(0.1, 0.01, 0.1, 1.0)},
+}
 CLIP = "openai/clip-vit-base-patch16"

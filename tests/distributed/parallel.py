@@ -78,6 +78,11 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "IRM": lambda base, model: fastdg.IRM(base, anneal_steps=2, penalty_weight=2.0),
     "VREx": lambda base, model: fastdg.VREx(base, anneal_steps=2),
     "GroupDRO": lambda base, model: fastdg.GroupDRO(base, eta=0.5),
+    "SAM": lambda base, model: fastdg.SAM(base),
+    "GAM": lambda base, model: fastdg.GAM(base),
+    "DISAM": lambda base, model: fastdg.DISAM(base, adaptive=True),
+    "SAM(Fishr)": lambda base, model: fastdg.SAM(fishr(base)),
+    "GSAM(AgrSum(MIRO))": lambda base, model: fastdg.GSAM(fastdg.AgrSum(miro(base, model))),
     "MIRO": miro,
     "RISE": rise,
     "Fishr(MIRO(RISE))": lambda base, model: fishr(miro(rise(base, model), model)),
@@ -193,17 +198,20 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
             if step == run.overflow:
                 batches[-1][0][-1] = torch.inf
             *earlier, last = parts(run, batches, rank)
-            for x, y, d in earlier:
+            for point in range(getattr(opt, "points", 1)):
+                if point:
+                    opt.ascend()
+                for x, y, d in earlier:
+                    losses = F.cross_entropy(network(x), y, reduction="none")
+                    opt.backward(losses, d, final=False, **more)
+                x, y, d = last
                 losses = F.cross_entropy(network(x), y, reduction="none")
-                opt.backward(losses, d, final=False, **more)
-            x, y, d = last
-            losses = F.cross_entropy(network(x), y, reduction="none")
-            if run.wrap == "SWAD":
-                whole = sum(len(y) for _, y, _ in batches)
-                loss = losses.sum() * (world if rank is not None else 1) / whole
-                (loss if scaler is None else scaler.scale(loss)).backward()
-            else:
-                opt.backward(losses, d, **more, **({"labels": y} if "RISE" in run.wrap else {}))
+                if run.wrap == "SWAD":
+                    whole = sum(len(y) for _, y, _ in batches)
+                    loss = losses.sum() * (world if rank is not None else 1) / whole
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+                else:
+                    opt.backward(losses, d, **more, **({"labels": y} if "RISE" in run.wrap else {}))
             if scaler is None:
                 opt.step()
             else:

@@ -85,6 +85,8 @@ VARIANTS = {
     "unused_are_looked_for": Run("Fishr", options={"find_unused_parameters": True}),
     "gradients_are_views": Run("GroupDRO", base="adam", options={"gradient_as_bucket_view": True}),
     "views_and_surgery": Run("SANDMask", options={"gradient_as_bucket_view": True}),
+    "ascent_with_batch_norm": Run("SAM", "own", batch_norm=True, dtype=torch.float64),
+    "micro_batches_of_an_ascent_and_fsdp": Run("GAM", engine="fsdp", micro=True),
     "small_buckets": Run("IGA", dtype=torch.float64, options={"bucket_cap_mb": 1e-4}),
 }
 
@@ -101,6 +103,8 @@ SCALED = {
     "exchange_and_fsdp": Run("PCGrad", engine="fsdp"),
     "fish_and_fsdp": Run("Fish", engine="fsdp"),
     "terms": Run("Fishr(MIRO(RISE))"),
+    "ascent_and_micro_batches": Run("SAM(Fishr)", micro=True),
+    "ascent_and_fsdp": Run("GAM", engine="fsdp"),
     "average_and_fsdp": Run("SWAD(Fishr)", engine="fsdp", base="adam"),
 }
 

@@ -25,7 +25,7 @@ from fastdg.domainbed.resume import FILE, Refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ADDED = ["AgrSum", "AgrRand", "PCGrad", "MIRO", "RISE"]
+ADDED = ["AgrSum", "AgrRand", "PCGrad", "MIRO", "RISE", "SAM", "GSAM", "SAGM", "GAM", "DISAM"]
 
 
 def test_names_and_hparams(bed: Bed) -> None:

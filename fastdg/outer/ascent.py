@@ -1,0 +1,273 @@
+"""Steps with the gradient at other weights than the model's: sharpness-aware minimization."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from .._torch import not_compiled
+from ..core.backward import poison_if_nonfinite, put
+from ..core.closures import Forward
+from ..core.hyper import check_one_of, hyper
+from ..core.nesting import chain
+from ..core.rerun import Buffers
+from ..distributed.sharding import like_parameter, local
+from .outer import OuterOptimizer
+from .vector import Vector
+
+Trajectory = Generator[Vector, Vector, Vector]
+
+
+@dataclass
+class _Visit:
+    """The visits to other weights of one step.
+
+    Attributes:
+        trajectory: the algorithm's generator, which waits for the next gradient.
+        weights: parameter -> weights of the model.
+        buffers: buffers of the modules that run.
+        statistics: statistics of the gradient at the model's weights.
+        norm: norm of this gradient.
+        scaler: GradScaler of this gradient.
+        gradients: number of gradients so far.
+    """
+
+    trajectory: Trajectory
+    weights: dict[Tensor, Tensor]
+    buffers: Buffers
+    statistics: dict[str, Tensor]
+    norm: Tensor
+    scaler: GradScaler | None
+    gradients: int = 1
+
+
+class Ascent(OuterOptimizer):
+    """Base of wrappers whose step combines gradients at several weights.
+
+    A step is ``opt.step(closure)``, which calls the closure ``points`` times. Or it is as many
+    calls of `backward` with `ascend` between two of them, and then `step`. The last `backward`
+    puts the model's weights back, bit for bit.
+
+    An algorithm implements `trajectory`.
+    """
+
+    role = "ascent"
+    points = 2  # gradients of a step
+    _transient = (*OuterOptimizer._transient, "_visit", "_complete")
+    _visit: _Visit | None = None
+    _complete = False  # whether .grad holds the gradient of the step
+
+    buffers: Literal["first", "all"] = hyper("first", check_one_of("first", "all"))
+
+    @property
+    def delegates(self) -> bool:
+        """Whether an algorithm inside makes the gradients. Terms are added by this wrapper."""
+        return super().delegates and self.base.role != "term"  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def trajectory(self, gradient: Vector) -> Trajectory:
+        """Yield offsets from the model's weights, receive the gradient there, and return the
+        gradient of the step.
+
+        Args:
+            gradient: gradient at the model's weights.
+        """
+
+    def backward(
+        self,
+        losses: Tensor,
+        domains: Tensor | int | None = None,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Call `backward` of the algorithm inside, or of `ERM`, at the weights the model has now;
+        see there.
+
+        Raises:
+            RuntimeError: the gradient of the step is complete; ``scaler`` is not the one of the
+                first backward.
+        """
+        name, visit = type(self).__name__, self._visit
+        if self._complete and self._grad_is_owned():
+            raise RuntimeError(
+                f"losses: the {self.points} gradients of this {name} step are complete, and the "
+                "model has its own weights again. Call opt.step() first. To accumulate, pass "
+                "final=False to all but the last backward at each point."
+            )
+        if visit is not None and (visit.scaler is not scaler) and _enabled(scaler, visit.scaler):
+            raise RuntimeError(
+                f"scaler: pass the same GradScaler to every {name}.backward of a step, or none."
+            )
+        self._complete = False
+        loss = super().backward(losses, domains, final, scaler=scaler, **inputs)
+        if final:
+            if self.delegates:
+                self._loss_scale = self.base._loss_scale  # type: ignore[attr-defined]
+                self._statistics = self.base.statistics  # type: ignore[attr-defined]
+            if visit is not None and visit.gradients == self.points - 1:
+                self._finish(visit)
+        return loss
+
+    @not_compiled
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Move the model to the weights at which the next gradient is taken, and clear ``.grad``.
+
+        Call it between two calls of `backward`.
+
+        Raises:
+            RuntimeError: no final backward was called before it; or the gradients are complete.
+        """
+        name = type(self).__name__
+        if self._complete and self._ready:
+            raise RuntimeError(
+                f"{name}.ascend(): the {self.points} gradients of this step are complete. Call "
+                "opt.step()."
+            )
+        if not self._ready:
+            raise RuntimeError(
+                f"{name}.ascend(): needs a backward before it. Call opt.backward(losses, domains) "
+                "with final=True first."
+            )
+        scaler = self._loss_scale.scaler
+        gradient = self._take_gradient()
+        if self._visit is None:
+            trajectory = self.trajectory(gradient)
+            offset = next(trajectory)
+            self._visit = _Visit(
+                trajectory,
+                {p: local(p).detach().clone() for p in offset.parts},
+                Buffers(),
+                dict(self._statistics),
+                gradient.norm(),
+                scaler,
+            )
+            if self.buffers == "first":
+                self._visit.buffers.record(None if self._model is None else self._model())
+        else:
+            offset = self._visit.trajectory.send(gradient)
+            self._visit.gradients += 1
+        weights = self._visit.weights
+        for p in offset.parts:
+            if p not in weights:  # a parameter that only a later forward uses
+                weights[p] = local(p).detach().clone()
+        for p, weight in weights.items():
+            if self._visit.gradients > 1:
+                local(p).detach().copy_(weight)
+            if p in offset.parts:
+                local(p).detach().add_(offset.parts[p])
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its own weights again and forget the gradients of this step, after an
+        error between two calls of `backward`."""
+        visit, self._visit = self._visit, None
+        if visit is None:
+            return
+        for p, weight in visit.weights.items():
+            local(p).detach().copy_(weight)
+        visit.buffers.restore()
+
+    @torch.no_grad()
+    def _finish(self, visit: _Visit) -> None:
+        """Put the weights back, and the gradient of the step into ``.grad``."""
+        gradient = self._unscaled_gradient()
+        self.restore()
+        try:
+            visit.trajectory.send(gradient)
+        except StopIteration as end:
+            combined: Vector = end.value
+        if (scale := self._loss_scale.scale) is not None:
+            combined = combined * scale
+        put({p: like_parameter(p, x) for p, x in combined.parts.items()})
+        for link in chain(self):
+            link._mark_grad_owned()
+        self._complete = True
+        if visit.scaler is not None:  # its step is skipped if only the first gradient overflowed
+            poison_if_nonfinite(self.param_groups, [visit.norm])
+        self._statistics = {
+            **visit.statistics,
+            "ascended_loss": self._statistics["loss"],
+            "gradient_norm": visit.norm,
+        }
+
+    def _unscaled_gradient(self) -> Vector:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        grads = {p: local(p.grad) for p in parameters if p.grad is not None}
+        gradient, scale = Vector(grads, self._ranks), self._loss_scale.scale
+        return gradient if scale is None else gradient * (1 / scale)
+
+    def _take_gradient(self) -> Vector:
+        """Take the gradient out of ``.grad``. State that moves in `step` follows the last one."""
+        gradient = self._unscaled_gradient()
+        put(dict.fromkeys(gradient.parts))
+        for link in chain(self):
+            link._ready, link._owned_grad, link._pending = False, None, None
+        return gradient
+
+    # -- a step --
+
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        self.restore()
+        try:
+            loss = forward.backward()
+            for _ in range(self.points - 1):
+                self.ascend()
+                forward.backward()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    def _step(self, closure: Any) -> Tensor | None:
+        name = type(self).__name__
+        if closure is None and (self._visit is not None or (self._ready and not self._complete)):
+            made = 1 if self._visit is None else self._visit.gradients
+            raise RuntimeError(
+                f"{name}.step(): needs {self.points} gradients, got {made}. Call opt.ascend() and "
+                "opt.backward(losses, domains) on a new forward first, or opt.step(closure)."
+            )
+        return super()._step(closure)
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of the last final `backward`. After the last one of a step, those of the
+        first, with ``ascended_loss`` (the mean loss of the last) and ``gradient_norm``, 0-dim."""
+        return self._statistics
+
+    def _release_grad(self) -> None:
+        super()._release_grad()
+        self._complete = False
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._visit = None
+
+    def _refuse_visit(self) -> None:
+        if self._visit is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the model is not at its own weights. Save or copy between "
+                "two steps; after an error call opt.restore() first."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DomainOptimizer.state_dict`; raises between `ascend` and the last `backward`."""
+        self._refuse_visit()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_visit()
+        return super().__getstate__()
+
+
+def _enabled(*scalers: GradScaler | None) -> bool:
+    """Whether one of the scalers scales."""
+    return any(scaler is not None and scaler.is_enabled() for scaler in scalers)

@@ -1,0 +1,78 @@
+"""Base of the wrappers that may go around an algorithm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from ..core.nesting import chain
+from ..core.optimizer import DomainOptimizer
+from ..gradients.tape import Tape
+
+
+class OuterOptimizer(DomainOptimizer):
+    """Base of wrappers that take the gradient of the wrapper inside, if there is one.
+
+    `backward`, ``statistics`` and `tape` are those of the wrapper inside; around a plain optimizer,
+    those of `ERM`.
+    """
+
+    looks_at_samples = False
+
+    @property
+    def delegates(self) -> bool:
+        """Whether the wrapper inside makes the gradient."""
+        return isinstance(self.base, DomainOptimizer)
+
+    def backward(
+        self,
+        losses: Tensor,
+        domains: Tensor | int | None = None,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Call `backward` of the wrapper inside, or of `ERM`; see there."""
+        if not self.delegates:
+            return super().backward(losses, domains, final, scaler=scaler, **inputs)
+        inner: Any = self.base
+        loss = inner.backward(losses, domains, final, scaler=scaler, **inputs)
+        if final:
+            self._mark_grad_owned()
+        return loss
+
+    def _look(self, model: nn.Module | None) -> None:
+        super()._look(model)
+        self._share_extent()  # not before every argument was checked
+
+    def _share_extent(self) -> None:
+        """Give the wrappers inside the number of domains that this wrapper was given."""
+        for link in chain(self.base):
+            own = getattr(link, "num_domains", None)
+            if self.num_domains is None or own == self.num_domains:
+                continue
+            if own is not None:
+                raise ValueError(
+                    f"num_domains: expected {own}, the number of the {type(link).__name__} inside, "
+                    f"got {self.num_domains}. Pass it to one of them."
+                )
+            link.num_domains = self.num_domains  # type: ignore[attr-defined]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """Whether a ``torch.amp.GradScaler`` sets its attributes for `step`: for the wrapper
+        inside, or after a `backward` with a scaler."""
+        return self.delegates or self._loss_scale.scaler is not None
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of the wrapper inside, or of the last final `backward`."""
+        return self.base.statistics if self.delegates else self._statistics  # type: ignore[attr-defined]
+
+    @property
+    def tape(self) -> Tape:
+        """The tape of the wrapper inside, or its own."""
+        return self.base.tape if isinstance(self.base, DomainOptimizer) else super().tape
