@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..capture.backbones import find_layers, preset_of
 from ..capture.feature_maps import Layout, Oracle, check_layouts
-from ..capture.graph_notes import Hook
+from ..capture.graph_notes import WeakHook
 from ..capture.oracle_forwards import OracleForwards
 from ..capture.variance_encoder import VarianceEncoder
 from ..core.hyper import argument, check_module, check_steepness, check_weight, hyper, option
@@ -116,5 +116,5 @@ class MIRO(VarianceTerm):
 
     def _follow(self) -> None:
         super()._follow()
-        name, first = type(self).__name__, Hook(self, "_recognise")
+        name, first = type(self).__name__, WeakHook(self, "_recognise")
         self._forwards = OracleForwards(self.model, self._oracle, self._encoders, name, first)

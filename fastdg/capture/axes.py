@@ -1,11 +1,10 @@
-"""Which dimension of a tensor has the channels and which the samples, by the operations that made
-it.
+"""Find the dimensions of samples and channels of a tensor, by the operations of a forward.
 
-Sizes say nothing where they coincide: (N, 16, 16) is 16 tokens of 16 channels or the reverse. So a
-dispatch mode follows one forward. Samples begin in dimension 0 of the inputs, channels where a
-layer makes them (a convolution in dimension 1, a linear layer in the last). Views regroup them,
-permutations move them, element-wise operations keep them. Where two dimensions may have the
-channels (a linear layer mixes tokens), the sum with a branch that knows decides; else nothing does.
+Equal sizes are ambiguous: (N, 16, 16) is 16 tokens of 16 channels or the reverse. So a dispatch
+mode follows one forward. Samples begin in dimension 0 of the inputs, channels in the output of a
+layer (of a convolution in dimension 1, of a linear layer in the last). Views regroup dimensions,
+permutations move them, element-wise operations keep them. If two dimensions may have the channels
+(a linear layer mixes tokens), the sum with an unambiguous branch decides; else nothing does.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Axes(TorchDispatchMode):
     """Follows samples and channels through one forward.
 
     Args:
-        inputs: everything the network is called with. The first tensor, and each of its length,
-            has the samples in dimension 0.
+        inputs: all inputs of the network. The first tensor, and each tensor of its length, has the
+            samples in dimension 0.
     """
 
     def __init__(self, inputs: Any) -> None:
@@ -45,7 +44,7 @@ class Axes(TorchDispatchMode):
         inside = [vars(box) for box in boxes]  # fields of containers that pytree does not know
         tensors = list(tensors_of([leaves, pytree.tree_leaves(inside)]))
         self.samples = next((len(x) for x in tensors if x.dim()), 0)
-        # Of what depends on the inputs; all other tensors are weights, or made from weights alone
+        # Of tensors that depend on the inputs; all others depend on weights alone
         self._dims: Any = WeakTensorKeyDictionary()
         for x in tensors:
             dims = unlabelled(x.shape)
@@ -65,7 +64,7 @@ class Axes(TorchDispatchMode):
         return out
 
     def _follow(self, func: Any, call: dict[str, Any], out: Any) -> None:
-        """Note the dimensions of the tensors that ``func`` returned."""
+        """Record the dimensions of the outputs of ``func``."""
         name = func._schema.name.split("::")[1].rstrip("_")
         rule = RULES.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -79,14 +78,14 @@ class Axes(TorchDispatchMode):
             self._dims[x] = dims
 
     def channel(self, x: Tensor) -> int | None:
-        """The dimension of the channels, if one alone may have them."""
+        """Return the dimension of the channels, if only one may have them."""
         if x.dim() == 2:
             return 1
         having = channels_in(self._dims.get(x) or ())
         return having.pop() if len(having) == 1 else None
 
     def sample(self, x: Tensor, channel: int) -> int | None:
-        """The dimension of the samples: where they are seen, or the only one of that size."""
+        """Return the dimension of the samples: a labelled one, or the only one of their size."""
         dims = self._dims.get(x) or unlabelled(x.shape)
         fits = [d for d, n in enumerate(x.shape) if n == self.samples and d != channel % x.dim()]
         labels = [{label for label, n in dim if n > 1 or label == N} for dim in dims]

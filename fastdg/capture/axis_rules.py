@@ -1,4 +1,4 @@
-"""The rule of each operation: which of its output's dimensions have samples and channels.
+"""Rules of operations: the dimensions of their outputs that have samples and channels.
 
 A dimension is a list of factors, outermost first, each with a label and a size. A rule takes the
 known dimensions of tensors, the operation's arguments by name, and one output.
@@ -36,12 +36,12 @@ def size_of(dim: Dim) -> int:
 
 
 def channels_in(dims: Sequence[Dim]) -> set[int]:
-    """The dimensions with a factor of channels."""
+    """Return the dimensions with a factor of channels."""
     return {d for d, dim in enumerate(dims) if any(label == C for label, _ in dim)}
 
 
 def resized(dim: Dim, size: int) -> Dim:
-    """A dimension of another size but the same kind."""
+    """Resize a dimension, and keep its label if it has one."""
     if size_of(dim) == size:
         return dim
     labels = {label for label, n in dim if n != 1} or {label for label, _ in dim}
@@ -49,12 +49,12 @@ def resized(dim: Dim, size: int) -> Dim:
 
 
 def fitted(dims: Dims, out: Tensor) -> Dims:
-    """Each dimension at the size it has in ``out``."""
+    """Resize each dimension to its size in ``out``."""
     return [resized(dim, n) for dim, n in zip(dims, out.shape, strict=True)]
 
 
 def regroup(dims: Sequence[Dim], shape: Sequence[int]) -> Dims | None:
-    """The same factors in dimensions of other sizes, as a view has them; None if one is torn."""
+    """Regroup the factors into dimensions of other sizes, as a view does; None if one is split."""
     joined: list[tuple[str, int]] = []
     for label, n in (factor for dim in dims for factor in dim):
         if joined and joined[-1][0] == label:
@@ -87,9 +87,9 @@ def regroup(dims: Sequence[Dim], shape: Sequence[int]) -> Dims | None:
 
 
 def combined(operands: Sequence[Dims], shape: Sequence[int]) -> Dims:
-    """What operands that are broadcast to ``shape`` agree on.
+    """Combine the dimensions of operands that are broadcast to ``shape``.
 
-    Of two that differ in where the channels are, those dimensions count that both name.
+    If operands differ in the dimensions of channels, only their common ones count.
     """
     aligned = [[*unlabelled([1] * (len(shape) - len(dims))), *dims] for dims in operands]
     claims = [having for dims in aligned if (having := channels_in(dims))]
@@ -113,13 +113,13 @@ Call: TypeAlias = dict[str, Any]
 
 
 def first(of: Known, call: Call) -> tuple[Tensor, Dims]:
-    """The first tensor among the arguments."""
+    """Return the first tensor among the arguments, and its dimensions."""
     x = next(tensors_of(call.values()))
     return x, of(x) or unlabelled(x.shape)
 
 
 def elementwise(of: Known, call: Call, out: Tensor) -> Dims:
-    """Broadcasts; weights say nothing."""
+    """Combine broadcast operands; weights are ignored."""
     operands = [dims for x in tensors_of(call.values()) if (dims := of(x)) is not None]
     return combined([dims for dims in operands if len(dims) <= out.dim()], out.shape)
 
@@ -129,7 +129,7 @@ def copied(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def same_order(of: Known, call: Call, out: Tensor) -> Dims | None:
-    """Dimensions stay where they are; some may change size, or go away."""
+    """Keep the dimensions; some may change their size or disappear."""
     x, dims = first(of, call)
     if out.dim() != x.dim():
         gone = call.get("dim", call.get("dims"))
@@ -177,7 +177,7 @@ def expanded(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def joined(of: Known, call: Call, out: Tensor) -> Dims:
-    """``cat``: as if its parts were added up."""
+    """Combine the operands of ``cat`` as for a sum."""
     operands = [dims for x in tensors_of(call.values()) if (dims := of(x)) is not None]
     return combined([fitted(dims, out) for dims in operands if len(dims) == out.dim()], out.shape)
 
@@ -190,7 +190,7 @@ def stacked(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def indexed(of: Known, call: Call, out: Tensor) -> Dims | None:
-    """Rows of one dimension, by one list of numbers."""
+    """Select rows of one dimension by one index."""
     x, dims = first(of, call)
     lists = [index for index in call["indices"] if index is not None]
     if out.dim() != x.dim() or len(lists) != 1 or lists[0].dim() != 1:
@@ -205,7 +205,7 @@ def convolved(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def normalised(of: Known, call: Call, out: Tensor) -> Dims | None:
-    """Tells the channels only where nothing before did: a norm may be of tokens."""
+    """Label the channels of a norm, unless known before: it may normalise tokens."""
     x, dims = first(of, call)
     if out.shape != x.shape:
         return None
@@ -219,7 +219,7 @@ def normalised(of: Known, call: Call, out: Tensor) -> Dims | None:
 
 
 def to_features(of: Known, call: Call, out: Tensor) -> Dims:
-    """The last dimension becomes features: linear, recurrent, whole transformer layers."""
+    """Label the last dimension channels: linear, recurrent, whole transformer layers."""
     _, dims = first(of, call)
     return [*dims[:-1], ((C, out.shape[-1]),)]
 
@@ -229,7 +229,7 @@ def embedded(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def multiplied(of: Known, call: Call, out: Tensor) -> Dims:
-    """A product of matrices; the free dimension of a weight is one of channels."""
+    """Follow a product of matrices; the free dimension of a weight has channels."""
     matrices = [x for key, x in call.items() if key in ("self", "mat1", "mat2", "batch1", "batch2")]
     a, b = matrices[-2:]
     rows, columns = ((C, out.shape[-2]),), ((C, out.shape[-1]),)
@@ -250,7 +250,7 @@ def attended(of: Known, call: Call, out: Tensor) -> Dims:
 
 
 def unfolded(of: Known, call: Call, out: Tensor) -> Dims:
-    """``im2col`` and its reverse: (N, C, ...)."""
+    """Follow ``im2col`` and its reverse: (N, C, ...)."""
     _, dims = first(of, call)
     label = C if 1 in channels_in(dims) else OTHER
     return [dims[0], ((label, out.shape[1]),), *unlabelled(out.shape[2:])]

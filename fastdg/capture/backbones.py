@@ -1,4 +1,4 @@
-"""The layers of well-known backbones whose feature maps to take."""
+"""Presets: layers of well-known backbones for feature maps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 
 class Preset(NamedTuple):
-    """A family of backbones, known by the names of its modules.
+    """A family of backbones, recognised by the names of its modules.
 
     Attributes:
-        stem: name of the first module to take; "": the first block, unless the blocks end in pools.
-        blocks: pattern of the names of the blocks. Those of one group ``stage`` are a stage.
-        stages: whether each block is a stage; otherwise `stage_ends` says where stages end.
+        stem: name of the first layer; "": the first block, unless the blocks end in pools.
+        blocks: pattern of the names of the blocks. Blocks with one group ``stage`` form a stage.
+        stages: whether each block is a stage; otherwise `stage_ends` finds the ends of stages.
     """
 
     stem: str
@@ -59,11 +59,10 @@ PRESETS = (
 
 
 def preset_of(model: nn.Module) -> list[str]:
-    """The layers to take where the user names none, by the names they have: the stem, and the last
-    block of each stage.
+    """Return the names of default layers: the stem, and the last block of each stage.
 
     Raises:
-        ValueError: no preset fits, or one does twice.
+        ValueError: no preset fits, or one fits twice.
     """
     modules = dict(model.named_modules())
     for preset in PRESETS:
@@ -87,7 +86,7 @@ def preset_of(model: nn.Module) -> list[str]:
         if len(fits) > 1:
             raise ValueError(
                 f"layers: the model has several backbones ({fits[0][-1]!r}, {fits[1][-1]!r}, ...). "
-                "Pass layers=[...] with the names of one's modules"
+                "Pass layers=[...] with names of modules of one of them."
             )
         if fits:
             return fits[0]
@@ -95,9 +94,9 @@ def preset_of(model: nn.Module) -> list[str]:
 
 
 def stage_ends(blocks: dict[str, nn.Module], stem: bool) -> list[str]:
-    """Of blocks in a row, the last before each that downsamples; of equals, every third.
+    """Return the last block before each that downsamples; without any, every third block.
 
-    If pools lie between them (VGG), the pools. Without a ``stem`` elsewhere, the first block too.
+    With pools between the blocks (VGG), return the pools. Without a ``stem``, add the first block.
     """
     names = list(blocks)
     pools = [name for name in names if isinstance(blocks[name], nn.MaxPool2d)]
@@ -110,7 +109,7 @@ def stage_ends(blocks: dict[str, nn.Module], stem: bool) -> list[str]:
 
 
 def downsamples(block: nn.Module) -> bool:
-    """Whether it returns a smaller map: by a stride, or as Swin does."""
+    """Return whether a block returns a smaller map: by a stride, or by Swin's patch merging."""
     for module in block.modules():
         stride = getattr(module, "stride", 1)
         strides = stride if isinstance(stride, Sequence) else [stride]
@@ -122,10 +121,10 @@ def downsamples(block: nn.Module) -> bool:
 
 
 def no_preset(model: nn.Module) -> str:
-    """The error for a model that no preset knows, with modules to choose from."""
+    """Return the message for a model without a preset, with a choice of its modules."""
     found: list[str] = []
     pending = list(model.named_children())
-    for name, module in pending:  # containers give way to their modules
+    for name, module in pending:  # the children of containers are appended
         inside = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
         if inside and len(pending) < 100:
             pending += [(f"{name}.{key}", child) for key, child in module.named_children()]
@@ -135,36 +134,36 @@ def no_preset(model: nn.Module) -> str:
     found.sort(key=order.__getitem__)
     head = f"layers: no preset for {type(model).__name__}. Pass layers=[...], names of modules"
     if not found:
-        return f"{head} whose outputs should stay close to the oracle's; it has none inside"
+        return f"{head} whose outputs should stay close to the oracle's; this one contains none."
     layered = [name for name in found if any(True for _ in model.get_submodule(name).parameters())]
     pick = (layered or found)[:-1] or found  # not the head
     some = list(dict.fromkeys(pick[i * (len(pick) - 1) // 2] for i in range(3)))
     more = ", ..." if len(found) > 20 else ""
     return (
         f"{head} whose outputs should stay close to the oracle's, for example layers={some}. "
-        f"Its modules: {', '.join(found[:20])}{more}"
+        f"Its modules: {', '.join(found[:20])}{more}."
     )
 
 
 def find_layers(model: nn.Module, names: Iterable[str], of: str) -> dict[str, nn.Module]:
-    """The modules of these names.
+    """Return the modules of these names.
 
     Raises:
-        TypeError, ValueError: ``names`` is not a list of different names of modules.
+        TypeError, ValueError: ``names`` is not a list of distinct names of modules.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"layers: expected a list of names of modules, got {names!r}")
+        raise TypeError(f"layers: expected a list of names of modules, got {names!r}.")
     modules = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"layers: expected names of modules, got {type(name).__name__}")
+            raise TypeError(f"layers: expected names of modules, got {type(name).__name__}.")
         if name not in modules or name == "":
             near = difflib.get_close_matches(name, list(modules)[1:], n=3, cutoff=0.0)
-            raise ValueError(f"layers: the {of} has no module {name!r}; nearest: {near}")
+            raise ValueError(f"layers: the {of} has no module {name!r}. Nearest: {near}.")
         if name in found:
-            raise ValueError(f"layers: {name!r} is there twice")
+            raise ValueError(f"layers: expected distinct names, got {name!r} twice.")
         found[name] = modules[name]
     if not found:
-        raise ValueError("layers: expected at least one name, got an empty list")
+        raise ValueError("layers: expected at least one name, got an empty list.")
     return found

@@ -1,6 +1,6 @@
-"""What a forward leaves behind for its backward, on the autograd graph itself.
+"""Values that a forward attaches to the autograd graph for its backward.
 
-It dies with the graph, and belongs to the losses that come from that forward, however many
+A value lives as long as the graph, and belongs to the losses of its own forward, however many
 forwards there are.
 """
 
@@ -20,15 +20,15 @@ _KEY = "fastdg_left"
 
 
 def recording() -> bool:
-    """Whether a forward that runs now is the user's, and will have a backward.
+    """Return whether a forward that runs now is the user's, and may have a backward.
 
-    Not inside the user's own torch.func transforms, for which fastdg.func is.
+    It is False inside the user's own torch.func transforms: fastdg.func supports these.
     """
     return torch.is_grad_enabled() and not jit_tracing() and not functorch_active()
 
 
 class FastdgNote(torch.autograd.Function):
-    """The same memory and version counter, behind the graph node that the tensor has now."""
+    """Alias of a tensor, with its memory and version counter but a new graph node."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -43,51 +43,55 @@ class FastdgNote(torch.autograd.Function):
         return tangent.view_as(tangent)
 
 
-# What Function.apply itself calls where no torch.func transform is active, in half the time
+# Function.apply calls it if no torch.func transform is active; a direct call takes half the time
 _behind_node = super(torch.autograd.Function, FastdgNote).apply
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """What to keep of a module's input, as autograd keeps what it saves.
+    """Return an alias of a module's input that may be kept, as autograd keeps saved tensors.
 
-    A tensor that is changed in place later on gets a new graph node, one below which the module's
-    own may lie. Kept by that node it would keep itself alive, in a cycle that no collector sees.
+    A tensor that is changed in place later gets a new graph node, and the module's node may be
+    below it. Kept by the module's node, the tensor itself would be in a reference cycle that
+    Python's collector does not see.
     """
     return _behind_node(tensor) if tensor.requires_grad else tensor.detach()
 
 
-def leave(output: Any, owner: object, value: Any) -> Any:
-    """The output of a module with ``value`` left for ``owner``; return it from a forward hook.
+def attach_to_graph(output: Any, owner: object, value: Any) -> Any:
+    """Attach ``value`` for ``owner`` to a module's output; return the result from a forward hook.
 
-    Every tensor in it gets a graph node of its own, above all that the value's graph may hold: a
-    value on a node below its own would keep itself alive, in a cycle that no collector sees.
+    Every tensor in it gets a new graph node, above all nodes of the value's graph: on a node below
+    its own, the value would be in a reference cycle that Python's collector does not see.
     """
 
     def noted(tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
             return tensor
         tensor = alias(tensor)
-        mark(tensor, owner, value)
+        attach(tensor, owner, value)
         return tensor
 
     return pytree.tree_map_only(Tensor, noted, output)
 
 
-def mark(tensor: Tensor, owner: object, value: Any) -> None:
-    """Leave ``value``, which holds no graph, for ``owner`` on the node of ``tensor`` itself."""
-    left: Any = get_gradient_edge(tensor).node.metadata
-    left.setdefault(_KEY, []).append((weakref.ref(owner), value))
+def attach(tensor: Tensor, owner: object, value: Any) -> None:
+    """Attach ``value``, which has no graph, for ``owner`` to the node of ``tensor`` itself."""
+    metadata: Any = get_gradient_edge(tensor).node.metadata
+    metadata.setdefault(_KEY, []).append((weakref.ref(owner), value))
 
 
-def found(losses: Tensor, owner: object) -> list[Any]:
-    """What was left for ``owner`` on the graph of ``losses``: of the last forward on each path."""
+def attached(losses: Tensor, owner: object) -> list[Any]:
+    """Collect the values of ``owner`` on the graph of ``losses``, of the last forward on each path.
+
+    A value that several paths reach comes once.
+    """
     assert losses.grad_fn is not None
     pending: list[Node] = [losses.grad_fn]
     seen = set(pending)
     values: list[Any] = []
-    for node in pending:  # grows while we walk it
-        left: Any = node.metadata
-        own = [value for ref, value in left.get(_KEY, ()) if ref() is owner]
+    for node in pending:  # grows in the loop
+        metadata: Any = node.metadata
+        own = [value for ref, value in metadata.get(_KEY, ()) if ref() is owner]
         values += [value for value in own if all(value is not other for other in values)]
         if own:
             continue
@@ -99,7 +103,7 @@ def found(losses: Tensor, owner: object) -> list[Any]:
 
 
 class Seen(NamedTuple):
-    """The result of a module, and its version then."""
+    """The output of a module, and its version at that time."""
 
     tensor: Tensor
     version: int
@@ -109,25 +113,25 @@ class Seen(NamedTuple):
         return cls(tensor, version_of(tensor))
 
     def changed(self) -> bool:
-        """Whether the tensor was changed in place since."""
+        """Return whether the tensor was changed in place since."""
         return version_of(self.tensor) != self.version
 
 
 def hook_on(register: Callable[..., Any], owner: object, method: str, *args: Any) -> None:
-    """Register a hook of a module that calls a method of ``owner``, for as long as that lives.
+    """Register a hook of a module that calls a method of ``owner``, for the owner's lifetime.
 
     Args:
-        register: ``module.register_forward_hook`` or the like; or a partial of it.
-        args: arguments of the method before those of the hook.
+        register: a method such as ``module.register_forward_hook``, or a partial of it.
+        args: arguments of the method before the hook's own.
     """
-    handle = register(Hook(owner, method, *args))
+    handle = register(WeakHook(owner, method, *args))
     weakref.finalize(owner, handle.remove).atexit = False
 
 
-class Hook:
-    """A module's hook that calls a method of its owner, for as long as that lives.
+class WeakHook:
+    """A module's hook that calls a method of its owner while the owner is alive.
 
-    A copy of it, on a copied or pickled module, does nothing: a copied owner hooks itself on.
+    A copy of it, on a copied or pickled module, does nothing: a copied owner registers its own.
     """
 
     def __init__(self, owner: object | None = None, method: str = "", *args: Any) -> None:
@@ -139,8 +143,8 @@ class Hook:
         owner = self.owner()
         return None if owner is None else getattr(owner, self.method)(*self.args, *seen)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakHook:
+        return WeakHook()
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
+    def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
+        return WeakHook, ()

@@ -1,4 +1,4 @@
-"""The logits that losses were made from, and the derivatives of the losses by a factor on them."""
+"""The logits of losses, and the derivatives of the losses by a factor on the logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..warn import warn_user
 
 
 class HeadOutputs:
-    """Finds the logits of losses; remembers for which layers the losses were seen to be theirs."""
+    """Finds the logits of losses, and remembers the layers whose outputs are checked."""
 
     def __init__(self) -> None:
         self.checked: set[tuple[str, ...]] = set()
@@ -26,8 +26,10 @@ class HeadOutputs:
     def of(
         self, losses: Tensor, logits: Tensor | None, tape: Tape, check: bool
     ) -> tuple[HeadOutput, TrackedForward | None]:
-        """The logits of ``losses``: as the user gave them, or the input of the cross-entropy,
-        or else the result of the last layer with parameters, for which the graph is resolved.
+        """Find the logits of ``losses``.
+
+        They are the user's, else the input of the cross-entropy, else the output of the last layer
+        with parameters, which the graph shows.
 
         Raises:
             TypeError, ValueError: ``logits`` cannot be the logits of these losses.
@@ -51,10 +53,10 @@ class HeadOutput:
 
     Attributes:
         losses: ``[N]``, with their graph.
-        given: logits that the user gave.
-        head: or a node whose result they are.
-        checked: names of layers for which no check is needed any more; None: none is wanted.
-        names: of the parameters of the head.
+        given: logits from the user.
+        head: node whose result the logits are, if the user gave none.
+        checked: names of parameters of checked heads; None: no check is wanted.
+        names: names of the parameters of the head.
     """
 
     losses: Tensor
@@ -64,11 +66,11 @@ class HeadOutput:
     names: tuple[str, ...] = ()
 
     def products(self, scale: Tensor | None, create_graph: bool) -> Tensor:
-        """The derivative of each sample's loss by a factor on its logits, ``[N]``.
+        """Differentiate each sample's loss by a factor on its logits ``[N]``.
 
         Args:
-            scale: the factor of a GradScaler.
-            create_graph: whether it is differentiable.
+            scale: loss scale of a GradScaler.
+            create_graph: make the result differentiable.
 
         Raises:
             RuntimeError: a loss depends on logits of other samples.
@@ -86,7 +88,7 @@ class HeadOutput:
             return products if grad_scale is None else products / grad_scale
 
     def _deltas(self, create_graph: bool, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of the weighted losses at the logits, and these; the graph is kept."""
+        """Return the gradient of the weighted losses by the logits, and the logits."""
         at: Any = self.head.edge if self.head is not None else self.given
         (delta,) = torch.autograd.grad(
             self.losses,
@@ -98,7 +100,8 @@ class HeadOutput:
         )
         if delta is None:
             raise ValueError(
-                "logits: losses do not depend on them; pass the logits that losses were made from"
+                "logits: the losses do not depend on them. Pass the logits from which you compute "
+                "the losses."
             )
         if self.head is not None:
             return self.head.rows(delta), self.head.rows(self.head.value)
@@ -112,23 +115,23 @@ class HeadOutput:
         if self.head is not None:
             if not crossed(self.losses * before, logits, delta):
                 warn_user(
-                    f"losses: IRM takes the result of the last layer, {list(logits.shape)}, for "
-                    "the logits, but the losses are not the cross-entropy of it (are they scaled "
-                    "after the head?). Pass the logits that the losses are made from: "
-                    "opt.backward(losses, domains, logits=logits)"
+                    f"losses: IRM takes the output of the last layer, {list(logits.shape)}, for "
+                    "the logits, but the losses are not its cross-entropy (is the output scaled "
+                    "after the layer?). Pass the logits from which you compute the losses: "
+                    "opt.backward(losses, domains, logits=logits)."
                 )
             self.checked.add(self.names)
             return
-        generator = torch.Generator("cpu").manual_seed(0)  # the user's stream is not touched
+        generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's generators alone
         weights = (0.5 + torch.rand(len(self.losses), generator=generator)).to(self.losses)
         weighted = self._deltas(False, before * weights)[0].flatten()
         expected = (delta.reshape(len(weights), -1) * weights.unsqueeze(1).to(delta)).flatten()
         tolerance = max(TOLERANCE.get(x.dtype, 1e-4) for x in (delta, self.losses))
         if (weighted - expected).norm() > tolerance * expected.norm():
             raise RuntimeError(
-                "losses: a sample's loss depends on other rows of the logits than its own (a loss "
-                "over pairs, or the sample is not the first dimension), so a factor on one "
-                "sample's logits cannot be told from that on another's"
+                "losses: a sample's loss depends on the logits of other samples (a loss over "
+                "pairs, or the first dimension is not the sample), so it has no derivative by a "
+                "factor on its own logits. Use a loss of single samples, and logits (N, *)."
             )
         if len(weights) > 1 and 0 < float(expected.norm()) < float("inf"):
             self.checked.add(self.names)
@@ -137,25 +140,27 @@ class HeadOutput:
 def check_logits(logits: Any, losses: Tensor) -> None:
     """Raise unless ``logits`` is a tensor with a graph and a row for each of ``losses``."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor (N, *), got {type(logits).__name__}")
+        raise TypeError(f"logits: expected a tensor (N, *), got {type(logits).__name__}.")
     if logits.shape[:1] != losses.shape:
         raise ValueError(
             f"logits: expected a row for each of the {len(losses)} losses, got shape "
-            f"{tuple(logits.shape)}"
+            f"{tuple(logits.shape)}."
         )
     if not logits.requires_grad:
-        raise ValueError("logits: they have no graph; pass the very tensor losses were made from")
+        raise ValueError(
+            "logits: they have no graph. Pass the same tensor from which you compute the losses."
+        )
 
 
 def crossed(losses: Tensor, logits: Tensor, delta: Tensor) -> bool:
-    r"""Whether the losses can be the cross-entropy of the logits, with any weight and label a
-    sample: :math:`\ell = -w\log p_y` where :math:`\partial\ell/\partial z = w(p - e_y)`.
+    r"""Return whether the losses can be the cross-entropy of the logits, with any weight and label
+    for each sample: :math:`\ell = -w\log p_y` where :math:`\partial\ell/\partial z = w(p - e_y)`.
 
     Args:
         losses: ``[N]``.
-        logits: ``[N, C]``; ``[N]`` and ``[N, 1]`` are of two classes. Of more dimensions nothing is
-            known.
-        delta: the gradients of the losses at the logits.
+        logits: ``[N, C]``, or ``[N]`` and ``[N, 1]`` for two classes. With more dimensions the
+            result is True.
+        delta: gradients of the losses by the logits.
     """
     if logits[0].numel() == 1:
         z, g = (x.reshape(-1, 1).double() for x in (logits, delta))
@@ -169,7 +174,7 @@ def crossed(losses: Tensor, logits: Tensor, delta: Tensor) -> bool:
     rest = 1 - logs.gather(1, y).exp()
     weight = -g.gather(1, y) / rest
     expected = (-weight * logs.gather(1, y)).squeeze(1)
-    # Near 1 nothing is left of p_y in half precision
+    # With p_y near 1, half precision has no digits of 1 - p_y
     told = (rest.squeeze(1) > 0.1) & expected.isfinite() & losses.isfinite()
     off = (losses.double() - expected).abs() > 0.1 * expected.abs() + 1e-6
     return not (told & off).any()

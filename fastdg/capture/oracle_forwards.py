@@ -1,4 +1,4 @@
-"""Training forwards of a model, each with a forward of a frozen network beside it."""
+"""Training forwards of a model, each with a forward of a frozen network."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from .backbones import find_layers
 from .feature_maps import Oracle, changed_in_place, check_layout, map_of, not_run, ran_twice
-from .graph_notes import Seen, found, hook_on, leave, recording
+from .graph_notes import Seen, attach_to_graph, attached, hook_on, recording
 from .variance_encoder import VarianceEncoder
 
 
 @dataclass
 class Forward:
-    """A forward of the model that is under way.
+    """A running forward of the model.
 
     Attributes:
-        maps: layer -> the oracle's map.
+        maps: layer -> map of the oracle.
         seen: layer that has run -> its map.
     """
 
@@ -33,10 +33,10 @@ class OracleForwards:
     """Compares the maps of layers with an oracle's, in every training forward of a model.
 
     Args:
-        model: the network in training, which is hooked for as long as this lives.
-        oracle: the frozen network.
-        encoders: layer -> the module that compares its maps; its bias gets a size.
-        name: of the wrapper, in messages.
+        model: network in training, with hooks for the lifetime of this object.
+        oracle: frozen network.
+        encoders: layer -> module that compares its maps; the first forward gives its bias a size.
+        name: name of the wrapper, for messages.
         first: called before the first forward.
     """
 
@@ -53,37 +53,36 @@ class OracleForwards:
         self.forward: Forward | None = None
         hook_on(partial(model.register_forward_pre_hook, with_kwargs=True), self, "_begin")
         for layer, module in find_layers(model, [*encoders], "model").items():
-            hook_on(module.register_forward_hook, self, "_see", layer)
+            hook_on(module.register_forward_hook, self, "_on_layer", layer)
         hook_on(model.register_forward_hook, self, "_end")
 
     def of(self, losses: Tensor) -> Tensor:
-        """The sum over the layers in the forward that ``losses`` come from, ``[N]``, with its
-        graph.
+        """Return the sum over the layers in the forward of ``losses`` ``[N]``, with its graph.
 
         Raises:
-            RuntimeError: they do not come from one training forward.
-            ValueError: it had another number of samples.
+            RuntimeError: the losses do not come from exactly one training forward.
+            ValueError: the forward had another number of samples.
         """
-        forwards = found(losses, self)
+        forwards = attached(losses, self)
         if len(forwards) != 1:
             how = "several training forwards" if forwards else "no training forward"
             raise RuntimeError(
-                f"losses: {how} of the {type(self.model).__name__} given to {self.name} lead to "
-                "them; call that very module once for each backward (final=False for all but the "
-                f"last), after {self.name} was made, with model.train() and outside torch.no_grad, "
-                "and do not change its output in place"
+                f"losses: they come from {how} of the {type(self.model).__name__} given to "
+                f"{self.name}. Call this module once for each backward (final=False for all except "
+                f"the last), after you create {self.name}, with model.train() and outside "
+                "torch.no_grad, and do not change its output in place."
             )
         values: Tensor = forwards[0]
         if len(values) != len(losses):
             raise ValueError(
-                f"losses: got {len(losses)}, but their forward had {len(values)} samples for "
-                f"{self.name}. Pass one loss for each sample; if the model takes samples in "
-                f"dimension 1, make {self.name} with layouts='LNC'"
+                f"losses: {self.name} saw {len(values)} samples in the forward, got {len(losses)} "
+                "losses. Pass one loss for each sample; if the model takes samples in dimension "
+                f"1, create {self.name} with layouts='LNC'."
             )
         return values
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is about to run: the oracle runs before it, on inputs as they are now."""
+        """Run the oracle before the model, while the inputs are unchanged."""
         self.forward = None
         if not (model.training and recording()):
             return
@@ -96,8 +95,8 @@ class OracleForwards:
         for name, encoder in self.encoders.items():
             encoder.layout = layouts[name]
 
-    def _see(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
-        """A layer has run: its map has to be like the oracle's."""
+    def _on_layer(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        """Check a layer's map against the oracle's, and record it."""
         forward = self.forward
         if forward is None:
             return
@@ -106,8 +105,8 @@ class OracleForwards:
         features, oracle = map_of(name, output), forward.maps[name]
         if features.shape != oracle.shape:
             raise ValueError(
-                f"oracle: its map of {name!r} has shape {tuple(oracle.shape)}, the model's "
-                f"{tuple(features.shape)}"
+                f"oracle: its map of {name!r} must have the model's shape {tuple(features.shape)}, "
+                f"got {tuple(oracle.shape)}. Pass an oracle with the model's architecture."
             )
         encoder = self.encoders[name]
         assert encoder.layout is not None
@@ -116,9 +115,10 @@ class OracleForwards:
         forward.seen[name] = Seen.now(features)
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> Any:
-        """The model has run: compare the maps, and leave the result for the backward.
+        """Compare the maps after the model's forward, and attach the result for the backward.
 
-        Not before: a layer may run inside a checkpoint, which would take our graph for its own.
+        It cannot be earlier: a layer may run inside an activation checkpoint, which would take our
+        graph for its own.
         """
         forward, self.forward = self.forward, None
         if forward is None:
@@ -131,4 +131,4 @@ class OracleForwards:
             if seen.changed():
                 raise changed_in_place(name, "model")
             values.append(encoder(seen.tensor, forward.maps.pop(name)))
-        return leave(output, self, torch.stack(values).sum(0))
+        return attach_to_graph(output, self, torch.stack(values).sum(0))

@@ -1,4 +1,4 @@
-"""How likely an oracle's feature map is, with one trained variance for each channel."""
+"""Likelihood of an oracle's feature map, with one trained variance for each channel."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..gradients.rules.registry import register_rule
 from ..ops.oracle_nll import FLOOR, bias_gradients
 from .feature_maps import Layout
 
-START = 0.1  # the variance that every channel begins with
+START = 0.1  # initial variance of every channel
 BIAS = math.log(math.expm1(START - FLOOR))
 
 
 class VarianceEncoder(nn.Module):
-    """The variance of one layer's channels, and how likely the oracle's maps are with it."""
+    """Variances of one layer's channels, and the likelihood of the oracle's maps with them."""
 
     def __init__(self, like: Tensor, layout: Layout | None) -> None:
         super().__init__()
-        # How many channels there are is seen in the first forward
+        # The first forward shows the number of channels
         self.bias = nn.Parameter(
             torch.empty(0, dtype=to_statistics_dtype(like).dtype, device=like.device)
         )
         self.layout = layout
 
     def begin(self, channels: int, device: torch.device) -> None:
-        """The number of channels is known: b gets its size, if it has none."""
+        """Give the bias its size, unless it has one."""
         if self.bias.numel() == 0:
             self.bias.data = self.bias.new_full((channels,), BIAS, device=device)
 

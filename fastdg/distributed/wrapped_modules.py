@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .._torch import original
-from ..capture.graph_notes import Hook
+from ..capture.graph_notes import WeakHook
 from .sharding import sharded
 
 
@@ -42,13 +42,14 @@ class WrappedModules:
     def discover(self) -> None:
         """Hook every module that runs, until `hook_owners_only`."""
         if not self.handles:
-            self.handles.append(register_module_forward_pre_hook(Hook(self, "_on_forward")))
+            self.handles.append(register_module_forward_pre_hook(WeakHook(self, "_on_forward")))
 
     def hook_owners_only(self) -> None:
         """Hook the modules found so far, and no others."""
         _remove(self.handles)
         self.handles.extend(
-            module.register_forward_pre_hook(Hook(self, "_on_forward")) for module in self.modules
+            module.register_forward_pre_hook(WeakHook(self, "_on_forward"))
+            for module in self.modules
         )
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:

@@ -335,7 +335,7 @@ def test_losses_of_another_model(name: str) -> None:
         opt.backward(losses, torch.arange(6) % 2)
 
 
-@pytest.mark.filterwarnings("ignore:.*IRM takes the result of the last layer")
+@pytest.mark.filterwarnings("ignore:.*IRM takes the output of the last layer")
 def test_zero_weight_keeps_an_infinite_penalty_out() -> None:
     for cls in (fastdg.VREx, fastdg.IRM, fastdg.IGA):
         model = nn.Linear(2, 1)

@@ -145,7 +145,9 @@ def test_irm_of_losses_that_samples_share(given: bool) -> None:
         losses = F.cross_entropy(logits - logits.mean(0), y, reduction="none") * 1.5
         opt.backward(losses, d, **({"logits": logits} if given else {}))
 
-    message = "depends on other rows of the logits" if given else "last layer is .* logits=logits"
+    message = (
+        "depends on the logits of other samples" if given else "last layer is .* logits=logits"
+    )
     with pytest.raises(RuntimeError, match=message):
         backward(fastdg.IRM(SGD(model.parameters(), lr=0.1)))
     assert model.weight.grad is None

@@ -111,7 +111,7 @@ def test_no_preset() -> None:
     with pytest.raises(ValueError, match=message):
         fastdg.MIRO(Adam(net().parameters()), net())
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    message = r"no preset for Sequential. .* layers=\['0', '2'\]. Its modules: 0, 1, 2, 3, 4$"
+    message = r"no preset for Sequential. .* layers=\['0', '2'\]. Its modules: 0, 1, 2, 3, 4\.$"
     with pytest.raises(ValueError, match=message):
         preset_of(model)
     model = nn.Module()
@@ -196,7 +196,7 @@ def test_losses_that_the_model_did_not_make() -> None:
     with pytest.raises(RuntimeError, match=r"^losses: .*several training forwards"):
         opt.backward(losses, d)
     losses = F.cross_entropy(model(x), y, reduction="none")
-    with pytest.raises(ValueError, match=r"^losses: .*got 3, .*9 samples"):
+    with pytest.raises(ValueError, match=r"^losses: .*9 samples.* got 3"):
         opt.backward(losses[:3], d[:3])
     assert model.conv.weight.grad is None
     step(opt, model, x, y)
@@ -249,7 +249,7 @@ def test_an_oracle_that_does_not_fit() -> None:
     model, oracle = Tricky(""), Tricky("")
     oracle.second = nn.Linear(4, 5)
     opt = fastdg.MIRO(SGD(model.parameters()), model, oracle, layers=["first", "second"])
-    with pytest.raises(ValueError, match=r"^oracle: .*'second'.*\(3, 5\).*\(3, 4"):
+    with pytest.raises(ValueError, match=r"^oracle: .*'second'.*\(3, 4\).*\(3, 5"):
         model(torch.randn(3, 4))
     assert opt.steps == 0
 

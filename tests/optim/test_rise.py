@@ -495,7 +495,7 @@ def test_bad_arguments(given: dict[str, Any], error: type[Exception], message: s
         ({"labels": torch.full((N,), -100)}, ValueError, "^labels: .*got -100 to -100"),
         ({"labels": torch.zeros(N, device="meta").long()}, ValueError,
          "^labels: .*got meta"),
-        ({"logits": None}, TypeError, r"logits: .* with teacher_logits"),
+        ({"logits": None}, TypeError, "^logits: teacher_logits"),
         ({"logits": torch.zeros(N, 4)}, ValueError, r"^logits: .*got \[8"),
         ({"teacher_logits": torch.zeros(N, 4)}, ValueError,
          r"^teacher_logits: .*got \[8, 4"),
@@ -536,7 +536,7 @@ def test_several_forwards_of_one_backward_are_refused() -> None:
     opt = made(model)
     (x, y, domains, _), (other, _, _, _) = data(0), data(1)
     one, two = (F.cross_entropy(model(view), y, reduction="none") for view in (x, other))
-    with pytest.raises(RuntimeError, match=r"^losses: 2 forwards"):
+    with pytest.raises(RuntimeError, match=r"^losses: .* 2 forwards"):
         opt.backward((one + two) / 2, domains, labels=y)
 
 
