@@ -1,7 +1,7 @@
 """fastdg: gradient statistics and algorithms for domain generalisation, at nearly the price of
 plain training."""
 
-from . import func, ops
+from . import func, ops, weightings
 from .algorithms.agr_rand import AgrRand
 from .algorithms.agr_sum import AgrSum
 from .algorithms.and_mask import ANDMask
@@ -13,6 +13,11 @@ from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
 from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
+from .algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
+from .algorithms.gram.cone import DualProj, UPGrad
+from .algorithms.gram.fair import FairGrad, NashMTL
+from .algorithms.gram.hull import MGDA, CAGrad
+from .algorithms.gram.vaccine import GradVac
 from .algorithms.gram_surgery import GramSurgery
 from .algorithms.group_dro import GroupDRO
 from .algorithms.iga import IGA
@@ -58,7 +63,9 @@ __all__ = [
     "GAM",
     "GSAM",
     "IGA",
+    "IMTLG",
     "IRM",
+    "MGDA",
     "MIRO",
     "RISE",
     "SAGM",
@@ -67,15 +74,22 @@ __all__ = [
     "ANDMask",
     "AgrRand",
     "AgrSum",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
     "Dense",
     "DomainIds",
     "DomainMoments",
     "DomainOptimizer",
+    "DualProj",
+    "FairGrad",
     "Fish",
     "Fishr",
+    "GradVac",
     "GramSurgery",
     "GroupDRO",
     "Lookup",
+    "NashMTL",
     "Objective",
     "Outer",
     "PCGrad",
@@ -85,6 +99,7 @@ __all__ = [
     "Tape",
     "TextTables",
     "UNetMasker",
+    "UPGrad",
     "VREx",
     "backends",
     "check",
@@ -104,4 +119,5 @@ __all__ = [
     "register_rule",
     "text_tables",
     "use_backend",
+    "weightings",
 ]

@@ -16,7 +16,7 @@ ROOT = Path(fastdg.__file__).parent
 # A layer imports itself and layers below it. Files that stand alone in fastdg/ are not listed.
 LAYERS = (
     {"studies", "domainbed", "cli", "examples"},
-    {"algorithms", "selfsup", "averaging", "outer"},
+    {"algorithms", "selfsup", "averaging", "outer", "weightings"},
     {"core"},
     {"distributed", "capture"},
     {"statistics"},

@@ -9,9 +9,9 @@ from torch import Tensor
 from ..core.combine.combiner import Combined, DomainGradients
 from ..core.combine.gathering import scatter_rows
 from ..core.combine.weighted import WeightedCombiner
+from ..core.combine.weightings import Weighting, keeps_state, of_gram
 from ..core.hyper import argument, check_absent, check_switch, hyper
 from ..domains import tracing
-from ..weightings import Weighting, keeps_state, of_gram
 
 
 class GramSurgery(WeightedCombiner):
@@ -21,10 +21,11 @@ class GramSurgery(WeightedCombiner):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        weighting: ``[D, D]`` Gram matrix over all parameters -> ``[D]`` weights. TorchJD's
-            weightings of a Gram matrix are such functions, and its aggregators have one. Those that
-            want the Jacobian or two batches (``ExcessMTL``, ``SDMGrad``, ``MoDo``) are refused. It
-            is not called for one domain alone, whose gradient stays as it is.
+        weighting: ``[D, D]`` Gram matrix over all parameters -> ``[D]`` weights. Those of
+            `fastdg.weightings` and TorchJD's of a Gram matrix are such functions, and TorchJD's
+            aggregators have one. Those that want the Jacobian or two batches (``ExcessMTL``,
+            ``SDMGrad``, ``MoDo``) are refused. It is not called for one domain alone, whose
+            gradient stays as it is.
         absent: how domains without samples in a batch look. ``"drop"``: the matrix has the rows of
             the others alone. ``"zeros"``: it is always ``[D, D]``, with rows of zeros, and the
             weights of these domains change nothing. ``"auto"``: zeros for a weighting that keeps
@@ -41,7 +42,7 @@ class GramSurgery(WeightedCombiner):
     What a weighting keeps in buffers, attributes and the objects that it holds is in
     ``state_dict`` and resumes bit for bit. A function's own variables are not.
 
-    ``PCGradWeighting``, ``MGDAWeighting`` and others work after ``pip install torchjd``,
+    TorchJD's ``PCGradWeighting`` and others work after ``pip install torchjd``,
     ``UPGradWeighting`` and ``DualProjWeighting`` after ``pip install 'fastdg[weightings]'``. These
     two and ``CAGradWeighting`` take a matrix whose trace is below ``norm_eps=1e-4`` for zeros, and
     leave conflicts of small gradients as they are; the first such step warns. ``normalize=True``

@@ -26,7 +26,7 @@ Fishr                           2 (D + 1) + 4DK                2P
 Fishr(params="all"), w = 0      2 (D + 1) + 4DP                0: it is the mean of the moments
 AgrSum, ANDMask, SANDMask       2D + 6L + 2W                   (E + 1) P
 AgrRand                         the same, a generator's state  (E + 1) P
-PCGrad, GramSurgery             2 (D + DD + L + W) of 8 bytes  (E + 1) P
+PCGrad, GramSurgery, its rules  2 (D + DD + L + W) of 8 bytes  (E + 1) P
 =============================== ============================== =============================
 
 With one domain on each rank, E = 1, and gradient surgery sends as much as plain training. SWAD

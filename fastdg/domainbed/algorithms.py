@@ -18,6 +18,11 @@ from ..algorithms.ascent.sagm import SAGM
 from ..algorithms.ascent.sam import SAM
 from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
+from ..algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
+from ..algorithms.gram.cone import DualProj, UPGrad
+from ..algorithms.gram.fair import FairGrad, NashMTL
+from ..algorithms.gram.hull import MGDA, CAGrad
+from ..algorithms.gram.vaccine import GradVac
 from ..algorithms.group_dro import GroupDRO
 from ..algorithms.iga import IGA
 from ..algorithms.irm import IRM
@@ -53,7 +58,9 @@ def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callabl
     return wrap
 
 
-def drawing(wrapper: type[AgrRand] | type[PCGrad], device: str | None) -> Callable[[Any], Any]:
+def drawing(
+    wrapper: type[AgrRand] | type[PCGrad] | type[GradVac], device: str | None, **settings: str
+) -> Callable[[Any], Any]:
     """Return a maker of the wrapper with the papers' scale and a generator of its own: the data
     then come in the same order as for algorithms that draw no random numbers."""
 
@@ -65,6 +72,7 @@ def drawing(wrapper: type[AgrRand] | type[PCGrad], device: str | None) -> Callab
             generator=torch.Generator(where).manual_seed(torch.initial_seed()),
             num_domains=algorithm.num_domains,
             model=algorithm.network,
+            **{name: algorithm.hparams[hparam] for name, hparam in settings.items()},
         )
 
     return wrap
@@ -169,6 +177,13 @@ ENTRIES = {
     "AgrSum": Entry("ERM", agr_sum, AGREEMENT),
     "AgrRand": Entry("ERM", drawing(AgrRand, None), AGREEMENT),
     "PCGrad": Entry("ERM", drawing(PCGrad, "cpu"), CONFLICTS),
+    "CAGrad": Entry("ERM", wrapped(CAGrad, c="cagrad_c"), CONFLICTS),
+    "FairGrad": Entry("ERM", wrapped(FairGrad, alpha="fairgrad_alpha"), CONFLICTS),
+    "GradVac": Entry("ERM", drawing(GradVac, "cpu", beta="gradvac_beta"), CONFLICTS),
+    **{
+        rule.__name__: Entry("ERM", wrapped(rule), CONFLICTS)
+        for rule in (MGDA, UPGrad, DualProj, IMTLG, AlignedMTL, ConFIG, NashMTL)
+    },
     "MIRO": Entry("ERM", miro, {"loss": "objective", "nll": "loss", "miro": "miro"}, together=True),
     "RISE": Entry(
         "ERM",
@@ -191,6 +206,11 @@ ENTRIES |= {
     )
 }
 
+RULES = {
+    "CAGrad": ("cagrad_c", 0.5, (0.2, 0.4, 0.5, 0.8)),
+    "FairGrad": ("fairgrad_alpha", 1.0, (0.5, 1.0, 2.0, 5.0)),
+    "GradVac": ("gradvac_beta", 0.5, (0.01, 0.1, 0.5)),
+}
 Draw = Callable[[np.random.RandomState], Any]
 
 
@@ -198,8 +218,12 @@ def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
     """Default and random search of the hyper-parameters that DomainBed does not know of.
 
     MIRO and RISE have the search ranges of their papers. Gradient surgery has none of its own. The
-    ranges of SAM and its relatives are ours, around the papers' values.
+    ranges of SAM and its relatives, and of the rules of the Gram matrix, are ours, around the
+    papers' values.
     """
+    if algorithm in RULES:
+        name, default, values = RULES[algorithm]
+        return {name: (default, lambda r: float(r.choice(values)))}
     if algorithm == "MIRO":
         return {
             "miro_lambda": (0.1, lambda r: float(r.choice([1.0, 0.1, 0.01, 0.001]))),

@@ -73,6 +73,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "SANDMask": lambda base, model: fastdg.SANDMask(base, threshold=0.3),
     "PCGrad": lambda base, model: fastdg.PCGrad(base, generator=seeded()),
     "GramSurgery": lambda base, model: fastdg.GramSurgery(base, even),
+    "CAGrad": lambda base, model: fastdg.CAGrad(base),
     "Fish": lambda base, model: fastdg.Fish(base, num_domains=DOMAINS, inner_product=True),
     "IGA": lambda base, model: fastdg.IGA(base, penalty_weight=0.5),
     "IRM": lambda base, model: fastdg.IRM(base, anneal_steps=2, penalty_weight=2.0),
@@ -90,6 +91,19 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "SWAD(Fishr)": lambda base, model: fastdg.SWAD(fishr(base), model, n_converge=1),
     "SWAD": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
     "SWAD(plain)": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
+}
+# The other rules of the Gram matrix, which are the same on every rank
+RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
+    "MGDA": lambda base, model: fastdg.MGDA(base),
+    "UPGrad": lambda base, model: fastdg.UPGrad(base),
+    "DualProj": lambda base, model: fastdg.DualProj(base),
+    "IMTLG": lambda base, model: fastdg.IMTLG(base),
+    "AlignedMTL": lambda base, model: fastdg.AlignedMTL(base),
+    "ConFIG": lambda base, model: fastdg.ConFIG(base),
+    "NashMTL": lambda base, model: fastdg.NashMTL(base, update_every=2, num_domains=DOMAINS),
+    "FairGrad": lambda base, model: fastdg.FairGrad(base, alpha=2.0),
+    "GradVac": lambda base, model: fastdg.GradVac(base, generator=seeded(), num_domains=DOMAINS),
+    "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),
 }
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),
@@ -184,7 +198,7 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
         network = DistributedDataParallel(model, **run.options)
         if run.counted:
             network.register_comm_hook(sent, counted)
-    opt = WRAPS[run.wrap](BASES[run.base](model.parameters()), model)
+    opt = {**WRAPS, **RULES}[run.wrap](BASES[run.base](model.parameters()), model)
     torch.manual_seed(7 * (rank or 0))  # whoever draws from torch's own stream has his own
     scaler = None
     if run.scale is not None:

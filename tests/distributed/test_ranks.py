@@ -9,6 +9,7 @@ import pytest
 import torch
 from parallel import (
     DOMAINS,
+    RULES,
     WRAPS,
     Net,
     Result,
@@ -54,6 +55,12 @@ def check(pool: Pool, run: Run, world: int) -> list[Result]:
 @pytest.mark.parametrize(("world", "split"), [(2, "mixed"), (3, "own")])
 def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> None:
     check(pool, Run(wrap, "mixed" if wrap == "Fish" else split), world)
+
+
+@pytest.mark.parametrize("wrap", RULES)
+def test_rules_of_the_gram_matrix_equal_one_process(pool: Pool, wrap: str) -> None:
+    """Whose weights may be large: in float64, so that rounding is not."""
+    check(pool, Run(wrap, "own", base="adam", dtype=torch.float64), 2)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

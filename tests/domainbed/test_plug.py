@@ -25,7 +25,10 @@ from fastdg.domainbed.resume import FILE, Refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ADDED = ["AgrSum", "AgrRand", "PCGrad", "MIRO", "RISE", "SAM", "GSAM", "SAGM", "GAM", "DISAM"]
+# Made by the same lines, but for the rule
+RULES = ["MGDA", "UPGrad", "DualProj", "IMTLG", "AlignedMTL", "ConFIG", "NashMTL"]
+ADDED = ["AgrSum", "AgrRand", "PCGrad", "CAGrad", "FairGrad", "GradVac", *RULES, "MIRO", "RISE"]
+ADDED += ["SAM", "GSAM", "SAGM", "GAM", "DISAM"]
 
 
 def test_names_and_hparams(bed: Bed) -> None:
@@ -64,6 +67,10 @@ def test_settings_are_the_hparams(bed: Bed) -> None:
         "ANDMask": {"threshold": "tau"},
         "SANDMask": {"threshold": "tau", "steepness": "k"},
         "IGA": {"penalty_weight": "penalty"},
+        "CAGrad": {"c": "cagrad_c"},
+        "FairGrad": {"alpha": "fairgrad_alpha"},
+        "GradVac": {"beta": "gradvac_beta"},
+        "NashMTL": {},
         "MIRO": {"weight": "miro_lambda", "lr_multiplier": "miro_lr_mult"},
     }
     with plugged_in():
@@ -90,7 +97,7 @@ def test_checkpoints_load_into_domainbeds_own_class(bed: Bed, tmp_path: Path) ->
             assert own.update_count == 2
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ADDED if name != "RISE"])
+@pytest.mark.parametrize("algorithm", [x for x in ADDED if x not in ["RISE", *RULES[:-1]]])
 def test_added_algorithms_train(bed: Bed, algorithm: str, tmp_path: Path) -> None:
     hparams = json.dumps({"batch_size": 2})
     more = ["--steps", "3", "--data_dir", "", "--output_dir", str(tmp_path), "--hparams", hparams]

@@ -51,6 +51,7 @@ WRAPS: dict[str, Wrap] = {
     "AgrRand": lambda base, **more: fastdg.AgrRand(base, generator=seeded(), **more),
     "PCGrad": lambda base, **more: fastdg.PCGrad(base, generator=seeded(), **more),
     "GramSurgery": lambda base, **more: fastdg.GramSurgery(base, even, **more),
+    "CAGrad": fastdg.CAGrad,
     "ANDMask": lambda base, **more: fastdg.ANDMask(base, **{"threshold": 0.5, **more}),
     "SANDMask": lambda base, **more: fastdg.SANDMask(base, **{"threshold": 0.3, **more}),
     "Fish": lambda base, **more: Fish(base, **{"num_domains": 3, **more}),
@@ -64,6 +65,23 @@ WRAPS: dict[str, Wrap] = {
     "RISE": lambda base, **more: rise(base, **more),
     "SWAD(Fishr)": lambda base, **more: fastdg.SWAD(wrap(base, **more), model_of(base)),
 }
+
+# One function of the Gram matrix each, and all else CAGrad's: these keep the contract, too, and are
+# not tried again in every framework
+RULES: dict[str, Wrap] = {
+    "MGDA": fastdg.MGDA,
+    "UPGrad": fastdg.UPGrad,
+    "DualProj": fastdg.DualProj,
+    "IMTLG": fastdg.IMTLG,
+    "AlignedMTL": fastdg.AlignedMTL,
+    "ConFIG": fastdg.ConFIG,
+    "NashMTL": lambda base, **more: fastdg.NashMTL(base, **{"num_domains": 3, **more}),
+    "FairGrad": fastdg.FairGrad,
+    "GradVac": lambda base, **more: fastdg.GradVac(
+        base, **{"num_domains": 3, "generator": seeded(), **more}
+    ),
+}
+EVERY = {**WRAPS, **RULES}
 
 
 def model_of(base: Optimizer) -> nn.Sequential:
@@ -134,18 +152,23 @@ class Case:
         return BASES[self.base]
 
     def wrap(self, base: Optimizer, **settings: Any) -> Any:
-        return WRAPS[self.wrapper](base, **settings)
+        return EVERY[self.wrapper](base, **settings)
 
     def trained(self, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
         return trained(self.make, dtype, self.wrap, **settings)
+
+
+def has_two(wrapper: str) -> bool:
+    """Whether a wrapper is tried around both of `TWO`: chains and rules are of parts that are."""
+    return "(" not in wrapper and wrapper not in RULES
 
 
 # What differs between the optimizers inside is no wrapper's own: one has them all
 TWO = ("fused_adamw", "adagrad")
 CASES = [
     Case(wrapper, base)
-    for wrapper in WRAPS
-    for base in (BASES if wrapper == "Fishr" else TWO[:1] if "(" in wrapper else TWO)
+    for wrapper in EVERY
+    for base in (BASES if wrapper == "Fishr" else TWO if has_two(wrapper) else TWO[:1])
 ]
 
 

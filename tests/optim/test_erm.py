@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import WRAPS, Network, batch, model_of, network, same
+from bases import EVERY, Network, batch, model_of, network, same
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -187,13 +187,13 @@ WRAPPERS = [
 def test_every_wrapper_takes_num_domains_and_model(kind: type) -> None:
     parameters = inspect.signature(kind).parameters
     assert {"base", "num_domains", "model"} <= parameters.keys()
-    assert kind.__name__ in {name.split("(")[0] for name in (*WRAPS, *PLAIN)}
+    assert kind.__name__ in {name.split("(")[0] for name in (*EVERY, *PLAIN)}
 
 
-@pytest.mark.parametrize("name", [n for n in WRAPS if "(" not in n and n not in ("MIRO",)])
+@pytest.mark.parametrize("name", [n for n in EVERY if "(" not in n and n not in ("MIRO",)])
 def test_names_are_those_of_the_model(name: str) -> None:
     model = network()
-    opt = WRAPS[name](SGD(model.parameters(), lr=0.1), num_domains=3, model=model)
+    opt = EVERY[name](SGD(model.parameters(), lr=0.1), num_domains=3, model=model)
     assert opt.num_domains == 3
     assert list(opt._names.values()) == [n for n, _ in model.named_parameters()]
     losses, domains = batch(model)
@@ -201,7 +201,7 @@ def test_names_are_those_of_the_model(name: str) -> None:
     opt.step()
     assert len(opt.statistics["domain_count"]) == 3
     with pytest.raises(ValueError, match=r"^model: "):
-        WRAPS[name](SGD(model.parameters(), lr=0.1), model=nn.Linear(2, 2))
+        EVERY[name](SGD(model.parameters(), lr=0.1), model=nn.Linear(2, 2))
 
 
 def test_swad_shares_num_domains_with_what_is_inside() -> None:

@@ -23,6 +23,7 @@ COMPARE: dict[str, Callable[..., Any]] = {
     "AgrRand": fastdg.AgrRand,
     "PCGrad": fastdg.PCGrad,
     "GramSurgery": lambda o, **n: fastdg.GramSurgery(o, even, **n),
+    "CAGrad": fastdg.CAGrad,
     "ANDMask": fastdg.ANDMask,
     "SANDMask": lambda o, **n: fastdg.SANDMask(o, threshold=0.5, **n),
     "IGA": lambda o, **n: fastdg.IGA(o, penalty_weight=0.1, **n),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import BASES, WRAPS, network, steps
+from bases import BASES, EVERY, network, steps
 
 import fastdg
 
@@ -46,7 +46,7 @@ def kept(wrapper: str) -> dict[str, Any]:
     """Keys of the state after two steps, and of the statistics."""
     torch.manual_seed(0)
     model = network()
-    opt = WRAPS[wrapper](BASES["momentum"](model.parameters()), num_domains=3)
+    opt = EVERY[wrapper](BASES["momentum"](model.parameters()), num_domains=3)
     steps(model, opt, [0, 1])
     state = opt.state_dict()
     entries = {
@@ -62,14 +62,14 @@ def kept(wrapper: str) -> dict[str, Any]:
 
 
 def found() -> dict[str, Any]:
-    return {"names": names(), "wrappers": {name: kept(name) for name in WRAPS}}
+    return {"names": names(), "wrappers": {name: kept(name) for name in EVERY}}
 
 
 def test_names_and_constructors() -> None:
     assert names() == json.loads(FILE.read_text())["names"]
 
 
-@pytest.mark.parametrize("wrapper", WRAPS)
+@pytest.mark.parametrize("wrapper", EVERY)
 def test_keys_of_states_and_statistics(wrapper: str) -> None:
     assert kept(wrapper) == json.loads(FILE.read_text())["wrappers"][wrapper]
 

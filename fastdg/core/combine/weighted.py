@@ -9,18 +9,11 @@ from torch import Tensor
 
 from ...domains import readable, tracing
 from ...warn import warn_user
-from ...weightings import (
-    Weighting,
-    keeps_state,
-    load_weighting,
-    not_saved,
-    smallest_trace,
-    stamp,
-    weighting_state,
-)
 from ..declared_state import Group, ObjectState
 from .combiner import GradientCombiner
 from .gathering import DomainBatch
+from .weighting_state import load_weighting, not_saved, smallest_trace, stamp, weighting_state
+from .weightings import Weighting, keeps_state
 
 
 def _read(opt: WeightedCombiner) -> dict[str, Any] | None:

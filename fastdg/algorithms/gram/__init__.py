@@ -1,0 +1,1 @@
+"""The weightings of `fastdg.weightings` as algorithms of their own."""

@@ -1,0 +1,117 @@
+"""Small quadratic problems with weights that are not negative.
+
+The answer is closed once it is known which weights are positive, the support. All supports are
+tried at once for few domains; for more, those that an interior point proposes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gram import stops
+
+ENUMERATED = 6  # domains whose 2^D supports are all tried
+ROUNDS = 40  # about 20 suffice
+
+
+def every_support(domains: int, device: torch.device) -> Tensor:
+    """All sets of domains, ``[2^D, D]`` bool; the first one is empty."""
+    number, place = torch.arange(2**domains, device=device), torch.arange(domains, device=device)
+    return (number.unsqueeze(1) >> place) % 2 == 1
+
+
+def nested_supports(weights: Tensor, slack: Tensor) -> Tensor:
+    """For weights ``[*, D]`` near the solution: the k that are positive most clearly, for k from 0
+    to D, ``[*, D + 1, D]`` bool. ``slack`` is the multiplier of each weight's own bound."""
+    place = (weights / slack).argsort(-1, descending=True).argsort(-1)
+    counts = torch.arange(weights.shape[-1] + 1, device=weights.device)
+    return place.unsqueeze(-2) < counts.unsqueeze(-1)
+
+
+def proposed(matrix: Tensor, linear: Tensor, simplex: bool) -> tuple[Tensor, Tensor]:
+    """Supports ``[*, M, D]``, the first of them empty, and solutions that are nearly exact, if
+    any, ``[*, 0 or 1, D]``: where gradients depend on each other these may be all there is.
+    Arguments as of `interior_point`."""
+    if len(matrix) <= ENUMERATED:
+        return every_support(len(matrix), matrix.device), linear.unsqueeze(-2)[..., :0, :]
+    y, slack = interior_point(matrix, linear, simplex)
+    return nested_supports(y, slack), y.unsqueeze(-2)
+
+
+def on_supports(matrix: Tensor, right: Tensor, supports: Tensor) -> Tensor:
+    """Solve ``matrix y = right`` on each support, with zeros elsewhere.
+
+    Args:
+        matrix: ``[D, D]``.
+        right: ``[*, D, R]``, R right-hand sides.
+        supports: ``[*, D]`` bool.
+    """
+    both = supports.unsqueeze(-1) & supports.unsqueeze(-2)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    found, _ = torch.linalg.solve_ex(matrix.where(both, eye), right * supports.unsqueeze(-1))
+    return found
+
+
+def to_simplex(weights: Tensor, supports: Tensor) -> Tensor:
+    """Weights ``[M, D]`` without what is negative, their sum 1; even where nothing is left."""
+    positive = weights.clamp(min=0)
+    total = positive.sum(-1, keepdim=True)
+    good = (total > 0) & total.isfinite()
+    even = supports / supports.sum(-1, keepdim=True)
+    return torch.where(good, positive / total.where(good, 1.0), even.to(positive.dtype))
+
+
+def least(candidates: Tensor, values: Tensor) -> Tensor:
+    """The candidate ``[*, M, D]`` with the smallest of the values ``[*, M]``, ``[*, D]``."""
+    best = values.where(values.isfinite(), torch.inf).argmin(-1)
+    index = best[..., None, None].expand(*best.shape, 1, candidates.shape[-1])
+    return candidates.gather(-2, index).squeeze(-2)
+
+
+def nonnegative(matrix: Tensor, right: Tensor) -> Tensor:
+    r"""Minimise :math:`\tfrac12 y^\top A y - q^\top y` over :math:`y \ge 0`.
+
+    Args:
+        matrix: A ``[D, D]``, positive definite.
+        right: q ``[R, D]``, R problems.
+
+    Returns:
+        y ``[R, D]``.
+    """
+    rows = right.unsqueeze(-2)
+    supports, near = proposed(matrix, -right, simplex=False)
+    made = on_supports(matrix, rows.unsqueeze(-1), supports).squeeze(-1).clamp(min=0)
+    made = torch.cat([made, near], -2)
+    return least(made, ((made @ matrix / 2 - rows) * made).sum(-1))
+
+
+def interior_point(matrix: Tensor, linear: Tensor, simplex: bool) -> tuple[Tensor, Tensor]:
+    r"""Minimise :math:`\tfrac12 y^\top A y + l^\top y` over :math:`y \ge 0` by a primal-dual
+    interior-point method, to about 1e-13.
+
+    Args:
+        matrix: A ``[D, D]``, positive semidefinite.
+        linear: l ``[*, D]``, a problem in each row.
+        simplex: whether also :math:`\sum_d y_d = 1`.
+
+    Returns:
+        y, and the multipliers of its bounds, ``[*, D]``; both positive.
+    """
+    ones = torch.ones_like(linear)
+    y, slack = ones / len(matrix) if simplex else ones, ones
+    for _ in range(ROUNDS):
+        target = 0.1 * (y * slack).mean(-1, keepdim=True)
+        right = torch.stack([target / y - y @ matrix - linear, ones], -1)
+        system = matrix + torch.diag_embed(slack / y)
+        step, along = torch.linalg.solve_ex(system, right)[0].unbind(-1)
+        if simplex:
+            rest = 1 - (y + step).sum(-1, keepdim=True)
+            step = step + rest / along.sum(-1, keepdim=True) * along
+        change = target / y - slack - slack / y * step
+        ratios = torch.cat([-step / y, -change / slack], -1).amax(-1, keepdim=True)
+        rate = (0.99 / ratios.clamp(min=1e-300)).clamp(max=1)
+        y, slack = y + rate * step, slack + rate * change
+        if stops((target < 1e-15).all()):
+            break
+    return y, slack
