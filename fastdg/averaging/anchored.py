@@ -1,4 +1,4 @@
-"""Iterations of several steps that end a part of the way from where they began."""
+"""Meta-iterations of several steps, which end between their first and their last weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..distributed.sharding import local, sharded
 from .buffers import Buffers, stored
 
 ONE_DOMAIN = (
-    "domains: {} takes its steps on one domain after the other, so a batch holds the samples of "
-    "one: draw each batch from one domain, or split a mixed one and call backward and step for "
-    "each part (domains == d)"
+    "domains: {} steps on one domain after the other, so a batch must have samples of one domain. "
+    "Draw each batch from one domain, or split a mixed batch and call backward and step for each "
+    "part (domains == d)"
 )
 
 
 @dataclass
 class Single(Batch):
-    """A micro-batch of one domain, whose id is on the device that all ids were on."""
+    """A micro-batch of one domain, whose id is on the device of the batch's ids."""
 
     domain: Tensor
 
 
 def _inside(opt: Anchored, group: Group) -> Any:
-    return group.get(f"{opt.prefix}_position")  # else it begins anew
+    return group.get(f"{opt.prefix}_position")  # at position 0 a meta-iteration begins
 
 
 def _buffers(kind: str) -> PerRun:
@@ -48,7 +48,7 @@ def _buffers(kind: str) -> PerRun:
 
     return PerRun(
         kind,
-        f"{kind} that the meta-iteration began with",
+        f"{kind} at the begin of the meta-iteration",
         rows=Rows("numbers", "the buffers of model=", count),
         begin=now,
         needed=_inside,
@@ -56,11 +56,11 @@ def _buffers(kind: str) -> PerRun:
 
 
 class Anchored(DomainOptimizer):
-    """Keeps the weights, and the buffers of ``model``, that an iteration of ``meta_steps`` steps
-    begins with.
+    """Keeps the initial weights and buffers of a meta-iteration of ``meta_steps`` steps.
 
-    They are kept when the first step is made; the buffers, which a forward may change, before the
-    first forward. Weights that were changed since the last iteration are where the next one begins.
+    Weights are copied at the first step; buffers of ``model``, which a forward may change, before
+    the first forward. If weights were changed since the last meta-iteration, the next one begins
+    with the changed ones.
     """
 
     looks_at_samples = False
@@ -69,10 +69,10 @@ class Anchored(DomainOptimizer):
 
     model: nn.Module | None = option(None, check_model, show=None)
     meta_steps: int
-    position = RunValue(0)  # inner steps taken in this meta-iteration
+    position = RunValue(0)  # number of inner steps in this meta-iteration
     kept = PerParameter(
         "kept",
-        "weights that the meta-iteration began with",
+        "weights at the begin of the meta-iteration",
         begin=lambda opt: {p: p.detach().clone() for p in opt._names},
         needed=_inside,
     )
@@ -80,8 +80,8 @@ class Anchored(DomainOptimizer):
 
     def _clear(self) -> None:
         super()._clear()
-        self._noted: dict[str, Tensor] = {}  # the buffers that this meta-iteration began with
-        # of the weights after the last meta step
+        self._noted: dict[str, Tensor] = {}  # buffers at the begin of this meta-iteration
+        # Versions of the weights after the last meta step
         self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._begun = False
         self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
@@ -91,11 +91,16 @@ class Anchored(DomainOptimizer):
         """End the meta-iteration, by `interpolate`."""
 
     def begin_iteration(self) -> None:
-        """Called before the first step of a meta-iteration."""
+        """Act before the first step of a meta-iteration."""
 
     def interpolate(self, rate: float) -> Tensor:
-        """Set weights and buffers to ``kept + rate * (now - kept)``, in place; integers are
-        truncated. Returns the squared length of the way that the weights have gone, 0-dim."""
+        """Set weights and buffers to ``kept + rate * (now - kept)``, in place.
+
+        Integers are truncated.
+
+        Returns:
+            The squared distance between the weights before and the kept ones, 0-dim.
+        """
         kept = self.kept
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
         for p in kept:
@@ -112,7 +117,7 @@ class Anchored(DomainOptimizer):
         return self._ranks.sum(squares)
 
     def progress(self) -> Tensor:
-        """Inner product of the gradient there is with the way that the weights have gone, 0-dim."""
+        """Return the inner product of ``.grad`` with the change of the weights so far, 0-dim."""
         products: dict[Tensor, Tensor] = {}
         for p, start in self.kept.items():
             if p.grad is not None:
@@ -126,9 +131,9 @@ class Anchored(DomainOptimizer):
             return super().evaluate_closure(forward)
         if self.position:
             raise RuntimeError(
-                f"{type(self).__name__}.step(closure) makes a whole meta-iteration, but "
-                f"{self.position} of the {self.meta_steps} inner steps of this one were already "
-                "made; finish it with backward and step"
+                f"closure: {type(self).__name__}.step(closure) runs a whole meta-iteration, but "
+                f"{self.position} of the {self.meta_steps} inner steps of this one are done. "
+                "Finish it with backward and step."
             )
         return forward.steps(self.meta_steps)
 
@@ -185,21 +190,21 @@ class Anchored(DomainOptimizer):
         self.position = position
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, and whatever `backward` has staged or left for `step`."""
+        """Clear gradients and staged micro-batches."""
         super().zero_grad(set_to_none)
         self._begun = False
 
     # -- buffers --
 
     def _follow(self) -> None:
-        """Look at the buffers of the model, and see them before they change."""
+        """Find the buffers of the model, and hook the model to copy them before they change."""
         self._buffers = Buffers(self.model)
         if self.model is not None and self._buffers.places:
             hook_on(self.model.register_forward_pre_hook, self, "_before_forward")
         self._begin_here()
 
     def _before_forward(self, *seen: Any) -> None:
-        """The model is about to run, and may change its buffers."""
+        """Copy the buffers before the model's first forward of a meta-iteration."""
         used = self._begun or self._ready or self._micro_batches
         if self.position == 0 and not used and torch.is_grad_enabled():
             self._note_buffers()
@@ -231,5 +236,5 @@ class Anchored(DomainOptimizer):
 
 
 def _stamp(p: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is changed in place or gets other memory."""
+    """Return a value that changes if the tensor is changed in place or gets other memory."""
     return version_of(p), p.data_ptr()

@@ -28,7 +28,7 @@ from .averages import Segments, finite
 
 _average = get_swa_multi_avg_fn()
 _WAY = (
-    "save with torch.save, or turn its files into one, which is loaded as a whole, with "
+    "save with torch.save, or convert its files to one file with "
     "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
 )
 _SEGMENTS = Rows(
@@ -50,17 +50,17 @@ def _none(opt: Averaged) -> dict[Tensor, Tensor]:
 class Averaged(OuterOptimizer):
     """Base of wrappers that keep an average of the weights beside the model.
 
-    Every step's weights join the mean of a segment. The class decides which segments join the
-    average, see `Segments`.
+    The weights after every step join the mean of a segment. The class decides which segments join
+    the average, see `Segments`.
     """
 
     role = "average"
     model: nn.Module
-    _shown = False  # whether the model has the averaged weights for a while
+    _shown = False  # whether the model has the averaged weights, inside `applied`
     _transient = (*OuterOptimizer._transient, "_shown")
 
     segment = PerParameter("segment", "average of a segment", begin=_zeros, way=_WAY)
-    pending = PerParameter("pending", "averages that wait", rows=_SEGMENTS, begin=_none, way=_WAY)
+    pending = PerParameter("pending", "pending averages", rows=_SEGMENTS, begin=_none, way=_WAY)
     average = PerParameter(
         "average",
         "average",
@@ -68,14 +68,14 @@ class Averaged(OuterOptimizer):
         needed=lambda opt, group: group.get(f"{opt.prefix}_average_steps"),
         way=_WAY,
     )
-    # Of `segment`, of each that waits, and of `average`; lists are replaced, never changed
+    # Steps of `segment`, of each of `pending`, and of `average`; lists are replaced, never changed
     segment_steps = RunValue(0)
     pending_steps = RunValue[list[int]]([])
-    losses = RunValue[list[float]]([])  # at the end of each segment that waits
+    losses = RunValue[list[float]]([])  # at the end of each pending segment
     average_steps = RunValue(0)
     threshold = RunValue[float | None](None)  # of a valley
     early = RunValue(0)
-    finished = RunValue(False)  # the valley has ended, so that the average changes no more
+    finished = RunValue(False)  # whether the valley has ended: the average changes no more
 
     @property
     def started(self) -> bool:
@@ -84,15 +84,15 @@ class Averaged(OuterOptimizer):
 
     @abstractmethod
     def _segments(self) -> Segments:
-        """The segments that the average is made of."""
+        """Return the segments of the average."""
 
     # -- the averages --
 
     def loss_of_ranks(self, name: str, value: Any) -> float:
-        """The mean of a number over the ranks.
+        """Average a number over the ranks.
 
         Raises:
-            TypeError, ValueError: it is not a finite number, or that of another rank is not.
+            TypeError, ValueError: it is not a finite number, on this rank or another.
         """
         try:
             own = finite(name, value)
@@ -103,7 +103,7 @@ class Averaged(OuterOptimizer):
 
     @torch.no_grad()
     def averaged(self) -> AveragedModel:
-        """A copy of the model with the averaged weights, for `torch.optim.swa_utils.update_bn`.
+        """Copy the model with the averaged weights, for `torch.optim.swa_utils.update_bn`.
 
         Raises:
             RuntimeError: no step was made yet.
@@ -119,7 +119,7 @@ class Averaged(OuterOptimizer):
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Give the model the averaged weights, for good.
+        """Replace the model's weights by the averaged ones.
 
         Raises:
             RuntimeError: no step was made yet.
@@ -130,8 +130,7 @@ class Averaged(OuterOptimizer):
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The model, with the averaged weights inside the ``with`` block; its own weights and
-        buffers come back after.
+        """Yield the model with the averaged weights; restore its own weights and buffers after.
 
         Raises:
             RuntimeError: no step was made yet.
@@ -153,7 +152,7 @@ class Averaged(OuterOptimizer):
     # -- training --
 
     def _evaluate(self, closure: Closure) -> Tensor:
-        """Run a closure for a plain optimizer, and backward on the losses if it returned them."""
+        """Run a closure for a plain optimizer, and `backward` if it returned losses."""
         result = closure()
         if not isinstance(result, tuple):
             return result
@@ -161,9 +160,11 @@ class Averaged(OuterOptimizer):
         return self.backward(losses, domains, **inputs)
 
     def _step(self, closure: Closure | None) -> Tensor | None:
-        """A step of the optimizer inside; its new weights join the average."""
+        """Step the optimizer inside, and add the new weights to the average."""
         if self._shown:
-            raise RuntimeError("SWAD.step: the model has its averaged weights inside `applied`")
+            raise RuntimeError(
+                "SWAD.step: the model has the averaged weights inside `applied`. Call step outside."
+            )
         probe = closure is None and errors.is_probe(self.base)
         if not self.delegates:
             if self._micro_batches:
@@ -191,15 +192,15 @@ class Averaged(OuterOptimizer):
                 )
                 averages = [kept[p] for p in alike]
                 now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
-                _average(averages, now, self.segment_steps)  # of which the first is a copy
+                _average(averages, now, self.segment_steps)  # at step 0 this is a copy
             self.segment_steps += 1
         for name, tensors in self._own_state.items():
             for p, tensor in tensors.items():
-                if p.grad is not None:  # the wrapped optimizer has made its own state by now
+                if p.grad is not None:  # the wrapped optimizer has created its own state by now
                     self.state[p][f"{self.prefix}_{name}"] = tensor
 
     def _alike(self) -> list[list[Tensor]]:
-        """The parameters that are averaged, by device and dtype."""
+        """Group the averaged parameters by device and dtype."""
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in self.model.parameters():
             if p in self._names:

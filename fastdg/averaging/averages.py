@@ -1,4 +1,4 @@
-"""The averages of `SWAD`: of a segment of training, of segments that wait, of a valley."""
+"""Averages of weights for `SWAD`: over a segment of training, pending segments, a valley."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from .valley import Rule, Valley
 
 
 class Segments:
-    """The segments of a run, in the wrapper's tensors and values.
+    """The segments of a run, stored in the wrapper's tensors and values.
 
     Args:
         opt: the wrapper, see `Averaged`.
-        rule: which segments join the average, and with which weight.
+        rule: decides which segments join the average, and with which weight.
     """
 
     def __init__(self, opt: Any, rule: Rule) -> None:
         self.opt, self.rule = opt, rule
 
     def push(self, loss: float) -> None:
-        """The segment waits, with its loss.
+        """Add the current segment with its loss to the pending ones.
 
         Raises:
-            RuntimeError: no step was made since the last one began.
+            RuntimeError: the segment has no steps.
         """
         opt = self.opt
         if not opt.segment_steps:
             raise RuntimeError(
-                f"{type(opt).__name__}.evaluate: no step was made since the last evaluation"
+                f"{type(opt).__name__}.evaluate: expected a step since the last evaluation, got "
+                "none. Call opt.step() before."
             )
         for p, segment in opt.segment.items():
             row = segment.unsqueeze(0)
             before = opt.pending.get(p)
-            if before is None:  # a new one was what it is all the time
+            if before is None:  # a new parameter had this value in earlier segments too
                 before = row.expand(len(opt.losses), *segment.shape)
             opt.pending[p] = torch.cat([before, row])
         opt.losses = [*opt.losses, loss]
@@ -46,7 +47,7 @@ class Segments:
         opt.segment_steps = 0
 
     def settle(self, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
-        """Let the rule decide about the segments that wait."""
+        """Apply the rule to the pending segments."""
         opt = self.opt
         settings = n_converge, n_tolerance, tolerance_ratio
         verdict = self.rule.after(Valley(opt.losses, opt.threshold, opt.early, *settings))
@@ -59,7 +60,7 @@ class Segments:
         opt.finished = verdict.ends
 
     def _join(self, places: Sequence[int]) -> None:
-        """The segments that wait at these places become part of the average."""
+        """Add the pending segments at these places to the average."""
         if not places:
             return
         opt = self.opt
@@ -75,7 +76,7 @@ class Segments:
         opt.average_steps = before + sum(counts)
 
     def _drop(self, count: int) -> None:
-        """The first so many segments do not wait on."""
+        """Remove the first ``count`` pending segments."""
         opt, kept = self.opt, self.opt.pending
         if not count:
             return
@@ -85,11 +86,11 @@ class Segments:
         opt.pending_steps = opt.pending_steps[count:]
 
     def _weight(self, steps: int) -> int:
-        """The weight of a segment of so many steps."""
+        """Return the weight of a segment of ``steps`` steps."""
         return steps if self.rule.by_steps else min(steps, 1)
 
     def mean(self) -> tuple[dict[Tensor, Tensor], int]:
-        """The averaged weights now, and of how many steps (or segments) they are the mean.
+        """Return the current averaged weights, and their number of steps (or segments).
 
         Raises:
             RuntimeError: no step was made yet.
@@ -100,7 +101,7 @@ class Segments:
         segment = opt.segment_steps
         if not self.rule.open and (started or waiting):
             segment = 0
-        places: Sequence[int] = range(len(waiting))[-1:]  # without a valley the last one
+        places: Sequence[int] = range(len(waiting))[-1:]  # the last one, without a valley
         if started:
             places = self.rule.rest(losses, opt.threshold)
         elif segment:
@@ -108,14 +109,16 @@ class Segments:
         ends = [*(waiting[place] for place in places), segment]
         counts = [opt.average_steps, *map(self._weight, ends)]
         if not (sum(counts) or started):
-            raise RuntimeError("SWAD: there is no average before the first step")
+            raise RuntimeError(
+                "SWAD: there is no average before the first step. Call opt.step() before."
+            )
         if not (losses or started):
             warn_user(
                 "SWAD: opt.evaluate(validation_loss) was never called, so there is no valley, and "
-                f"the average is that of all {segment} steps from the first one on",
+                f"the average covers all {segment} steps. Call it after each validation.",
             )
         if not sum(counts):
-            counts[0] = 1  # no segment has joined the one that the average started as
+            counts[0] = 1  # no segment has joined the first one
         found: dict[Tensor, Tensor] = {}
         for p, last in opt.segment.items():
             pending = opt.pending.get(p)
@@ -127,7 +130,7 @@ class Segments:
 
 
 def mean(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The mean of means of so many steps each."""
+    """Average means over ``counts`` steps each."""
     total = sum(counts)
     result = parts[0] * (counts[0] / total)
     for part, count in zip(parts[1:], counts[1:], strict=True):
@@ -136,17 +139,17 @@ def mean(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 
 def finite(name: str, value: Any) -> float:
-    """``value``, a number or a tensor with one entry, as a float.
+    """Convert ``value``, a number or a tensor with one entry, to a float.
 
     Raises:
-        TypeError, ValueError: it is none, or not finite.
+        TypeError, ValueError: it is not a finite number.
     """
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise TypeError(f"{name}: expected one number, got a tensor {list(value.shape)}")
+        raise TypeError(f"{name}: expected one number, got a tensor {list(value.shape)}.")
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except TypeError:
-        raise TypeError(f"{name}: expected a finite number, got {type(value).__name__}") from None
+        raise TypeError(f"{name}: expected a finite number, got {type(value).__name__}.") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, got {value!r}.")
     return number

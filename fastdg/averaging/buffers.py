@@ -1,4 +1,4 @@
-"""The buffers of a model as flat tensors, so that a few operations move them all."""
+"""Buffers of a model as flat tensors, so that a few operations change them all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ KINDS: dict[str, Callable[[Tensor], bool]] = {
 
 
 class Buffers:
-    """What ``model.state_dict()`` holds beside parameters, by kind: ``"buffers"`` are floating,
-    ``"counters"`` are integers; others have no numbers in between."""
+    """Buffers in ``model.state_dict()`` by kind: floating ``"buffers"``, integer ``"counters"``.
+
+    Other dtypes are skipped: they cannot be interpolated.
+    """
 
     def __init__(self, model: nn.Module | None) -> None:
         modules = model.modules() if isinstance(model, nn.Module) else ()
@@ -30,12 +32,12 @@ class Buffers:
         self.places = list(owned.values())
 
     def tensors(self, kind: str) -> list[Tensor]:
-        """Those there are now: some modules make themselves new ones."""
+        """Return the current buffers of a kind: some modules replace theirs."""
         now = [module._buffers[name] for module, name in self.places]
         return [buffer for buffer in now if buffer is not None and KINDS[kind](buffer)]
 
     def now(self) -> dict[str, Tensor]:
-        """Kind -> all their numbers, one after the other; a kind that is not there is left out."""
+        """Concatenate the current buffers of each kind; kinds without buffers are omitted."""
         found = {kind: self.tensors(kind) for kind in KINDS}
         return {kind: torch.cat([b.reshape(-1) for b in bs]) for kind, bs in found.items() if bs}
 
@@ -52,7 +54,7 @@ class Buffers:
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:
-    """``value``, copied into ``place`` if it fits there."""
+    """Copy ``value``, into ``place`` if it fits."""
     if place is None or (place.shape, place.dtype, place.device) != (
         value.shape,
         value.dtype,

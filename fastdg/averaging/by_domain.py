@@ -24,8 +24,10 @@ WAY = (
 
 
 class DomainAverages(PerParameter):
-    """Declares averages ``[D, *]`` of the parameters that ``params`` chooses: ``opt.<name>`` is
-    `Averages`. Arguments as of `PerParameter`."""
+    """Declares averages ``[D, *]`` for the parameters in ``params``: ``opt.<name>`` is `Averages`.
+
+    Arguments as in `PerParameter`.
+    """
 
     def __init__(self, key: str, what: str, **more: Any) -> None:
         super().__init__(key, what, rows=DOMAINS, begin=_zeros, **{"way": WAY, **more})
@@ -38,13 +40,13 @@ class DomainAverages(PerParameter):
 
 
 class Averages:
-    """Those of one wrapper. A domain that was not seen before begins with zeros."""
+    """Averages of one wrapper. A new domain begins with zeros."""
 
     def __init__(self, opt: Any, declared: DomainAverages) -> None:
         self.opt, self.declared, self.kept = opt, declared, opt._own_state[declared.key]
 
     def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        """The averages so far of these statistics ``[D, *]``, for their D domains."""
+        """Return the current averages of these statistics ``[D, *]``, for their D domains."""
         found = []
         for name, value in values.items():
             own, D = self.kept.get(self.opt.tape.names[name]), value.shape[0]
@@ -60,17 +62,17 @@ class Averages:
         if opt._resumed and kept and (new := [p for p in named if p not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
             warn_user(
-                f"the loaded state has no {type(opt).__name__} {self.declared.what} of "
-                f"{opt._names[new[0]]}{more}, which starts from 0 now: was it saved with other "
-                f"params than {opt.params!r}?",
+                f"state_dict: it has no {type(opt).__name__} {self.declared.what} of "
+                f"{opt._names[new[0]]}{more}, so this starts from 0. Pass the params= of the saved "
+                f"run, got {opt.params!r}.",
             )
-        if opt.steps == 1:  # which parameters it is about was guessed before the first forward
+        if opt.steps == 1:  # before the first forward, the parameters were guessed
             for p in kept.keys() - named.keys():
                 del kept[p]
                 opt.state[p].pop(f"{opt.prefix}_{self.declared.key}", None)
         moved: list[Tensor] = []
         weights: list[Tensor] = []
-        made: dict[tuple[torch.dtype, int], Tensor] = {}  # of each row, by dtype and dimensions
+        made: dict[tuple[torch.dtype, int], Tensor] = {}  # weights by dtype and dimensions
         for p, value in named.items():
             D, kind = value.shape[0], (value.dtype, value.dim())
             own = kept.get(p)
@@ -88,8 +90,7 @@ class Averages:
 
 
 def _zeros(opt: Any) -> dict[Tensor, Tensor]:
-    """Averages of a new run, of the parameters that ``params`` chooses as far as can be told before
-    a forward."""
+    """Return averages of a new run, for the parameters in ``params`` as known before a forward."""
     D = opt.num_domains
     if D is None:
         return {}

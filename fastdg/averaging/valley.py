@@ -1,4 +1,4 @@
-"""SWAD's two rules: which segments of training belong to a valley of the validation loss."""
+"""SWAD's two rules, which find the segments in a valley of the validation loss."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 
 class Valley(NamedTuple):
-    """All that a rule looks at.
+    """Input of a rule.
 
     Attributes:
-        losses: of the segments that wait, the oldest first.
-        threshold: the loss above which a segment counts against the valley; None before a valley.
-        early: number of waiting segments that are older than the valley's first.
-        n_converge, n_tolerance, tolerance_ratio: the settings of `SWAD`.
+        losses: losses of the pending segments, oldest first.
+        threshold: loss above which a segment counts against the valley; None before a valley.
+        early: number of pending segments before the valley's first.
+        n_converge, n_tolerance, tolerance_ratio: settings of `SWAD`.
     """
 
     losses: Sequence[float]
@@ -24,19 +24,19 @@ class Valley(NamedTuple):
     tolerance_ratio: float
 
     def level(self, window: Sequence[float]) -> float:
-        """The threshold of a valley that begins with these losses."""
+        """Return the threshold of a valley that begins with these losses."""
         mean = sum(window) / len(window)
         return mean + self.tolerance_ratio * abs(mean)
 
 
 class Verdict(NamedTuple):
-    """What becomes of the waiting segments after an evaluation.
+    """Result of a rule after an evaluation.
 
     Attributes:
-        threshold, early: as in `Valley`, from now on.
+        threshold, early: new values of `Valley`.
         starts: place of the segment that the average starts as a copy of, with weight 0.
-        joins: places of the segments that join the average, a place once for each time.
-        drops: number of segments, the oldest first, that do not wait on.
+        joins: places of the segments that join the average, once for each time.
+        drops: number of pending segments to remove, oldest first.
         ends: whether the valley has ended.
     """
 
@@ -52,11 +52,11 @@ class Rule(NamedTuple):
     """One reading of SWAD.
 
     Attributes:
-        by_steps: whether a segment weighs as many as it has steps; otherwise all weigh the same.
-        after: called after each evaluation, the newest segment being the last that waits.
-        rest: the losses of the waiting segments and the threshold -> places of those that join if
-            training stops here, in a valley.
-        open: whether the steps since the last evaluation join then, too.
+        by_steps: whether a segment's weight is its number of steps; otherwise all are equal.
+        after: called after each evaluation, when the newest segment is the last pending one.
+        rest: losses of the pending segments and the threshold -> places of the segments that join
+            if training stops here, in a valley.
+        open: whether the steps since the last evaluation join then too.
     """
 
     by_steps: bool
@@ -82,7 +82,7 @@ def _after_by_the_paper(valley: Valley) -> Verdict:
 
 def _after_by_the_code(valley: Valley) -> Verdict:
     losses, threshold = valley.losses, valley.threshold
-    # Before a valley as many wait as either queue of theirs holds; in it, those of the smoothing
+    # The authors' code has two queues: before a valley, the longer one counts; in it, the smoothing
     held = valley.n_tolerance
     if threshold is None:
         held = max(held, valley.n_converge)
@@ -99,7 +99,7 @@ def _after_by_the_code(valley: Valley) -> Verdict:
         else:
             before = range(recent, min(recent + ahead + 1, len(losses)))
             above = [place for place in before if losses[place] > threshold]
-            # The first one within is left out: theirs takes it for the one the average started as
+            # The authors' code skips the first one within, as the average starts as its copy
             joins = range((above[-1] + 1 if above else recent) + 1, before.stop)
         return Verdict(threshold, max(0, first - recent), first, joins, recent)
     early = valley.early - drops
@@ -125,4 +125,4 @@ RULES = {
 
 def check_rule(name: str, value: Any) -> None:
     if value not in RULES:
-        raise ValueError(f"{name}: expected 'paper' or 'code', got {value!r}")
+        raise ValueError(f"{name}: expected 'paper' or 'code', got {value!r}.")

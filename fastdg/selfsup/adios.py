@@ -1,4 +1,4 @@
-"""ADIOS: an encoder that sees through masks, and a masker that makes that hard."""
+"""ADIOS: an encoder that recognises masked images, and a masker that makes this hard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..dtypes import to_statistics_dtype
 from .masks import check_masks, chosen
 from .objectives import Objective
 
-LEAST = 1e-10  # the reference's, in the area's penalty
+LEAST = 1e-10  # as in the reference, in the area's penalty
 
 
 class ADIOS:
@@ -37,40 +37,40 @@ class ADIOS:
         H = &-\sum_b \sum_k p_{kb} \log p_{kb}, \qquad
             p_{\cdot b} = \operatorname{softmax}_k \bar m_{kb}
 
-    with :math:`\bar m_{kb}` the area of mask k in image b. The penalty keeps masks from being empty
-    or everything; :math:`\beta > 0` makes the masks of an image differ in size. H is a sum over the
-    batch's images, the rest are means: :math:`\beta` weighs more in a larger batch.
+    with :math:`\bar m_{kb}` the area of mask k in image b. The penalty excludes empty and full
+    masks; :math:`\beta > 0` makes the masks of an image differ in size. H is a sum over the batch's
+    images, all other terms are means: :math:`\beta` weighs more in a larger batch.
 
-    The whole image is encoded once and compared with all N: 2 (N + 1) encodes a step, where one for
-    each pair takes 4 N. Each comparison is taken back through the encoder before the next one is
-    made, so that no more than two are in memory. The masker runs once. In its step the encoder
-    stays as it is, buffers such as running statistics and ``requires_grad`` flags included.
+    The whole image is encoded once and compared with all N masked ones: 2 (N + 1) encodings a step,
+    where one for each pair takes 4 N. The backward of each comparison runs before the next
+    comparison, so at most two are in memory. The masker runs once. Its step does not change the
+    encoder, including buffers such as running statistics and ``requires_grad`` flags.
 
     So batch norm sees each whole image once and N masked ones: with its momentum of 0.1 and N = 4
     whole images weigh 16 % in the running statistics. In the authors' code, which encodes them for
     every mask and for a probe, they weigh 52 %. Training does not read the statistics. Before the
     encoder runs in ``eval`` mode, ``torch.optim.swa_utils.update_bn(loader, objective.network)``
-    makes them from whole images alone.
+    computes them from whole images alone.
 
     Args:
-        encoder_optimizer: steps on the parameters of ``objective``.
-        masker_optimizer: steps on the parameters of ``masker``. Both are ordinary optimizers, for
-            schedulers, hooks and gradient clipping (``register_step_pre_hook``) as ever.
-        masker: images ``[B, C, H, W]`` -> masks ``[B, N, H, W]`` that sum to one over N, as
-            `UNetMasker` does.
+        encoder_optimizer: optimizer of the parameters of ``objective``.
+        masker_optimizer: optimizer of the parameters of ``masker``. Schedulers, hooks and gradient
+            clipping (``register_step_pre_hook``) work on both as usual.
+        masker: images ``[B, C, H, W]`` -> masks ``[B, N, H, W]`` that sum to one over N, such as
+            `UNetMasker`.
         objective: L: `SimCLR`, `BYOL`, `SimSiam` or another `Objective`; holds the encoder. With
-            ``objective.both_views`` x is masked, too, by masks of its own: 2 (2 N + 2) encodes. The
+            ``objective.both_views`` x is masked too, by its own masks: 2 (2 N + 2) encodings. The
             penalty is then a sum over the masks of both views, and p a softmax over these 2 N areas
             (with ``single`` over N areas of each view), as in the authors' code.
         penalty: :math:`\alpha`.
         entropy: :math:`\beta`.
-        single: ADIOS-s: each image is compared with one of its masks (in both views with the same
-            one), drawn anew in each of the two steps: 4 encodes. The penalty and the entropy cover
-            all masks.
-        generator: where masks are drawn from with ``single``; None: torch's global generator, the
-            state of which is the user's to keep.
+        single: ADIOS-s: each image is compared with one of its masks (the same in both views),
+            drawn anew in each of the two steps: 4 encodings. The penalty and the entropy cover all
+            masks.
+        generator: generator of the drawn masks with ``single``; None: torch's global generator,
+            whose state the user saves.
 
-    The defaults are those of SimCLR on ImageNet100-S, in
+    The defaults are the authors' for SimCLR on ImageNet100-S, in
     ``bash_files/training/imagenet100s/resnet18/simclr_adios.sh`` of YugeTen/adios, to three digits:
     N 4, batches of 128, SGD with momentum 0.9, weight decay 1e-4, learning rates 0.111 (encoder)
     and 0.0145 (masker), warmed up for 10 of 500 epochs and then on a cosine. The script wraps both
@@ -78,7 +78,7 @@ class ADIOS:
     are :math:`\alpha` 0.404, :math:`\beta` 0, N 6; for SimSiam 0.2, 0.286, 4.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or a parameter is with the wrong
+        TypeError, ValueError: an argument is not as described, or a parameter is in the wrong
             optimizer.
 
     Reference:
@@ -111,15 +111,15 @@ class ADIOS:
         generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(masker, nn.Module):
-            raise TypeError(f"masker: expected an nn.Module, got {type(masker).__name__}")
+            raise TypeError(f"masker: expected an nn.Module, got {type(masker).__name__}.")
         if not isinstance(objective, Objective):
             raise TypeError(
                 "objective: expected a fastdg.Objective, such as fastdg.SimCLR(network), got "
-                f"{type(objective).__name__}"
+                f"{type(objective).__name__}."
             )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
-                f"generator: expected a torch.Generator or None, got {type(generator).__name__}"
+                f"generator: expected a torch.Generator or None, got {type(generator).__name__}."
             )
         check_weight("penalty", penalty)
         check_weight("entropy", entropy)
@@ -133,11 +133,11 @@ class ADIOS:
         self.steps = 0
 
     def step(self, whole: Tensor, view: Tensor | None = None) -> dict[str, Tensor]:
-        """One step of the encoder, and one of the masker.
+        """Make one step of the encoder, then one of the masker.
 
         Args:
-            whole: x, images ``[B, C, H, W]`` that are encoded as they are.
-            view: x', another view of the same images, which is masked; default: ``whole``.
+            whole: x, images ``[B, C, H, W]``, encoded without masks.
+            view: x', another view of the same images, to mask; default: ``whole``.
 
         Returns:
             0-dim tensors, detached: ``loss``, the mean of the encoder's :math:`L_k`;
@@ -152,7 +152,7 @@ class ADIOS:
         refuse_ranks(type(self).__name__, "Train in one process")
         view = whole if view is None else view
         if not isinstance(whole, Tensor):
-            raise TypeError(f"whole: expected a tensor of images, got {type(whole).__name__}")
+            raise TypeError(f"whole: expected a tensor of images, got {type(whole).__name__}.")
         if not isinstance(view, Tensor) or len(whole) != len(view):
             got = len(view) if isinstance(view, Tensor) else type(view).__name__
             raise ValueError(
@@ -161,7 +161,7 @@ class ADIOS:
             )
         both = self.objective.both_views
         plain, hidden = ((whole, view), (whole, view)) if both else ((whole,), (view,))
-        # The values are read once: later that would wait for the device
+        # The values are checked once: a check in every step would wait for the device
         masks = [check_masks(self.masker(x), x, values=self.steps == 0) for x in hidden]
         loss = self._encode(plain, hidden, [m.detach() for m in masks])
         found = self._mask(plain, hidden, masks)
@@ -205,7 +205,7 @@ class ADIOS:
                 losses.append(loss.detach())
         of_views = [to_statistics_dtype(m).flatten(2).mean(2) for m in masks]
         areas = torch.cat(of_views, 1)
-        # The sine of a full area is that of an empty one, and not negative by its rounding
+        # The sine of a full area equals an empty one's, and rounding must not make it negative
         middle = torch.minimum(areas, 1 - areas).clamp(min=0)
         penalty = (1 / ((math.pi * middle).sin() + LEAST)).mean(0).sum()
         shares = [x.log_softmax(1) for x in (of_views if self.single else [areas])]
@@ -227,7 +227,7 @@ class ADIOS:
         return [self.objective.embed(x) for x in hidden]
 
     def _chosen(self, masks: Tensor) -> list[Tensor | int]:
-        """The masks to compare with: each, or one of each image ``[B]``."""
+        """Return the masks to compare with: each k, or a random k for each image ``[B]``."""
         B, N = masks.shape[:2]
         if not self.single:
             return list(range(N))
@@ -238,12 +238,11 @@ class ADIOS:
     # -- state --
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: networks, optimizers, the count of steps, and the state
-        of ``generator``.
+        """Return the state of a run: networks, optimizers, step count, and ``generator``'s state.
 
-        ``torch.distributed.checkpoint`` would load nothing into optimizers that have not stepped:
-        give it ``get_state_dict(objective, encoder_optimizer)``, the same of masker and
-        masker_optimizer, and ``steps``.
+        ``torch.distributed.checkpoint`` loads nothing into optimizers without a step: pass it
+        ``get_state_dict(objective, encoder_optimizer)``, the same for masker and masker_optimizer,
+        and ``steps``.
         """
         return {
             "objective": self.objective.state_dict(),
@@ -255,10 +254,11 @@ class ADIOS:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of `state_dict`, bit for bit.
+        """Resume from a state of `state_dict`, bit for bit.
 
         Raises:
-            ValueError: it is no such state, or has the state of a generator and none was given.
+            ValueError: it is another kind of state; or only one of the state and this object has a
+                generator.
         """
         missing = self.state_dict().keys() - state_dict.keys()
         if missing:
@@ -270,8 +270,8 @@ class ADIOS:
         if (state is None) != (self.generator is None):
             has, here = ("none", "one") if state is None else ("one", "none")
             raise ValueError(
-                f"state_dict: has {has} of a generator's states, but this ADIOS has {here}, so its "
-                "run would not go on as it was. Make it with the same generator= as then."
+                f"state_dict: it has {has} of a generator's states, but this ADIOS has {here}, and "
+                "would draw other masks. Create it with generator= as in the saved run."
             )
         self.objective.load_state_dict(state_dict["objective"])
         self.masker.load_state_dict(state_dict["masker"])
@@ -291,8 +291,7 @@ class ADIOS:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of ``module`` is differentiated inside, and its buffers are afterwards what they
-    were."""
+    """Disable gradients of the parameters of ``module`` inside, and restore its buffers after."""
     trained = [p for p in module.parameters() if p.requires_grad]
     buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -309,24 +308,24 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _check(argument: str, optimizer: Any, own: nn.Module, other: nn.Module, name: str) -> None:
-    """Raise unless ``optimizer`` steps on parameters of ``own`` and on none of ``other``."""
+    """Raise unless ``optimizer`` has parameters of ``own`` and none of ``other``."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{argument}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"{argument}: expected a torch.optim.Optimizer, got {type(optimizer).__name__}."
         )
     if isinstance(optimizer, Wrapping) and optimizer.role != "average":
         raise TypeError(
-            f"{argument}: {type(optimizer).__name__} needs losses of domains, and ADIOS has none. "
-            "Pass the optimizer inside it."
+            f"{argument}: ADIOS has no losses by domain, got {type(optimizer).__name__}. Pass the "
+            "optimizer inside it."
         )
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     if not parameters & set(own.parameters()):
         raise ValueError(
-            f"{argument}: has no parameter of this {type(own).__name__}. Make it from its "
+            f"{argument}: it has no parameter of this {type(own).__name__}. Create it from its "
             "parameters()."
         )
     if wrong := [key for key, p in other.named_parameters() if p in parameters]:
         raise ValueError(
-            f"{argument}: also has parameters of the {name}, got {wrong[0]!r}. Leave them out: the "
+            f"{argument}: expected no parameters of the {name}, got {wrong[0]!r}. Remove them: the "
             "two are trained in opposite directions."
         )

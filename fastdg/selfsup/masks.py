@@ -1,4 +1,4 @@
-"""The masks that ADIOS's masker returns."""
+"""Masks of ADIOS's masker."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..dtypes import to_statistics_dtype
 
 
 def check_masks(masks: Any, images: Tensor, values: bool) -> Tensor:
-    """``masks``, if they are masks ``[B, N, H, W]`` of ``images`` with a graph.
+    """Check that ``masks`` are masks ``[B, N, H, W]`` of ``images`` with a graph; return them.
 
     Args:
-        values: also see that they are >= 0 and sum to one, which waits for the device.
+        values: also check that they are >= 0 and sum to one, which waits for the device.
     """
     B, _, *size = images.shape
     if (
@@ -30,8 +30,8 @@ def check_masks(masks: Any, images: Tensor, values: bool) -> Tensor:
         )
     if not masks.requires_grad:
         raise RuntimeError(
-            "masker: its masks have no graph, got requires_grad=False. Call step without "
-            "torch.no_grad, with a masker that has trainable parameters."
+            "masker: it must return masks with a graph, got requires_grad=False. Call step "
+            "without torch.no_grad, with a masker that has trainable parameters."
         )
     if values:
         found = masks.detach()
@@ -46,7 +46,7 @@ def check_masks(masks: Any, images: Tensor, values: bool) -> Tensor:
 
 
 def chosen(masks: Tensor, k: Tensor | int) -> Tensor:
-    """Mask k, one number for all images or ``[B]``: ``[B, 1, H, W]``."""
+    """Select mask k, one number for all images or ``[B]``: ``[B, 1, H, W]``."""
     if isinstance(k, int):
         return masks[:, k : k + 1]
     return masks[torch.arange(len(masks), device=masks.device), k].unsqueeze(1)

@@ -1,4 +1,4 @@
-"""How far two views of the same images are apart: what self-supervised encoders minimise."""
+"""Objectives of self-supervised encoders: distances between two views of the same images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..dtypes import to_statistics_dtype
 
 
 class Objective(nn.Module):
-    """Base of objectives that compare two views, each of which is embedded by itself.
+    """Base of objectives that embed each of two views separately, and compare them.
 
     So a view that is compared with many is embedded once. Implement `embed` and `loss`.
 
@@ -27,26 +27,26 @@ class Objective(nn.Module):
     """
 
     both_views = False  # whether `ADIOS` masks both views; else only the second
-    steps = 0  # of `ADIOS` before this one, which it sets for `follow`
+    steps = 0  # steps of `ADIOS` before this one, which it sets for `follow`
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
-            raise TypeError(f"network: expected an nn.Module, got {type(network).__name__}")
+            raise TypeError(f"network: expected an nn.Module, got {type(network).__name__}.")
         self.network = network
 
     @abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What `loss` needs of one view."""
+        """Compute the input of `loss` from one view."""
 
     @abstractmethod
     def loss(self, one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> Tensor:
-        """The distance of two embedded views of the same images, 0-dim."""
+        """Compute the distance of two embedded views of the same images, 0-dim."""
 
     def compare(
         self, whole: Sequence[tuple[Tensor, ...]], masked: Sequence[tuple[Tensor, ...]]
     ) -> Tensor:
-        """The loss of one mask in `ADIOS`, 0-dim.
+        """Compute the loss of one mask in `ADIOS`, 0-dim.
 
         Args:
             whole: the embedded first view; with ``both_views`` both views.
@@ -55,10 +55,10 @@ class Objective(nn.Module):
         return self.loss(whole[0], masked[0])
 
     def follow(self) -> None:
-        """Called at the end of each step of `ADIOS`, after the masker's."""
+        """Update own state at the end of each step of `ADIOS`, after the masker's."""
 
     def forward(self, one: Tensor, two: Tensor) -> Tensor:
-        """The distance of two views of the same images, 0-dim."""
+        """Compute the distance of two views of the same images, 0-dim."""
         return self.loss(self.embed(one), self.embed(two))
 
 
@@ -73,7 +73,7 @@ class SimCLR(Objective):
 
     Args:
         network: images -> z ``[B, E]``: the encoder and its projection head.
-        temperature: :math:`\tau`. The default is that of ADIOS's SimCLR scripts for ImageNet100.
+        temperature: :math:`\tau`. The default is from ADIOS's SimCLR scripts for ImageNet100.
 
     Reference:
         Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
@@ -103,9 +103,9 @@ class SimSiam(Objective):
     r"""Each view predicts the other, whose gradient is stopped:
     :math:`-\tfrac12\cos(p_1, z_2) - \tfrac12\cos(p_2, z_1)`, the mean over images.
 
-    So one view is masked. With ``both_views``, the authors' way of ADIOS, both are: with
-    :math:`D(p, z) = -\cos(p, z)`, and :math:`\tilde p, \tilde z` of masked views, the loss is the
-    mean of :math:`D(\tilde p_1, z_2), D(\tilde p_2, z_1)` and of the pairs that are switched on.
+    With it, ADIOS masks one view. With ``both_views``, as in the authors' ADIOS, it masks both:
+    with :math:`D(p, z) = -\cos(p, z)`, and :math:`\tilde p, \tilde z` of masked views, the loss is
+    the mean of :math:`D(\tilde p_1, z_2), D(\tilde p_2, z_1)` and the selected pairs.
 
     Args:
         network: images -> z ``[B, E]``: the encoder and its projection head.
@@ -143,8 +143,8 @@ class SimSiam(Objective):
             check_switch(name, value)
             if not value and not both_views:
                 raise ValueError(
-                    f"{name}: chooses among the pairs of two masked views, got False for one "
-                    "masked view. Pass both_views=True."
+                    f"{name}: it selects pairs of two masked views, got False with one masked "
+                    "view. Pass both_views=True."
                 )
         self.predictor, self.both_views = _module(predictor), both_views
         self.symmetry_mask, self.no_mask, self.both_mask = symmetry_mask, no_mask, both_mask
@@ -173,24 +173,24 @@ class SimSiam(Objective):
 
 
 class BYOL(Objective):
-    r"""Each view predicts what a slow copy of the network makes of the other:
+    r"""Each view predicts the output of a slow copy of the network for the other view:
     :math:`(2 - 2\cos(p_1, t_2)) + (2 - 2\cos(p_2, t_1))`, the mean over images.
 
     At the end of each step of `ADIOS`, after the masker's, the copy's parameters move:
-    :math:`\theta' \leftarrow m\theta' + (1-m)\theta`; its running statistics are of its own
+    :math:`\theta' \leftarrow m\theta' + (1-m)\theta`; its running statistics come from its own
     forwards. With ``total_steps`` T the step k (from 0) has
 
     .. math:: m_k = 1 - (1 - m)\,\tfrac12\bigl(\cos(\pi k / T) + 1\bigr),
 
-    from m to 1, which is the authors' schedule; their trainer skips the first step, and is one step
-    behind from there on.
+    from m to 1, the authors' schedule; their trainer skips the first step, and is one step behind
+    after it.
 
     Args:
         network: images -> ``[B, E]``: the encoder and its projection head.
         predictor: ``[B, E]`` -> p ``[B, E]``.
         momentum: m. The default is the first value in the command line of YugeTen/adios.
         total_steps: T, the steps of the whole run. None: m stays constant. `ADIOS` counts the
-            steps, and keeps the count in its ``state_dict``.
+            steps, and saves the count in its ``state_dict``.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -239,5 +239,5 @@ def _cosine(one: Tensor, two: Tensor) -> Tensor:
 
 def _module(predictor: Any) -> nn.Module:
     if not isinstance(predictor, nn.Module):
-        raise TypeError(f"predictor: expected an nn.Module, got {type(predictor).__name__}")
+        raise TypeError(f"predictor: expected an nn.Module, got {type(predictor).__name__}.")
     return predictor

@@ -292,9 +292,9 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"^state_dict: .*ADIOS"):
         made().load_state_dict({"masker": {}})
     drawing = made(single=True, generator=torch.Generator())
-    with pytest.raises(ValueError, match=r"^state_dict: has one .*generator"):
+    with pytest.raises(ValueError, match=r"^state_dict: it has one .*generator"):
         made(single=True).load_state_dict(drawing.state_dict())
-    with pytest.raises(ValueError, match=r"^state_dict: has none .*generator"):
+    with pytest.raises(ValueError, match=r"^state_dict: it has none .*generator"):
         drawing.load_state_dict(made().state_dict())
 
 
