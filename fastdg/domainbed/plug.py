@@ -89,8 +89,8 @@ def _fetching(download: Callable[..., Any]) -> Callable[..., Any]:
             return download(url, dst, *args, **kwargs)
         except OSError as error:
             raise Refused(
-                f"{dst}: the pre-trained weights are not there, and could not be downloaded "
-                f"({error}). Download {url} elsewhere and put it there."
+                f"{dst}: there are no pre-trained weights, and the download failed ({error}). "
+                f"Download {url} elsewhere and put it there."
             ) from error
 
     return download_url_to_file

@@ -146,9 +146,9 @@ class Journal:
         for name, value in saved.items():
             if value != here[name]:
                 raise Refused(
-                    f"{self.path}: it is of another run, whose {name} at step {len(self.values)} "
-                    f"was {value}, but here it is {here[name]}. Pass the arguments of that run, or "
-                    "another --output_dir; or delete the file to start anew"
+                    f"{self.path}: it belongs to another run, whose {name} at step "
+                    f"{len(self.values)} was {value}, got {here[name]}. Pass the arguments of that "
+                    "run or another --output_dir, or delete the file to start anew."
                 )
 
 

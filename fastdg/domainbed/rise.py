@@ -30,9 +30,9 @@ class RISEAdapter(Adapter):
         names = hparams["rise_classes"]
         if len(names) != num_classes:
             raise ValueError(
-                f"rise_classes: RISE compares images with texts, so it needs the names of the "
-                f"{num_classes} classes in the order of the labels, got {list(names)!r}; pass "
-                """--hparams '{"rise_classes": ["dog", ...]}'"""
+                f"rise_classes: expected the names of the {num_classes} classes in the order of the "
+                f"labels, which RISE compares with images, got {list(names)!r}. Pass "
+                """--hparams '{"rise_classes": ["dog", ...]}'."""
             )
         self.tables = text_tables(names, hparams["rise_anchors"], hparams["rise_clip"])
         words = F.normalize(self.tables.classes, dim=1)

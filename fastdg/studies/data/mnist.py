@@ -29,7 +29,7 @@ def read_train(folder: Path) -> tuple[Tensor, Tensor]:
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{folder}: expected images (N, 28, 28) and N labels, got {images.shape} and "
-            f"{labels.shape}"
+            f"{labels.shape}. Download them again."
         )
     if labels.size and labels.max() > 9:
         raise ValueError(
@@ -56,11 +56,11 @@ def read_idx(path: Path) -> np.ndarray:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: damaged, it cannot be unpacked: {error}") from error
+        raise ValueError(f"{path}: damaged, cannot unpack it: {error}. Download it again.") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(
-            f"{path}: not an idx file of unsigned bytes, which starts with 00 00 08 and its number "
-            f"of dimensions; it starts with {raw[:4].hex(' ') or 'nothing'}"
+            f"{path}: expected an idx file of unsigned bytes, which starts with 00 00 08 and its "
+            f"number of dimensions, got {raw[:4].hex(' ') or 'nothing'}. Download it again."
         )
     dims = raw[3]
     shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
@@ -68,6 +68,6 @@ def read_idx(path: Path) -> np.ndarray:
     if body.size != math.prod(shape):
         raise ValueError(
             f"{path}: damaged, shape {shape} needs {math.prod(shape)} bytes of data, "
-            f"got {body.size}"
+            f"got {body.size}. Download it again."
         )
     return body.reshape(shape)

@@ -67,8 +67,8 @@ def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
     ]
     if changes:
         raise ValueError(
-            f"{path}: made with other settings ({'; '.join(changes)}). Keep the settings, choose "
-            "another output folder, or start afresh."
+            f"{path}: it has results of other settings ({'; '.join(changes)}). Keep the settings, "
+            "choose another output folder, or start afresh."
         )
 
 

@@ -65,8 +65,8 @@ def _results(
         ended = True
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a training process was killed, perhaps for lack of memory. Repeat the command to go "
-            "on from here; --workers 1 takes the least memory."
+            "workers: a training process was killed, perhaps for lack of memory. Repeat the "
+            "command to resume; --workers 1 needs the least memory."
         ) from error
     finally:
         if not ended:  # stop units whose results nobody will write
@@ -104,7 +104,7 @@ def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}"
+            f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}."
         )
 
 
