@@ -30,8 +30,8 @@ class RISEAdapter(Adapter):
         names = hparams["rise_classes"]
         if len(names) != num_classes:
             raise ValueError(
-                f"rise_classes: expected the names of the {num_classes} classes in the order of the "
-                f"labels, which RISE compares with images, got {list(names)!r}. Pass "
+                f"rise_classes: expected the names of the {num_classes} classes in the order "
+                f"of the labels, which RISE compares with images, got {list(names)!r}. Pass "
                 """--hparams '{"rise_classes": ["dog", ...]}'."""
             )
         self.tables = text_tables(names, hparams["rise_anchors"], hparams["rise_clip"])

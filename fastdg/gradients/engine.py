@@ -16,19 +16,19 @@ from ..carried import continued
 from ..domains import tracing
 from ..dtypes import refuse_complex
 from ..factors import PerSampleGrad, total
+from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
 from .errors import in_words
 from .graph import Graph, Key
 from .plain import without_autocast
 from .plan import Plan
 from .planner import Planner
-from .pulled import Part, Pull, Pulled
 from .reading import Reader
 from .release import release
 from .route import route_of
 from .rules.registry import registered
 
 Consume = Callable[[str, PerSampleGrad], None]
-KEPT = 64  # cached plans
+MOST_PLANS = 64  # cached plans
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Forward:
 
     def operations(self) -> list[Node]:
         """Return the operations where the parameters meet samples."""
-        places = [place.node for places in self.plan.places.values() for place in places]
+        uses = [use.node for uses in self.plan.rule_uses.values() for use in uses]
         boundaries = [boundary.node for boundary in self.plan.boundaries]
-        return [self.graph.nodes[i] for i in dict.fromkeys([*places, *boundaries])]
+        return [self.graph.nodes[i] for i in dict.fromkeys([*uses, *boundaries])]
 
 
 @dataclass
-class _Remembered:
+class _CachedPlan:
     """Cached plan, and the number of graphs with its signature so far."""
 
     key: Key
@@ -65,10 +65,12 @@ class _Remembered:
     uses: int = 0
 
 
-_plans: OrderedDict[Key, _Remembered] = OrderedDict()
+_plans: OrderedDict[Key, _CachedPlan] = OrderedDict()
 
 
-def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None) -> Forward:
+def plan_gradients(
+    losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
+) -> Forward:
     """Plan how the gradients of a graph's parameters are computed, or look the plan up.
 
     Args:
@@ -83,25 +85,25 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
     names, parameters = list(reached), list(reached.values())
     signature = graph.signature(parameters)
     key = Key(losses.shape, losses.output_nr, losses.device, signature, registered())
-    kept = _plans.get(key)
+    cached = _plans.get(key)
     if tracing():  # the traced graph must hold for other values too
-        if kept is None:
+        if cached is None:
             raise RuntimeError(
                 "losses: the samples of rows depend on values in this forward, or no earlier step "
                 "has found them, so the step cannot be traced. Call opt.backward instead."
             )
-        return Forward(losses, graph, names, parameters, kept.plan)
-    uses = 1 if kept is None else kept.uses + 1
-    if kept is not None and uses & (uses - 1):
-        kept.uses = uses
-        _plans.move_to_end(kept.key)
-        return Forward(losses, graph, names, parameters, kept.plan)
+        return Forward(losses, graph, names, parameters, cached.plan)
+    uses = 1 if cached is None else cached.uses + 1
+    if cached is not None and uses & (uses - 1):
+        cached.uses = uses
+        _plans.move_to_end(cached.key)
+        return Forward(losses, graph, names, parameters, cached.plan)
     for p in parameters:  # at uses 1, 2, 4, 8, ...
         refuse_complex(p)
     with in_words():
         planner = Planner(losses, graph, parameters)
         plan = planner.plan()
-        where = None if kept is None else planner.contradicts(kept.plan)
+        where = None if cached is None else planner.contradicts(cached.plan)
     if where is not None:
         _plans.pop(key)
         raise RuntimeError(
@@ -110,12 +112,12 @@ def look(losses: Tensor, named: Mapping[str, Tensor], graph: Graph | None = None
             "Report the model to fastdg. Until then, move the rows by an index_select or a mask "
             "in the forward."
         )
-    if kept is not None and plan.dynamic:
-        plan = kept.plan  # a gradient of zero can hide a mix of samples
+    if cached is not None and plan.dynamic:
+        plan = cached.plan  # a gradient of zero can hide a mix of samples
     if not plan.dynamic:
-        _plans[key] = _Remembered(key if kept is None else kept.key, plan, uses)
+        _plans[key] = _CachedPlan(key if cached is None else cached.key, plan, uses)
         _plans.move_to_end(key)
-        while len(_plans) > KEPT:
+        while len(_plans) > MOST_PLANS:
             _plans.popitem(last=False)
     return Forward(losses, graph, names, parameters, plan)
 
@@ -146,20 +148,20 @@ def collect(
     if create_graph and forward.plan.zero:
         planner = Planner(forward.losses, forward.graph, forward.parameters, past_zero=True)
         forward = replace(forward, plan=planner.plan())
-    sweep = _Sweep(forward, consume, create_graph)
-    # The backward may free tensors that rules have read, but not tensors that the pull after the
-    # backward needs
+    backward = _Backward(forward, consume, create_graph)
+    # The backward may free tensors that rules have read, but not tensors that the
+    # backwards from boundaries need
     slow = forward.plan.slow or extra
-    retain = retain_graph or create_graph or bool(forward.plan.pulled and slow)
-    rest = sweep.run(weight, retain, extra)
+    retain = retain_graph or create_graph or bool(forward.plan.by_autograd and slow)
+    extra_grads = backward.run(weight, retain, extra)
     if not (retain_graph or create_graph):
         # Autograd frees the nodes that it runs, and runs none below the last target
         nodes = forward.graph.nodes
-        release(nodes if retain else [nodes[at] for at in sweep.route.idle])
-    return rest
+        release(nodes if retain else [nodes[at] for at in backward.route.idle])
+    return extra_grads
 
 
-class _Sweep:
+class _Backward:
     """State of one `collect`."""
 
     def __init__(self, forward: Forward, consume: Consume, create_graph: bool) -> None:
@@ -169,10 +171,10 @@ class _Sweep:
             plan.route = route_of(plan, graph)
         self.route = route = plan.route
         nodes = graph.nodes
-        self.uses = {nodes[at]: served for at, served in route.uses.items()}
+        self.uses = {nodes[at]: uses for at, uses in route.uses.items()}
         self.waiting = dict(route.parts)
         self.parts: dict[int, list[PerSampleGrad]] = {}
-        self.boundaries = [(nodes[b.node], b) for b in plan.boundaries if plan.pulled]
+        self.boundaries = [(nodes[b.node], b) for b in plan.boundaries if plan.by_autograd]
         self.at_boundary: dict[Node, Sequence[Tensor | None]] = {}
         self.factors: dict[Node, dict[int, PerSampleGrad]] = {n: {} for n, _ in self.boundaries}
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
@@ -182,12 +184,12 @@ class _Sweep:
 
     def _read(self, node: Node) -> None:
         """Read the saved tensors of ``node`` that rules need."""
-        self.readers = self.forward.plan.pulled
+        self.readers = self.forward.plan.by_autograd
         if (b := self.boundary_of.get(node)) is not None:
-            self.saved_at[node] = [s if s is None else s.saved(node) for s in b.served]
+            self.saved_at[node] = [s if s is None else s.saved(node) for s in b.rules]
         if uses := self.uses.get(node, ()):
             self.readers = [i for i, _ in uses]
-            self.saved[node] = [place.served.saved(node) for _, place in uses]
+            self.saved[node] = [use.rule.saved(node) for _, use in uses]
 
     def run(
         self, weight: Tensor | None, retain_graph: bool, extra: Sequence[Tensor]
@@ -229,7 +231,7 @@ class _Sweep:
             finally:  # before the backwards of `_finish`, which may run the same nodes
                 for handle in handles:
                     handle.remove()
-            rest: list[Tensor | None] = list(grads[len(edges) :])
+            extra_grads: list[Tensor | None] = list(grads[len(edges) :])
             ended = route.rows(grads)
             arrived = {nodes[at]: row for at, row in ended.items()} | arrived
             del grads, ended
@@ -238,7 +240,7 @@ class _Sweep:
                     if (node := nodes[at]) in arrived:
                         arrive(node, arrived.pop(node))
                 self._finish()
-        return rest
+        return extra_grads
 
     def _arrive(self, reader: Reader, node: Node, grads: Sequence[Tensor | None]) -> None:
         reader.come_to(node)
@@ -248,11 +250,11 @@ class _Sweep:
             return
         delta = grads[0]
         made: dict[str, Any] = {}
-        for (i, place), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
+        for (i, use), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
             self.waiting[i] -= 1
             parts = self.parts.pop(i, [])
             if delta is not None:
-                parts.append(place.served.factor_beside(node, saved, delta, made))
+                parts.append(use.rule.factor_beside(node, saved, delta, made))
             if self.waiting[i]:
                 self.parts[i] = parts
             elif parts:
@@ -262,27 +264,29 @@ class _Sweep:
         boundary = self.boundary_of[node]
         saved = self.saved_at.pop(node)
         made: dict[str, Any] = {}
-        for slot, served, given in zip(boundary.slots, boundary.served, saved, strict=True):
-            if served is not None and given is not None and grads[0] is not None:
-                self.factors[node][slot] = served.factor_beside(node, given, grads[0], made)
-        if any(served is None for served in boundary.served):
+        for slot, rule, given in zip(boundary.slots, boundary.rules, saved, strict=True):
+            if rule is not None and given is not None and grads[0] is not None:
+                self.factors[node][slot] = rule.factor_beside(node, given, grads[0], made)
+        if any(rule is None for rule in boundary.rules):
             self.at_boundary[node] = list(grads)
 
     def _finish(self) -> None:
         for i, parts in self.parts.items():  # some uses had no gradient
             if parts:
                 self.consume(self.forward.names[i], total(parts))
-        forward, pulled = self.forward, self.forward.plan.pulled
-        if not pulled:
+        forward, indices = self.forward, self.forward.plan.by_autograd
+        if not indices:
             return
-        pull = Pull(
+        backward = BoundaryBackward(
             [
-                Part(node, boundary, self.at_boundary.get(node, ()), self.factors[node])
+                BoundaryGradients(
+                    node, boundary, self.at_boundary.get(node, ()), self.factors[node]
+                )
                 for node, boundary in self.boundaries
             ],
-            [forward.parameters[i] for i in pulled],
+            [forward.parameters[i] for i in indices],
             forward.losses.shape[0],
         )
         cache: dict[Any, Any] = {}
-        for place, i in enumerate(pulled):
-            self.consume(forward.names[i], Pulled(pull, place, None, cache))
+        for k, i in enumerate(indices):
+            self.consume(forward.names[i], ByAutograd(backward, k, None, cache))

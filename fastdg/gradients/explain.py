@@ -39,7 +39,7 @@ class Explanation:
     probed: bool
 
     def __str__(self) -> str:
-        table = [Row("parameter", "served by", "operations", "cost"), *self.rows]
+        table = [Row("parameter", "computed by", "operations", "cost"), *self.rows]
         widths = [max(len(row[k]) for row in table) for k in range(3)]
         lines = [
             "  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row.cost]).rstrip()
@@ -61,19 +61,19 @@ def explanation(forward: Forward) -> Explanation:
     """Describe the plan of a forward."""
     plan = forward.plan
     rows: dict[int, Row] = {}
-    for i, places in plan.places.items():
-        names = ", ".join(dict.fromkeys(_short(place.operation) for place in places))
+    for i, uses in plan.rule_uses.items():
+        names = ", ".join(dict.fromkeys(_short(use.operation) for use in uses))
         rows[i] = Row(
             forward.names[i], "rule", names, "one product of tensors saved by the forward"
         )
-    for i in plan.pulled:
+    for i in plan.by_autograd:
         names = ", ".join(dict.fromkeys(_short(b.operation) for b in plan.boundaries))
         rows[i] = Row(forward.names[i], "autograd", names, _price(plan.boundaries))
     return Explanation([rows[i] for i in sorted(rows)], plan.dynamic)
 
 
 def _price(boundaries: list[Boundary]) -> str:
-    if all(None not in b.served and not b.mixed for b in boundaries):
+    if all(None not in b.rules and not b.mixed for b in boundaries):
         return "as by a rule, then one backward to the parameter, for all domains"
     if any(boundary.mixed for boundary in boundaries):
         return "one backward of all operations below per domain (for variances: per sample)"

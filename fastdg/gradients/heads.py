@@ -253,12 +253,14 @@ def last_output(forward: Forward) -> Head:
     """
     plan = forward.plan
     node = max(forward.operations(), key=sequence_number)
-    several = any(len({place.node for place in places}) > 1 for places in plan.places.values())
+    several = any(len({use.node for use in uses}) > 1 for uses in plan.rule_uses.values())
     if several:
         raise RuntimeError(f"losses: the head ran several times, {_WHICH}")
     where = forward.graph.position[node]
     owner = next((b.owners[0] for b in plan.boundaries if b.node == where), None)
-    found = [p.served.layout for ps in plan.places.values() for p in ps if p.node == where]
+    found = [
+        use.rule.layout for uses in plan.rule_uses.values() for use in uses if use.node == where
+    ]
     value, shape = value_of(node), output_shapes(node)[0]
     samples = len(forward.losses)
     if not found and owner is None and plan.silent and shape and shape[0] % samples == 0:

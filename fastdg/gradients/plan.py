@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .rules.registry import Served
+from .rules.registry import BoundRule
 
 # One input, one output (or several parts of it); entries are only moved or cast
 MOVES = frozenset(
@@ -25,11 +25,11 @@ COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
 
 
 @dataclass(frozen=True)
-class Place:
+class RuleUse:
     """One use of a parameter with a rule."""
 
     node: int
-    served: Served
+    rule: BoundRule
     operation: str
 
 
@@ -40,7 +40,7 @@ class Boundary:
     Attributes:
         node: position of the operation in the graph.
         slots: inputs that depend on the parameters.
-        served: rule for the per-sample gradients of the tensor at each slot, or None.
+        rules: rule for the per-sample gradients of the tensor at each slot, or None.
         owners: sample of each entry of the gradient at each output; None without a gradient.
         operation: name of the operation.
         mixed: whether samples are mixed below it.
@@ -48,7 +48,7 @@ class Boundary:
 
     node: int
     slots: tuple[int, ...]
-    served: tuple[Served | None, ...]
+    rules: tuple[BoundRule | None, ...]
     owners: tuple[Tensor | None, ...]
     operation: str
     mixed: bool
@@ -59,8 +59,8 @@ class Route:
     """Positions in the graph that a backward uses.
 
     Attributes:
-        uses: node -> parameters with a rule at this node, and their places.
-        parts: parameter -> number of its places.
+        uses: node -> parameters with a rule at this node, and these uses.
+        parts: parameter -> number of its uses.
         targets: operations whose output gradients are needed.
         outputs: target -> outputs with gradients.
         last: targets without another target below; a backward to these passes all others.
@@ -68,7 +68,7 @@ class Route:
         idle: nodes with saved tensors that a backward to ``last`` does not run.
     """
 
-    uses: dict[int, list[tuple[int, Place]]]
+    uses: dict[int, list[tuple[int, RuleUse]]]
     parts: dict[int, int]
     targets: list[int]
     outputs: dict[int, list[int]]
@@ -93,9 +93,9 @@ class Plan:
     """How gradients are computed in all graphs of one signature.
 
     Attributes:
-        places: position of a parameter -> its uses, if all have a rule.
-        pulled: positions of the other parameters in the graph.
-        boundaries: boundaries of the pulled parameters.
+        rule_uses: position of a parameter -> its uses, if all have a rule.
+        by_autograd: positions of the other parameters in the graph.
+        boundaries: boundaries of the parameters in ``by_autograd``.
         owners: (position, output) of a use or boundary -> sample of each entry of its gradient.
         dynamic: whether values choose or mix rows above a use, so the next graph of this signature
             may need another plan.
@@ -105,8 +105,8 @@ class Plan:
             part.
     """
 
-    places: dict[int, list[Place]] = field(default_factory=dict)
-    pulled: list[int] = field(default_factory=list)
+    rule_uses: dict[int, list[RuleUse]] = field(default_factory=dict)
+    by_autograd: list[int] = field(default_factory=list)
     boundaries: list[Boundary] = field(default_factory=list)
     owners: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     dynamic: bool = False
@@ -117,4 +117,4 @@ class Plan:
     @property
     def slow(self) -> list[Boundary]:
         """Boundaries that need one call per domain or sample, or have mixed samples below."""
-        return [b for b in self.boundaries if b.mixed or None in b.served]
+        return [b for b in self.boundaries if b.mixed or None in b.rules]

@@ -12,12 +12,14 @@ from .graph import Graph, holds_samples, moves_nothing, output_dtypes, output_sh
 from .ownership.owners import UNREAD, Output, Owner, OwnerMap, Unclear, completed, same
 from .ownership.provenance import follows, probe
 from .ownership.structure import structure
-from .plan import COPIES, MOVES, Boundary, Place, Plan
-from .rules.registry import Served, Use, serve
+from .plan import COPIES, MOVES, Boundary, Plan, RuleUse
+from .rules.registry import BoundRule, Use, rule_for
+
+Boundaries = dict[int, list[tuple[Node, int, bool]]]  # parameter -> (node, slot, direct)
 
 
-def _nodes(found: dict[int, list[tuple[Node, int, bool]]]) -> dict[Node, None]:
-    return dict.fromkeys(node for of_one in found.values() for node, _, _ in of_one)
+def _nodes(boundaries: Boundaries) -> dict[Node, None]:
+    return dict.fromkeys(node for of_one in boundaries.values() for node, _, _ in of_one)
 
 
 class Planner:
@@ -46,14 +48,14 @@ class Planner:
         self.losses, self.graph, self.parameters = losses, graph, parameters
         self.past_zero = past_zero
         self.unread = False  # whether unreadable rows moved a boundary up
-        self.found: OwnerMap = {}
+        self.owners: OwnerMap = {}
         root = losses.grad_fn
         assert root is not None
         self.root = root
         own = Owner(torch.arange(losses.shape[0], device=losses.device))
-        self.found[Output(root, losses.output_nr)] = own
+        self.owners[Output(root, losses.output_nr)] = own
 
-    def boundaries(self) -> dict[int, list[tuple[Node, int, bool]]]:
+    def boundaries(self) -> Boundaries:
         """Find the boundaries, probing as far as needed: position of a parameter -> ``(node, slot,
         direct)``; direct: only moves and casts are between."""
         leaves = {
@@ -70,8 +72,8 @@ class Planner:
         return {i: self._apart([leaf])[0] for i, leaf in leaves.items()}
 
     def _apart(self, leaves: Sequence[Node]) -> list[list[tuple[Node, int, bool]]]:
-        """Find boundaries of tensors that are pulled together, none below another: a pull from the
-        upper one would also pass the lower one."""
+        """Find boundaries of tensors with a common backward, none below another: a backward from
+        the upper one would also pass the lower one."""
         through: set[Node] = set()
         while True:
             passed: set[Node] = set()
@@ -91,19 +93,19 @@ class Planner:
     def plan(self) -> Plan:
         """Find the boundaries, and ask the rules."""
         made = Plan()
-        found = self.boundaries()
-        made.dynamic = not self._by_structure(_nodes(found))
-        made.pulled = [
+        boundaries = self.boundaries()
+        made.dynamic = not self._by_structure(_nodes(boundaries))
+        made.by_autograd = [
             i
-            for i, of_one in found.items()
-            if any(self._place(i, node, slot, direct) is None for node, slot, direct in of_one)
+            for i, of_one in boundaries.items()
+            if any(self._rule_use(i, node, slot, direct) is None for node, slot, direct in of_one)
         ]
-        together = self._apart([self._leaf(i) for i in made.pulled])
-        if together != [found[i] for i in made.pulled]:
-            found |= zip(made.pulled, together, strict=True)
-            made.dynamic = not self._by_structure(_nodes(found))
-        uses = _nodes(found)
-        at_uses = [value for out, value in self.found.items() if out.node in uses]
+        together = self._apart([self._leaf(i) for i in made.by_autograd])
+        if together != [boundaries[i] for i in made.by_autograd]:
+            boundaries |= zip(made.by_autograd, together, strict=True)
+            made.dynamic = not self._by_structure(_nodes(boundaries))
+        uses = _nodes(boundaries)
+        at_uses = [value for out, value in self.owners.items() if out.node in uses]
         made.dynamic |= self.unread  # the next graph may be readable
         made.zero = Unclear(mixes=False) in at_uses or (
             made.dynamic and any(self._lost(value, zero=True) for value in at_uses)
@@ -112,33 +114,33 @@ class Planner:
         made.silent = made.zero or self.unread or (made.dynamic and unknown)
         for node in uses:
             for nr in range(len(output_shapes(node))):
-                if isinstance(owner := self.found.get(Output(node, nr)), Owner):
+                if isinstance(owner := self.owners.get(Output(node, nr)), Owner):
                     made.owners[self.graph.position[node], nr] = owner.ids
         slots_of: dict[Node, set[int]] = {}
-        for i, of_one in found.items():
-            if i in made.pulled:
+        for i, of_one in boundaries.items():
+            if i in made.by_autograd:
                 for node, slot, _ in of_one:
                     slots_of.setdefault(node, set()).add(slot)
                 continue
-            places = [self._place(i, node, slot, direct) for node, slot, direct in of_one]
-            made.places[i] = [place for place in places if place is not None]
+            rule_uses = [self._rule_use(i, node, slot, direct) for node, slot, direct in of_one]
+            made.rule_uses[i] = [use for use in rule_uses if use is not None]
         for node, slots in slots_of.items():
             owners = tuple(self._owner(node, nr) for nr in range(len(output_shapes(node))))
             mixed = any(self._mixes(*node.next_functions[slot]) for slot in slots)
             where = self.graph.position[node]
-            ruled = tuple(self._serve(node, slot, (), None) for slot in sorted(slots))
+            ruled = tuple(self._rule_for(node, slot, (), None) for slot in sorted(slots))
             made.boundaries.append(
                 Boundary(where, tuple(sorted(slots)), ruled, owners, node.name(), mixed)
             )
         return made
 
-    def holds_for_other_values(self, found: dict[int, list[tuple[Node, int, bool]]]) -> bool:
+    def holds_for_other_values(self, boundaries: Boundaries) -> bool:
         """Whether these boundaries hold for other values. A gradient that is zero, or of one sample
         alone, can hide mixed samples."""
-        uses = _nodes(found)
+        uses = _nodes(boundaries)
         if self._by_structure(uses):
             return True
-        at_uses = [value for out, value in self.found.items() if out.node in uses]
+        at_uses = [value for out, value in self.owners.items() if out.node in uses]
         return all(
             value is None
             or (
@@ -161,7 +163,7 @@ class Planner:
         for node in uses:
             for nr in range(len(output_shapes(node))):
                 out = Output(node, nr)
-                seen = self.found.get(out)
+                seen = self.owners.get(out)
                 if out not in owners:
                     if seen is not None and seen != Unclear(mixes=False):
                         return False
@@ -173,7 +175,7 @@ class Planner:
                 if isinstance(seen, Owner) and not self._agree(out, seen.ids, ids):
                     return False
                 sure[out] = Owner(ids)
-        self.found.update(sure)
+        self.owners.update(sure)
         return True
 
     def contradicts(self, plan: Plan) -> str | None:
@@ -181,7 +183,7 @@ class Planner:
         an earlier plan of this signature, or None."""
         for (where, nr), ids in plan.owners.items():
             node = self.graph.nodes[where]
-            seen = self.found.get(Output(node, nr))
+            seen = self.owners.get(Output(node, nr))
             if isinstance(seen, Owner) and not self._agree(Output(node, nr), seen.ids, ids):
                 return node.name()
         return None
@@ -193,7 +195,7 @@ class Planner:
 
     def _mixes(self, node: Node | None, nr: int) -> bool:
         """Whether samples are mixed below a tensor, not only shared by samples."""
-        if node is None or self.found.get(Output(node, nr)) != Unclear(mixes=True):
+        if node is None or self.owners.get(Output(node, nr)) != Unclear(mixes=True):
             return False
         return holds_samples(node, self.losses.shape[0])
 
@@ -217,11 +219,11 @@ class Planner:
             output
             for node in nodes
             for nr, shape in enumerate(output_shapes(node))
-            if shape is not None and (output := Output(node, nr)) not in self.found
+            if shape is not None and (output := Output(node, nr)) not in self.owners
         ]
         if outputs:
             found = probe(self.losses, self.graph, outputs)
-            self.found.update(found | self._settled(found))
+            self.owners.update(found | self._by_structure_if_lost(found))
 
     def _lost(self, value: Owner | Unclear | None, zero: bool) -> bool:
         """Whether the sample of some rows stays unknown; with ``zero``, rows of zeros count too."""
@@ -230,7 +232,7 @@ class Planner:
         ids = completed(value.ids, len(self.losses))
         return bool((ids < 0).any() if zero else (ids == UNREAD).any())
 
-    def _settled(self, found: OwnerMap) -> OwnerMap:
+    def _by_structure_if_lost(self, found: OwnerMap) -> OwnerMap:
         """Find owners by structure for gradients with rows that no probe reads and no pattern
         fills; without them the boundary moves up."""
         lost = {out: value for out, value in found.items() if self._lost(value, self.past_zero)}
@@ -251,13 +253,13 @@ class Planner:
         """Whether no entry of a gradient at its outputs mixes samples."""
         unclear = (Unclear(mixes=True), Unclear(mixes=False))[: 1 + self.past_zero]
         return not any(
-            self.found.get(Output(node, nr)) in unclear
+            self.owners.get(Output(node, nr)) in unclear
             for nr, shape in enumerate(output_shapes(node))
             if shape is not None
         )
 
     def _owner(self, node: Node, nr: int) -> Tensor | None:
-        value = self.found.get(Output(node, nr))
+        value = self.owners.get(Output(node, nr))
         if not isinstance(value, Owner):
             return None
         return completed(value.ids, len(self.losses))
@@ -287,7 +289,7 @@ class Planner:
     def _leaf(self, i: int) -> Node:
         return self.graph.leaves[id(self.parameters[i])]
 
-    def _place(self, i: int, node: Node, slot: int, direct: bool) -> Place | None:
+    def _rule_use(self, i: int, node: Node, slot: int, direct: bool) -> RuleUse | None:
         """Ask the rules for the use of parameter ``i`` itself."""
         leaf = self._leaf(i)
         chain: list[str] = []
@@ -298,18 +300,18 @@ class Planner:
                 return None
             chain.append("AliasBackward0" if moves_nothing(below) else below.name())
             below, _ = below.next_functions[0]
-        served = self._serve(node, slot, tuple(chain), tuple(self.parameters[i].shape))
-        return None if served is None else Place(self.graph.position[node], served, node.name())
+        rule = self._rule_for(node, slot, tuple(chain), tuple(self.parameters[i].shape))
+        return None if rule is None else RuleUse(self.graph.position[node], rule, node.name())
 
-    def _serve(
+    def _rule_for(
         self, node: Node, slot: int, chain: tuple[str, ...], parameter: tuple[int, ...] | None
-    ) -> Served | None:
+    ) -> BoundRule | None:
         """Ask the rules for the tensor at a slot, or for a parameter of this shape behind it."""
         shapes, owner = output_shapes(node), self._owner(node, 0)
         output = shapes[0]
         below, nr = node.next_functions[slot]
         # A rule gets the gradient at output 0 only, so no other output may have one
-        others = any(self.found.get(Output(node, k)) is not None for k in range(1, len(shapes)))
+        others = any(self.owners.get(Output(node, k)) is not None for k in range(1, len(shapes)))
         if others or owner is None or output is None or below is None:
             return None
         dtype = output_dtypes(node)[0]
@@ -319,7 +321,7 @@ class Planner:
         shape = tuple(variable.shape) if variable is not None else output_shapes(below)[nr]
         if shape is None:
             return None
-        return serve(
+        return rule_for(
             Use(
                 node=node,
                 slot=slot,

@@ -8,7 +8,7 @@ from math import prod
 from torch.autograd.graph import Node
 
 from .graph import Graph, output_shapes
-from .plan import Place, Plan, Route
+from .plan import Plan, Route, RuleUse
 from .release import keeps_tensors
 
 # A Python hook costs more than keeping a small gradient until the end of the backward
@@ -18,11 +18,11 @@ WAITING = 1 << 20  # entries of all that wait
 
 def route_of(plan: Plan, graph: Graph) -> Route:
     """Compute the route of a plan from one graph of its signature."""
-    uses: dict[int, list[tuple[int, Place]]] = {}
-    for i, places in plan.places.items():
-        for place in places:
-            uses.setdefault(place.node, []).append((i, place))
-    boundaries = (boundary.node for boundary in plan.boundaries if plan.pulled)
+    uses: dict[int, list[tuple[int, RuleUse]]] = {}
+    for i, of_parameter in plan.rule_uses.items():
+        for use in of_parameter:
+            uses.setdefault(use.node, []).append((i, use))
+    boundaries = (boundary.node for boundary in plan.boundaries if plan.by_autograd)
     targets = list(dict.fromkeys([*uses, *boundaries]))
     nodes = [graph.nodes[at] for at in targets]
     outputs = {
@@ -34,7 +34,7 @@ def route_of(plan: Plan, graph: Graph) -> Route:
     passed = graph.above(deepest)
     return Route(
         uses,
-        {i: len(places) for i, places in plan.places.items()},
+        {i: len(of_parameter) for i, of_parameter in plan.rule_uses.items()},
         targets,
         outputs,
         frozenset(graph.position[node] for node in deepest),

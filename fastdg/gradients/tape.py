@@ -14,7 +14,7 @@ from ..factors import PerSampleGrad
 from ..selection import NAMES, Selection, select
 from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
-from .engine import Consume, Forward, collect, look
+from .engine import Consume, Forward, collect, plan_gradients
 from .errors import in_words, listed, reentrant
 from .graph import Graph
 from .heads import head_of, layers_after, refuse_opaque
@@ -44,11 +44,11 @@ class TrackedForward:
         if self.forward is None:
             return set()
         found: set[Tensor] = set()
-        for i, places in self.forward.plan.places.items():
-            for place in places:
-                if not place.operation.startswith("Embedding"):
+        for i, uses in self.forward.plan.rule_uses.items():
+            for use in uses:
+                if not use.operation.startswith("Embedding"):
                     continue
-                node = self.forward.graph.nodes[place.node]
+                node = self.forward.graph.nodes[use.node]
                 if getattr(node, "_saved_sparse", False):
                     found.add(self.chosen[self.forward.names[i]])
         return found
@@ -165,19 +165,19 @@ class Tape:
                     f"{sorted(used)}. Select some of these."
                 )
             used = wanted
-        forward = look(losses, used, graph)
+        forward = plan_gradients(losses, used, graph)
         if self.params == "head":
             refuse_opaque(forward)
             self._warn_of_later_layers(forward)
-        resolved = self._resolved(graph, used, forward)
+        tracked = self._tracked(graph, used, forward)
         if warn:
-            self.warn(resolved)
-        return resolved
+            self.warn(tracked)
+        return tracked
 
     def reached(self, losses: Tensor) -> TrackedForward:
         """Find the parameters below ``losses``, for gradients summed over the samples."""
         graph, used = self._reach(losses)
-        return self._resolved(graph, used, None)
+        return self._tracked(graph, used, None)
 
     def _reach(self, losses: Tensor) -> tuple[Graph, dict[str, Tensor]]:
         check_losses(losses)
@@ -214,7 +214,7 @@ class Tape:
         if hidden:
             raise reentrant(hidden)
 
-    def _resolved(
+    def _tracked(
         self, graph: Graph, used: dict[str, Tensor], forward: Forward | None
     ) -> TrackedForward:
         taken = {id(p) for p in used.values()}
@@ -239,16 +239,16 @@ class Tape:
                 "params=[...]."
             )
 
-    def warn(self, resolved: TrackedForward, more: str = "") -> None:
+    def warn(self, tracked: TrackedForward, more: str = "") -> None:
         """Warn once of slow parameters, with the reason, a remedy, and ``more``."""
-        forward = resolved.forward
+        forward = tracked.forward
         assert forward is not None
         plan = forward.plan
         # If gradients are zero now, the next step knows more
         if self._warned or not plan.slow or plan.silent or tracing():
             return
         self._warned = True
-        names = [forward.names[i] for i in plan.pulled]
+        names = [forward.names[i] for i in plan.by_autograd]
         where = sorted({b.operation.removesuffix("0") for b in plan.slow})
         mixed = any(boundary.mixed for boundary in plan.slow)
         reason = (

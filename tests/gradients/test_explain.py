@@ -1,4 +1,4 @@
-"""The table of how each parameter is served."""
+"""The table of the method and cost of each parameter."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_table_in_print() -> None:
     model = mlp(nn.BatchNorm1d(4))
     text = str(fastdg.explain(losses_of(model), model))
     lines = text.splitlines()
-    assert lines[0].split() == ["parameter", "served", "by", "operations", "cost"]
+    assert lines[0].split() == ["parameter", "computed", "by", "operations", "cost"]
     assert set(lines[1]) == {"-"}
     assert len(lines[1]) == max(len(line) for line in lines[:8])
     assert lines[2].startswith("0.weight   autograd")

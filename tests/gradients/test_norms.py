@@ -29,9 +29,9 @@ def test_an_rms_norm_that_is_one_operation() -> None:
         _saved_normalized_shape=(4,),
     )
     owner = torch.arange(N).view(N, 1, 1)
-    served = rules.serve(rules.Use(node, 1, (), (4,), owner, (N, 3, 4), N, (4,)))  # type: ignore[arg-type]
-    assert served is not None
-    found = served.factor(node, served.saved(node), delta).per_sample()  # type: ignore[arg-type]
+    rule = rules.rule_for(rules.Use(node, 1, (), (4,), owner, (N, 3, 4), N, (4,)))  # type: ignore[arg-type]
+    assert rule is not None
+    found = rule.factor(node, rule.saved(node), delta).per_sample()  # type: ignore[arg-type]
     for row, own, up in zip(found, x, delta, strict=True):
         normal = F.rms_norm(own, (4,), weight, 0.1)
         torch.testing.assert_close(row, torch.autograd.grad(normal, weight, up)[0])

@@ -168,10 +168,10 @@ def test_derivatives_of_gradients_that_are_zero() -> None:
 
 def test_no_more_plans_than_so_many_are_remembered(probes: list[int]) -> None:
     model = nn.Linear(4, 1)
-    for samples in range(2, 2 + engine.KEPT + 5):
+    for samples in range(2, 2 + engine.MOST_PLANS + 5):
         losses = model(torch.randn(samples, 4)).square().sum(1)
         fastdg.per_sample_norms(losses, params=model)
-    assert len(engine._plans) == engine.KEPT
+    assert len(engine._plans) == engine.MOST_PLANS
 
 
 def test_a_plan_serves_another_model_of_the_same_shape(probes: list[int]) -> None:

@@ -210,7 +210,7 @@ def test_a_branch_of_zeros_is_remembered_where_the_operations_tell_its_rows() ->
     for gate in (0.0, 0.0, 0.3, 0.0, 0.5):
         model[1].gate.data.fill_(gate)
         losses = squares(model(torch.randn(N, N)))
-        assert not engine.look(losses, dict(model.named_parameters())).plan.dynamic
+        assert not engine.plan_gradients(losses, dict(model.named_parameters())).plan.dynamic
         compare(model, losses)
     assert len(engine._plans) == 1
 
@@ -254,7 +254,7 @@ def test_operations_that_keep_rows_apart_are_remembered(name: str) -> None:
     model = nn.Linear(N, N)
     losses = squares(KEEP[name](model(torch.randn(N, N))))
     if name != "diagonal":  # diag_embed writes into a slice
-        assert not engine.look(losses, dict(model.named_parameters())).plan.dynamic
+        assert not engine.plan_gradients(losses, dict(model.named_parameters())).plan.dynamic
     for _ in range(3):
         compare(model, squares(KEEP[name](model(torch.randn(N, N)))))
 

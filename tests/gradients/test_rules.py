@@ -245,15 +245,15 @@ def test_the_universal_way_and_autograd(name: str, monkeypatch: pytest.MonkeyPat
 def test_every_rule_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rule serves in some of the cases above, but those that a CPU never needs."""
     used: set[tuple[str, int]] = set()
-    serve = planner.serve
+    rule_for = planner.rule_for
 
-    def seen(use: rules.Use) -> rules.Served | None:
-        served = serve(use)
-        if served is not None:
+    def seen(use: rules.Use) -> rules.BoundRule | None:
+        rule = rule_for(use)
+        if rule is not None:
             used.add((use.node.name(), use.slot))
-        return served
+        return rule
 
-    monkeypatch.setattr(planner, "serve", seen)
+    monkeypatch.setattr(planner, "rule_for", seen)
     monkeypatch.setattr(engine, "_plans", OrderedDict())
     for name in USES:
         model, losses_of = model_of(name)
@@ -267,7 +267,7 @@ def test_every_rule_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_operation_is_called_for_each_domain(name: str) -> None:
     model, losses_of = model_of(name)
     losses = losses_of(model)
-    plan = engine.look(losses, dict(model.named_parameters())).plan
+    plan = engine.plan_gradients(losses, dict(model.named_parameters())).plan
     assert not plan.slow
 
 
@@ -332,7 +332,7 @@ def test_a_rule_for_an_operation_by_name(registry: object) -> None:
 
 
 def test_a_rule_serves_what_is_made_of_a_parameter(registry: object) -> None:
-    """What it makes is pulled on to the parameter."""
+    """Autograd continues from its gradients to the parameter."""
     calls: list[Tensor] = []
 
     @fastdg.register_rule(Scale, slot=1)

@@ -85,7 +85,10 @@ def test_two_rows_of_which_one_cannot_be_read() -> None:
 def test_a_plan_made_of_unreadable_rows_is_not_remembered() -> None:
     layer = nn.Linear(3, 3, bias=False).float()
     named = {"weight": layer.weight}
-    plans = [engine.look(losses_of(layer, (1.0, faint, 1.0)), named).plan for faint in (1e-40, 1.0)]
+    plans = [
+        engine.plan_gradients(losses_of(layer, (1.0, faint, 1.0)), named).plan
+        for faint in (1e-40, 1.0)
+    ]
     assert [bool(plan.slow) for plan in plans] == [True, False]
     assert plans[0].silent
 
@@ -103,7 +106,7 @@ def test_a_large_gradient_does_not_hide_a_small_one_in_the_same_row(
     scale[3] = large
     losses = torch.zeros(10, dtype=torch.float32).index_add(0, of_column, columns.sum(0)) * scale
     compare(losses, weight)
-    assert not engine.look(losses, {"weight": weight}).plan.slow
+    assert not engine.plan_gradients(losses, {"weight": weight}).plan.slow
 
 
 def test_a_row_that_is_zero_by_value_has_a_second_derivative() -> None:

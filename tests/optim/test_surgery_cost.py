@@ -101,6 +101,6 @@ def test_a_look_at_the_graph_holds_few_gradients() -> None:
     one = 4 * N * 8 * WIDTH * 4
     engine._plans.clear()
     with Watch() as watch:
-        engine.look(losses, dict(model.named_parameters()))
+        engine.plan_gradients(losses, dict(model.named_parameters()))
     assert watch.peak <= 5 * one, watch.peak / one
     assert sum(p.numel() for p in model.parameters()) * 4 < DEPTH * one  # there are many of them

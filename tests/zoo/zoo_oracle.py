@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from zoo_cases import Case, losses_of
 
 import fastdg
-from fastdg.gradients.engine import look
+from fastdg.gradients.engine import plan_gradients
 
 DOMAINS = torch.tensor([0, 2, 0, 1, 0, 2])  # ragged: of 3, 1 and 2 samples
 NUM_DOMAINS = 3
@@ -119,7 +119,7 @@ def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int, list[str]]:
             pulled += 1
         else:
             slow += 1
-    found = look(losses, trainable(model)).plan.slow
+    found = plan_gradients(losses, trainable(model)).plan.slow
     mixed = (" below which samples are mixed" if b.mixed else "" for b in found)
     at = {b.operation.partition("Backward")[0] + m for b, m in zip(found, mixed, strict=True)}
     return rules, pulled, slow, sorted(at)

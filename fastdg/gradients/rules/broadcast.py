@@ -13,11 +13,11 @@ from torch.autograd.graph import Node
 
 from ...factors import Dense, PerSampleGrad
 from ..ownership.layout import Layout, lead
-from .registry import RESHAPES, Served, Use, plain, rule
+from .registry import RESHAPES, BoundRule, Use, plain, rule
 
 
 @dataclass(frozen=True)
-class Broadcast(Served):
+class Broadcast(BoundRule):
     """Rule for an operand that was broadcast over samples.
 
     Attributes:
@@ -79,7 +79,7 @@ def _unless_one(number: float) -> tuple[float, ...]:
     *("AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "WhereBackward0"),
     slots=[0, 1],
 )
-def elementwise(use: Use) -> Served | None:
+def elementwise(use: Use) -> BoundRule | None:
     if any(name not in RESHAPES for name in plain(use.chain)):
         return None
     dims = len(use.output)
@@ -97,7 +97,7 @@ def elementwise(use: Use) -> Served | None:
 
 
 @dataclass(frozen=True)
-class Repeated(Served):
+class Repeated(BoundRule):
     """Rule for a tensor that was repeated for each sample.
 
     Attributes:
@@ -125,7 +125,7 @@ def _copies_first(x: Tensor) -> Tensor:
 
 
 @rule("RepeatBackward0", slots=[0])
-def repeat(use: Use) -> Served | None:
+def repeat(use: Use) -> BoundRule | None:
     reshaped = all(name in RESHAPES for name in plain(use.chain))
     if not reshaped or prod(use.shape) != prod(use.parameter) or 0 in use.output:
         return None

@@ -11,11 +11,11 @@ from torch.autograd.graph import Node
 from ...factors import Dense, Outer, PerSampleGrad
 from ...ops.window import pad
 from ..ownership.layout import Layout, lead
-from .registry import Served, Use, plain, rule
+from .registry import BoundRule, Use, plain, rule
 
 
 @dataclass(frozen=True)
-class Patches(Served):
+class Patches(BoundRule):
     """Rule for the weight of a convolution over rows of samples.
 
     Attributes:
@@ -44,7 +44,7 @@ class Patches(Served):
 
 
 @dataclass(frozen=True)
-class Channels(Served):
+class Channels(BoundRule):
     """Rule for the bias of a convolution, which is added to each channel, dimension 1."""
 
     layout: Layout
@@ -63,7 +63,7 @@ def _sample_major(x: Tensor, layout: Layout) -> Tensor:
 
 
 @rule("ConvolutionBackward0", slots=[1])
-def weight(use: Use) -> Served | None:
+def weight(use: Use) -> BoundRule | None:
     rows = lead(use.owner, use.output, (0,))
     if rows is None or plain(use.chain):
         return None
@@ -71,7 +71,7 @@ def weight(use: Use) -> Served | None:
 
 
 @rule("ConvolutionBackward0", slots=[2])
-def bias(use: Use) -> Served | None:
+def bias(use: Use) -> BoundRule | None:
     rows = lead(use.owner, use.output, (0,))
     if rows is None or plain(use.chain):
         return None

@@ -11,11 +11,11 @@ from torch.autograd.graph import Node
 
 from ...factors import Dense, Outer, PerSampleGrad
 from ..ownership.layout import Layout, lead
-from .registry import CASTS, RESHAPES, Served, Use, plain, rule
+from .registry import CASTS, RESHAPES, BoundRule, Use, plain, rule
 
 
 @dataclass(frozen=True)
-class Product(Served):
+class Product(BoundRule):
     """Rule for a matrix in a product with rows of samples.
 
     Attributes:
@@ -50,7 +50,7 @@ class Product(Served):
 
 
 @dataclass(frozen=True)
-class Summed(Served):
+class Summed(BoundRule):
     """Rule for a bias that is added to rows of samples."""
 
     layout: Layout
@@ -86,7 +86,7 @@ def _scaled(node: Node) -> bool:
 
 @rule("AddmmBackward0", slots=[2])
 @rule("MmBackward0", slots=[1])
-def right(use: Use) -> Served | None:
+def right(use: Use) -> BoundRule | None:
     """``x @ w`` with x ``[R, I]``, w ``[I, O]``."""
     rows = lead(use.owner, use.output, (0,))
     transposed = _transposed(use)
@@ -98,7 +98,7 @@ def right(use: Use) -> Served | None:
 
 
 @rule("MvBackward0", slots=[1])
-def vector(use: Use) -> Served | None:
+def vector(use: Use) -> BoundRule | None:
     """``x @ w`` with x ``[R, I]``, w ``[I]``."""
     rows = lead(use.owner, use.output, (0,))
     reshaped = all(name in RESHAPES for name in plain(use.chain))
@@ -108,7 +108,7 @@ def vector(use: Use) -> Served | None:
 
 
 @rule("MmBackward0", slots=[0])
-def left(use: Use) -> Served | None:
+def left(use: Use) -> BoundRule | None:
     """``w @ x`` with w ``[O, I]``, x ``[I, R]``."""
     rows = lead(use.owner, use.output, (1,))
     transposed = _transposed(use)
@@ -119,7 +119,7 @@ def left(use: Use) -> Served | None:
 
 
 @dataclass(frozen=True)
-class Blocks(Served):
+class Blocks(BoundRule):
     """Rule for a batch of matrices in products with rows of all samples.
 
     Attributes:
@@ -152,7 +152,7 @@ class Blocks(Served):
 
 
 @rule("BmmBackward0", slots=[0, 1])
-def blocks(use: Use) -> Served | None:
+def blocks(use: Use) -> BoundRule | None:
     """``x @ w`` and ``w @ x`` with x ``[B, R, I]`` or ``[B, I, R]``, as in einsum."""
     if use.slot == 1 and "ExpandBackward0" in use.chain:
         return batched(use)
@@ -165,7 +165,7 @@ def blocks(use: Use) -> Served | None:
     return Blocks(Layout.of(rows, use.samples), saved_as, use.slot == 0, use.parameter)
 
 
-def batched(use: Use) -> Served | None:
+def batched(use: Use) -> BoundRule | None:
     """``x @ w.expand(B, I, O)``, from a linear layer on a non-contiguous tensor."""
     names = [name for name in plain(use.chain) if name not in RESHAPES]
     if names not in (["ExpandBackward0"], ["ExpandBackward0", "TBackward0"]):
@@ -181,7 +181,7 @@ def batched(use: Use) -> Served | None:
 
 
 @rule("AddmmBackward0", slots=[0])
-def bias(use: Use) -> Served | None:
+def bias(use: Use) -> BoundRule | None:
     """``b + x @ w`` with b ``[O]``."""
     rows = lead(use.owner, use.output, (0,))
     reshaped = any(name not in RESHAPES for name in plain(use.chain))

@@ -10,11 +10,11 @@ from torch import Tensor
 from ...factors import Lookup, PerSampleGrad
 from ..graph import signed
 from ..ownership.layout import Layout, lead
-from .registry import Served, Use, plain, rule
+from .registry import BoundRule, Use, plain, rule
 
 
 @dataclass(frozen=True)
-class Rows(Served):
+class Rows(BoundRule):
     """Rule for a table whose rows the samples look up."""
 
     layout: Layout
@@ -31,7 +31,7 @@ class Rows(Served):
 
 
 @rule("EmbeddingBackward0", slots=[0])
-def embedding(use: Use) -> Served | None:
+def embedding(use: Use) -> BoundRule | None:
     node: Any = use.node
     rows = lead(use.owner, use.output, tuple(range(len(use.output) - 1)))
     if rows is None or plain(use.chain) or node._saved_scale_grad_by_freq:

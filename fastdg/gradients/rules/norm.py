@@ -13,13 +13,13 @@ from ...factors import Dense, PerSampleGrad
 from ...ops.gradients import statistic_dtype
 from ...ops.norm_gradients import dtype_of
 from ..ownership.layout import Layout, lead
-from .registry import Served, Use, plain, rule
+from .registry import BoundRule, Use, plain, rule
 
 Kind = Literal["layer", "rms", "group", "batch"]
 
 
 @dataclass(frozen=True)
-class Affine(Served):
+class Affine(BoundRule):
     """Rule for the weight or bias of a norm.
 
     Attributes:
@@ -85,28 +85,28 @@ class Affine(Served):
 
 
 @rule("NativeLayerNormBackward0", slots=[1, 2])
-def layer_norm(use: Use) -> Served | None:
+def layer_norm(use: Use) -> BoundRule | None:
     return _features("layer", use)
 
 
 @rule("FusedRmsNormBackward0", slots=[1])
-def rms_norm(use: Use) -> Served | None:
+def rms_norm(use: Use) -> BoundRule | None:
     return _features("rms", use)
 
 
 @rule("NativeGroupNormBackward0", slots=[1, 2])
-def group_norm(use: Use) -> Served | None:
+def group_norm(use: Use) -> BoundRule | None:
     return _channels("group", use)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", slots=[1, 2])
-def batch_norm(use: Use) -> Served | None:
+def batch_norm(use: Use) -> BoundRule | None:
     if use.node._saved_training:  # type: ignore[attr-defined]
         return None
     return _channels("batch", use)
 
 
-def _features(kind: Kind, use: Use) -> Served | None:
+def _features(kind: Kind, use: Use) -> BoundRule | None:
     trailing = len(use.node._saved_normalized_shape)  # type: ignore[attr-defined]
     rows = lead(use.owner, use.output, tuple(range(len(use.output) - trailing)))
     if rows is None or plain(use.chain) or trailing == len(use.output):
@@ -114,7 +114,7 @@ def _features(kind: Kind, use: Use) -> Served | None:
     return Affine(kind, Layout.of(rows, use.samples), trailing, use.slot == 1, use.parameter)
 
 
-def _channels(kind: Kind, use: Use) -> Served | None:
+def _channels(kind: Kind, use: Use) -> BoundRule | None:
     rows = lead(use.owner, use.output, (0,))
     if rows is None or plain(use.chain):
         return None

@@ -1,8 +1,8 @@
 """Rules for known operations: from an output gradient to a parameter's per-sample gradients.
 
-When a graph is planned, a rule gets one use of a parameter and returns a `Served` or None. Results
-never depend on a rule: without one, `pulled` calls the operation's own backward once for each
-domain or sample. The test of a rule compares both.
+When a graph is planned, a rule gets one use of a parameter and returns a `BoundRule` or None.
+Results never depend on a rule: without one, `by_autograd` calls the operation's own backward once
+for each domain or sample. The test of a rule compares both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Use:
     parameter: tuple[int, ...]
 
 
-class Served(ABC):
+class BoundRule(ABC):
     """Rule for one use. Holds sizes and row maps, no node and no activation."""
 
     layout: Layout
@@ -66,7 +66,7 @@ class Served(ABC):
         return self.factor(node, saved, delta)
 
 
-Rule = Callable[[Use], Served | None]
+Rule = Callable[[Use], BoundRule | None]
 RULES: dict[tuple[str | type, int], Rule] = {}  # by a node's name, or its autograd.Function
 _registered = 0  # number of users' rules; part of the key of a plan
 R = TypeVar("R", bound=Rule)
@@ -74,7 +74,7 @@ F = TypeVar("F", bound=Callable[[Any, Tensor], PerSampleGrad])
 
 
 @dataclass(frozen=True)
-class Registered(Served):
+class Registered(BoundRule):
     """Rule from a user's function, for one input of an operation."""
 
     layout: Layout
@@ -133,7 +133,7 @@ def register_rule(operation: str | type[torch.autograd.Function], *, slot: int) 
         )
 
     def register(function: F) -> F:
-        def made(use: Use) -> Served | None:
+        def made(use: Use) -> BoundRule | None:
             rows = lead(use.owner, use.output, (0,))
             if rows is None or use.chain:
                 return None
@@ -165,7 +165,7 @@ def rule(*operations: str, slots: Sequence[int]) -> Callable[[R], R]:
     return register
 
 
-def serve(use: Use) -> Served | None:
+def rule_for(use: Use) -> BoundRule | None:
     """Return the rule's result for this use, or None."""
     made = RULES.get((function_of(use.node), use.slot))
     made = made or RULES.get((use.node.name(), use.slot))

@@ -56,7 +56,9 @@ def read_idx(path: Path) -> np.ndarray:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             raw = file.read()
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: damaged, cannot unpack it: {error}. Download it again.") from error
+        raise ValueError(
+            f"{path}: damaged, cannot unpack it: {error}. Download it again."
+        ) from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(
             f"{path}: expected an idx file of unsigned bytes, which starts with 00 00 08 and its "

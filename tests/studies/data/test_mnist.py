@@ -50,9 +50,9 @@ def test_missing_files_are_named_with_both_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"", "starts with nothing"),
-        (b"\x89PNG and more", "starts with 89 50 4e 47"),
-        (b"\x00\x00\x08\x03\x00\x00", "not an idx file"),
+        (b"", "got nothing"),
+        (b"\x89PNG and more", "got 89 50 4e 47"),
+        (b"\x00\x00\x08\x03\x00\x00", "expected an idx file"),
         (idx(np.zeros((2, 3), np.uint8))[:-1], "needs 6 bytes of data, got 5"),
         (idx(np.zeros((2, 3), np.uint8)) + b"x", "needs 6 bytes of data, got 7"),
     ],

@@ -1,9 +1,9 @@
 """Per-sample gradients without rules.
 
 At a boundary, the operation's own backward runs on the output gradient, weighted sample by sample,
-and gives gradients at the shared inputs. Autograd pulls them through the shared part of the graph
-to the parameters. Each row of weights costs one call of the boundary operations and one backward of
-the shared part, for all operations.
+and gives gradients at the shared inputs. Autograd continues from these through the shared
+part of the graph to the parameters. Each row of weights costs one call of the boundary operations
+and one backward of the shared part, for all operations.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from .. import ops
 from ..domains import Partition
 from ..dtypes import to_statistics_dtype
 from ..factors import Dense, PerSampleGrad, flat
-from .graph import Graph, output_dtypes, output_shapes
+from .graph import Graph, output_dtypes
+from .operation_backward import backward_of
 from .plain import unhooked, without_autocast
 from .plan import Boundary
 
-BYTES = 1 << 26  # of the rows of one pull
+BYTES = 1 << 26  # of the gradients of one backward
 
 
-class Part(NamedTuple):
+class BoundaryGradients(NamedTuple):
     """Gradients at one boundary.
 
     Attributes:
@@ -43,8 +44,8 @@ class Part(NamedTuple):
     factors: Mapping[int, PerSampleGrad]
 
 
-class Pull:
-    """Gradients of several parameters, pulled through the shared part of the graph.
+class BoundaryBackward:
+    """Backward from boundaries to several parameters, through the shared part of the graph.
 
     Args:
         parts: gradients at all boundaries; the graph must not be freed.
@@ -52,7 +53,9 @@ class Pull:
         samples: N.
     """
 
-    def __init__(self, parts: Sequence[Part], parameters: Sequence[Tensor], samples: int) -> None:
+    def __init__(
+        self, parts: Sequence[BoundaryGradients], parameters: Sequence[Tensor], samples: int
+    ) -> None:
         self.parts, self.parameters, self.samples = parts, list(parameters), samples
         self.create_graph = torch.is_grad_enabled()
         entries = sum(p.numel() * p.element_size() for p in self.parameters)
@@ -72,15 +75,15 @@ class Pull:
         def mean(factor: PerSampleGrad) -> Tensor:  # only `moments` has a derivative
             return factor.moments(partition)[0] if self.create_graph else factor.domain(partition)
 
-        return self._pull(means, scale, mean)
+        return self._weighted_sums(means, scale, mean)
 
     def of_samples(self, number: slice, scale: Tensor | None) -> list[Tensor]:
         """Compute gradients of K samples, ``[K, *shape]`` per parameter."""
         device = self.parameters[0].device
         rows = torch.eye(self.samples, device=device, dtype=torch.float64)[number]
-        return self._pull(rows, scale, lambda factor: factor.take(number).per_sample())
+        return self._weighted_sums(rows, scale, lambda factor: factor.take(number).per_sample())
 
-    def _pull(
+    def _weighted_sums(
         self, weights: Tensor, scale: Tensor | None, read: Callable[[PerSampleGrad], Tensor]
     ) -> list[Tensor]:
         """Compute ``sum_i weights[k, i] scale[i] g_i`` for ``weights [K, N]`` and each parameter;
@@ -107,7 +110,7 @@ class Pull:
                         None if delta is None else _weighted(delta, owner, row)
                         for delta, owner in zip(deltas, boundary.owners, strict=True)
                     ]
-                    for slot, grad in _backward_of(node, masked, slots):
+                    for slot, grad in backward_of(node, masked, slots):
                         made.setdefault(slot, []).append(grad)
                 for slot, grads in made.items():
                     arrive(node, slot, torch.stack(grads))
@@ -120,7 +123,7 @@ class Pull:
         return parts[0] if self.create_graph else _apart(parts[0])
 
     def _through(self, edges: Mapping[tuple[Node | None, int], Tensor]) -> list[Tensor]:
-        """Pull the gradients at the edges to the parameters."""
+        """Run autograd from gradients at the edges to the parameters."""
         there = {edge: rows for edge, rows in edges.items() if rows.numel()}
         outputs = [GradientEdge(node, nr) for node, nr in there if node is not None]
         stacked, rows = list(there.values()), max(map(len, edges.values()), default=0)
@@ -219,88 +222,37 @@ def _weighted(delta: Tensor, owner: Tensor | None, weights: Tensor) -> Tensor:
     return torch.where(known & (of_entry == 0), 0, weighted)
 
 
-def _backward_of(
-    node: Node, grads: Sequence[Tensor | None], slots: Sequence[int]
-) -> list[tuple[int, Tensor]]:
-    """Run the operation's own backward: from gradients at its outputs to the inputs ``slots``.
-
-    The node is called alone: the engine, stopped at one input of a node, also gives it gradients
-    through the node's other inputs (``q @ q.t()``).
-    """
-    given = list(grads)
-    shapes, below = output_shapes(node), node.next_functions
-    like = next(g for g in given if g is not None)
-    if callable(node):
-        if len(given) > 1:
-            for k, shape in enumerate(shapes):
-                if given[k] is None and shape is not None:
-                    given[k] = like.new_zeros(shape)
-        made: Any = node(*given)
-        results = made if isinstance(made, tuple) else (made,)
-    else:  # a Python or compiled function: only the engine can call it
-        wanted = [slot for slot, (child, _) in enumerate(below) if child is not None]
-        there = [k for k, g in enumerate(given) if g is not None]
-        caught: list[tuple[Tensor | None, ...]] = []
-        # A gradient at an edge may also come through another input; a hook sees it before
-        handle = node.register_hook(lambda inputs, outputs: caught.append(tuple(inputs)))
-        leaves = [v for c, _ in below if (v := getattr(c, "variable", None)) is not None]
-        try:
-            with unhooked(leaves):
-                torch.autograd.grad(
-                    [GradientEdge(node, k) for k in there],
-                    [GradientEdge(*below[slot]) for slot in wanted],  # type: ignore[arg-type]
-                    [given[k] for k in there],
-                    retain_graph=True,
-                    create_graph=torch.is_grad_enabled(),
-                    allow_unused=True,
-                )
-        finally:
-            handle.remove()
-        (results,) = caught
-    out: list[tuple[int, Tensor]] = []
-    for slot in slots:
-        grad = results[slot]
-        child, nr = below[slot]
-        assert child is not None
-        if grad is None:
-            continue
-        variable = getattr(child, "variable", None)
-        shape = tuple(variable.shape) if variable is not None else output_shapes(child)[nr]
-        if grad.is_sparse:
-            grad = grad.to_dense()
-        out.append((slot, grad.sum_to_size(shape) if tuple(grad.shape) != shape else grad))
-    return out
-
-
-class Pulled(PerSampleGrad):
-    """One parameter of a `Pull`; results are computed for all parameters and cached.
+class ByAutograd(PerSampleGrad):
+    """One parameter of a `BoundaryBackward`; results are computed for all parameters and cached.
 
     Args:
-        pull: the pull of all parameters.
-        place: index of this parameter.
+        backward: backward to all parameters.
+        index: index of this parameter.
         scale: factor of each sample's gradient, ``[N]``.
     """
 
-    def __init__(self, pull: Pull, place: int, scale: Tensor | None, cache: dict[Any, Any]) -> None:
-        self.pull, self.place, self.scale, self.cache = pull, place, scale, cache
-        self.shape, self.samples = tuple(pull.parameters[place].shape), pull.samples
+    def __init__(
+        self, backward: BoundaryBackward, index: int, scale: Tensor | None, cache: dict[Any, Any]
+    ) -> None:
+        self.backward, self.index, self.scale, self.cache = backward, index, scale, cache
+        self.shape, self.samples = tuple(backward.parameters[index].shape), backward.samples
 
     def _of_all(self, key: Any, compute: Callable[[], list[Any]], of: Any = None) -> Any:
         """Return this parameter's entry. ``of`` is the object whose id is in the key, kept so that
         no other object gets this id."""
         if key not in self.cache:
             self.cache[key] = of, compute()
-        return self.cache[key][1][self.place]
+        return self.cache[key][1][self.index]
 
     def domain(self, partition: Partition) -> Tensor:
         def compute() -> list[Tensor]:
-            return [to_statistics_dtype(g) for g in self.pull.domain(partition, self.scale)]
+            return [to_statistics_dtype(g) for g in self.backward.domain(partition, self.scale)]
 
         return self._of_all(("domain", id(partition)), compute, partition)
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         def compute() -> list[tuple[Tensor, Tensor]]:
-            means = [to_statistics_dtype(g) for g in self.pull.domain(partition, self.scale)]
+            means = [to_statistics_dtype(g) for g in self.backward.domain(partition, self.scale)]
             spread = [torch.zeros_like(mean) for mean in means]
             for rows, number in self._samples():
                 part = partition.take(number)
@@ -332,14 +284,14 @@ class Pulled(PerSampleGrad):
 
     def _samples(self) -> Any:
         """Yield chunks: the gradients of some samples, and the samples' numbers."""
-        for first in range(0, self.samples, self.pull.chunk):
-            number = slice(first, min(self.samples, first + self.pull.chunk))
-            yield self.pull.of_samples(number, self.scale), number
+        for first in range(0, self.samples, self.backward.chunk):
+            number = slice(first, min(self.samples, first + self.backward.chunk))
+            yield self.backward.of_samples(number, self.scale), number
 
     def scaled(self, weights: Tensor) -> PerSampleGrad:
         scale = weights if self.scale is None else self.scale * weights
         _, cache = self.cache.setdefault(("scaled", id(weights)), (weights, {}))
-        return Pulled(self.pull, self.place, scale, cache)
+        return ByAutograd(self.backward, self.index, scale, cache)
 
     def take(self, number: slice) -> PerSampleGrad:
         return Dense(self.per_sample()[number])

@@ -1,4 +1,4 @@
-"""What is pulled through the shared part of a graph is counted once."""
+"""Gradients through the shared part of a graph are counted once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fastdg
 from fastdg.domains import partition
 from fastdg.factors import PerSampleGrad
-from fastdg.gradients.pulled import Pulled
+from fastdg.gradients.by_autograd import ByAutograd
 from fastdg.statistics.record import tape_of
 
 N, C = 4, 3
@@ -87,7 +87,7 @@ def test_what_was_computed_for_a_partition_is_not_returned_for_a_later_one() -> 
 
     def use(name: str, factor: PerSampleGrad) -> None:
         nonlocal seen
-        if not isinstance(factor, Pulled):
+        if not isinstance(factor, ByAutograd):
             return
         seen += 1
         for step in range(40):
@@ -141,7 +141,7 @@ def test_real_parameters_of_complex_operations(operation: str) -> None:
 @pytest.mark.parametrize("samples", [2, 3])
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("rows", [3, 4, 6])
-def test_group_norm_in_what_is_pulled_and_differentiated(
+def test_group_norm_below_a_boundary_differentiated_twice(
     samples: int, groups: int, rows: int
 ) -> None:
     """Its batched backward is wrong, without an error, where the sizes happen to fit."""
@@ -171,7 +171,9 @@ def test_group_norm_in_what_is_pulled_and_differentiated(
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["", "differentiable"])
 @pytest.mark.parametrize("kind", ["weight norm", "no rule", "batch norm"])
-def test_hooks_of_parameters_do_not_change_what_is_pulled(kind: str, create_graph: bool) -> None:
+def test_hooks_of_parameters_do_not_change_gradients_by_autograd(
+    kind: str, create_graph: bool
+) -> None:
     """A hook sees the gradient that a step makes, and nothing that a statistic is made of."""
     layer = {
         "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(C, C)),
@@ -199,7 +201,7 @@ def test_hooks_of_parameters_do_not_change_what_is_pulled(kind: str, create_grap
     assert not called
 
 
-def test_parameters_that_are_not_looked_at_share_what_is_pulled() -> None:
+def test_untracked_parameters_in_the_shared_part() -> None:
     """Their gradients come from the same backward, which may not free it."""
     a, b = (nn.Parameter(torch.randn(3, 3)) for _ in range(2))
     opt = fastdg.Fishr(torch.optim.SGD([a, b], lr=0.1), params=[a], ema=None)
