@@ -24,6 +24,7 @@ from .algorithms.iga import IGA
 from .algorithms.irm import IRM
 from .algorithms.miro import MIRO
 from .algorithms.pcgrad import PCGrad
+from .algorithms.pogm import POGM
 from .algorithms.rise import RISE
 from .algorithms.sand_mask import SANDMask
 from .algorithms.swad import SWAD
@@ -67,6 +68,7 @@ __all__ = [
     "IRM",
     "MGDA",
     "MIRO",
+    "POGM",
     "RISE",
     "SAGM",
     "SAM",

@@ -32,8 +32,7 @@ class Fish(Anchored):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        meta_lr: :math:`\epsilon`, as in DomainBed. The paper's code divides its own by the number
-            of inner steps.
+        meta_lr: :math:`\epsilon`, as in DomainBed; the paper's code divides its own by the steps.
         num_domains: number of training domains D.
         meta_steps: inner steps of a meta-iteration; default ``num_domains``. Which domains they
             take, and in which order, is the training loop's choice.
@@ -95,6 +94,9 @@ class Fish(Anchored):
     def objective(self, batch: StepBatch) -> Tensor:
         batch.log(**self._meta)
         return batch.loss
+
+    def inner_steps(self) -> int:
+        return self.meta_steps
 
     def begin_iteration(self) -> None:
         self._product = self._statistics["loss"].new_zeros(()) if self.inner_product else None

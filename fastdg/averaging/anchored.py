@@ -56,7 +56,7 @@ def _buffers(kind: str) -> PerRun:
 
 
 class Anchored(DomainOptimizer):
-    """Keeps the initial weights and buffers of a meta-iteration of ``meta_steps`` steps.
+    """Keeps the initial weights and buffers of a meta-iteration of `inner_steps` steps.
 
     Weights are copied at the first step; buffers of ``model``, which a forward may change, before
     the first forward. If weights were changed since the last meta-iteration, the next one begins
@@ -68,7 +68,6 @@ class Anchored(DomainOptimizer):
     _transient = (*DomainOptimizer._transient, *_fleeting)
 
     model: nn.Module | None = option(None, check_model, show=None)
-    meta_steps: int
     position = RunValue(0)  # number of inner steps in this meta-iteration
     kept = PerParameter(
         "kept",
@@ -85,6 +84,10 @@ class Anchored(DomainOptimizer):
         self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._begun = False
         self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
+
+    @abstractmethod
+    def inner_steps(self) -> int:
+        """The number of inner steps of a meta-iteration."""
 
     @abstractmethod
     def meta_step(self) -> None:
@@ -132,10 +135,10 @@ class Anchored(DomainOptimizer):
         if self.position:
             raise RuntimeError(
                 f"closure: {type(self).__name__}.step(closure) runs a whole meta-iteration, but "
-                f"{self.position} of the {self.meta_steps} inner steps of this one are done. "
+                f"{self.position} of the {self.inner_steps()} inner steps of this one are done. "
                 "Finish it with backward and step."
             )
-        return forward.steps(self.meta_steps)
+        return forward.steps(self.inner_steps())
 
     # -- batches of one domain --
 
@@ -184,7 +187,7 @@ class Anchored(DomainOptimizer):
     @not_compiled
     def _commit(self) -> None:
         position = self.position + 1
-        if position >= self.meta_steps:
+        if position >= self.inner_steps():
             self.meta_step()
             position = 0
         self.position = position

@@ -97,15 +97,16 @@ class Forward:
 
     # -- a step on each domain --
 
-    def steps(self, domains: int) -> Tensor:
-        """Run `backward` and a step on each domain, without the last step; return the mean loss."""
+    def steps(self, domains: int, each: int = 1) -> Tensor:
+        """Run `backward` and a step ``each`` times on each domain, without the last step; return
+        the mean loss."""
         opt = self.opt
         seen: list[dict[str, Tensor]] = []
-        for d in range(domains):
-            if d:
+        for k in range(domains * each):
+            if k:
                 opt._advance()
             opt.zero_grad()
-            losses, ids, inputs = losses_of(self.closure(d), d)
+            losses, ids, inputs = losses_of(self.closure(k // each), k // each)
             opt.backward(losses, ids, **inputs)
             seen.append(opt._statistics)
         opt._statistics = {**opt._statistics, **_together(seen)}

@@ -28,6 +28,7 @@ from ..algorithms.iga import IGA
 from ..algorithms.irm import IRM
 from ..algorithms.miro import MIRO
 from ..algorithms.pcgrad import PCGrad
+from ..algorithms.pogm import POGM
 from ..algorithms.sand_mask import SANDMask
 from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
@@ -113,6 +114,33 @@ class FishAdapter(Adapter):
         return super().train_step(minibatches)
 
 
+class POGMAdapter(Adapter):
+    """The authors' updates of ``cag_update`` batches of each domain, which are all made at the last
+    of these calls. Before, the weights do not move, and their loss is logged."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.waiting: list[Minibatches] = []
+
+    def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, float]:
+        self.waiting.append(minibatches)  # also where a run that goes on only draws batches
+        found = super().update(minibatches, unlabeled)
+        if len(self.waiting) == self.hparams["cag_update"]:
+            self.waiting = []
+        return found
+
+    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
+        if len(self.waiting) < self.hparams["cag_update"]:
+            self.network.eval()
+            with torch.no_grad():
+                loss = self.losses(*minibatches[-1])[0].mean()
+            self.network.train()
+            return {"loss": float(loss)}
+        batches = iter([batch[d] for d in range(self.num_domains) for batch in self.waiting])
+        self.wrapper().step(lambda d: self.losses(*next(batches))[0])
+        return {"loss": float(self.wrapper().statistics["domain_loss"][-1])}
+
+
 def agr_sum(algorithm: Any) -> AgrSum:
     return AgrSum(
         algorithm.optimizer,
@@ -184,6 +212,14 @@ ENTRIES = {
         rule.__name__: Entry("ERM", wrapped(rule), CONFLICTS)
         for rule in (MGDA, UPGrad, DualProj, IMTLG, AlignedMTL, ConFIG, NashMTL)
     },
+    "POGM": Entry(
+        "ERM",
+        wrapped(POGM, meta_lr="meta_lr", c="cagrad_c", domain_steps="cag_update"),
+        {"loss": "last"},
+        alone=True,
+        asks=True,
+        adapter=POGMAdapter,
+    ),
     "MIRO": Entry("ERM", miro, {"loss": "objective", "nll": "loss", "miro": "miro"}, together=True),
     "RISE": Entry(
         "ERM",
@@ -217,13 +253,19 @@ Draw = Callable[[np.random.RandomState], Any]
 def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
     """Default and random search of the hyper-parameters that DomainBed does not know of.
 
-    MIRO and RISE have the search ranges of their papers. Gradient surgery has none of its own. The
-    ranges of SAM and its relatives, and of the rules of the Gram matrix, are ours, around the
-    papers' values.
+    POGM, MIRO and RISE have the search ranges of their papers or code. Gradient surgery has none of
+    its own. The ranges of SAM and its relatives, and of the rules of the Gram matrix, are ours,
+    around the papers' values.
     """
     if algorithm in RULES:
         name, default, values = RULES[algorithm]
         return {name: (default, lambda r: float(r.choice(values)))}
+    if algorithm == "POGM":
+        return {
+            "meta_lr": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
+            "cagrad_c": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
+            "cag_update": (1, lambda r: int(r.choice([1, 5, 10]))),
+        }
     if algorithm == "MIRO":
         return {
             "miro_lambda": (0.1, lambda r: float(r.choice([1.0, 0.1, 0.01, 0.001]))),

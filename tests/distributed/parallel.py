@@ -92,6 +92,15 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "SWAD": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
     "SWAD(plain)": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
 }
+
+
+class POGM(fastdg.POGM):
+    """Takes every batch for one of the domain whose turn it is."""
+
+    def backward(self, losses: Tensor, domains: Tensor, *more: Any, **inputs: Any) -> Tensor:
+        return super().backward(losses, domains * 0 + self._domain, *more, **inputs)
+
+
 # The other rules of the Gram matrix, which are the same on every rank
 RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "MGDA": lambda base, model: fastdg.MGDA(base),
@@ -103,6 +112,7 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "NashMTL": lambda base, model: fastdg.NashMTL(base, update_every=2, num_domains=DOMAINS),
     "FairGrad": lambda base, model: fastdg.FairGrad(base, alpha=2.0),
     "GradVac": lambda base, model: fastdg.GradVac(base, generator=seeded(), num_domains=DOMAINS),
+    "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),
 }
 BASES: dict[str, Callable[[Any], Optimizer]] = {

@@ -27,7 +27,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 # Made by the same lines, but for the rule
 RULES = ["MGDA", "UPGrad", "DualProj", "IMTLG", "AlignedMTL", "ConFIG", "NashMTL"]
-ADDED = ["AgrSum", "AgrRand", "PCGrad", "CAGrad", "FairGrad", "GradVac", *RULES, "MIRO", "RISE"]
+ADDED = [
+    "AgrSum",
+    "AgrRand",
+    "PCGrad",
+    "CAGrad",
+    "FairGrad",
+    "GradVac",
+    *RULES,
+    "POGM",
+    "MIRO",
+    "RISE",
+]
 ADDED += ["SAM", "GSAM", "SAGM", "GAM", "DISAM"]
 
 
@@ -71,6 +82,7 @@ def test_settings_are_the_hparams(bed: Bed) -> None:
         "FairGrad": {"alpha": "fairgrad_alpha"},
         "GradVac": {"beta": "gradvac_beta"},
         "NashMTL": {},
+        "POGM": {"meta_lr": "meta_lr", "c": "cagrad_c", "domain_steps": "cag_update"},
         "MIRO": {"weight": "miro_lambda", "lr_multiplier": "miro_lr_mult"},
     }
     with plugged_in():

@@ -54,13 +54,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def arguments(algorithm: str, folder: Path, *more: str, dataset: str = "Debug32") -> list[str]:
-    hparams = json.dumps({"penalty_anneal_iters": 4} if algorithm == "Fishr" else {})
+    own = {"Fishr": {"penalty_anneal_iters": 4}, "POGM": {"cag_update": 2}}
+    hparams = json.dumps(own.get(algorithm, {}))
     run = ["--algorithm", algorithm, "--dataset", dataset, "--hparams", hparams, *more]
     return [*run, "--data_dir", str(folder), "--output_dir", str(folder)]
 
 
-def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, train_step = [], Adapter.train_step
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, kind: type[Adapter] = Adapter) -> None:
+    made, train_step = [], kind.train_step
 
     def killing(self: Adapter, minibatches: Any) -> Any:
         made.append(1)
@@ -68,7 +69,7 @@ def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise Killed
         return train_step(self, minibatches)
 
-    monkeypatch.setattr(Adapter, "train_step", killing)
+    monkeypatch.setattr(kind, "train_step", killing)
 
 
 @only("stand-in")
@@ -82,7 +83,7 @@ def test_every_algorithm_goes_on_bit_for_bit(
     again = arguments(algorithm, tmp_path / "killed", *more, dataset=dataset)
     for step in (7, 4):  # then, counted from the last checkpoint, once more
         with monkeypatch.context() as patch:
-            kill_at(step, patch)
+            kill_at(step, patch, ENTRIES[algorithm].adapter)
             with pytest.raises(Killed):
                 main(again)
         assert (tmp_path / "killed" / FILE).exists()

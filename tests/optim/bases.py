@@ -44,6 +44,15 @@ class Fish(fastdg.Fish):
         return super().backward(losses, domains * 0, final, **inputs)
 
 
+class POGM(fastdg.POGM):
+    """Takes every batch for one of the domain whose turn it is."""
+
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        return super().backward(losses, domains * 0 + self._domain, final, **inputs)
+
+
 WRAPS: dict[str, Wrap] = {
     "Fishr": wrap,
     "ERM": fastdg.ERM,
@@ -66,8 +75,8 @@ WRAPS: dict[str, Wrap] = {
     "SWAD(Fishr)": lambda base, **more: fastdg.SWAD(wrap(base, **more), model_of(base)),
 }
 
-# One function of the Gram matrix each, and all else CAGrad's: these keep the contract, too, and are
-# not tried again in every framework
+# One function of the Gram matrix each, and all else CAGrad's, or Fish's: these keep the contract,
+# too, and are not tried again in every framework
 RULES: dict[str, Wrap] = {
     "MGDA": fastdg.MGDA,
     "UPGrad": fastdg.UPGrad,
@@ -81,6 +90,7 @@ RULES: dict[str, Wrap] = {
         base, **{"num_domains": 3, "generator": seeded(), **more}
     ),
 }
+RULES["POGM"] = lambda base, **more: POGM(base, **{"num_domains": 3, **more})
 EVERY = {**WRAPS, **RULES}
 
 

@@ -1,0 +1,247 @@
+"""Iterations in which each domain goes its own way from the same weights."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._torch import not_compiled
+from ..core.batch import Batch
+from ..core.closures import Forward, check_same
+from ..core.declared_state import DOMAINS, PerParameter, Rows
+from ..core.nesting import chain
+from ..distributed.sharding import sharded
+from .anchored import Anchored, _inside
+
+ORDER = (
+    "domains: {} takes domain_steps={} steps on each domain in turn, from 0 to D - 1, and is at "
+    "domain {}: pass its samples, or let opt.step(closure) ask for them"
+)
+
+
+class _Numbers(PerParameter):
+    """Numbers for each domain, whatever the parameter's shape."""
+
+    def fits(self, p: Tensor, tensor: Tensor) -> bool:
+        return tensor.dim() == 2
+
+
+def _known(opt: Trajectories) -> dict[Tensor, Tensor]:
+    """Room for the states of the optimizer inside, where it has made one already."""
+    entries = {p: opt._entry(p) for p in opt._names if opt.state.get(p)}
+    return {
+        p: p.new_zeros((opt.num_domains * len(names), *p.shape))
+        for p, entry in entries.items()
+        if (names := like_parameter(p, entry))
+    }
+
+
+class Trajectories(Anchored):
+    """Keeps the way that each domain has gone in this iteration, and the state that the optimizer
+    inside has for each domain, which goes on from iteration to iteration.
+
+    A domain takes ``domain_steps`` steps from the weights that the iteration began with, and the
+    weights go back there; after the last domain, `meta_step`. The state of the optimizer inside is
+    exchanged before a step: what is there belongs to the domain that has stepped last. A domain
+    that has not stepped begins with the state that was there before all of them.
+    """
+
+    num_domains: int
+    domain_steps: int
+
+    ways = PerParameter(
+        "ways",
+        "ways that the domains have gone",
+        rows=DOMAINS,
+        begin=lambda opt: {p: p.new_zeros((opt.num_domains, *p.shape)) for p in opt._names},
+        needed=lambda opt, group: _inside(opt, group),
+    )
+    # Rows of one domain after the other, of one tensor of the optimizer's after the other
+    states = PerParameter(
+        "states",
+        "states of the optimizer for each domain",
+        rows=Rows("rows", "num_domains", lambda opt, group: None),
+        begin=_known,
+        needed=lambda opt, group: False,
+    )
+    # Whether a domain has a state, and the numbers in it
+    numbers = _Numbers(
+        "numbers",
+        "numbers of the optimizer for each domain",
+        rows=DOMAINS,
+        begin=lambda opt: {
+            p: no_numbers(opt.num_domains, numbers_of(p, opt._entry(p)))
+            for p in opt._names
+            if opt.state.get(p)
+        },
+        needed=lambda opt, group: False,
+    )
+
+    def inner_steps(self) -> int:
+        return self.num_domains * self.domain_steps
+
+    def _start(self) -> None:
+        super()._start()
+        # What the optimizer inside had before any domain has stepped
+        self._born: dict[Tensor, dict[str, Any]] = {
+            p: copy.deepcopy(self._entry(p)) for p in self.state
+        }
+        self._stepped = False
+
+    @abstractmethod
+    def combined(self, gram: Tensor) -> Tensor:
+        """Weights of the ways ``[D]``, given their Gram matrix ``[D, D]``."""
+
+    @property
+    def _domain(self) -> int:
+        return self.position // self.domain_steps
+
+    # -- batches --
+
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
+        batch: Any = super()._batch(losses, domains, terms, **own)
+        message = ORDER.format(type(self).__name__, self.domain_steps, self._domain)
+        check_same(batch.domain.reshape(1), self._domain, message)
+        return batch
+
+    def evaluate_closure(self, forward: Forward) -> Tensor:
+        if forward.by_domain and not self.position:
+            return forward.steps(self.num_domains, self.domain_steps)
+        return super().evaluate_closure(forward)
+
+    # -- steps --
+
+    @not_compiled
+    def _prepare(self) -> None:
+        super()._prepare()
+        for p in self._stepping_parameters():
+            self._bring(p, self._domain)
+        self._stepped = True
+
+    @not_compiled
+    def _commit(self) -> None:
+        d = self._domain
+        if self._stepped:
+            for p in self._stepping_parameters():
+                self._take(p, d)
+        self._stepped = False
+        if (self.position + 1) % self.domain_steps == 0:
+            self._end_way(d)
+        super()._commit()
+
+    @torch.no_grad()
+    def _end_way(self, d: int) -> None:
+        """Keep the way of a domain, and go back to where it began."""
+        for p, start in self.kept.items():
+            if p not in self.ways:
+                self.ways[p] = p.new_zeros((self.num_domains, *p.shape))
+            torch.sub(p, start, out=self.ways[p][d])
+            p.copy_(start)
+
+    @torch.no_grad()
+    def meet(self, rate: float) -> dict[str, Tensor]:
+        """Go a part of the combined way; returns the Gram matrix, the weights, and the length."""
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self._names:  # in their order, which that of a loaded dict may not be
+            if p in self.ways:
+                alike.setdefault((p.device, p.dtype), []).append(p)
+        rows = {
+            kind: [[self.ways[p][d] for p in group] for d in range(self.num_domains)]
+            for kind, group in alike.items()
+        }
+        grams = [ops.gram(of_domains) for of_domains in rows.values()]
+        gram = grams[0] if len(grams) == 1 else sum(g.double().to(grams[0].device) for g in grams)
+        assert isinstance(gram, Tensor)
+        weights = self.combined(gram)
+        for kind, group in alike.items():
+            for p, way in zip(group, ops.combine(rows[kind], weights.to(kind[0])), strict=True):
+                p.add_(way)
+        return {"gram": gram, "weights": weights, "trajectory": self.interpolate(rate)}
+
+    # -- a state of the optimizer inside for each domain --
+
+    def _stepping_parameters(self) -> Iterator[Tensor]:
+        for p in self._names:
+            if p.grad is not None:
+                if sharded(p):
+                    raise RuntimeError(
+                        f"{type(self).__name__}.step: fully_shard has split the parameters, of "
+                        "which it keeps rows for each domain; use DistributedDataParallel"
+                    )
+                yield p
+
+    def _entry(self, p: Tensor) -> dict[str, Any]:
+        """What the optimizer inside has for a parameter, without what wrappers keep there."""
+        prefixes = tuple(f"{link.prefix}_" for link in chain(self))
+        return {k: v for k, v in self.state[p].items() if not str(k).startswith(prefixes)}
+
+    def _bring(self, p: Tensor, d: int) -> None:
+        """Let the optimizer inside have the domain's state."""
+        entry, live = self._entry(p), self.state[p]
+        if p not in self.numbers:
+            self._born[p] = copy.deepcopy(entry)
+        if p not in self.numbers or not self.numbers[p][d, 0]:
+            live.clear()
+            live.update(copy.deepcopy(self._born.get(p, {})))
+            return
+        self.numbers[p] = self.numbers[p].cpu()  # after a load
+        for name, row in zip(like_parameter(p, entry), self._rows(p, d), strict=True):
+            live[name] = row
+        for name, value in zip(numbers_of(p, entry), self.numbers[p][d, 1:], strict=True):
+            before = entry[name]
+            live[name] = (
+                value.to(before.device, before.dtype, copy=True)
+                if isinstance(before, Tensor)
+                else type(before)(value)
+            )
+
+    def _take(self, p: Tensor, d: int) -> None:
+        """Keep the state that the optimizer inside has now as the domain's."""
+        entry, live = self._entry(p), self.state[p]
+        tensors, numbers = like_parameter(p, entry), numbers_of(p, entry)
+        if p not in self.numbers:
+            self.numbers[p] = no_numbers(self.num_domains, numbers)
+        if tensors and p not in self.states:
+            self.states[p] = entry[tensors[0]].new_zeros(
+                (self.num_domains * len(tensors), *p.shape)
+            )
+        self.numbers[p][d] = torch.tensor(
+            [1.0, *(float(entry[name]) for name in numbers)], dtype=torch.float64
+        )
+        for name, row in zip(tensors, self._rows(p, d), strict=True):
+            if entry[name].data_ptr() != row.data_ptr():
+                row.copy_(entry[name])
+            live[name] = row
+
+    def _rows(self, p: Tensor, d: int) -> Sequence[Tensor]:
+        if p not in self.states:
+            return ()
+        each = len(self.states[p]) // self.num_domains
+        return self.states[p][d * each : (d + 1) * each].unbind()
+
+
+def no_numbers(domains: int, names: Sequence[str]) -> Tensor:
+    return torch.zeros((domains, 1 + len(names)), dtype=torch.float64)
+
+
+def numbers_of(p: Tensor, entry: dict[str, Any]) -> list[str]:
+    """Names of the numbers in an optimizer's entry for a parameter, counters for example."""
+    return sorted(
+        name
+        for name, x in entry.items()
+        if isinstance(x, (int, float))
+        or (isinstance(x, Tensor) and x.dim() == 0 and (p.dim() > 0 or name == "step"))
+    )
+
+
+def like_parameter(p: Tensor, entry: dict[str, Any]) -> list[str]:
+    """Names of the tensors in an optimizer's entry that have the parameter's shape."""
+    numbers = numbers_of(p, entry)
+    found = [k for k, x in entry.items() if isinstance(x, Tensor) and x.shape == p.shape]
+    return sorted(name for name in found if name not in numbers)
