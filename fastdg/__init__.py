@@ -13,6 +13,7 @@ from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
 from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
+from .algorithms.gga_l import GGAL
 from .algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
 from .algorithms.gram.cone import DualProj, UPGrad
 from .algorithms.gram.fair import FairGrad, NashMTL
@@ -62,6 +63,7 @@ __all__ = [
     "DISAM",
     "ERM",
     "GAM",
+    "GGAL",
     "GSAM",
     "IGA",
     "IMTLG",

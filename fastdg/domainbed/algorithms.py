@@ -18,6 +18,7 @@ from ..algorithms.ascent.sagm import SAGM
 from ..algorithms.ascent.sam import SAM
 from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
+from ..algorithms.gga_l import GGAL
 from ..algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
 from ..algorithms.gram.cone import DualProj, UPGrad
 from ..algorithms.gram.fair import FairGrad, NashMTL
@@ -60,19 +61,25 @@ def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callabl
 
 
 def drawing(
-    wrapper: type[AgrRand] | type[PCGrad] | type[GradVac], device: str | None, **settings: str
+    wrapper: Callable[..., DomainOptimizer], device: str | None, fixed: Any = None, **settings: str
 ) -> Callable[[Any], Any]:
-    """Return a maker of the wrapper with the papers' scale and a generator of its own: the data
-    then come in the same order as for algorithms that draw no random numbers."""
+    """Return a maker of the wrapper with a generator of its own: the data then come in the same
+    order as for algorithms that draw no random numbers.
+
+    Args:
+        device: of the generator; None: that of the parameters.
+        fixed: arguments that no hyper-parameter has; None: the scale of the surgery's papers.
+        settings: argument -> its hyper-parameter.
+    """
 
     def wrap(algorithm: Any) -> DomainOptimizer:
         where = device or next(algorithm.network.parameters()).device
         return wrapper(
             algorithm.optimizer,
-            reduction="sum",
             generator=torch.Generator(where).manual_seed(torch.initial_seed()),
             num_domains=algorithm.num_domains,
             model=algorithm.network,
+            **({"reduction": "sum"} if fixed is None else fixed),
             **{name: algorithm.hparams[hparam] for name, hparam in settings.items()},
         )
 
@@ -207,6 +214,7 @@ ENTRIES = {
     "PCGrad": Entry("ERM", drawing(PCGrad, "cpu"), CONFLICTS),
     "CAGrad": Entry("ERM", wrapped(CAGrad, c="cagrad_c"), CONFLICTS),
     "FairGrad": Entry("ERM", wrapped(FairGrad, alpha="fairgrad_alpha"), CONFLICTS),
+    "GGAL": Entry("ERM", drawing(GGAL, None, {}, gamma="gga_l_gamma"), CONFLICTS),
     "GradVac": Entry("ERM", drawing(GradVac, "cpu", beta="gradvac_beta"), CONFLICTS),
     **{
         rule.__name__: Entry("ERM", wrapped(rule), CONFLICTS)
@@ -245,6 +253,7 @@ ENTRIES |= {
 RULES = {
     "CAGrad": ("cagrad_c", 0.5, (0.2, 0.4, 0.5, 0.8)),
     "FairGrad": ("fairgrad_alpha", 1.0, (0.5, 1.0, 2.0, 5.0)),
+    "GGAL": ("gga_l_gamma", 0.001, (0.0001, 0.001, 0.01)),
     "GradVac": ("gradvac_beta", 0.5, (0.01, 0.1, 0.5)),
 }
 Draw = Callable[[np.random.RandomState], Any]

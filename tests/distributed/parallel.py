@@ -112,6 +112,7 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "NashMTL": lambda base, model: fastdg.NashMTL(base, update_every=2, num_domains=DOMAINS),
     "FairGrad": lambda base, model: fastdg.FairGrad(base, alpha=2.0),
     "GradVac": lambda base, model: fastdg.GradVac(base, generator=seeded(), num_domains=DOMAINS),
+    "GGAL": lambda base, model: fastdg.GGAL(base, gamma=0.1, generator=seeded()),
     "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),
 }

@@ -75,8 +75,8 @@ WRAPS: dict[str, Wrap] = {
     "SWAD(Fishr)": lambda base, **more: fastdg.SWAD(wrap(base, **more), model_of(base)),
 }
 
-# One function of the Gram matrix each, and all else CAGrad's, or Fish's: these keep the contract,
-# too, and are not tried again in every framework
+# One function of the Gram matrix each, and all else CAGrad's, AgrRand's or Fish's: these keep the
+# contract, too, and are not tried again in every framework
 RULES: dict[str, Wrap] = {
     "MGDA": fastdg.MGDA,
     "UPGrad": fastdg.UPGrad,
@@ -90,6 +90,7 @@ RULES: dict[str, Wrap] = {
         base, **{"num_domains": 3, "generator": seeded(), **more}
     ),
 }
+RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
 RULES["POGM"] = lambda base, **more: POGM(base, **{"num_domains": 3, **more})
 EVERY = {**WRAPS, **RULES}
 
