@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..ops import window as windows
-from .tiles import transpose_kernel
+from .tiles import GATHER, MATRIX, TAPS, transpose_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31 - 1
@@ -48,6 +48,16 @@ def hopper(device: torch.device) -> bool:
     """Return whether matrix instructions read shared memory, so that registers hold accumulators.
     Later GPUs do so too, but Triton spills some there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def registers(device: torch.device, most: int) -> dict[str, int]:
+    """Options of a product. Blackwell has its accumulators in memory of their own, and ptxas would
+    give the rest too few registers, and spill some."""
+    return {"maxnreg": most} if blackwell(device) else {}
+
+
+def blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def gradient_like(x: Tensor, order: Tensor) -> Tensor:
@@ -93,7 +103,8 @@ def tile(
     earlier GPUs. Splitting fp32 into TF32 parts happens in registers and costs that room again,
     and so do patches of two-byte numbers, which cannot be copied to shared memory one by one.
     """
-    wide = precise == "tf32" and hopper(a.device) and not (window and a.dtype != torch.float32)
+    gathered = window and a.dtype != torch.float32 and not by_taps(a, window)
+    wide = precise == "tf32" and hopper(a.device) and not gathered
     summed = 32 if precise == "tf32" else 16
     return block(outputs, 128), block(inputs, 128 if wide else 64), summed
 
@@ -109,48 +120,95 @@ def precision(a: Tensor, window: Sequence[int]) -> str:
     return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
 
 
-def positions_last(x: Tensor) -> Tensor:
-    """fp32 rows ``[N, T, C]`` with positions next to each other, T rounded up to 16 with zeros.
+def by_taps(a: Tensor, window: Sequence[int]) -> bool:
+    """Whether patches are read tap by tap, 16 bytes of channels at a time (`tiles.TAPS`): the
+    matrix instructions take halves with the summed dimension apart, but not fp32."""
+    return bool(window) and a.dtype != torch.float32 and a.shape[1] % 16 == 0
 
-    Tensor cores take TF32 operands with the summed dimension contiguous only, and loads are 16
-    bytes wide only if every row starts at such a boundary. fp16 and bf16 may lie either way.
-    """
-    T = x.shape[1]
-    if x.dtype != torch.float32 or (T % 16 == 0 and x.stride(1) == 1 and x.stride(2) % 16 == 0):
-        return x
-    N, C, T_padded = x.shape[0], x.shape[2], cdiv(T, 16) * 16
-    rows = x.new_empty((N, C, T_padded))
-    block_t, block_c = block(T_padded, 64), block(C, 64)
+
+def columns(a: Tensor, window: Sequence[int]) -> tuple[int, int]:
+    """Columns of a tap, and taps, as `address` has them: of patches that are not read so, all I
+    columns are of one."""
+    if by_taps(a, window):
+        return a.shape[1], prod(windows.split(window)[0])
+    return windows.sizes(a.shape, window)[1], 1
+
+
+def copied(x: Tensor, width: int) -> Tensor:
+    """Contiguous copy ``[N, R, width]`` of ``x [N, R, W]``, with zeros beyond W."""
+    N, R, W = x.shape
+    rows = x.new_empty((N, R, width))
+    block_w, block_r = block(width, 64), block(R, 64)
     launch(
-        transpose_kernel, N * cdiv(T_padded, block_t) * cdiv(C, block_c),
-        x, rows, T, T_padded, C, *x.stride(), BLOCK_T=block_t, BLOCK_C=block_c,
+        transpose_kernel, N * cdiv(width, block_w) * cdiv(R, block_r),
+        x, rows, W, width, R, x.stride(0), x.stride(2), x.stride(1),
+        BLOCK_T=block_w, BLOCK_C=block_r,
     )  # fmt: skip
-    return rows.transpose(1, 2)
+    return rows
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Rows ``[N, T, C]`` with their channels next to each other."""
+    C = x.shape[2]
+    there = x.stride(2) == 1 and (x.stride(1) % 16 == 0 or C % 16 > 0)
+    return x if there else copied(x, C)
+
+
+def summable(x: Tensor) -> Tensor:
+    """Rows ``[N, T, C]`` whose loads are 16 bytes wide in a product that sums over T; with T
+    rounded up to 16 by zeros, if need be.
+
+    Tensor cores take TF32 operands with the summed dimension contiguous only. fp16 and bf16 may lie
+    either way. Loads are wide only if every row starts and ends at a boundary.
+    """
+    _, T, C = x.shape
+    if T % 16 == 0 and x.stride(1) == 1 and x.stride(2) % 16 == 0:
+        return x
+    if x.dtype != torch.float32 and C % 16 == 0:
+        return side_by_side(x)
+    return copied(x.transpose(1, 2), cdiv(T, 16) * 16).transpose(1, 2)
 
 
 def summed_last(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, int, int]:
     """``a`` and ``delta`` for products over positions, and how many positions each has now."""
     T = windows.sizes(a.shape, window)[0]
-    delta = positions_last(delta)
+    delta = summable(delta)
     if window:
         return a, delta, T, delta.shape[1]
-    a = positions_last(a)
+    a = summable(a)
     return a, delta, a.shape[1], delta.shape[1]
 
 
-def address(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, int, int, int, bool]:
-    """How kernels read rows ``[N, T, I]`` of ``a`` (see `tiles.load_rows`).
+def address(
+    a: Tensor, window: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, int, int, int, int, int]:
+    """How kernels read rows ``[N, T, I]`` of ``a`` (see `tiles.WINDOW`).
 
     Returns:
-        ``(a, row, column, sample stride, row stride, column stride, windowed)``. Patches are read
-        along the positions, which therefore have to be next to each other in memory.
+        ``(a, row, column, sample stride, row stride, column stride, taps, window)``. Patches are
+        read along the positions, or along the channels, which therefore have to be next to each
+        other in memory.
     """
     if not window:
-        return a, a, a, *a.stride(), False  # the tables are not read
-    a = a.contiguous()
-    spatial, strides = tuple(a.shape[2:]), tuple(a.stride()[1:])
-    row, column = windows.offsets(a.shape[1], spatial, strides, tuple(window), a.device)
-    return a, row, column, a.stride(0), 0, 0, True
+        return a, a, a, *a.stride(), 1, MATRIX.value  # the tables are not read
+    spatial, taps = tuple(a.shape[2:]), columns(a, window)[1]
+    if not by_taps(a, window):
+        a = a.contiguous()
+        strides = tuple(a.stride()[1:])
+        row, column = windows.offsets(a.shape[1], spatial, strides, tuple(window), a.device)
+        return a, row, column, a.stride(0), 0, 0, taps, GATHER.value
+    a = side_by_side(a.flatten(2).transpose(1, 2))
+    row, tap = places_of(spatial, tuple(window), a.device)
+    return a, row, tap, a.stride(0), a.stride(1), 1, taps, TAPS.value
+
+
+def places_of(
+    spatial: tuple[int, ...], window: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The place ``[T]`` of an input where each patch begins, and the distance ``[taps]`` from there
+    to each tap."""
+    strides = tuple(prod(spatial[j + 1 :]) for j in range(len(spatial)))
+    return windows.offsets(1, spatial, (0, *strides), window, device)
 
 
 def paired(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Any, Tensor, int]:
@@ -158,15 +216,26 @@ def paired(a: Tensor, delta: Tensor, window: Sequence[int]) -> tuple[Any, Tensor
     T = windows.sizes(a.shape, window)[0]
     if T >= 16 and not window:
         a, delta, T, _ = summed_last(a, delta, window)
+    elif delta.dtype != torch.float32 and delta.shape[2] % 16 == 0:
+        delta = summable(delta)  # without further positions
     return address(a, window), delta, T
 
 
-def pointwise(a: Tensor, window: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
-    """``a`` and ``window``; a convolution that sees one place at a time becomes plain rows."""
+def pointwise(
+    a: Tensor, window: Sequence[int], strided: bool = True
+) -> tuple[Tensor, Sequence[int]]:
+    """``a`` and ``window``; a convolution that sees one place at a time becomes plain rows, with
+    strides a copy, if these are wanted."""
     kernel, stride, _ = windows.split(window)
-    if window and all(step == 1 for step in (*kernel, *stride)):
-        return a.flatten(2).transpose(1, 2), ()
-    return a, window
+    if not window or any(taps > 1 for taps in kernel):
+        return a, window
+    if any(step > 1 for step in stride):
+        if not strided:
+            return a, window
+        a = a[(..., *(slice(None, None, step) for step in stride))]
+        if a.dtype != torch.float32:
+            return a.movedim(1, -1).flatten(1, -2), ()
+    return a.flatten(2).transpose(1, 2), ()
 
 
 def supports(*args: Any) -> str | None:
@@ -191,7 +260,7 @@ def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> str | None:
     window = args[-1]
     T, inputs = windows.sizes(a.shape, window)
     outputs = delta.shape[2]
-    padded = cdiv(T, 16) * 16  # by `positions_last`
+    padded = cdiv(T, 16) * 16  # by `summable`
     widest = outputs if window else max(outputs, inputs)
     if max(a.shape[0] * padded, outputs * inputs, padded * widest) > INT32:
         return "kernels address 2**31 - 1 rows, and as many elements of a gradient"

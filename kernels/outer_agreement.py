@@ -20,10 +20,22 @@ from torch import Tensor
 
 from ..ops.agreement import UNDEFINED as _UNDEFINED
 from ..ops.window import sizes
-from .launch import fills, launch, paired, pointwise, precision, stages, supports_outer, tile, warps
+from .launch import (
+    by_taps,
+    columns,
+    fills,
+    launch,
+    paired,
+    pointwise,
+    precision,
+    stages,
+    supports_outer,
+    tile,
+    warps,
+)
 from .launch import supports as plain
 from .outer_domain import grouped_product
-from .tiles import load_pairs
+from .tiles import columns_at, load_pairs, result_at, tile_of
 
 UNDEFINED = tl.constexpr(_UNDEFINED)
 
@@ -73,18 +85,17 @@ def _store(
     tl.store(magnitude + tl.program_id(0), tl.sum(tl.abs(result)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["taps"])
 def _outer_agreement_kernel(
     a, delta, order, offsets, row, column, weights, combined, agreeing, magnitude,
-    threshold, steepness, domains, T, O, I, a_sample, a_row, a_column, d_sample, d_row, d_column,
+    threshold, steepness, domains, T, O, I, a_sample, a_row, a_column, taps,
+    d_sample, d_row, d_column,
     WINDOW: tl.constexpr, SOFT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_O, BLOCK_I]; each domain's mean lives in registers only."""
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    o = tl.program_id(0) // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.program_id(0) % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    along_i = tl.load(column + i, mask=i < I, other=0) if WINDOW else i * a_column
+    o, i, tap = tile_of(tl.program_id(0), O, I, taps, BLOCK_O, BLOCK_I)
+    along_i = columns_at(column, i, tap, I, a_row, a_column, WINDOW)
     count = 0.0
     balance = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -110,7 +121,7 @@ def _outer_agreement_kernel(
             )
     inside = (o < O)[:, None] & (i < I)[None, :]
     _store(
-        combined, agreeing, magnitude, o[:, None] * I + i[None, :], inside,
+        combined, agreeing, magnitude, result_at(o, i, tap, I, taps, WINDOW), inside,
         count, balance, total, second, threshold, steepness, SOFT,
     )  # fmt: skip
 
@@ -153,12 +164,14 @@ def outer_agreement(
     outputs, inputs, domains = delta.shape[2], sizes(a.shape, window)[1], offsets.numel() - 1
     combined = a.new_empty((outputs, inputs), dtype=torch.float32)
     soft = not math.isinf(steepness)
-    block_o, block_i, block_k = tile(outputs, inputs, precise, rows, places)
-    if soft or (places and block_i > 64):  # two more accumulators; where each position is
+    width, taps = columns(rows, places)
+    gathered = places and not by_taps(rows, places)
+    block_o, block_i, block_k = tile(outputs, width, precise, rows, places)
+    if soft or (gathered and block_i > 64):  # two more accumulators; where each position is
         block_o = min(block_o, 64)
-    if soft and places:
+    if by_taps(rows, places) or (soft and gathered):  # no two columns of a tap lie side by side
         block_i = min(block_i, 64)
-    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
+    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(width, block_i) * taps
 
     def run(
         kernel: Any, programs: int, of: Sequence[Tensor], numbers: Sequence[int], **meta: Any
@@ -176,12 +189,13 @@ def outer_agreement(
         means, _ = grouped_product(a, delta, *samples, window, squares=False)
         size = combined.numel()
         return run(_given_kernel, triton.cdiv(size, 1024), (means,), (size,), BLOCK=1024)
-    (x, row, column, *strides, windowed), delta, T = paired(rows, delta, places)
+    (x, row, column, *strides, read), delta, T = paired(rows, delta, places)
     return run(
         _outer_agreement_kernel, tiles, (x, delta, *samples, row, column),
-        (T, outputs, inputs, *strides, *delta.stride()), WINDOW=windowed, PRECISION=precise,
+        (T, outputs, width, *strides, *delta.stride()), WINDOW=read, PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
-        num_warps=8 if soft else warps(block_o, block_i), num_stages=stages(a.device, windowed),
+        num_warps=8 if soft else warps(block_o, block_i),
+        num_stages=stages(a.device, bool(gathered)),
     )  # fmt: skip
 
 

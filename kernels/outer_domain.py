@@ -19,40 +19,39 @@ from ..ops.window import sizes
 from .launch import (
     STAGES,
     block,
+    columns,
     launch,
     paired,
     parts,
     pointwise,
     precision,
+    registers,
     supports_outer,
     tile,
     warps,
 )
-from .tiles import biased_variance, finish_kernel, load_pairs
+from .tiles import biased_variance, columns_at, finish_kernel, load_pairs, result_at, tile_of
 
 supports = supports_outer
 
 
-@triton.jit(do_not_specialize=["split"])  # it depends on the batch size
+@triton.jit(do_not_specialize=["split", "taps"])  # one depends on the batch size
 def _outer_domain_kernel(
     a, delta, order, offsets, row, column, mean, variance, partial, slab, split, T, O, I,
-    a_sample, a_row, a_column, d_sample, d_row, d_column,
+    a_sample, a_row, a_column, taps, d_sample, d_row, d_column,
     WINDOW: tl.constexpr, SQUARES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_O, BLOCK_I] of one domain; sums over its (sample, position) pairs."""
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    tiles = tl.cdiv(O, BLOCK_O) * tiles_i
-    tile = tl.program_id(0) % tiles
+    tiles = tl.cdiv(O, BLOCK_O) * tl.cdiv(I, BLOCK_I) * taps
+    o, i, tap = tile_of(tl.program_id(0) % tiles, O, I, taps, BLOCK_O, BLOCK_I)
     part = tl.program_id(0) // tiles % split
     domain = (tl.program_id(0) // tiles // split).to(tl.int64)
-    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
     first = tl.load(offsets + domain)
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
     share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), split) * BLOCK_K
     end = tl.minimum(samples * T, (part + 1) * share)
-    along_i = tl.load(column + i, mask=i < I, other=0) if WINDOW else i * a_column
+    along_i = columns_at(column, i, tap, I, a_row, a_column, WINDOW)
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for begin in range(part * share, end, BLOCK_K):
@@ -67,17 +66,19 @@ def _outer_domain_kernel(
             second = tl.dot(d * d, tl.trans(x * x), second, input_precision=PRECISION)
         total = tl.dot(d, tl.trans(x), total, input_precision=PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
-    at = o[:, None] * I + i[None, :]
+    at = result_at(o, i, tap, I, taps, WINDOW)
+    mean += domain * O * I * taps
+    variance += domain * O * I * taps
     if split == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
         total = total / count
-        tl.store(mean + domain * O * I + at, total, mask=inside)
+        tl.store(mean + at, total, mask=inside)
         if SQUARES:
             spread = biased_variance(second, total, count)
-            tl.store(variance + domain * O * I + at, spread, mask=inside)
+            tl.store(variance + at, spread, mask=inside)
     else:
         powers: tl.constexpr = 2 if SQUARES else 1
-        partial += part.to(tl.int64) * powers * slab + domain * O * I
+        partial += part.to(tl.int64) * powers * slab + domain * O * I * taps
         tl.store(partial + at, total, mask=inside)
         if SQUARES:
             tl.store(partial + slab + at, second, mask=inside)
@@ -97,29 +98,31 @@ def grouped_product(
     a, window = pointwise(a, window)
     T, inputs = sizes(a.shape, window)
     outputs, domains = delta.shape[2], offsets.numel() - 1
+    width, taps = columns(a, window)
     mean = a.new_empty((domains, outputs, inputs), dtype=torch.float32)
     variance = torch.empty_like(mean) if squares else mean
     if mean.numel() == 0 or T == 0:
         return mean.zero_(), variance.zero_()
     if squares:
-        block_o, block_i, block_k = block(outputs, 64), block(inputs, 64), 16
+        block_o, block_i, block_k = block(outputs, 64), block(width, 64), 16
     else:
-        block_o, block_i, block_k = tile(outputs, inputs, precise, a, window)
-    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(inputs, block_i)
+        block_o, block_i, block_k = tile(outputs, width, precise, a, window)
+    tiles = triton.cdiv(outputs, block_o) * triton.cdiv(width, block_i) * taps
     steps = triton.cdiv(triton.cdiv(a.shape[0], domains) * T, block_k)
     powers = 2 if squares else 1
     share = parts(domains * tiles, steps, powers * mean.numel(), a.device)
     partial = mean.new_empty((share, powers, *mean.shape)) if share > 1 else mean
-    (x, row, column, *strides, windowed), delta, T = paired(a, delta, window)
+    (x, row, column, *strides, read), delta, T = paired(a, delta, window)
     launch(
         _outer_domain_kernel, domains * tiles * share,
         x, delta, order, offsets, row, column, mean, variance, partial, mean.numel(), share, T,
-        outputs, inputs,
+        outputs, width,
         *strides, *delta.stride(),
-        WINDOW=windowed, SQUARES=squares,
+        WINDOW=read, SQUARES=squares,
         PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
         num_warps=8 if squares else warps(block_o, block_i), num_stages=3 if squares else STAGES,
+        **registers(x.device, 128),
     )  # fmt: skip
     finish(partial, offsets, mean, variance, share, squares)
     return mean, variance

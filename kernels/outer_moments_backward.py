@@ -19,50 +19,57 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops import window as windows
+from ..ops.moments import domain_of
 from .launch import (
+    STAGES,
     block,
+    by_taps,
     gradient_like,
     launch,
+    places_of,
     pointwise,
     precision,
+    registers,
+    side_by_side,
     summed_last,
     supports_outer,
     tile,
     warps,
 )
 from .launch import supports as plain
-from .tiles import load_delta, load_rows
+from .tiles import GATHER, MATRIX, TAPS, columns_at, load_delta, load_rows, tile_of
 
 # Elements of dL/dg that exist at once (128 MiB of fp32).
 UPSTREAM_ELEMENTS = 1 << 25
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "taps"])
 def _upstream_kernel(
     a, delta, order, domain, row, column, slope, level, upstream, first, T, T_delta, O, I,
-    a_sample, a_row, a_column, d_sample, d_row, d_column,
+    a_sample, a_row, a_column, taps, d_sample, d_row, d_column,
     WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """``slope * g + level`` of one sample, one tile."""
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    tiles = tl.cdiv(O, BLOCK_O) * tiles_i
+    tiles = tl.cdiv(O, BLOCK_O) * tl.cdiv(I, BLOCK_I) * taps
     local = (tl.program_id(0) // tiles).to(tl.int64)
     sample = tl.load(order + first + local)
-    tile = tl.program_id(0) % tiles
-    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)
+    o, i, tap = tile_of(tl.program_id(0) % tiles, O, I, taps, BLOCK_O, BLOCK_I)
+    along_i = columns_at(column, i, tap, I, a_row, a_column, WINDOW)
     g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for begin in range(0, T, BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T)
         d = load_delta(delta + sample * d_sample, t, o, T_delta, O, d_row, d_column)
-        x = load_rows(a + sample * a_sample, row, column, t, i, T, I, a_row, a_column, WINDOW)
+        x = load_rows(a + sample * a_sample, row, along_i, t, i, T, I, a_row, WINDOW)
         g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
     inside = (o < O)[:, None] & (i < I)[None, :]
-    at = o[:, None] * I + i[None, :]
-    block = tl.load(domain + first + local) * O * I
+    width = I * taps if WINDOW == TAPS else I
+    at = o[:, None] * width + i[None, :]
+    if WINDOW == TAPS:
+        at += tap * I
+    block = tl.load(domain + first + local) * O * width
     g = g * tl.load(slope + block + at, mask=inside) + tl.load(level + block + at, mask=inside)
-    tl.store(upstream + local * O * I + at, g, mask=inside)
+    tl.store(upstream + local * O * width + at, g, mask=inside)
 
 
 # Loads and stores lie along channels: nothing is wider for a number of positions that 16 divides
@@ -79,7 +86,7 @@ def _grad_delta_kernel(
     tile = tl.program_id(0) % tiles
     t = tile // tiles_o * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tile % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    along_t = tl.load(row + t, mask=t < T, other=0) if WINDOW else t * a_row
+    along_t = tl.load(row + t, mask=t < T, other=0) * a_row if WINDOW else t * a_row
     sample = tl.load(order + first + local)
     rows = a + sample * a_sample
     I = taps * C
@@ -91,7 +98,7 @@ def _grad_delta_kernel(
         c = step % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
         shift = 0
         if WINDOW:
-            shift = tl.load(tap_offset + tap)
+            shift = tl.load(tap_offset + tap) * a_row
         x = tl.load(
             rows + (along_t[:, None] + (shift + c)[None, :]),
             mask=(t < T)[:, None] & (c < C)[None, :],
@@ -231,18 +238,16 @@ def _geometry(
     """Tables of a convolution whose patches are ordered (tap, channel).
 
     Returns:
-        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; ``row_last [T]`` and ``tap [taps]``
-        of an input ``[*S, C]``; ``position [places]``, the places of the input, sorted so that
-        places with the same taps are next to each other; ``source [taps, places]``, the output
-        position that reads a place through a tap, or -1.
+        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; `places_of` an input; ``position
+        [places]``, its places with those of the same taps next to each other; ``source [taps,
+        places]``, the output position that reads a place through a tap, or -1.
     """
     kernel, stride, dilation = windows.split(window)
     places, taps = prod(spatial), prod(kernel)
     steps = [prod(spatial[j + 1 :]) for j in range(len(spatial))]
     row, column = windows.offsets(channels, spatial, (places, *steps), window, device)
     column = column.view(channels, taps).t().flatten()
-    strides = (1, *(step * channels for step in steps))
-    row_last, tap = windows.offsets(channels, spatial, strides, window, device)
+    begin, tap = places_of(spatial, window, device)
     phase = torch.zeros(spatial, dtype=torch.int64, device=device)
     source = torch.zeros((*kernel, *spatial), dtype=torch.int64, device=device)
     outside = torch.zeros_like(source, dtype=torch.bool)
@@ -259,7 +264,7 @@ def _geometry(
         phase = phase * stride[j] + (place % stride[j]).view(shape[dims:])
     position = phase.flatten().argsort(stable=True)
     source = source.masked_fill(outside, -1).view(taps, places)[:, position]
-    return row, column, row_last, tap[:taps], position.int(), source.int().contiguous()
+    return row, column, begin, tap, position.int(), source.int().contiguous()
 
 
 def outer_moments_backward(
@@ -277,60 +282,63 @@ def outer_moments_backward(
         return grad_a.zero_(), grad_delta.zero_()
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).view(-1, 1, 1)
     slope = grad_variance * (2 / count)
-    level = torch.addcmul(grad_mean / count, mean, slope, value=-1)
-    level = level.contiguous()
+    level = torch.addcmul(grad_mean / count, mean, slope, value=-1).contiguous()
     precise, channels_first = precision(a, window), bool(window)
-    a, window = pointwise(a, window)
+    a, window = pointwise(a, window, strided=False)
     (T, I), O = windows.sizes(a.shape, window), delta.shape[2]
     x, d, T_x, T_d = summed_last(a, delta, window)
+    last = side_by_side(a.flatten(2).transpose(1, 2) if window else a)
+    C, taps, places = I, 1, T
+    row, column, begin, tap, position, source = (order,) * 6  # not read
+    width, at, read = I, (*x.stride(), 1), MATRIX.value
     if window:
-        C, x = a.shape[1], a.contiguous()
+        C, read = a.shape[1], (TAPS if by_taps(a, window) else GATHER).value
         tables = _geometry(C, tuple(a.shape[2:]), tuple(window), a.device)
-        taps, places = tables[-1].shape
+        row, column, begin, tap, position, source = tables
+        taps, places = source.shape
         slope, level = (
             w.unflatten(2, (C, taps)).transpose(2, 3).flatten(2) for w in (slope, level)
         )
-        x_strides = (x.stride(0), 0, 0)
-        last = a.flatten(2).transpose(1, 2).contiguous()
-    else:
-        C, taps, places = I, 1, T
-        tables = (order,) * 6  # not read
-        x_strides = x.stride()
-        last = a if a.stride(2) == 1 else a.contiguous()
-    row, column, row_last, tap, position, source = tables
-    delta = delta if delta.stride(2) == 1 else delta.contiguous()
+        if by_taps(a, window):
+            x, row, column, width, at = last, begin, tap, C, (*last.stride(), taps)
+        else:
+            x = a.contiguous()
+            at = x.stride(0), 0, 0, 1
+    delta = side_by_side(delta)
     samples = order.numel()
-    ranks = torch.arange(samples, device=a.device)
-    domain = torch.searchsorted(offsets[1:].contiguous(), ranks, right=True)  # of each rank
+    domain = domain_of(order, offsets)
     chunk = min(samples, max(1, UPSTREAM_ELEMENTS // (O * I)))
     upstream = slope.new_empty((chunk, O, I))
 
-    def run(kernel: Any, rows: int, columns: int, *args: Any, names: Sequence[str]) -> None:
-        """One launch for ``now`` samples, tiled over a result of ``rows`` by ``columns``."""
+    def run(
+        kernel: Any, rows: int, columns: int, times: int, *args: Any, read: Any, names: Any
+    ) -> None:
+        """One launch for ``now`` samples, tiled over ``times`` results ``[rows, columns]``."""
         sides = tile(rows, columns, precise, a, window)
-        tiles = triton.cdiv(rows, sides[0]) * triton.cdiv(columns, sides[1])
+        blocks = dict(zip(names, sides, strict=True))
+        tiles = triton.cdiv(rows, sides[0]) * triton.cdiv(columns, sides[1]) * times
         launch(
-            kernel, now * tiles, *args, WINDOW=bool(window), PRECISION=precise,
-            **dict(zip(names, sides, strict=True)), num_warps=warps(*sides[:2]), num_stages=3,
+            kernel, now * tiles, *args, WINDOW=read, PRECISION=precise, **registers(a.device, 248),
+            num_warps=warps(*sides[:2]), num_stages=STAGES if read else 3, **blocks,
         )  # fmt: skip
 
     for first in range(0, samples, chunk):
         now = min(chunk, samples - first)
         run(
-            _upstream_kernel, O, I,
-            x, d, order, domain, row, column, slope, level, upstream, first, T_x, T_d, O, I,
-            *x_strides, *d.stride(), names=("BLOCK_O", "BLOCK_I", "BLOCK_T"),
+            _upstream_kernel, O, width, at[3],
+            x, d, order, domain, row, column, slope, level, upstream, first, T_x, T_d, O, width,
+            *at, *d.stride(), read=read, names=("BLOCK_O", "BLOCK_I", "BLOCK_T"),
         )  # fmt: skip
         run(
-            _grad_delta_kernel, T, O,
-            last, upstream, order, row_last, tap, grad_delta, first, T, O, C, taps,
-            last.stride(0), last.stride(1), names=("BLOCK_T", "BLOCK_O", "BLOCK_C"),
+            _grad_delta_kernel, T, O, 1,
+            last, upstream, order, begin, tap, grad_delta, first, T, O, C, taps,
+            *last.stride()[:2], read=bool(window), names=("BLOCK_T", "BLOCK_O", "BLOCK_C"),
         )  # fmt: skip
         run(
-            _grad_a_kernel, places, C,
+            _grad_a_kernel, places, C, 1,
             delta, upstream, order, position, source, grad_a, first, places, T, O, C, taps,
             *delta.stride()[:2], C * places, *((1, places) if channels_first else (C, 1)),
-            names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
+            read=bool(window), names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
         )  # fmt: skip
     return grad_a, grad_delta
 

@@ -7,19 +7,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# WINDOW, how rows are read: of their matrix; of patches, element (t, i) at row[t] + column[i]; of
+# patches whose channels lie side by side, channel i of tap k at (row[t] + column[k]) * row_stride
+# + i
+MATRIX = tl.constexpr(0)
+GATHER = tl.constexpr(1)
+TAPS = tl.constexpr(2)
+
 
 @triton.jit
-def load_rows(
-    base, row, column, t, i, T, I, row_stride, column_stride, WINDOW: tl.constexpr
-):  # fmt: skip
-    """Tile ``[i, t]`` of one sample's rows; with a window (t, i) is at row[t] + column[i]."""
-    inside = (i < I)[:, None] & (t < T)[None, :]
-    if WINDOW:
-        along_i = tl.load(column + i, mask=i < I, other=0)
-        along_t = tl.load(row + t, mask=t < T, other=0)
+def tile_of(tile, O, I, taps, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr):  # fmt: skip
+    """Rows o and columns i of a tile, and the tap that its columns belong to."""
+    tiles_i = tl.cdiv(I, BLOCK_I) * taps
+    tile_i = tile % tiles_i
+    o = tile // tiles_i * BLOCK_O + tl.arange(0, BLOCK_O)
+    return o, tile_i // taps * BLOCK_I + tl.arange(0, BLOCK_I), tile_i % taps
+
+
+@triton.jit
+def result_at(o, i, tap, I, taps, WINDOW: tl.constexpr):  # fmt: skip
+    """Where the elements of a tile are in a weight ``[O, I * taps]``."""
+    if WINDOW == TAPS:
+        at = o[:, None] * (I * taps) + (i * taps + tap)[None, :]
     else:
-        along_i = i * column_stride
-        along_t = t * row_stride
+        at = o[:, None] * I + i[None, :]
+    return at
+
+
+@triton.jit
+def columns_at(column, i, tap, I, row_stride, column_stride, WINDOW: tl.constexpr):  # fmt: skip
+    """Offsets of columns i within a sample."""
+    if WINDOW == MATRIX:
+        at = i * column_stride
+    elif WINDOW == GATHER:
+        at = tl.load(column + i, mask=i < I, other=0)
+    else:
+        at = tl.load(column + tap) * row_stride + i
+    return at
+
+
+@triton.jit
+def rows_at(row, t, inside, row_stride, WINDOW: tl.constexpr):  # fmt: skip
+    """Offsets of rows t within a sample."""
+    if WINDOW == MATRIX:
+        at = t * row_stride
+    else:
+        at = tl.load(row + t, mask=inside, other=0)
+        if WINDOW == TAPS:
+            at *= row_stride
+    return at
+
+
+@triton.jit
+def load_rows(base, row, along_i, t, i, T, I, row_stride, WINDOW: tl.constexpr):  # fmt: skip
+    """Tile ``[i, t]`` of one sample's rows."""
+    inside = (i < I)[:, None] & (t < T)[None, :]
+    along_t = rows_at(row, t, t < T, row_stride, WINDOW)
     return tl.load(base + along_i[:, None] + along_t[None, :], mask=inside, other=0.0)
 
 
@@ -40,10 +83,7 @@ def load_pairs(
     at ``first``, pair k its sample ``k // T`` at position ``k % T``."""
     t = k % T
     sample = tl.load(order + first + k // T, mask=k < end, other=0)
-    if WINDOW:
-        along_k = sample * a_sample + tl.load(row + t, mask=k < end, other=0)
-    else:
-        along_k = sample * a_sample + t * a_row
+    along_k = sample * a_sample + rows_at(row, t, k < end, a_row, WINDOW)
     d = tl.load(
         delta + o[:, None] * d_column + (sample * d_sample + t * d_row)[None, :],
         mask=(o < O)[:, None] & (k < end)[None, :], other=0.0,

@@ -28,7 +28,7 @@ from fastdg import kernels
 from fastdg.ops.window import sizes
 
 list(kernels.implementations(()))  # imports all modules
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -48,7 +48,7 @@ class Built:
     registers: int
     stack: int  # bytes of local memory; not zero when registers are spilled
     shared: int  # bytes
-    wgmma: int  # matrix instructions of Hopper, of earlier GPUs, and copies that pass registers by
+    wgmma: int  # matrix instructions of Hopper and Blackwell, of earlier GPUs, asynchronous copies
     mma: int
     async_copies: int
     under_way: int  # copies that the loop of products does not wait for; 0 also without such a loop
@@ -59,7 +59,7 @@ def specialised(
     kernel: Any, args: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[ASTSource, dict[str, int]]:
     """What Triton compiles for ``kernel[...](*args, **named)``, and with which options."""
-    options = {k: named[k] for k in ("num_warps", "num_stages") if k in named}
+    options = {k: named[k] for k in ("num_warps", "num_stages", "maxnreg") if k in named}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {k: v for k, v in named.items() if k not in options}
     signature, constants, attributes = {}, {}, {}
@@ -90,7 +90,7 @@ def compile_launch(
     registers, stack = resources(built.asm["cubin"])
     found = [
         len(re.findall(instruction, built.asm["ptx"]))
-        for instruction in (r"wgmma\.mma_async", r"mma\.sync", r"cp\.async\.c[ag]")
+        for instruction in (r"wgmma\.mma_async|tcgen05\.mma", r"mma\.sync", r"cp\.async\.c[ag]")
     ]
     name, shared = kernel.__name__.strip("_"), built.metadata.shared
     pipeline = pipelined(built.asm["ttgir"])
@@ -99,10 +99,12 @@ def compile_launch(
 
 def pipelined(ttgir: str) -> tuple[int, int]:
     """`Built.under_way` and `Built.buffers` of a kernel whose operands are copied by cp.async."""
-    product = re.search(r"= (ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) ", ttgir)
-    if product is None or (start := ttgir.rfind("scf.for", 0, product.start())) < 0:
+    products = re.finditer(r"ttng\.warp_group_dot |ttng\.tc_gen5_mma |= tt\.dot ", ttgir)
+    inside = [p for p in products if ttgir.rfind("scf.for", 0, p.start()) >= 0]
+    if not inside:
         return 0, 0
-    waits = re.search(r"ttg\.async_wait .*num = (\d+)", ttgir[start : product.start()])
+    end = inside[0].start()  # there may be one before the loop
+    waits = re.search(r"ttg\.async_wait .*num = (\d+)", ttgir[ttgir.rfind("scf.for", 0, end) : end])
     buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", ttgir)
     return int(waits[1]) if waits else 0, max(map(int, buffers), default=0)
 
@@ -131,7 +133,11 @@ def compiling(capability: int, multiprocessors: int = 132) -> Iterator[list[Buil
         for module in vars(kernels).values():
             if callable(getattr(module, "launch", None)):
                 stack.enter_context(patch.object(module, "launch", compile_only))
-        for name, value in (("processors", multiprocessors), ("hopper", capability == 90)):
+        for name, value in (
+            ("processors", multiprocessors),
+            ("hopper", capability == 90),
+            ("blackwell", capability == 100),
+        ):
             answer = partial(lambda value, device: value, value)
             stack.enter_context(patch.object(kernels.launch, name, answer))
         yield built
@@ -145,16 +151,27 @@ def domains(N: int, D: int = 3) -> tuple[Tensor, Tensor]:
     return meta(N, dtype=torch.int64), meta(D + 1, dtype=torch.int64)
 
 
-def rows(N: int, T: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, list[int]]:
-    return meta(N, T, inputs), meta(N, T, outputs), []
+def rows(
+    N: int, T: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, list[int]]:
+    return meta(N, T, inputs, dtype=dtype), meta(N, T, outputs, dtype=dtype), []
 
 
 def conv(
-    N: int, C: int, outputs: int, size: int, window: list[int], dtype: torch.dtype = torch.float32
+    N: int,
+    C: int,
+    outputs: int,
+    size: int,
+    window: list[int],
+    dtype: torch.dtype = torch.float32,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
+    """``last``: in torch.channels_last."""
     a = meta(N, C, size, size, dtype=dtype)
-    delta = meta(N, outputs, sizes(a.shape, window)[0], dtype=dtype)
-    return a, delta.transpose(1, 2), window
+    delta = meta(N, outputs, sizes(a.shape, window)[0], dtype=dtype).transpose(1, 2)
+    if last:
+        a, delta = a.contiguous(memory_format=torch.channels_last), delta.contiguous()
+    return a, delta, window
 
 
 def moments_of(grads: Tensor) -> None:
@@ -220,6 +237,7 @@ def many(N: int) -> None:
 
 THREE = [3, 3, 1, 1, 1, 1]
 TF32, FP32 = True, False
+BF16 = torch.bfloat16
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
 WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("moments", FP32, lambda: moments_of(meta(96, 1 << 20))),
@@ -246,9 +264,27 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE), steepness=10.0)),
     ("conv 3x3", TF32, lambda: backward(*conv(56, 256, 256, 16, THREE))),
     ("conv 3x3", TF32, lambda: kernels.outer_norms.outer_norms(*conv(96, 64, 64, 58, THREE))),
-    ("bf16", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, torch.bfloat16))),
-    ("bf16", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, torch.bfloat16))),
-    ("bf16", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, torch.bfloat16), 10.0)),
+    ("bf16 MLP", TF32, lambda: forward(*rows(96, 197, 768, 3072, BF16))),
+    ("bf16 MLP", TF32, lambda: mean_only(*rows(96, 197, 768, 3072, BF16))),
+    ("bf16 MLP", TF32, lambda: agreement(*rows(96, 197, 768, 3072, BF16))),
+    ("bf16 MLP", TF32, lambda: backward(*rows(14, 197, 768, 3072, BF16))),
+    ("bf16 3x3", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, BF16))),
+    ("bf16 3x3", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE, BF16, last=True))),
+    ("bf16 3x3", TF32, lambda: mean_only(*conv(96, 64, 64, 58, THREE, BF16, last=True))),
+    ("bf16 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, BF16))),
+    ("bf16 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE, BF16), 10.0)),
+    ("bf16 3x3", TF32, lambda: backward(*conv(56, 256, 256, 16, THREE, BF16))),
+    ("bf16 1x1", TF32, lambda: forward(*conv(96, 1024, 256, 14, [1] * 6, BF16))),
+    ("bf16 1x1", TF32, lambda: forward(*conv(96, 64, 256, 56, [1] * 6, BF16))),
+    ("bf16 1x1", TF32, lambda: forward(*conv(96, 2048, 512, 7, [1] * 6, BF16, last=True))),
+    ("bf16 1x1", TF32, lambda: mean_only(*conv(96, 1024, 256, 14, [1] * 6, BF16))),
+    ("bf16 1x1", TF32, lambda: mean_only(*conv(96, 512, 1024, 28, [1, 1, 2, 2, 1, 1], BF16))),
+    (
+        "bf16 1x1",
+        TF32,
+        lambda: kernels.outer_norms.outer_norms(*conv(9, 1024, 256, 14, [1] * 6, BF16)),
+    ),
+    ("bf16 stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1], BF16))),
     ("conv 1x1", TF32, lambda: forward(*conv(96, 256, 64, 56, [1] * 6))),
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6))),
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6), steepness=10.0)),

@@ -40,10 +40,10 @@ def resnet50() -> Iterator[Layer]:
     yield from found
 
 
-def step(op: str, samples: int) -> None:
+def step(op: str, samples: int, dtype: torch.dtype, last: bool) -> None:
     for channels, outputs, size, kernel, stride in resnet50():
         window = [kernel, kernel, stride, stride, 1, 1]
-        a, delta, window = aot.conv(samples, channels, outputs, size, window)
+        a, delta, window = aot.conv(samples, channels, outputs, size, window, dtype, last)
         if op == "moments":
             aot.forward(a, delta, window)
         elif op == "domain":
@@ -74,13 +74,20 @@ def main() -> None:
                 stack.enter_context(patch.object(module, "launch", note))
         stack.enter_context(patch.object(kernels.launch, "processors", lambda device: 132))
         stack.enter_context(patch.object(kernels.launch, "hopper", lambda device: True))
-        for op in ("moments", "domain", "agreement", "backward"):
-            seen.clear()
-            counts = []
-            for samples in SAMPLES:
-                step(op, samples)
-                counts.append(len(seen))
-            print(json.dumps({"op": op, "kernels": counts}))
+        stack.enter_context(patch.object(kernels.launch, "blackwell", lambda device: False))
+        for dtype, last in (
+            (torch.float32, False),
+            (torch.bfloat16, False),
+            (torch.bfloat16, True),
+        ):
+            for op in ("moments", "domain", "agreement", "backward"):
+                seen.clear()
+                counts = []
+                for samples in SAMPLES:
+                    step(op, samples, dtype, last)
+                    counts.append(len(seen))
+                row = {"op": op, "dtype": str(dtype), "last": last, "kernels": counts}
+                print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have on A100; H100 and H200
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+
+PREFETCHED = {"ViT MLP", "conv 3x3", "conv 1x1", "stem", "bf16 MLP", "bf16 3x3", "bf16 1x1"}
 
 
 def rows_of(script: str) -> list[dict[str, Any]]:
@@ -36,9 +38,9 @@ def built() -> list[dict[str, Any]]:
     return rows_of("aot.py")
 
 
-def test_everything_is_compiled_for_both(built: list[dict[str, Any]]) -> None:
+def test_everything_is_compiled_for_each(built: list[dict[str, Any]]) -> None:
     kernels = [{row["kernel"] for row in built if row["capability"] == c} for c in SHARED_LIMIT]
-    assert kernels[0] == kernels[1]
+    assert kernels[0] == kernels[1] == kernels[2]
     assert len(kernels[0]) == 22
 
 
@@ -66,17 +68,16 @@ def test_loads_of_the_next_products_are_under_way(built: list[dict[str, Any]]) -
         row
         for row in built
         if row["kernel"] in ("outer_moments_kernel", "outer_domain_kernel")
-        and row["work"] in ("ViT MLP", "conv 3x3", "conv 1x1", "stem")
+        and row["work"] in PREFETCHED
     ]
-    assert len(rows) >= 18
+    assert len(rows) >= 57
     for row in rows:
         assert row["under_way"] > 0, row
         assert row["buffers"] >= (3 if row["wgmma"] and row["tf32"] else 2), row
 
 
 def test_another_batch_size_compiles_nothing() -> None:
-    rows = {row["op"]: row["kernels"] for row in rows_of("specialisations.py")}
-    for op, counts in rows.items():
-        assert counts[0] == counts[-1], op
-    assert max(rows[op][0] for op in ("moments", "domain", "agreement")) <= 12
-    assert rows["moments"][0] + rows["backward"][0] <= 34
+    for row in rows_of("specialisations.py"):
+        counts = row["kernels"]
+        assert counts[0] == counts[-1], row
+        assert counts[0] <= (27 if row["op"] == "backward" else 15), row

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from cases import OPERANDS, arguments, cast
+from op_cases import deal
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fastdg.kernels
+from fastdg.ops import window as windows
 from fastdg.ops.dispatch.registry import OPS
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -24,6 +26,38 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CASES = {
     name: args for name, args in arguments("cpu", False).items() if name.split(",")[0] in OPERANDS
 }
+
+
+def patches(channels: int, outputs: int, size: tuple[int, ...], window: list[int]) -> None:
+    """Add each op on the patches of a convolution, whose channels kernels read 16 bytes at a
+    time; where they lie apart they copy them first."""
+    order, offsets = deal((3, 0, 2))
+    a = torch.randn(5, channels, *size)
+    T, inputs = windows.sizes(a.shape, window)
+    delta = torch.randn(5, outputs, T).mT
+    up = torch.randn(3, 3, outputs, inputs)
+    where = order, offsets, window
+    kind = f"{channels} channels of {size}"
+    for layout, rows in (("apart", a), ("side by side", a.movedim(1, -1).contiguous())):
+        x = rows.movedim(-1, 1) if layout == "side by side" else rows
+        for name, args in {
+            "outer_moments": (x, delta, *where),
+            "outer_domain": (x, delta, *where),
+            "outer_norms": (x, delta, window),
+            "outer_agreement": (x, delta, order, offsets, torch.ones(3), 0.5, 3.0, window),
+            "outer_moments_backward": (*up[:2], x, delta, up[2], *where),
+        }.items():
+            CASES[f"{name}, {kind}, {layout}"] = args
+
+
+patches(16, 20, (5, 6), [3, 2, 1, 1, 1, 2])
+patches(48, 8, (9,), [3, 2, 1])
+patches(32, 16, (5, 6), [1, 1, 2, 1, 1, 1])
+patches(0, 3, (4,), [2, 1, 1])
+patches(80, 2, (3, 4, 3), [2, 1, 2, 1, 2, 1, 1, 1, 1])
+
+
+ROWS = [(name, dtype) for name in CASES for dtype in DTYPES[: 1 if "channels of" in name else 2]]
 
 
 def rounded(name: str, dtype: torch.dtype) -> list[Any]:
@@ -52,8 +86,7 @@ def test_every_op_that_takes_halves_is_here() -> None:
     assert set(OPERANDS) == {name for name, op in OPS.items() if op.halves is not None}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), ROWS)
 def test_halves_are_read_as_they_are(device: str, name: str, dtype: torch.dtype) -> None:
     args = rounded(name, dtype)
     moved = pytree.tree_map_only(Tensor, lambda x: x.to(device), args)
@@ -84,8 +117,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[...,
     yield {name: function for name, function, _ in fastdg.kernels.implementations(OPERANDS)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), ROWS)
 def test_kernels_read_halves_as_they_are(
     kernels: dict[str, Callable[..., Any]], name: str, dtype: torch.dtype
 ) -> None:
@@ -93,3 +125,14 @@ def test_kernels_read_halves_as_they_are(
         pytest.skip("no kernel of its own")
     args = rounded(name, dtype)
     assert_right(name, args, kernel(*args))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "agreement" in name])
+def test_tile_by_tile(
+    kernels: dict[str, Callable[..., Any]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that the tiles of this weight fill."""
+    monkeypatch.setattr(
+        fastdg.kernels.outer_agreement, "fills", lambda programs, device: True, raising=True
+    )
+    test_kernels_read_halves_as_they_are(kernels, name, torch.bfloat16)
