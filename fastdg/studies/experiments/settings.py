@@ -11,19 +11,31 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ... import (
+    GGAL,
     IGA,
+    IMTLG,
     IRM,
+    MGDA,
     MIRO,
+    POGM,
     RISE,
     SWAD,
     AgrRand,
     AgrSum,
+    AlignedMTL,
     ANDMask,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
     Fish,
     Fishr,
+    GradVac,
     GroupDRO,
+    NashMTL,
     PCGrad,
     SANDMask,
+    UPGrad,
     VREx,
 )
 from ...text import TextTables
@@ -63,6 +75,18 @@ ALGORITHMS = {
     "agr-sum": Algorithm("Agr-Sum", AgrSum),
     "agr-rand": Algorithm("Agr-Rand", AgrRand),
     "pcgrad": Algorithm("PCGrad", PCGrad, default=True),
+    "mgda": Algorithm("MGDA", MGDA),
+    "cagrad": Algorithm("CAGrad", CAGrad),
+    "upgrad": Algorithm("UPGrad", UPGrad),
+    "dualproj": Algorithm("DualProj", DualProj),
+    "imtl-g": Algorithm("IMTL-G", IMTLG),
+    "aligned-mtl": Algorithm("Aligned-MTL", AlignedMTL),
+    "config": Algorithm("ConFIG", ConFIG),
+    "nash-mtl": Algorithm("Nash-MTL", NashMTL),
+    "fairgrad": Algorithm("FairGrad", FairGrad),
+    "gradvac": Algorithm("GradVac", GradVac),
+    "gga-l": Algorithm("GGA-L", GGAL),
+    "pogm": Algorithm("POGM", POGM),
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
@@ -133,7 +157,7 @@ class Setting:
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, PCGrad):
+        if chosen.wrapper in (AgrRand, GGAL, GradVac, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
         if chosen.wrapper is SWAD:
             return SWAD(base, model, **given)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from ... import POGM, RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..._torch import foreach_div_
 from ..data.digits import Task
 from .memory import measured
@@ -65,7 +65,7 @@ def train(
         return torch.cat(xs), torch.cat(ys)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        if isinstance(opt, Fish):  # a step on each domain in turn
+        if isinstance(opt, (Fish, POGM)):  # a step on each domain in turn
             each = [domains == d for d in range(len(training))]
             return torch.stack([one(x[rows], y[rows], domains[rows]) for rows in each]).mean()
         return one(x, y, domains)
