@@ -82,8 +82,8 @@ class CAGrad(GramWeighting):
             t = low * (high / low) ** share
             w, slack = interior_point(gram.products, with_mean / t.unsqueeze(-1), simplex=True)
             place = (t * gram.square(w).sqrt() < radius).cumprod(0).sum().clamp(1, len(t) - 1)
-            low, high = t[place - 1], t[place]
             pair = torch.stack([place - 1, place])
+            low, high = t[pair].unbind()
             near.append(w[pair])
             sets.append(nested_supports(w[pair], slack[pair])[:, 1:].flatten(0, 1))
         return best(gram, torch.cat(sets), with_mean, radius, torch.cat(near))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.combine.gathering import to_device_async
 from ..core.hyper import check_generator, check_reduction, check_share
 from .gram import Gram, GramWeighting
 
@@ -69,7 +70,7 @@ class GradVac(GramWeighting):
         keys = torch.rand(
             gram.products.shape, generator=self.generator, dtype=torch.float64, device=device
         )
-        return keys.argsort(1).to(gram.products.device, non_blocking=True)
+        return to_device_async(keys.argsort(1), gram.products.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, and the state of the generator."""
@@ -96,8 +97,7 @@ def vaccinated(gram: Gram, order: Tensor, phi: Tensor, beta: float) -> tuple[Ten
     domains = len(gram)
     own = torch.arange(domains, device=gram.products.device)
     # Row i: products of p_i with all gradients, and p_i itself as a combination of them
-    eye = torch.eye(domains).to(gram.products)
-    table = torch.cat([gram.products, eye], 1)
+    table = torch.cat([gram.products, gram.eye()], 1)
     state, phi = table.clone(), phi.clone()
     for j in order.t():  # one for each i
         products, coefficients = state.split(domains, 1)

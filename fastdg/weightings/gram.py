@@ -54,7 +54,11 @@ class Gram:
 
     def firm(self) -> Tensor:
         """The cosines with `noise` on the diagonal, which keeps singular ones solvable."""
-        return self.cosines + self.noise * torch.eye(len(self)).to(self.cosines)
+        return self.cosines + self.noise * self.eye()
+
+    def eye(self) -> Tensor:
+        """The unit matrix ``[D, D]``."""
+        return torch.eye(len(self), dtype=self.products.dtype, device=self.products.device)
 
     def pseudo_inverse(self) -> Tensor:
         """The pseudo-inverse of the cosines; eigenvalues below `noise` are zeros."""

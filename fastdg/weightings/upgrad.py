@@ -33,8 +33,7 @@ class UPGrad(GramWeighting):
         self.reg_eps = reg_eps
 
     def weights(self, gram: Gram) -> Tensor:
-        eye = torch.eye(len(gram), dtype=torch.float64, device=gram.products.device)
-        return projected(gram, eye, self.reg_eps).mean(0)
+        return projected(gram, gram.eye(), self.reg_eps).mean(0)
 
 
 class DualProj(UPGrad):
@@ -57,13 +56,12 @@ class DualProj(UPGrad):
 
 def projected(gram: Gram, least: Tensor, reg_eps: float) -> Tensor:
     r""":math:`\arg\min v^\top K v` over :math:`v \ge l`, for rows l of ``least`` ``[R, D]``."""
-    norms, matrix, noise = gram.norms, gram.products, gram.noise
+    norms, matrix = gram.norms, gram.products
     if reg_eps:
         trace = gram.products.diagonal().sum()
-        eye = torch.eye(len(gram), dtype=matrix.dtype, device=matrix.device)
-        matrix = matrix + reg_eps * trace.where(trace > 0, 1.0) * eye
+        matrix = matrix + reg_eps * trace.where(trace > 0, 1.0) * gram.eye()
         norms = matrix.diagonal().sqrt()
     # v = l + y / n, and y >= 0
     cosines = matrix / norms / norms.unsqueeze(1)
-    cosines.diagonal().fill_(1 + noise)
+    cosines.diagonal().fill_(1 + gram.noise)
     return least + nonnegative(cosines, -(least @ matrix) / norms) / norms

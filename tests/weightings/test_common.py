@@ -158,3 +158,17 @@ def test_on_the_gram_matrix_of_a_model() -> None:
     k = fastdg.domain_gram(losses, torch.arange(12) % 3, params=model)
     for name in NAMES:
         assert made(name)(k).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("domains", [3, 9])
+def test_no_value_is_asked_for_on_another_device(
+    name: str, domains: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor without values raises where one is read, or where it meets one that has them."""
+    rule = made(name)
+    if name == "GradVac":  # drawn on the CPU, and copied
+        order = torch.empty(domains, domains, dtype=torch.int64, device="meta")
+        monkeypatch.setattr(rule, "order", lambda k: order)
+    weights = rule(torch.empty(domains, domains, device="meta"))
+    assert weights.shape == (domains,) and weights.device.type == "meta"
