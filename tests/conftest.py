@@ -16,9 +16,17 @@ from torch.autograd import Variable
 
 sys.path.append(str(Path(__file__).parent))  # tests are no package (import-mode=importlib)
 
+from on_device import about_the_cpu
 from selection import LEFT_OUT, mark
 from torchvision_ops import fit_torchvision
 
+# Where the tests' tensors and models are: "cuda" runs the tests on a GPU. Tests about the CPU have
+# the mark `cpu`, or are in `on_device.CPU`, and are left out then.
+DEVICE = os.environ.get("FASTDG_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+    for _backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        _backend.fp32_precision = "ieee"
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import: kernels then run on CPU tensors, interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -127,6 +135,8 @@ def collected() -> dict[str, bool]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if DEVICE != "cpu" and (reason := about_the_cpu(item)):
+        pytest.skip(f"on the CPU: {reason}")
 
 
 class _Nested(torch.autograd.Function):

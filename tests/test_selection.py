@@ -18,6 +18,8 @@ ALONE = {
     "func/test_memory.py::test_compiles_with_inductor": "test_other_statistics_compile",
     "gradients/fuzz/test_fuzz_dtypes.py::test_most_steps_tell_something": "of the fuzz itself",
     "optim/test_compiled.py::test_with_inductor": "test_one_graph",
+    "kernels/test_counts.py::test_memory_of_the_penalty_fits_a_card": "counts for minutes",
+    "test_gpu_script.py::test_every_step_of_both_networks": "test_steps_are_timed_beside",
     "test_cuda_build.py::test_setup_builds_with_cuda": "ops/test_cuda_emulation.py",
     "test_failed_build.py::test_a_failed_nvcc_leaves_the_cpp_ops": "test_a_failed_compiler",
     "test_failed_build.py::test_both_compilers_may_fail": "test_a_failed_compiler",
