@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastdg import kernels
 from fastdg.core import one_domain
-from fastdg.gradients import engine, planner, tape
+from fastdg.gradients import engine, planner
 from fastdg.gradients.graph import Graph
 from fastdg.gradients.ownership.owners import Output, Owner, OwnerMap, Unclear
 from fastdg.gradients.ownership.structure import structure
@@ -45,6 +45,7 @@ COLUMNS = {
     "variance_gap": 2,
     "variance_gap_backward": 1,
 }
+PLANNING = ("__init__", "plan", "boundaries", "holds_for_other_values", "contradicts")
 NEVER = SimpleNamespace(query=lambda: False)
 PROCESSORS = 132  # of an H100 or H200
 # Neither read nor write memory, or allocate alone
@@ -194,10 +195,10 @@ def _by_operations(losses: Tensor, graph: Graph, outputs: Sequence[Output]) -> O
     return found
 
 
-def _planned(look: Callable[..., Any]) -> Callable[..., Any]:
+def _not_fake(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **named: Any) -> Any:
         with unset_fake_temporarily():
-            return look(*args, **named)
+            return function(*args, **named)
 
     return run
 
@@ -241,9 +242,8 @@ def routed() -> Iterator[None]:
         enter(patch.object(planner, "probe", _by_operations))
         # The copy of a step's counts, which nothing waits for, needs an event
         enter(patch.object(one_domain, "_copied", lambda count: (count, NEVER)))
-        planning = ("plan", "boundaries", "holds_for_other_values")
-        for module, name in ((tape, "look"), *((planner.Planner, name) for name in planning)):
-            enter(patch.object(module, name, _planned(getattr(module, name))))
+        for name in PLANNING:
+            enter(patch.object(planner.Planner, name, _not_fake(getattr(planner.Planner, name))))
         enter(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 

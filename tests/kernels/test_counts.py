@@ -20,13 +20,11 @@ STEPS = ("AgrSum", "PCGrad", STATISTIC)
 # The aim is 1.3 times the ops of the plain step. Where it is missed, what a step has today.
 AIM = 1.3
 TODAY = {
-    ("resnet50", "bf16", "AgrSum"): 1.56,
-    ("resnet50", "bf16", "PCGrad"): 1.52,
-    ("resnet50", "bf16", STATISTIC): 1.46,
-    ("resnet50", "fp32", "AgrSum"): 1.58,
+    ("resnet50", "bf16", "AgrSum"): 1.34,
+    ("resnet50", "fp32", "AgrSum"): 1.59,
     ("resnet50", "fp32", "PCGrad"): 1.54,
-    ("resnet50", "fp32", STATISTIC): 1.45,
-    ("vit_b16", "fp32", STATISTIC): 1.31,
+    ("resnet50", "fp32", STATISTIC): 1.46,
+    ("vit_b16", "fp32", STATISTIC): 1.32,
 }
 # Kernels of fastdg's own: its products, their transposes and second stages
 LAUNCHES = {

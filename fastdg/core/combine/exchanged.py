@@ -133,15 +133,19 @@ class DistributedGradients(Gradients):
             made.send(bucket, combined)
 
         used = self._exchange(combine)
-        flags = [sums[p].new_tensor([p in used]) for p in self.parameters]
-        parts = [torch.cat([sums[p], flag]) for p, flag in zip(self.parameters, flags, strict=True)]
-        *found, failed = ranks.all_reduce([*parts, self._failed(parts[0])])
+        like = sums[self.parameters[0]]
+        # One copy to the device, and one read of it, however many parameters there are
+        flags = torch.tensor([[p in used] for p in self.parameters], dtype=like.dtype, device="cpu")
+        parts = torch.stack([sums[p].to(like) for p in self.parameters])
+        parts = torch.cat([parts, to_device_async(flags, like.device)], 1)
+        totals, failed = ranks.all_reduce([parts, self._failed(like)])
         self._refuse(failed)
-        totals = dict(zip(self.parameters, found, strict=True))
+        reached = totals[:, 2].tolist()
+        rows = dict(zip(self.parameters, zip(totals, reached, strict=True), strict=True))
         return {
-            p: Agreement(grad, totals[p][0], totals[p][1])
+            p: Agreement(grad, rows[p][0][0], rows[p][0][1])
             for p, grad in made.all().items()
-            if totals[p][2] > 0
+            if rows[p][1] > 0
         }
 
     def gram(self) -> Tensor:
