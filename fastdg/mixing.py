@@ -44,11 +44,11 @@ def _stacked(logits: tuple[Tensor, ...]) -> Tensor:
     for x in logits:
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"logits: expected a tensor (N, C) for each, one after the other, got "
-                f"{type(x).__name__}; of a list of them: (*logits)"
+                f"logits: expected a tensor (N, C) for each argument, got {type(x).__name__}. "
+                "Unpack a list: (*logits)."
             )
     shapes = {tuple(x.shape) for x in logits}
     if len(shapes) != 1:
         got = ", ".join(map(str, sorted(shapes))) or "none"
-        raise ValueError(f"logits: expected tensors of one shape, got {got}")
+        raise ValueError(f"logits: expected tensors of one shape, got {got}.")
     return torch.stack([to_statistics_dtype(x) for x in logits])

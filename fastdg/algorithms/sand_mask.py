@@ -46,7 +46,7 @@ class SANDMask(GradientCombiner):
         if self.threshold == 1 and not self._warned:
             self._warned = True
             warn_user(
-                "SANDMask: with threshold=1 its mask is 0 everywhere, so the weights never move; "
-                "use a threshold below 1 (DomainBed's search draws it from 0 to 1)",
+                "threshold: with 1 the mask of SANDMask is 0 everywhere, so no weights move. "
+                "Use a threshold below 1 (DomainBed searches 0 to 1).",
             )
         return rescaled(gradients.agreement("mean", self.threshold, self.steepness), gradients)

@@ -22,9 +22,11 @@ from ..distributed.sharding import local, sharded
 from .buffers import Buffers, stored
 
 ONE_DOMAIN = (
-    "domains: {} steps on one domain after the other, so a batch must have samples of one domain. "
+    "domains: {} steps on one domain after the other, so a batch must have samples of one domain"
+)
+SPLIT = (
     "Draw each batch from one domain, or split a mixed batch and call backward and step for each "
-    "part (domains == d)"
+    "part (domains == d)."
 )
 
 
@@ -145,17 +147,18 @@ class Anchored(DomainOptimizer):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         batch = super()._batch(losses, domains, terms, **own)
         ids = domains if domains.device.type == "cpu" else batch.partition.domains
-        message = ONE_DOMAIN.format(type(self).__name__)
-        check_same(ids, ids[0], message)
+        problem = ONE_DOMAIN.format(type(self).__name__)
+        check_same(ids, ids[0], problem, SPLIT)
         if self._micro_batches:
             first = self._micro_batches[0].domain.to(ids.device)
-            check_same(ids, first, f"{message}, micro-batches with final=False among them")
+            check_same(ids, first, f"{problem}, with all micro-batches of a step", SPLIT)
         return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         if self._ranks.size > 1:
             (ids,) = (self._global_batch.count > 0).cpu().nonzero(as_tuple=True)
-            check_same(ids, ids[0], f"{ONE_DOMAIN.format(type(self).__name__)}, on all ranks")
+            problem = ONE_DOMAIN.format(type(self).__name__)
+            check_same(ids, ids[0], f"{problem}, on all ranks", SPLIT)
         return super()._gradient(staged)
 
     # -- steps --

@@ -46,17 +46,17 @@ def losses_of(result: Any, domain: int) -> tuple[Tensor, Tensor, dict[str, Any]]
     return losses, as_ids(domains, samples), inputs
 
 
-def check_same(domains: Tensor, domain: Tensor | int, message: str) -> None:
-    """Raise ValueError unless all ``domains`` are ``domain``.
+def check_same(domains: Tensor, domain: Tensor | int, problem: str, advice: str) -> None:
+    """Raise ValueError with ``problem`` and ``advice`` unless all ``domains`` are ``domain``.
 
     On another device than the CPU it is asserted there, without a wait.
     """
     same = (domains == domain).all()
     if not readable(same):
-        assert_later(same, message)
+        assert_later(same, f"{problem}. {advice}")
     elif not same:
         got = sorted(set(domains.tolist()))
-        raise ValueError(f"{message}; got domains {got[:8]}")
+        raise ValueError(f"{problem}, got domains {got[:8]}. {advice}")
 
 
 class Forward:
@@ -205,7 +205,8 @@ class Forward:
         put(held)
         check_losses(losses)
         partition(domains, losses, self.opt.num_domains)
-        check_same(domains, d, f"closure: it must return the losses of domain {d}")
+        problem = f"closure: it must return the losses of domain {d}"
+        check_same(domains, d, problem, "Use its argument, the domain, to draw the batch.")
         return losses
 
 

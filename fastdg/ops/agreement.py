@@ -83,7 +83,7 @@ define(
     check,
     mixed=True,
 )
-not_differentiable("agreement", "its mask is constant almost everywhere")
+not_differentiable("agreement", "Its mask is constant almost everywhere.")
 
 
 def agreement(

@@ -40,7 +40,7 @@ def check(gradients: Sequence[Tensor], weights: Tensor) -> None:
 define(
     "combine(Tensor[] gradients, Tensor weights) -> Tensor[]", reference, _fake, check, mixed=True
 )
-not_differentiable("combine", "add the gradients with PyTorch's own functions instead")
+not_differentiable("combine", "Add the gradients with PyTorch's own functions instead.")
 
 
 def combine(gradients: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]:

@@ -46,7 +46,7 @@ def check(rows: Sequence[Tensor], weights: Tensor) -> None:
 define(
     "combine_rows(Tensor[] rows, Tensor weights) -> Tensor[]", reference, _fake, check, mixed=True
 )
-not_differentiable("combine_rows", "add the rows with PyTorch's own functions instead")
+not_differentiable("combine_rows", "Add the rows with PyTorch's own functions instead.")
 
 
 def combine_rows(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:

@@ -122,7 +122,7 @@ define(
     check_values,
     halves=(),
 )
-not_differentiable("foreach_moments", "moments and outer_moments are differentiable")
+not_differentiable("foreach_moments", "Use moments or outer_moments instead.")
 
 
 def foreach_moments(

@@ -34,7 +34,7 @@ def _fake(gradients: Sequence[Tensor], domains: int) -> Tensor:
 
 
 define("gram(Tensor[] gradients, int domains) -> Tensor", reference, _fake, checks.gradients)
-not_differentiable("gram", "multiply the gradients with PyTorch's own functions instead")
+not_differentiable("gram", "Multiply the gradients with PyTorch's own functions instead.")
 
 
 def gram(gradients: Sequence[Sequence[Tensor]]) -> Tensor:

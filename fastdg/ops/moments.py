@@ -138,7 +138,7 @@ def _backward(
 
 differentiable("moments", _setup, _backward)
 not_differentiable(
-    "moments_backward", "moments is differentiable once: use its result in one backward"
+    "moments_backward", "moments is differentiable once. Use its result in one backward."
 )
 
 

@@ -185,7 +185,7 @@ def _backward(
 differentiable("norm_gradients", _setup, _backward)
 not_differentiable(
     "norm_gradients_backward",
-    "norm_gradients is differentiable once: use its result in one backward",
+    "norm_gradients is differentiable once. Use its result in one backward.",
 )
 
 
@@ -209,7 +209,7 @@ def norm_gradients(
         x: the norm's input ``[N, T, C, S]``, of any strides: S positions of C channels (1 of the
             features of a layer norm), and T such rows in each of N samples.
         delta: gradient at the norm's output, of the shape of ``x``; the dtype may be another.
-        mean: :math:`\mu` ``[N, T, G]``, G a divisor of C; None of a norm that takes none away.
+        mean: :math:`\mu` ``[N, T, G]``, G a divisor of C; None for a norm without a mean.
         rstd: r ``[N, T, G]``; None, together with ``mean``, of a weight without a norm.
         eps: makes ``rstd`` the variance: :math:`r = 1/\sqrt{\text{rstd} + \text{eps}}`.
         own: whether mean and rstd belong to ``x`` itself, so that its derivative goes through them;

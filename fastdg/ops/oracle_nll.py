@@ -132,7 +132,7 @@ def _backward(
 
 differentiable("oracle_nll", _setup, _backward)
 not_differentiable(
-    "oracle_nll_backward", "oracle_nll is differentiable once: use its result in one backward"
+    "oracle_nll_backward", "oracle_nll is differentiable once. Use its result in one backward."
 )
 
 

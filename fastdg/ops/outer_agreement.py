@@ -88,7 +88,7 @@ define(
     mixed=True,
     halves=(),
 )
-not_differentiable("outer_agreement", "its mask is constant almost everywhere")
+not_differentiable("outer_agreement", "Its mask is constant almost everywhere.")
 
 
 def outer_agreement(

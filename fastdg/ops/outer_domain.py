@@ -42,7 +42,7 @@ define(
     check_values,
     halves=(),
 )
-not_differentiable("outer_domain", "for a differentiable mean use outer_moments")
+not_differentiable("outer_domain", "For a differentiable mean use outer_moments.")
 
 
 def outer_domain(

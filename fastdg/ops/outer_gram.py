@@ -49,7 +49,7 @@ define(
     check_values,
     halves=(),
 )
-not_differentiable("outer_gram", "for a differentiable result use outer_moments")
+not_differentiable("outer_gram", "For a differentiable result use outer_moments.")
 
 
 def outer_gram(

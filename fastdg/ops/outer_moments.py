@@ -197,7 +197,8 @@ def _backward(
 
 differentiable("outer_moments", _setup, _backward)
 not_differentiable(
-    "outer_moments_backward", "outer_moments is differentiable once: use its result in one backward"
+    "outer_moments_backward",
+    "outer_moments is differentiable once. Use its result in one backward.",
 )
 
 

@@ -47,7 +47,7 @@ define(
     checks.outer,
     halves=(),
 )
-not_differentiable("outer_norms", "square the per-sample gradients instead")
+not_differentiable("outer_norms", "Square the per-sample gradients instead.")
 
 
 def outer_norms(a: Tensor, delta: Tensor, window: Sequence[int] = ()) -> Tensor:

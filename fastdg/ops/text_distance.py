@@ -145,7 +145,8 @@ def _backward(
 
 differentiable("text_distance", _setup, _backward)
 not_differentiable(
-    "text_distance_backward", "text_distance is differentiable once: use its result in one backward"
+    "text_distance_backward",
+    "text_distance is differentiable once. Use its result in one backward.",
 )
 
 

@@ -129,7 +129,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None], None, N
 
 differentiable("variance_gap", _setup, _backward)
 not_differentiable(
-    "variance_gap_backward", "variance_gap is differentiable once: use its result in one backward"
+    "variance_gap_backward", "variance_gap is differentiable once. Use its result in one backward."
 )
 
 

@@ -55,7 +55,7 @@ def not_differentiable(name: str, instead: str) -> None:
     """Let calls of op ``name`` be recorded, and raise when a backward reaches one."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"fastdg::{name} has no derivative; {instead}")
+        raise RuntimeError(f"fastdg::{name} has no derivative. {instead}")
 
     _register(name, lambda ctx, inputs, output: None, refuse)
 
@@ -70,8 +70,8 @@ def call(name: str, *args: Any) -> Any:
     if _torch.functorch_active() or _torch.forward_ad_active():
         if name not in _FUNCTIONS:
             raise RuntimeError(
-                f"fastdg::{name} changes its arguments: call it outside the transforms of "
-                "torch.func and outside forward-mode differentiation"
+                f"fastdg::{name}: it changes its arguments. Call it outside the transforms of "
+                "torch.func and outside forward-mode differentiation."
             )
         return _applied(_FUNCTIONS[name], args)
     if _plain(args):
