@@ -86,20 +86,20 @@ FASTDG_DEVICE Present<Op> present_of(const Op& op, int domains, const F& here) {
   return out;
 }
 
-// Where `count` values lie, measured from the first: as it is one of them little is lost in the difference,
-// and nothing where all are equal.
+// Sums of `count` values and their squares, as offsets from the first value: the offsets lose few digits,
+// and are 0 if all values are equal.
 template <class Value>
 struct Spread {
-  Value first{}, away{}, squares{};
+  Value first{}, offset{}, squares{};
 
-  FASTDG_DEVICE void begin(const Value& x) { first = x, away = squares = x - x; }  // 0, or not a number
+  FASTDG_DEVICE void begin(const Value& x) { first = x, offset = squares = x - x; }  // 0, or not a number
   FASTDG_DEVICE void add(const Value& x) {
     const Value to = x - first;
-    away += to;
+    offset += to;
     squares += to * to;
   }
-  FASTDG_DEVICE Value mean(float count) const { return first + 1 / count * away; }
-  FASTDG_DEVICE Value around_mean(float count) const { return positive(squares - 1 / count * away * away); }
+  FASTDG_DEVICE Value mean(float count) const { return first + 1 / count * offset; }
+  FASTDG_DEVICE Value around_mean(float count) const { return positive(squares - 1 / count * offset * offset); }
 };
 
 template <class Pass>
@@ -246,10 +246,10 @@ FASTDG_DEVICE void finish(const Present<Agreement<SOFT>>& pass, const Columns& x
 
 template <class Columns, class Value>
 FASTDG_DEVICE void finish(const MetaStep& op, const Columns& x, State<MetaStep, Value>&, Value* sums) {
-  const Value end = x.from(0), start = x.from(1), way = end - start;
-  sums[0] += way * way;
+  const Value end = x.from(0), start = x.from(1), delta = end - start;
+  sums[0] += delta * delta;
   // Exact at both ends.
-  const Value out = op.rate < 0.5f ? start + op.rate * way : end - (1 - op.rate) * way;
+  const Value out = op.rate < 0.5f ? start + op.rate * delta : end - (1 - op.rate) * delta;
   x.to(0, out);
   x.to(1, out);
 }

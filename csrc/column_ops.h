@@ -196,10 +196,10 @@ Tensor meta_step(const std::vector<Tensor>& parameters, const std::vector<Tensor
     x.put(k, 0, 1, parameters[k], "parameters");
     x.put(k, 1, 1, kept[k], "kept");
   }
-  Tensor way = x.make({});
-  launch(MetaStep{static_cast<float>(rate)}, x, {floats(way)});
+  Tensor squared = x.make({});
+  launch(MetaStep{static_cast<float>(rate)}, x, {floats(squared)});
   x.write_back();
-  return way;
+  return squared;
 }
 
 // The rows of variance_gap; `more` for each domain are left for results.

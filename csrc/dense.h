@@ -28,8 +28,8 @@ static void dense_moments(const float* grads, int64_t stride, Group group, int64
 static void dense_moments_backward(const Upstream& up, const float* grads, int64_t stride,
                                    Group group, int64_t width, float* out, int64_t out_stride) {
   const float n = static_cast<float>(up.count);
-  Carver carver(2 * Carver::padded(width));
-  float *slope = carver.take(width), *level = carver.take(width);
+  ScratchAllocator allocator(2 * padded(width));
+  float *slope = allocator.take(width), *level = allocator.take(width);
   for (int64_t k = 0; k < width; ++k) {
     slope[k] = up.grad_variance[k] * (2 / n);
     level[k] = up.grad_mean == nullptr ? 0 : up.grad_mean[k] / n;

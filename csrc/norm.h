@@ -24,7 +24,7 @@ static NormSums plane_sums(const float* x, const float* delta, float mean, int64
   return sums;
 }
 
-// Of `width` channels, the mean taken away being one for all of them or each channel's own; added to both.
+// For `width` channels, with one mean for all channels or one for each; adds to both outputs.
 static void add_row(const float* x, const float* delta, float mean, const float* means, int64_t width,
                     float* __restrict bias, float* __restrict weight) {
   if (means == nullptr) {
@@ -52,7 +52,7 @@ static void add_layer_row(const float* x, const float* delta, float mean, float 
 // padded rows.
 static void row_sums(const Norm& p, const float* x, const float* delta, float mean, const float* means,
                      int64_t width, float* bias, float* weight, float* part) {
-  float *b = part, *w = part + Carver::padded(width);
+  float *b = part, *w = part + padded(width);
   std::fill_n(bias, width, 0.f);
   std::fill_n(weight, width, 0.f);
   for (int64_t begin = 0; begin < p.positions; begin += NORM_POSITIONS) {
@@ -91,10 +91,10 @@ static void norm_sums(const Norm& p, int64_t n, Range channels, float* weight, f
       }
     return;
   }
-  Carver carver(6 * Carver::padded(width));
-  float *own_bias = carver.take(width), *own_weight = carver.take(width);
-  float *means = carver.take(width), *rstds = carver.take(width);
-  float* part = carver.take(2 * Carver::padded(width));
+  ScratchAllocator allocator(6 * padded(width));
+  float *own_bias = allocator.take(width), *own_weight = allocator.take(width);
+  float *means = allocator.take(width), *rstds = allocator.take(width);
+  float* part = allocator.take(2 * padded(width));
   for (int64_t t = 0; t < p.rows; ++t) {
     const float *x = p.x.at(n, t, 0) + channels.begin, *d = p.delta.at(n, t, 0) + channels.begin;
     const bool one = p.groups == 1;
@@ -184,8 +184,8 @@ static NormSums dots(const float* bias, const float* weight, const float* slope,
 static void one_group_gradient(const Norm& p, int64_t n, const float* slope, const float* shift,
                                float* of_x, float* of_delta) {
   const int64_t C = p.channels;
-  Carver carver(4 * Carver::padded(C));
-  float *bias = carver.take(C), *weight = carver.take(C), *part = carver.take(2 * Carver::padded(C));
+  ScratchAllocator allocator(4 * padded(C));
+  float *bias = allocator.take(C), *weight = allocator.take(C), *part = allocator.take(2 * padded(C));
   for (int64_t t = 0; t < p.rows; ++t) {
     const float mean = p.mean.at(n, t, 0, 0), rstd = p.rstd_at(n, t, 0);
     const float *x = p.x.at(n, t, 0), *d = p.delta.at(n, t, 0);
@@ -216,9 +216,9 @@ static void pull_channels(const float* x, const float* d, NormCoefficients k, in
 static void groups_gradient(const Norm& p, int64_t n, const float* slope, const float* shift, float* of_x,
                             float* of_delta) {
   const int64_t C = p.channels, size = C / p.groups;
-  Carver carver(8 * Carver::padded(C));
-  float *bias = carver.take(C), *weight = carver.take(C), *part = carver.take(2 * Carver::padded(C));
-  const NormCoefficients k{carver.take(C), carver.take(C), carver.take(C), carver.take(C)};
+  ScratchAllocator allocator(8 * padded(C));
+  float *bias = allocator.take(C), *weight = allocator.take(C), *part = allocator.take(2 * padded(C));
+  const NormCoefficients k{allocator.take(C), allocator.take(C), allocator.take(C), allocator.take(C)};
   for (int64_t t = 0; t < p.rows; ++t) {
     const float *x = p.x.at(n, t, 0), *d = p.delta.at(n, t, 0);
     by_channel(p, n, t, {0, C}, k.mean, nullptr);

@@ -106,10 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> outer_agreement(const Tensor& a, const Tensor
     const int64_t size = (rows.end - rows.begin) * (lanes.end - lanes.begin);
     const Range& lined = across ? lanes : rows;
     const Outer& inner = lined.end - lined.begin == line ? whole : last;
-    float* memory = scratch(E * Carver::padded(size), 1);
+    float* memory = scratch(E * padded(size), 1);
     std::vector<float*> means;
     for (int64_t e = 0; e < E; ++e) {
-      means.push_back(memory + e * Carver::padded(size));
+      means.push_back(memory + e * padded(size));
       mean_of(inner, {partition.samples(present[e]), partition.count(present[e])}, rows, lanes, means[e]);
     }
     means.push_back(means[0]);  // the combination, in the first one's place

@@ -143,19 +143,19 @@ class Backward {
     block_ = std::min(p.left_width(),
                       std::clamp<int64_t>(UPSTREAM_FLOATS / lanes, ROWS, UPSTREAM_ROWS) / ROWS * ROWS);
     // Lanes along the positions, or along the width with sums at the end: whichever idles less.
-    const int64_t padded = (T_ + W - 1) / W * W;
-    dots_ = T_ * (lanes + 6 * W) < padded * lanes;
+    const int64_t filled = (T_ + W - 1) / W * W;
+    dots_ = T_ * (lanes + 6 * W) < filled * lanes;
     const int64_t panel_floats = panels_ * T_ * R, position_floats = position_panels_ * V_ * R;
-    Carver carver(panel_floats + position_floats + 3 * block_ * lanes + 2 * block_ * R +
-                  Carver::padded(2 * V_));
-    right_ = carver.take(panel_floats);
-    turned_ = carver.take(position_floats);
-    slope_ = carver.take(block_ * lanes);
-    level_ = carver.take(block_ * lanes);
-    h_ = carver.take(block_ * lanes);
-    out_ = carver.take(block_ * R);
-    spare_ = carver.take(block_ * R);
-    h_step_ = reinterpret_cast<int64_t*>(carver.take(2 * V_));
+    ScratchAllocator allocator(panel_floats + position_floats + 3 * block_ * lanes + 2 * block_ * R +
+                               padded(2 * V_));
+    right_ = allocator.take(panel_floats);
+    turned_ = allocator.take(position_floats);
+    slope_ = allocator.take(block_ * lanes);
+    level_ = allocator.take(block_ * lanes);
+    h_ = allocator.take(block_ * lanes);
+    out_ = allocator.take(block_ * R);
+    spare_ = allocator.take(block_ * R);
+    h_step_ = reinterpret_cast<int64_t*>(allocator.take(2 * V_));
   }
 
   void run(Group group) {

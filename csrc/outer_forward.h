@@ -179,10 +179,10 @@ static void moments(const Outer& p, Group group, Range range, int64_t column, fl
   // With one chunk, sums live for one block only; else they have to outlive the chunks.
   const int64_t block = step == group.count ? std::min<int64_t>(rows, SUM_ROWS) : rows;
 
-  Carver carver(Carver::padded(step * T * R) + 3 * block * R + 2 * Carver::padded(2 * step));
-  float* panels = carver.take(step * T * R);
-  const Sums sums{carver.take(block * R), carver.take(block * R), carver.take(block * R)};
-  auto* base = reinterpret_cast<int64_t*>(carver.take(2 * step));
+  ScratchAllocator allocator(padded(step * T * R) + 3 * block * R + 2 * padded(2 * step));
+  float* panels = allocator.take(step * T * R);
+  const Sums sums{allocator.take(block * R), allocator.take(block * R), allocator.take(block * R)};
+  auto* base = reinterpret_cast<int64_t*>(allocator.take(2 * step));
 
   for (int64_t s = 0; s < group.count; s += step) {
     const int64_t count = std::min(step, group.count - s);

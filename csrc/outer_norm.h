@@ -39,8 +39,8 @@ struct ProductTile {  // adds <x, y> of a tile of left left^T and one of right r
 
 static float norm_direct(const Outer& p, int64_t n) {
   const int64_t T = p.positions, rows = p.left_width();
-  Carver carver(Carver::padded(T * R));
-  float* panel = carver.take(T * R);
+  ScratchAllocator allocator(padded(T * R));
+  float* panel = allocator.take(T * R);
   vec total{};
   for (int64_t column = 0; column < p.right.width; column += R) {
     const int width = static_cast<int>(std::min<int64_t>(R, p.right.width - column));
@@ -58,10 +58,10 @@ static float norm_gram(const Outer& p, int64_t n) {
   const int64_t T = p.positions, I = p.left_width(), O = p.right.width;
   const float* left = p.left.data + n * p.left.sample;
   const float* right = p.right.data + n * p.right.sample;
-  Carver carver(Carver::padded(I * R) + Carver::padded(O * R) + Carver::padded(2 * O));
-  float* left_panel = carver.take(I * R);
-  float* right_panel = carver.take(O * R);
-  auto* step = reinterpret_cast<int64_t*>(carver.take(2 * O));
+  ScratchAllocator allocator(padded(I * R) + padded(O * R) + padded(2 * O));
+  float* left_panel = allocator.take(I * R);
+  float* right_panel = allocator.take(O * R);
+  auto* step = reinterpret_cast<int64_t*>(allocator.take(2 * O));
   for (int64_t o = 0; o < O; ++o) step[o] = o * p.right.col;
   vec total{};
   for (int64_t s = 0; s < T; s += R) {

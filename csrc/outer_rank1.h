@@ -159,12 +159,12 @@ static void moments_rank1(const Outer& p, Group group, Range rows, Range columns
   const int64_t panels = (columns.end - columns.begin + R - 1) / R;
   const int64_t chunk = std::min<int64_t>(group.count, RANK1_DEPTH);
   const int64_t panel = (chunk | 1) * R;  // an odd number of rows: panels do not meet in one cache set
-  Carver carver(2 * Carver::padded(chunk * ROWS) + 2 * panels * panel + Carver::padded(2 * chunk));
-  float* left = carver.take(chunk * ROWS);
-  float* left_squared = carver.take(chunk * ROWS);
-  float* right = carver.take(panels * panel);
-  float* right_squared = carver.take(panels * panel);
-  auto* step = reinterpret_cast<int64_t*>(carver.take(2 * chunk));
+  ScratchAllocator allocator(2 * padded(chunk * ROWS) + 2 * panels * panel + padded(2 * chunk));
+  float* left = allocator.take(chunk * ROWS);
+  float* left_squared = allocator.take(chunk * ROWS);
+  float* right = allocator.take(panels * panel);
+  float* right_squared = allocator.take(panels * panel);
+  auto* step = reinterpret_cast<int64_t*>(allocator.take(2 * chunk));
   for (int64_t k = 0; k < chunk; ++k) step[k] = k * ROWS;
 
   for (int64_t s = 0; s < group.count; s += chunk) {

@@ -58,20 +58,20 @@ class Rank1Backward {
     high_ = std::min(rows_, (high_ + ROWS - 1) / ROWS * ROWS);
     stride_ = (wide_ + R - 1) / R * R;
     const int64_t left = panels_ * rows_ * R, right = panels_ * wide_ * R;
-    const int64_t factors = Carver::padded(group.count * rows_);
-    Carver carver(3 * left + 2 * right + 2 * factors + 2 * Carver::padded(high_ * stride_) +
-                  Carver::padded(2 * wide_) * 2);
-    left_ = carver.take(left);
-    by_slope_ = carver.take(left);
-    by_level_ = carver.take(left);
-    right_ = carver.take(right);
-    right_squared_ = carver.take(right);
-    factor_ = carver.take(factors);
-    factor_squared_ = carver.take(factors);
-    slope_ = carver.take(high_ * stride_);
-    level_ = carver.take(high_ * stride_);
-    along_ = reinterpret_cast<int64_t*>(carver.take(2 * wide_));
-    right_col_ = reinterpret_cast<int64_t*>(carver.take(2 * wide_));
+    const int64_t factors = padded(group.count * rows_);
+    ScratchAllocator allocator(3 * left + 2 * right + 2 * factors + 2 * padded(high_ * stride_) +
+                               padded(2 * wide_) * 2);
+    left_ = allocator.take(left);
+    by_slope_ = allocator.take(left);
+    by_level_ = allocator.take(left);
+    right_ = allocator.take(right);
+    right_squared_ = allocator.take(right);
+    factor_ = allocator.take(factors);
+    factor_squared_ = allocator.take(factors);
+    slope_ = allocator.take(high_ * stride_);
+    level_ = allocator.take(high_ * stride_);
+    along_ = reinterpret_cast<int64_t*>(allocator.take(2 * wide_));
+    right_col_ = reinterpret_cast<int64_t*>(allocator.take(2 * wide_));
     for (int64_t k = 0; k < wide_; ++k) along_[k] = k;
     for (int64_t k = 0; k < wide_; ++k) right_col_[k] = k * p.right.col;
   }

@@ -5,20 +5,22 @@
 
 namespace fastdg {
 
-// At least `count` floats, aligned to a cache line; the next call on this thread at this level may move
-// them. Level 0 is the routines', level 1 that of what calls them.
+// Returns at least `count` floats, aligned to a cache line; the next call on this thread at this level may
+// move them. Routines use level 0, their callers level 1.
 float* scratch(int64_t count, int level = 0);
 
-// Cuts scratch into arrays: first add up the sizes, then take the pieces.
-class Carver {
+// Size of an array of `count` floats that ends at a cache line.
+inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Allocates arrays in one piece of scratch: add up the sizes first, then take each array.
+class ScratchAllocator {
  public:
-  explicit Carver(int64_t total) : next_(scratch(total)) {}
+  explicit ScratchAllocator(int64_t total) : next_(scratch(total)) {}
   float* take(int64_t count) {
     float* piece = next_;
     next_ += padded(count);
     return piece;
   }
-  static int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
  private:
   float* next_;

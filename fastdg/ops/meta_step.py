@@ -18,8 +18,8 @@ def reference(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float)
     sums = statistic_dtype(parameters[0].dtype)
     total = parameters[0].new_zeros((), dtype=torch.float64)
     for parameter, start in zip(parameters, kept, strict=True):
-        way = parameter.to(sums) - start
-        total += way.double().square().sum()
+        delta = parameter.to(sums) - start
+        total += delta.double().square().sum()
         start.copy_(torch.lerp(start.to(sums), parameter.to(sums), rate))
         parameter.copy_(start)
     return total.to(sums)
@@ -69,9 +69,9 @@ def meta_step(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float)
         rate: :math:`\epsilon`, DomainBed's ``meta_lr``.
 
     Returns:
-        :math:`\|\theta - \theta_0\|^2` before the step, 0-dim: the squared length of the way that
-        the inner steps have gone. Summed in float64, it comes in float32, or in float64 for
-        weights in float64. Nothing is recorded for autograd.
+        :math:`\|\theta - \theta_0\|^2` before the step, 0-dim: the squared distance of the inner
+        steps. Summed in float64, returned in float32, or in float64 for weights in float64.
+        Autograd does not record it.
 
     Raises:
         TypeError, ValueError: the lists are empty or differ in length, shapes, dtype or device,
