@@ -1,10 +1,10 @@
 """``python -m fastdg.domainbed`` in place of ``python -m domainbed.scripts.train``, and
 ``python -m fastdg.domainbed sweep`` in place of ``python -m domainbed.scripts.sweep``.
 
-Both run DomainBed's own script, unmodified, with all of its arguments. Where DomainBed is, the
-environment variable ``DOMAINBED`` says, or ``PYTHONPATH``. A run that was killed goes on when the
-same command is given again; ``python -m fastdg.domainbed resume SWEEP --command_launcher local``
-gives them again for a whole sweep.
+Both run DomainBed's own script, unmodified, with all of its arguments. The environment variable
+``DOMAINBED`` or ``PYTHONPATH`` names DomainBed's folder. Repeat the command of a killed run to
+resume it; ``python -m fastdg.domainbed resume SWEEP --command_launcher local`` repeats the commands
+of a whole sweep.
 """
 
 from __future__ import annotations

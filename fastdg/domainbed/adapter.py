@@ -19,8 +19,8 @@ from .resume import Journal, Minibatches
 class Adapter:
     """An algorithm as DomainBed's scripts expect it, mixed into one of DomainBed's classes.
 
-    That class makes the network and its optimizer, so that both begin as they do there and are
-    saved under the same names; `update` is fastdg's.
+    DomainBed's class creates the network and its optimizer, so both start and are saved as in
+    DomainBed; `update` is fastdg's.
     """
 
     entry: Entry

@@ -1,4 +1,4 @@
-"""Finding DomainBed, and putting fastdg's algorithms into it."""
+"""Find DomainBed, and register fastdg's algorithms in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def find(name: str) -> Any:
     """Return the module ``domainbed.{name}``.
 
     Raises:
-        ImportError: there is no DomainBed, or none where ``DOMAINBED`` says, or it lacks something.
+        ImportError: there is no DomainBed, or not in the folder ``DOMAINBED``, or a module is
+            missing.
     """
     if folder := os.environ.get("DOMAINBED"):
         _check_clone(Path(folder))
@@ -59,11 +60,11 @@ def _check_clone(folder: Path) -> None:
 
 
 def _enough(loader: type[Any]) -> type[Any]:
-    """DomainBed's endless loader, which refuses to wait for a full batch of too few samples.
+    """Make DomainBed's endless loader refuse batches larger than a domain.
 
-    It draws a domain's samples with replacement, as many as there are, and drops an incomplete
-    batch: with a batch larger than the domain it would go on for ever. Weighted samples
-    (``class_balanced``) are drawn a batch at a time.
+    The loader draws all of a domain's samples with replacement and drops an incomplete batch: with
+    a batch larger than the domain it would never end. Weighted samples (``class_balanced``) are
+    drawn a batch at a time.
     """
 
     class InfiniteDataLoader(loader):

@@ -1,4 +1,4 @@
-"""Runs of DomainBed that go on where they were killed."""
+"""Resume killed runs of DomainBed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Accuracy = Callable[[Any, Iterable[Any], Any, Any], float]
 
 
 class Refused(RuntimeError):
-    """A run that cannot start; the text says why, and how to go on."""
+    """A run that cannot start; the text has the reason and the remedy."""
 
 
 class Trained(Protocol):
@@ -182,7 +182,7 @@ def load(path: Path, whole: bool = True) -> dict[str, Any]:
 
 
 def identity(algorithm: Trained, minibatches: Minibatches) -> dict[str, str]:
-    """Of a run, at its first step."""
+    """Return the identity of a run, at its first step."""
     return {
         "algorithm": type(algorithm).__name__,
         "hparams": json.dumps(algorithm.hparams, sort_keys=True),

@@ -10,7 +10,7 @@ from . import data
 
 
 def gradient(size: int) -> list[Tensor]:
-    """Of a Fishr step on a batch of 96 that is run in micro-batches of this size."""
+    """Return the gradient of a Fishr step on a batch of 96, in micro-batches of this size."""
     torch.manual_seed(0)
     model = data.network()
     base = torch.optim.SGD(model.parameters(), lr=0.1)

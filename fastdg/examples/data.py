@@ -25,7 +25,7 @@ def images(tint: float, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def training_set(count: int) -> TensorDataset:
-    """So many images of each of `CAMERAS`, with labels and domain ids 0, 1 and 2."""
+    """Return ``count`` images of each of `CAMERAS`, with labels and domain ids 0, 1 and 2."""
     parts = [images(tint, count, seed) for seed, tint in enumerate(TINTS)]
     x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return TensorDataset(x, y, torch.arange(len(CAMERAS)).repeat_interleave(count))
@@ -38,7 +38,7 @@ def mixed(count: int = 128, batch_size: int = 48) -> DataLoader[Batch]:
 
 
 def by_domain(count: int = 128, batch_size: int = 16) -> list[DataLoader[Batch]]:
-    """A loader for each domain."""
+    """Return a loader for each domain."""
     everything = training_set(count).tensors
     loaders = []
     for d in range(len(CAMERAS)):
@@ -50,12 +50,12 @@ def by_domain(count: int = 128, batch_size: int = 16) -> list[DataLoader[Batch]]
 
 
 def unseen() -> tuple[Tensor, Tensor]:
-    """Images and labels from a camera whose tint misleads."""
+    """Return images and labels from a camera whose tint misleads."""
     return images(MISLEADING, 512, seed=9)
 
 
 def network() -> nn.Sequential:
-    """A small convolutional network without batch statistics."""
+    """Return a small convolutional network without batch statistics."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.GroupNorm(2, 8),
@@ -69,7 +69,7 @@ def network() -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """In per cent, in eval mode."""
+    """Return the accuracy in per cent, in eval mode."""
     training = model.training
     correct = (model.eval()(x).argmax(1) == y).float().mean()
     model.train(training)

@@ -1,11 +1,11 @@
-"""A run that may be killed at any moment, and ends with the same weights, bit for bit.
+"""A run that you may kill at any moment, and that ends with the same weights, bit for bit.
 
     python -m fastdg.examples.resume run.pt    # kill -9 it, start it again, as often as you like
 
-The checkpoint holds all that decides how a run goes on: weights, the optimizer with everything that
-its wrappers keep, the scheduler, how far the data are, and the random numbers' states. It is
-written under another name and then renamed, so there is always a whole one. Wrappers that draw
-random numbers (PCGrad, AgrRand) keep the state of their own ``generator`` in their state dict.
+The checkpoint has the whole state of a run: weights, the optimizer with its wrappers' state, the
+scheduler, the position in the data, and the states of random generators. It is written under
+another name and then renamed, so there is always a complete one. Wrappers that draw random numbers
+(PCGrad, AgrRand) save the state of their own ``generator`` in their state dict.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def coloured(seed: int) -> Task:
     """Binary labels (digit < 5, flipped with probability 0.25) and a colour that predicts them.
 
     In the training domains the colour is wrong in 10 % and 20 % of the images, in the test domain
-    in 90 %: who trusts the colour is right there in 10 %, who ignores it in at most 75 %. Each
-    image is there nine times, shifted by up to a pixel, with label and colour drawn anew: of so few
-    images alone a network learns the wrong labels by heart.
+    in 90 %: a model of the colour is right there in 10 %, a model that ignores it in at most 75 %.
+    Each image is used nine times, shifted by up to a pixel, with label and colour drawn anew: from
+    few images alone a network would memorise the wrong labels.
     """
     images, digits = _digits()
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 Labels are ``digit < 5`` flipped with probability 0.25. The colour is the label flipped with
 probability 0.2 and 0.1 in training and 0.9 in the test environment, so that it predicts better than
-the shape in training and misleads in the test. Who ignores it is right in at most 75 %.
+the shape in training and misleads in the test. A model that ignores it is right in at most 75 %.
 
 Reference:
     Arjovsky, Bottou, Gulrajani, Lopez-Paz: Invariant Risk Minimization, 2019 (the data);

@@ -13,7 +13,7 @@ from ... import __version__
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions, for result files."""
+    """Return processor, threads and versions, for result files."""
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name, as the system has it."""
+    """Return the processor's name, as the system shows it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
