@@ -21,7 +21,7 @@ from .anchored import Anchored, _inside
 
 ORDER = (
     "domains: {} takes domain_steps={} steps on each domain in turn, from 0 to D - 1, and is at "
-    "domain {}: pass its samples, or let opt.step(closure) ask for them"
+    "domain {}"
 )
 
 
@@ -106,8 +106,9 @@ class Trajectories(Anchored):
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         batch: Any = super()._batch(losses, domains, terms, **own)
-        message = ORDER.format(type(self).__name__, self.domain_steps, self._domain)
-        check_same(batch.domain.reshape(1), self._domain, message)
+        problem = ORDER.format(type(self).__name__, self.domain_steps, self._domain)
+        advice = "Pass its samples, or call opt.step(closure), which runs the domains in order."
+        check_same(batch.domain.reshape(1), self._domain, problem, advice)
         return batch
 
     def evaluate_closure(self, forward: Forward) -> Tensor:
