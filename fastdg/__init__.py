@@ -11,6 +11,10 @@ from .algorithms.ascent.gsam import GSAM
 from .algorithms.ascent.sagm import SAGM
 from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
+from .algorithms.features.coral import CORAL
+from .algorithms.features.ib_erm import IBERM
+from .algorithms.features.ib_irm import IBIRM
+from .algorithms.features.mmd import MMD
 from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
 from .algorithms.gga_l import GGAL
@@ -27,6 +31,9 @@ from .algorithms.miro import MIRO
 from .algorithms.pcgrad import PCGrad
 from .algorithms.pogm import POGM
 from .algorithms.rise import RISE
+from .algorithms.risks.eqrm import EQRM
+from .algorithms.risks.rdm import RDM
+from .algorithms.risks.sd import SD
 from .algorithms.sand_mask import SANDMask
 from .algorithms.swad import SWAD
 from .algorithms.vrex import VREx
@@ -60,20 +67,27 @@ __version__ = "0.1.0"
 __all__ = [
     "ADIOS",
     "BYOL",
+    "CORAL",
     "DISAM",
+    "EQRM",
     "ERM",
     "GAM",
     "GGAL",
     "GSAM",
+    "IBERM",
+    "IBIRM",
     "IGA",
     "IMTLG",
     "IRM",
     "MGDA",
     "MIRO",
+    "MMD",
     "POGM",
+    "RDM",
     "RISE",
     "SAGM",
     "SAM",
+    "SD",
     "SWAD",
     "ANDMask",
     "AgrRand",

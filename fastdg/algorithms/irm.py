@@ -63,7 +63,7 @@ class IRM(Annealed):
 
     prefix = "irm"
     params = "head"
-    takes = ("logits",)
+    takes: tuple[str, ...] = ("logits",)
     looks_at_logits = True
 
     penalty_weight: float = hyper(100.0, check_weight)

@@ -15,6 +15,7 @@ class Annealed(DomainOptimizer):
     objective.
     """
 
+    lr: float | None = None  # learning rate from that step on
     penalty_weight: float
     anneal_steps: int = hyper(500, check_count)
     pre_anneal_weight: float = hyper(1.0, check_weight)
@@ -26,5 +27,14 @@ class Annealed(DomainOptimizer):
         return self.penalty_weight if self.steps >= self.anneal_steps else self.pre_anneal_weight
 
     def _prepare(self) -> None:
-        if self.reset_base and self.anneal_steps and self.steps == self.anneal_steps:
+        if self.steps == self.anneal_steps:
+            if self.anneal_steps:
+                self.renew_base()
+            if self.lr is not None:
+                for group in self.param_groups:
+                    group["lr"] = self.lr
+
+    def renew_base(self) -> None:
+        """Let the wrapped optimizer start anew, if ``reset_base``."""
+        if self.reset_base:
             renew(innermost(self.base), tuple(f"{link.prefix}_" for link in chain(self)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Batch:
         terms: penalty that terms add to each loss ``[N]``.
         scale: loss scale of the `backward`'s GradScaler, 0-dim.
         output: logits of the losses, if an algorithm asks for them.
+        inputs: further inputs of the `backward`, which the algorithm takes.
     """
 
     losses: Tensor
@@ -47,6 +48,7 @@ class Batch:
     terms: Tensor | None
     scale: Tensor | None
     output: HeadOutput | None = field(default=None, kw_only=True)
+    inputs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:

@@ -272,6 +272,16 @@ def check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}.")
 
 
+def check_inside(name: str, value: Any) -> None:
+    if not (_number(value) and 0 < value < 1):
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+
+
+def check_rate(name: str, value: Any) -> None:
+    if value is not None:
+        check_weight(name, value)
+
+
 def check_steepness(name: str, value: Any) -> None:
     if not (_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")

@@ -166,7 +166,8 @@ class DomainOptimizer(Configured):
             self._tape.warn(resolved, _advice(type(self)))
         if resolved is UNSEEN:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
-        return Batch(losses, parts, resolved, terms, self._loss_scale.scale, output=output)
+        scale = self._loss_scale.scale
+        return Batch(losses, parts, resolved, terms, scale, output=output, inputs=own)
 
     def _clear(self) -> None:
         super()._clear()

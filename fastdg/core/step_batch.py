@@ -103,6 +103,51 @@ class StepBatch:
         total, count = self.whole.total([total, count])
         return total / count.clamp(min=1)
 
+    def input(self, name: str) -> list[Tensor]:
+        """Return an input of `backward`, for each micro-batch ``[N, *]``.
+
+        The algorithm must list the name in ``takes``.
+
+        Raises:
+            TypeError, ValueError: a call did not pass it, or not one row for each sample.
+        """
+        found = [part.inputs.get(name) for part in self.parts]
+        for value, part in zip(found, self.parts, strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}: expected a tensor (N, *), got {type(value).__name__}. Call "
+                    f"opt.backward(losses, domains, {name}={name})."
+                )
+            if value.dim() == 0 or len(value) != len(part.losses):
+                raise ValueError(
+                    f"{name}: expected one row for each of {len(part.losses)} losses, got shape "
+                    f"{tuple(value.shape)}."
+                )
+        return found  # type: ignore[return-value]
+
+    def gathered(self, values: Sequence[Tensor]) -> Tensor:
+        """Concatenate per-sample values of all micro-batches and ranks ``[N, *]``; differentiable.
+
+        Args:
+            values: for each micro-batch ``[n, *]``, differentiable.
+        """
+        own = to_statistics_dtype(torch.cat([*values]))
+        if self.whole.ranks.size == 1:
+            return own
+        sizes = self.whole.counts.sum(1).tolist()
+        rank = self.whole.ranks.rank
+        pieces = [
+            own if r == rank else own.new_zeros(n, *own.shape[1:]) for r, n in enumerate(sizes)
+        ]
+        return self.whole.total([torch.cat(pieces)])[0]
+
+    @property
+    def membership(self) -> Tensor:
+        """Whether each sample of `gathered` belongs to each domain ``[D, N]``, as 0 and 1."""
+        own = torch.cat([part.partition.domains for part in self.parts])
+        rows = own.unsqueeze(1) == torch.arange(len(self.counts), device=own.device)
+        return self.gathered([rows.to(self.loss.dtype)]).t()
+
     def places_in_domain(self) -> list[Tensor]:
         """Return the place of each sample within its domain, for each micro-batch ``[N]``.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ..algorithms.agr_rand import AgrRand
 from ..algorithms.agr_sum import AgrSum
@@ -16,6 +17,10 @@ from ..algorithms.ascent.gam import GAM
 from ..algorithms.ascent.gsam import GSAM
 from ..algorithms.ascent.sagm import SAGM
 from ..algorithms.ascent.sam import SAM
+from ..algorithms.features.coral import CORAL
+from ..algorithms.features.ib_erm import IBERM
+from ..algorithms.features.ib_irm import IBIRM
+from ..algorithms.features.mmd import MMD
 from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
 from ..algorithms.gga_l import GGAL
@@ -30,10 +35,12 @@ from ..algorithms.irm import IRM
 from ..algorithms.miro import MIRO
 from ..algorithms.pcgrad import PCGrad
 from ..algorithms.pogm import POGM
+from ..algorithms.risks.eqrm import EQRM
+from ..algorithms.risks.rdm import RDM
+from ..algorithms.risks.sd import SD
 from ..algorithms.sand_mask import SANDMask
 from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
-from ..text import PHOTOS
 from .adapter import Adapter, Entry
 from .resume import Minibatches
 from .rise import RISEAdapter, rise
@@ -148,6 +155,21 @@ class POGMAdapter(Adapter):
         return {"loss": float(self.wrapper().statistics["domain_loss"][-1])}
 
 
+class FeatureAdapter(Adapter):
+    """Hands the classifier's input, or its output, to `backward`."""
+
+    featurizer: torch.nn.Module
+    classifier: torch.nn.Module
+
+    def losses(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        features = self.featurizer(x)
+        logits = self.classifier(features)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        if isinstance(self.wrapper(), SD):
+            return losses, {"logits": logits}
+        return losses, {"features": features}
+
+
 def agr_sum(algorithm: Any) -> AgrSum:
     return AgrSum(
         algorithm.optimizer,
@@ -238,6 +260,78 @@ ENTRIES = {
     ),
 }
 
+IB = {"penalty_weight": "ib_lambda", "anneal_steps": "ib_penalty_anneal_iters"}
+IB_IRM = {
+    "penalty_weight": "irm_lambda",
+    "anneal_steps": "irm_penalty_anneal_iters",
+    "bottleneck_weight": "ib_lambda",
+    "bottleneck_anneal_steps": "ib_penalty_anneal_iters",
+}
+ENTRIES |= {
+    "EQRM": Entry(
+        "EQRM",
+        wrapped(
+            partial(EQRM, gradient="domainbed"),
+            quantile="eqrm_quantile",
+            anneal_steps="eqrm_burnin_iters",
+            lr="eqrm_lr",
+        ),
+        {"loss": "objective"},
+    ),
+    "RDM": Entry(
+        "RDM",
+        wrapped(
+            RDM,
+            penalty_weight="rdm_lambda",
+            variance_weight="variance_weight",
+            anneal_steps="rdm_penalty_anneal_iters",
+            lr="rdm_lr",
+        ),
+        {
+            "loss": "objective",
+            "total_loss": "objective",
+            "erm_loss": "loss",
+            "matching_penalty": "penalty",
+            "variance_penalty": "variance",
+        },
+        together=True,
+    ),
+    "SD": Entry(
+        "SD",
+        wrapped(SD, weight="sd_reg"),
+        {"loss": "loss", "penalty": "sd"},
+        together=True,
+        adapter=FeatureAdapter,
+    ),
+    **{
+        name: Entry(
+            name,
+            wrapped(kind, penalty_weight="mmd_gamma"),
+            {"loss": "loss", "penalty": "penalty"},
+            adapter=FeatureAdapter,
+        )
+        for name, kind in (("CORAL", CORAL), ("MMD", MMD))
+    },
+    "IB_ERM": Entry(
+        "IB_ERM",
+        wrapped(IBERM, **IB),
+        {"loss": "objective", "nll": "loss", "IB_penalty": "penalty"},
+        together=True,
+        adapter=FeatureAdapter,
+    ),
+    "IB_IRM": Entry(
+        "IB_IRM",
+        wrapped(IBIRM, **IB_IRM),
+        {
+            "loss": "objective",
+            "nll": "loss",
+            "IRM_penalty": "penalty",
+            "IB_penalty": "bottleneck",
+        },
+        together=True,
+        adapter=FeatureAdapter,
+    ),
+}
 RHO = {"rho": "sam_rho"}
 ENTRIES |= {
     name: Entry("ERM", wrapped(kind, **settings), SHARPNESS, together=True)
@@ -249,63 +343,3 @@ ENTRIES |= {
         ("DISAM", DISAM, {**RHO, "variance_weight": "disam_lambda"}),
     )
 }
-
-RULES = {
-    "CAGrad": ("cagrad_c", 0.5, (0.2, 0.4, 0.5, 0.8)),
-    "FairGrad": ("fairgrad_alpha", 1.0, (0.5, 1.0, 2.0, 5.0)),
-    "GGAL": ("gga_l_gamma", 0.001, (0.0001, 0.001, 0.01)),
-    "GradVac": ("gradvac_beta", 0.5, (0.01, 0.1, 0.5)),
-}
-Draw = Callable[[np.random.RandomState], Any]
-
-
-def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
-    """Default and random search of the hyper-parameters that DomainBed does not know of.
-
-    POGM, MIRO and RISE have the search ranges of their papers or code. Gradient surgery has none of
-    its own. The ranges of SAM and its relatives, and of the rules of the Gram matrix, are ours,
-    around the papers' values.
-    """
-    if algorithm in RULES:
-        name, default, values = RULES[algorithm]
-        return {name: (default, lambda r: float(r.choice(values)))}
-    if algorithm == "POGM":
-        return {
-            "meta_lr": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
-            "cagrad_c": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
-            "cag_update": (1, lambda r: int(r.choice([1, 5, 10]))),
-        }
-    if algorithm == "MIRO":
-        return {
-            "miro_lambda": (0.1, lambda r: float(r.choice([1.0, 0.1, 0.01, 0.001]))),
-            "miro_lr_mult": (10.0, lambda r: 10.0),
-        }
-    if algorithm == "RISE":
-        kd = {"OfficeHome": (0.2, 0.1), "TerraIncognita": (0.2, 0.3)}.get(dataset, (0.9, 0.8))
-        return {
-            "rise_distillation": (kd[0], lambda r: float(r.choice(kd))),
-            "rise_distance": (1.0, lambda r: float(r.choice([0.5, 1.0, 2.0]))),
-            "rise_temperature": (3.0, lambda r: 3.0),
-            "rise_clip": (CLIP, lambda r: CLIP),
-            "rise_classes": ([], lambda r: []),
-            "rise_anchors": (list(PHOTOS), lambda r: list(PHOTOS)),
-        }
-    return ASCENTS.get(algorithm, {})
-
-
-def _choice(default: float, *values: float) -> tuple[float, Draw]:
-    return default, lambda r: float(r.choice(values))
-
-
-_RHO = {"sam_rho": _choice(0.05, 0.01, 0.02, 0.05, 0.1)}
-ASCENTS: dict[str, Mapping[str, tuple[Any, Draw]]] = {
-    "SAM": _RHO,
-    "GSAM": {**_RHO, "gsam_alpha": _choice(0.2, 0.05, 0.1, 0.2, 0.4)},
-    "SAGM": {**_RHO, "sagm_alpha": _choice(0.001, 0.0005, 0.001)},
-    "GAM": {
-        "gam_grad_rho": _choice(0.02, 0.02, 0.05),
-        "gam_grad_norm_rho": _choice(0.2, 0.1, 0.2),
-    },
-    "DISAM": {**_RHO, "disam_lambda": _choice(0.1, 0.01, 0.1, 1.0)},
-}
-CLIP = "openai/clip-vit-base-patch16"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .algorithms import ENTRIES, hparams_of
+from .algorithms import ENTRIES
+from .hparams import hparams_of
 from .resume import Journal, Refused
 
 URL = "https://github.com/facebookresearch/DomainBed"

@@ -58,6 +58,11 @@ def fishr(base: Optimizer, **more: Any) -> fastdg.Fishr:
     return fastdg.Fishr(base, **{**settings, **more})
 
 
+def ib_irm(base: Optimizer) -> fastdg.IBIRM:
+    weights = {"penalty_weight": 2.0, "bottleneck_weight": 2.0}
+    return fastdg.IBIRM(base, **weights, anneal_steps=1, bottleneck_anneal_steps=2)
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
@@ -79,6 +84,13 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "IRM": lambda base, model: fastdg.IRM(base, anneal_steps=2, penalty_weight=2.0),
     "VREx": lambda base, model: fastdg.VREx(base, anneal_steps=2),
     "GroupDRO": lambda base, model: fastdg.GroupDRO(base, eta=0.5),
+    "EQRM": lambda base, model: fastdg.EQRM(base, anneal_steps=2),
+    "RDM": lambda base, model: fastdg.RDM(base, penalty_weight=0.1, anneal_steps=2),
+    "SD": lambda base, model: fastdg.SD(base, weight=0.5),
+    "CORAL": lambda base, model: fastdg.CORAL(base),
+    "MMD": lambda base, model: fastdg.MMD(base, penalty_weight=0.05),
+    "IBERM": lambda base, model: fastdg.IBERM(base, penalty_weight=2.0, anneal_steps=2),
+    "IBIRM": lambda base, model: ib_irm(base),
     "SAM": lambda base, model: fastdg.SAM(base),
     "GAM": lambda base, model: fastdg.GAM(base),
     "DISAM": lambda base, model: fastdg.DISAM(base, adaptive=True),
@@ -120,6 +132,16 @@ BASES: dict[str, Callable[[Any], Optimizer]] = {
     "momentum": lambda params: SGD(params, lr=0.05, momentum=0.9),
     "adam": lambda params: Adam(params, lr=1e-2, eps=1e-3),
 }
+
+
+def inputs_of(wrap: str, scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Further inputs of `backward`; the scores stand for features."""
+    features = wrap in ("CORAL", "MMD", "IBERM", "IBIRM")
+    return {
+        **({"labels": labels} if "RISE" in wrap else {}),
+        **({"features": scores} if features else {}),
+        **({"logits": scores} if wrap in ("SD", "IBIRM") else {}),
+    }
 
 
 @dataclass(frozen=True)
@@ -227,16 +249,19 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
                 if point:
                     opt.ascend()
                 for x, y, d in earlier:
-                    losses = F.cross_entropy(network(x), y, reduction="none")
-                    opt.backward(losses, d, final=False, **more)
+                    scores = network(x)
+                    losses = F.cross_entropy(scores, y, reduction="none")
+                    given = {**more, **inputs_of(run.wrap, scores, y)}
+                    opt.backward(losses, d, final=False, **given)
                 x, y, d = last
-                losses = F.cross_entropy(network(x), y, reduction="none")
+                scores = network(x)
+                losses = F.cross_entropy(scores, y, reduction="none")
                 if run.wrap == "SWAD":
                     whole = sum(len(y) for _, y, _ in batches)
                     loss = losses.sum() * (world if rank is not None else 1) / whole
                     (loss if scaler is None else scaler.scale(loss)).backward()
                 else:
-                    opt.backward(losses, d, **more, **({"labels": y} if "RISE" in run.wrap else {}))
+                    opt.backward(losses, d, **more, **inputs_of(run.wrap, scores, y))
             if scaler is None:
                 opt.step()
             else:

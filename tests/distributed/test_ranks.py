@@ -93,6 +93,8 @@ VARIANTS = {
     "unused_are_looked_for": Run("Fishr", options={"find_unused_parameters": True}),
     "gradients_are_views": Run("GroupDRO", base="adam", options={"gradient_as_bucket_view": True}),
     "views_and_surgery": Run("SANDMask", options={"gradient_as_bucket_view": True}),
+    "micro_batches_of_features": Run("CORAL", micro=True, dtype=torch.float64),
+    "micro_batches_of_losses": Run("RDM", micro=True, dtype=torch.float64),
     "ascent_with_batch_norm": Run("SAM", "own", batch_norm=True, dtype=torch.float64),
     "micro_batches_of_an_ascent_and_fsdp": Run("GAM", engine="fsdp", micro=True),
     "small_buckets": Run("IGA", dtype=torch.float64, options={"bucket_cap_mb": 1e-4}),
@@ -190,7 +192,7 @@ def test_what_differs_is_said(pool: Pool) -> None:
         "weights": "the ranks have different weights",
         "steps": "the ranks are at different steps or run different algorithms",
         "used": "the forwards of the ranks used different parameters",
-        "domains": "domains: Fish takes its steps on one domain after the other",
+        "domains": "domains: Fish steps on one domain after the other",
         "static": "DistributedDataParallel(static_graph=True) is not supported",
     }.items():
         for answer in pool.run(2, differ, case):

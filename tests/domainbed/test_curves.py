@@ -24,6 +24,12 @@ HPARAMS: dict[str, dict[str, Any]] = {
     "SANDMask": {"tau": 0.5},
     "Fish": {},
     "IGA": {"penalty": 10.0},
+    "EQRM": {"eqrm_burnin_iters": 20, "eqrm_lr": 1e-4},
+    "SD": {},
+    "CORAL": {},
+    "MMD": {},
+    "IB_ERM": {f"ib_{key}": value for key, value in ANNEALED.items()},
+    "IB_IRM": {f"{one}_{key}": 20 for key in ANNEALED for one in ("ib", "irm")},
 }
 
 

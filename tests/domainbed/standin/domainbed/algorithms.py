@@ -9,7 +9,10 @@ from torch.nn import functional as F
 
 from domainbed import networks
 
-ALGORITHMS = ["ERM", "Fish", "IRM", "GroupDRO", "VREx", "ANDMask", "SANDMask", "IGA", "Fishr"]
+ALGORITHMS = [
+    *("ERM", "Fish", "IRM", "GroupDRO", "VREx", "ANDMask", "SANDMask", "IGA", "Fishr"),
+    *("EQRM", "RDM", "SD", "CORAL", "MMD", "IB_ERM", "IB_IRM"),
+]
 
 
 def get_algorithm_class(algorithm_name: str) -> type:
@@ -176,6 +179,109 @@ class IGA(ERM):
         loss = torch.stack(losses).mean()
         self.descend(loss + self.hparams["penalty"] * penalty)
         return {"loss": loss.item(), "penalty": penalty.item()}
+
+
+class SD(ERM):
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        logits, y = self.joint(minibatches)
+        loss, penalty = F.cross_entropy(logits, y), logits.square().mean()
+        self.descend(loss + self.hparams["sd_reg"] * penalty)
+        return {"loss": loss.item(), "penalty": penalty.item()}
+
+
+class CORAL(ERM):
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        features = [self.featurizer(x) for x, _ in minibatches]
+        labels = [y for _, y in minibatches]
+        pairs = zip(features, labels, strict=True)
+        losses = [F.cross_entropy(self.classifier(z), y) for z, y in pairs]
+        apart = [self.apart(a, b) for k, a in enumerate(features) for b in features[:k]]
+        loss, penalty = torch.stack(losses).mean(), torch.stack(apart).mean()
+        self.descend(loss + self.hparams["mmd_gamma"] * penalty)
+        return {"loss": loss.item(), "penalty": penalty.item()}
+
+    def apart(self, a: Tensor, b: Tensor) -> Tensor:
+        covariance = (a.t().cov() - b.t().cov()).square().mean()
+        return (a.mean(0) - b.mean(0)).square().mean() + covariance
+
+
+class MMD(CORAL):
+    def apart(self, a: Tensor, b: Tensor) -> Tensor:
+        def kernel(x: Tensor, y: Tensor) -> Tensor:
+            squares = (x.unsqueeze(1) - y).square().sum(2)
+            return torch.stack([(-(10.0**m) * squares).exp() for m in range(-3, 4)]).sum(0).mean()
+
+        return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+
+
+class RDM(ERM):
+    """For the places where DomainBed's network and hyper-parameters count; its own needs a GPU."""
+
+
+class IB_ERM(ERM):  # DomainBed's name
+    def __init__(self, *args: Any) -> None:
+        ERM.__init__(self, *args)
+        self.register_buffer("update_count", torch.tensor([0]))
+
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        features = self.featurizer(torch.cat([x for x, _ in minibatches]))
+        sizes = [len(y) for _, y in minibatches]
+        logits = self.classifier(features).split(sizes)
+        labels = [y for _, y in minibatches]
+        losses = [F.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)]
+        variances = [z.var(0).mean() for z in features.split(sizes)]
+        values = {"nll": torch.stack(losses).mean(), "IB_penalty": torch.stack(variances).mean()}
+        values |= self.more(logits, labels)
+        loss, weights = values["nll"], {"IB_penalty": "ib_", "IRM_penalty": "irm_"}
+        for name, prefix in weights.items():
+            start = self.hparams.get(f"{prefix}penalty_anneal_iters")
+            if name in values and self.update_count >= start:
+                loss = loss + self.hparams[f"{prefix}lambda"] * values[name]
+            elif name == "IRM_penalty" and name in values:
+                loss = loss + values[name]
+            if name in values and self.update_count == start:
+                self.optimizer = self.adam()
+        self.descend(loss)
+        self.update_count += 1
+        return {"loss": loss.item(), **{name: value.item() for name, value in values.items()}}
+
+    def more(self, logits: Any, labels: Any) -> dict[str, Tensor]:
+        return {}
+
+
+class IB_IRM(IB_ERM):  # DomainBed's name
+    def more(self, logits: Any, labels: Any) -> dict[str, Tensor]:
+        found = []
+        for z, y in zip(logits, labels, strict=True):
+            scale = torch.ones((), requires_grad=True)
+            halves = [F.cross_entropy(z[k::2] * scale, y[k::2]) for k in (0, 1)]
+            even, odd = (grad(half, scale, create_graph=True)[0] for half in halves)
+            found.append(even * odd)
+        return {"IRM_penalty": torch.stack(found).mean()}
+
+
+class EQRM(ERM):
+    def __init__(self, *args: Any) -> None:
+        ERM.__init__(self, *args)
+        self.register_buffer("update_count", torch.tensor([0]))
+
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        risks, alpha = torch.stack(self.domain_losses(minibatches)), self.hparams["eqrm_quantile"]
+        loss, start = risks.mean(), self.hparams["eqrm_burnin_iters"]
+        if self.update_count >= start:
+            width = 1.06 * risks.std() * len(risks) ** -0.2
+            deviate = torch.special.ndtri(torch.tensor(alpha))
+            low, high = risks.min() + width * deviate, risks.max() + width * deviate
+            for _ in range(60):
+                middle = (low + high) / 2
+                above = torch.special.ndtr((middle - risks) / width).mean() >= alpha
+                low, high = (low, middle) if above else (middle, high)
+            loss = high
+        if self.update_count == start:
+            self.optimizer = torch.optim.Adam(self.network.parameters(), self.hparams["eqrm_lr"])
+        self.descend(loss)
+        self.update_count += 1
+        return {"loss": loss.item()}
 
 
 class Fish(Algorithm):

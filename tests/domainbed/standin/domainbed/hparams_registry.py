@@ -6,6 +6,10 @@ import numpy as np
 
 from domainbed.lib import misc
 
+IB: dict[str, Any] = {
+    "ib_lambda": (100.0, lambda r: 10 ** r.uniform(-1, 5)),
+    "ib_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
+}
 RANGES: dict[str, dict[str, Any]] = {
     "Fish": {"meta_lr": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5])))},
     "IRM": {
@@ -23,6 +27,26 @@ RANGES: dict[str, dict[str, Any]] = {
         "k": (10.0, lambda r: 10 ** r.uniform(-3, 5)),
     },
     "IGA": {"penalty": (1000, lambda r: 10 ** r.uniform(1, 5))},
+    "SD": {"sd_reg": (0.1, lambda r: 10 ** r.uniform(-5, -1))},
+    "CORAL": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
+    "MMD": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
+    "IB_ERM": IB,
+    "IB_IRM": {
+        **IB,
+        "irm_lambda": (100.0, lambda r: 10 ** r.uniform(-1, 5)),
+        "irm_penalty_anneal_iters": (500, lambda r: int(10 ** r.uniform(0, 4))),
+    },
+    "EQRM": {
+        "eqrm_quantile": (0.75, lambda r: r.uniform(0.5, 0.99)),
+        "eqrm_burnin_iters": (2500, lambda r: 10 ** r.uniform(2.5, 3.5)),
+        "eqrm_lr": (1e-6, lambda r: 10 ** r.uniform(-7, -5)),
+    },
+    "RDM": {
+        "rdm_lambda": (5.0, lambda r: r.uniform(0.1, 10.0)),
+        "rdm_penalty_anneal_iters": (1500, lambda r: int(r.uniform(800, 2700))),
+        "variance_weight": (0.004, lambda r: r.uniform(0.001, 0.007)),
+        "rdm_lr": (1.5e-5, lambda r: r.uniform(8e-6, 2e-5)),
+    },
     "Fishr": {
         "lambda": (1000.0, lambda r: 10 ** r.uniform(1.0, 4.0)),
         "penalty_anneal_iters": (1500, lambda r: int(r.uniform(0.0, 5000.0))),

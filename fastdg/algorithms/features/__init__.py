@@ -1,0 +1,1 @@
+"""Objectives of the distribution of features in each domain."""

@@ -1,0 +1,53 @@
+"""Base of algorithms that match the features of the domains."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+from torch.amp import GradScaler
+
+from ...core.hyper import check_weight, hyper
+from ...core.optimizer import DomainOptimizer
+from ...core.step_batch import StepBatch
+
+
+class FeatureMatching(DomainOptimizer):
+    """Base of ``objective = mean of the domains' losses + w * penalty``, with a penalty on the
+    features of the samples, an input of `backward`."""
+
+    compares = True
+    looks_at_samples = False
+    takes = ("features",)
+
+    penalty_weight: float = hyper(1.0, check_weight)
+
+    def backward(
+        self,
+        losses: Tensor,
+        domains: Tensor | int | None = None,
+        final: bool = True,
+        *,
+        scaler: GradScaler | None = None,
+        features: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Call `DomainOptimizer.backward` with the features ``[N, *]`` of the samples, with their
+        graph: the input of the classifier, for example."""
+        inputs["features"] = features
+        return super().backward(losses, domains, final, scaler=scaler, **inputs)
+
+    def objective(self, batch: StepBatch) -> Tensor:
+        features = batch.gathered([x.flatten(1) for x in batch.input("features")])
+        penalty = self.penalty(features, batch.membership.to(features.dtype))
+        return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
+
+    @abstractmethod
+    def penalty(self, features: Tensor, membership: Tensor) -> Tensor:
+        """Compute the penalty, 0-dim.
+
+        Args:
+            features: ``[N, F]``, of all micro-batches and ranks.
+            membership: 1 where a sample belongs to a domain, else 0, ``[D, N]``.
+        """

@@ -1,0 +1,1 @@
+"""Objectives of the samples' losses and logits."""
