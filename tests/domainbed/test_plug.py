@@ -229,7 +229,7 @@ def test_weights_that_cannot_be_downloaded_are_said(
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     url = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
-    words = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth: the pre-trained weights are not there"
+    words = rf"{tmp_path}/checkpoints/resnet50-0676ba61\.pth: there are no pre-trained weights"
     with (
         plugged_in(),
         pytest.raises(Refused, match=rf"{words}, .* Download {url} elsewhere and put"),

@@ -130,7 +130,7 @@ def test_another_run_is_refused_and_its_results_are_kept(
         with pytest.raises(Killed):
             run("AgrSum", "--checkpoint_freq", "4")
     kept = (tmp_path / "results.jsonl").read_text()
-    with pytest.raises(RuntimeError, match="algorithm at step 0 was AgrSum, but here it is PCG"):
+    with pytest.raises(RuntimeError, match="algorithm at step 0 was AgrSum, got PCG"):
         run("PCGrad", "--checkpoint_freq", "4")
     with pytest.raises(RuntimeError, match="another run, whose batch at step 0"):
         run("AgrSum", "--checkpoint_freq", "4", "--seed", "1")

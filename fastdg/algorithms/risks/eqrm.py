@@ -85,8 +85,7 @@ class EQRM(Annealed):
         share = present.to(losses.dtype) / count
         gap = (losses - (share * losses).sum()) * present
         std = (gap.square().sum() / (count - 1).clamp(min=1)).sqrt()
-        factor = 1.06 * count.to(losses.dtype) ** -0.2
-        h = factor * std
+        h = (factor := 1.06 * count.to(losses.dtype) ** -0.2) * std
         tiny = torch.finfo(losses.dtype).tiny
         deviate = NormalDist().inv_cdf(self.quantile)
         ends = torch.stack(
