@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.hyper import check_steepness
 from .gram import Gram, GramWeighting, stops
 
-ROUNDS = 80
+ROUNDS = 40
 
 
 class FairGrad(GramWeighting):
@@ -27,7 +27,7 @@ class FairGrad(GramWeighting):
         alpha: > 0. Default: LibMTL's.
 
     The authors' code, TorchJD and LibMTL leave the equation to scipy's ``least_squares``; here it
-    is the minimum of a convex function by damped Newton steps, on the device: 80, or on the CPU
+    is the minimum of a convex function by damped Newton steps, on the device: 40, or on the CPU
     until they have converged (about 8).
 
     Reference:
@@ -48,7 +48,8 @@ def fair(gram: Gram, power: float) -> Tensor:
 
     With :math:`x = n w` it is :math:`C x = a\, x^{-p}`, :math:`a = n^{p-1}`, where the gradient of
     :math:`\tfrac12 x^\top C x - \sum_d a_d\, x_d^{1-p} / (1-p)` vanishes. A Newton step is damped
-    as far as the curvature may grow along it, so that each one descends.
+    as far as the curvature may grow along it, so that each one descends, and no weight gets below a
+    hundredth of what it was.
     """
     matrix, drive = gram.firm(), gram.norms ** (power - 1)
     x = drive ** (1 / (1 + power))  # the solution at right angles
@@ -58,7 +59,7 @@ def fair(gram: Gram, power: float) -> Tensor:
         step = torch.linalg.solve_ex(matrix + torch.diag(power * pull / x), step)[0]
         relative = step / x
         shrinks = (-relative).amax().clamp(min=1e-300)
-        rate = -torch.expm1(-torch.log1p(power * shrinks) / power) / shrinks
+        rate = -torch.expm1(-torch.log1p(power * shrinks) / power).clamp(min=-0.99) / shrinks
         x = x + rate * step
         if stops(relative.abs().amax() < 1e-14):
             break

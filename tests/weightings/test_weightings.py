@@ -226,6 +226,17 @@ def test_progress_of_fair_steps(domains: int, kind: str) -> None:
         close(k @ w * w ** (1 / alpha), torch.ones(domains))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fair_steps_are_finite_where_there_may_be_no_agreement(dtype: torch.dtype) -> None:
+    """More gradients than directions, of other lengths; a step may not end at a weight of 0."""
+    for domains in (3, 5, 9, 17):
+        for seed in range(8):
+            g = rows(domains, seed, "lengths") @ torch.eye(40, 2, dtype=torch.float64)
+            for alpha in (0.1, 1.0, 10.0):
+                w = W.FairGrad(alpha)(gram(g).to(dtype))
+                assert w.isfinite().all() and (w > 0).all()
+
+
 def test_fair_grad_of_other_sizes() -> None:
     k = gram(rows(4, 11))
     w = W.FairGrad(2.0)(k)
