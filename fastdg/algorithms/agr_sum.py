@@ -23,7 +23,7 @@ class AgrSum(GradientCombiner):
         reduction: ``"mean"`` over the domains, or ``"sum"``, the paper's scale.
         num_domains: D; default: as many as the batch has. A domain without samples in a batch
             takes no part in it.
-        model: its parameters' names are those of messages.
+        model: gives parameters their names in messages.
         check: has no effect any more.
 
     ``reduction`` lives in ``param_groups[0]`` as ``agrsum_reduction``. For batch norm in training

@@ -25,7 +25,7 @@ class ANDMask(GradientCombiner):
         threshold: :math:`\tau` in [0, 1]; 1, the default of DomainBed: all domains have to agree.
         num_domains: D; default: as many as the batch has. A domain without samples in a batch
             takes no part in it.
-        model: its parameters' names are those of messages.
+        model: gives parameters their names in messages.
         check: has no effect any more.
 
     ``threshold`` lives in ``param_groups[0]`` as ``andmask_threshold``. For batch norm in training
@@ -57,7 +57,7 @@ class ANDMask(GradientCombiner):
 
 
 def rescaled(masked: Agreed, gradients: DomainGradients) -> Combined:
-    """Each parameter's gradient, scaled up for what the mask takes away; of one domain as it is."""
+    """Scale each parameter's gradient up by the mask's mean; keep the gradient of one domain."""
     scale = torch.where(gradients.several, 1 / (TINY + masked.mean), 1)
     for grad, factor in zip(masked.combined.values(), scale, strict=True):
         grad *= factor

@@ -10,9 +10,9 @@ class ERM(DomainOptimizer):
 
     .. math:: \nabla = \tfrac1N \sum_i \nabla \ell_i
 
-    The gradient is that of ``losses.mean().backward()``, from one plain backward. What the
-    loop does beside (micro-batches, a ``GradScaler``, several ranks, closures,
-    checkpoints) it does as with every algorithm, so that the comparison changes one line.
+    The gradient equals ``losses.mean().backward()``'s, from one plain backward. All other parts of
+    the loop (micro-batches, a ``GradScaler``, several ranks, closures, checkpoints) work as with
+    every algorithm, so a comparison changes one line.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a term.

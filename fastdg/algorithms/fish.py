@@ -34,23 +34,22 @@ class Fish(Anchored):
         base: any ``torch.optim.Optimizer`` that steps without a closure.
         meta_lr: :math:`\epsilon`, as in DomainBed; the paper's code divides its own by the steps.
         num_domains: number of training domains D.
-        meta_steps: inner steps of a meta-iteration; default ``num_domains``. Which domains they
-            take, and in which order, is the training loop's choice.
-        inner_product: also sum up what the steps on earlier domains have done for each domain, at
-            the price of reading gradients, weights and kept weights in every inner step.
-        model: interpolate this model's buffers, too (running statistics), as DomainBed does: those
-            of its ``state_dict()`` that are numbers; integers are truncated. A meta-iteration
-            begins with the buffers before its first call with gradients enabled. Of a compiled
-            model, what ``torch.compile`` returned.
+        meta_steps: inner steps of a meta-iteration; default ``num_domains``. The training loop
+            chooses their domains and the order.
+        inner_product: also sum the gain of each domain from the steps on earlier domains, at the
+            cost of reading gradients, weights and kept weights in every inner step.
+        model: interpolate this model's buffers too (running statistics), as DomainBed does: numeric
+            buffers in its ``state_dict()``; integers are truncated. A meta-iteration begins with
+            the buffers before its first call with gradients enabled. For a compiled model, pass the
+            result of ``torch.compile``.
 
-    ``meta_lr`` and ``meta_steps`` live in ``param_groups[0]`` (as ``fish_meta_lr`` and so on). The
-    place in the meta-iteration and the kept weights are in ``state_dict``: a run that is resumed
-    in the middle of one goes on bit for bit.
+    ``meta_lr`` and ``meta_steps`` are in ``param_groups[0]`` (as ``fish_meta_lr`` and so on). The
+    position in the meta-iteration and the kept weights are in ``state_dict``: a run that resumes
+    within one continues bit for bit.
 
-    Weights that are changed from outside between two meta-iterations (by ``load_state_dict``, by
-    another optimizer) are where the next one starts; autograd's version counters tell, which a
-    change through ``.data`` passes by. A meta-iteration that was begun ends with a part of the way
-    from the weights it began with.
+    If weights are changed from outside between two meta-iterations (by ``load_state_dict``, by
+    another optimizer), the next one starts there; autograd's version counters show it, except for
+    changes through ``.data``. Changes within a meta-iteration count as a part of its steps.
 
     ``statistics`` holds ``loss`` (0-dim), ``domain_loss`` (``[D]``, NaN where there was no sample)
     and ``domain_count`` (``[D]``) of the inner step, and from the first meta step on those of the

@@ -25,16 +25,16 @@ class Fishr(Annealed):
         \text{penalty} &= \tfrac1D\sum_d \tfrac1P\sum_k (u_{dk}-\bar u_k)^2
 
     The defaults are DomainBed's. ``reduction="sum", ema=None, pre_anneal_weight=1.0,
-    reset_base=False`` are those of the paper's ColoredMNIST script, which averages its two
+    reset_base=False`` are the settings of the paper's ColoredMNIST script, which averages its two
     environments' mean losses equally, whatever their sizes. Here, as in DomainBed, each sample
     counts the same in the loss, so the two agree on environments of one size. The penalty counts
     each domain the same in all three.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        params: ``"head"`` (those of the last layer before the losses, as in the paper; a criterion
-            with parameters of its own is none), ``"all"``, a list of names or parameters,
-            or a predicate ``(name, parameter)``.
+        params: ``"head"`` (the last layer before the losses, as in the paper; a criterion with
+            parameters is no layer), ``"all"``, a list of names or parameters, or a predicate
+            ``(name, parameter)``.
         penalty_weight: w from step ``anneal_steps`` on.
         anneal_steps: steps before that, with ``pre_anneal_weight``.
         ema: decay :math:`\gamma` of the variances' history m in [0, 1), or None for no history.
@@ -46,15 +46,15 @@ class Fishr(Annealed):
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in its penalty, and its history rests. One sample alone has variance 0,
             one domain alone has penalty 0.
-        model: its parameters' names are those of messages, and of ``params``.
+        model: gives parameters their names in messages and in ``params``.
         check: has no effect any more.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
-    ``fishr_penalty_weight`` and so on): like lr they are saved, restored by loading, and scheduled.
+    ``fishr_penalty_weight`` and so on), so checkpoints and schedulers treat them like lr.
 
     ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN
     for an empty domain) and ``domain_count`` (``[D]``). NaN losses give a NaN penalty and NaN
-    gradients, as they do without the wrapper; the history is safe if `step` is skipped.
+    gradients, as without the wrapper; the history is safe if `step` is skipped.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

@@ -21,32 +21,30 @@ class GramSurgery(WeightedCombiner):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        weighting: ``[D, D]`` Gram matrix over all parameters -> ``[D]`` weights. Those of
-            `fastdg.weightings` and TorchJD's of a Gram matrix are such functions, and TorchJD's
-            aggregators have one. Those that want the Jacobian or two batches (``ExcessMTL``,
-            ``SDMGrad``, ``MoDo``) are refused. It is not called for one domain alone, whose
-            gradient stays as it is.
-        absent: how domains without samples in a batch look. ``"drop"``: the matrix has the rows of
-            the others alone. ``"zeros"``: it is always ``[D, D]``, with rows of zeros, and the
-            weights of these domains change nothing. ``"auto"``: zeros for a weighting that keeps
-            state, so that no domain is taken for another one, else drop.
+        weighting: ``[D, D]`` Gram matrix over all parameters -> ``[D]`` weights, for example one of
+            `fastdg.weightings`, a weighting of TorchJD, or the weighting of its aggregators.
+            Weightings of the Jacobian or of two batches (``ExcessMTL``, ``SDMGrad``, ``MoDo``)
+            raise an error. It is not called for a single domain, whose gradient stays as it is.
+        absent: rows of domains without samples in a batch. ``"drop"``: the matrix omits them.
+            ``"zeros"``: it is always ``[D, D]``, with rows of zeros, and the weights of these
+            domains change nothing. ``"auto"``: zeros for a weighting with state, so that it does
+            not mistake a domain for another, else drop.
         normalize: divide the matrix by the power of two next to its trace, which changes no
             digit. For weightings that do not depend on the gradients' scale but compare it with a
             threshold.
         num_domains, model, check: as in `AgrSum`.
 
-    Zeros are right for weightings that look at each domain or at pairs (PCGrad, GradVac, and PCD,
-    whose step is 0 without its first domain). Those that look for a short combination (MGDA,
-    CAGrad) give them all the weight, and means (UPGrad) count them: these want ``"drop"``.
+    Zeros are right for weightings by domain or by pairs (PCGrad, GradVac, and PCD, whose step is 0
+    without its first domain). Weightings that search a short combination (MGDA, CAGrad) give rows
+    of zeros all the weight, and means (UPGrad) count them: use ``"drop"`` for these.
 
-    What a weighting keeps in buffers, attributes and the objects that it holds is in
-    ``state_dict`` and resumes bit for bit. A function's own variables are not.
+    A weighting's buffers, attributes and the objects that it holds are in ``state_dict`` and resume
+    bit for bit. A function's own variables are not.
 
     TorchJD's ``PCGradWeighting`` and others work after ``pip install torchjd``,
     ``UPGradWeighting`` and ``DualProjWeighting`` after ``pip install 'fastdg[weightings]'``. These
-    two and ``CAGradWeighting`` take a matrix whose trace is below ``norm_eps=1e-4`` for zeros, and
-    leave conflicts of small gradients as they are; the first such step warns. ``normalize=True``
-    avoids it.
+    two and ``CAGradWeighting`` treat a matrix with a trace below ``norm_eps=1e-4`` as zeros, so
+    conflicts of small gradients remain; the first such step warns. ``normalize=True`` avoids it.
 
     ``absent`` and ``normalize`` live in ``param_groups[0]`` as ``gramsurgery_absent`` and so on.
     ``statistics`` holds ``loss``, ``gram`` (``[D, D]``), ``cosine`` (``[D, D]``; NaN where there is
@@ -54,8 +52,8 @@ class GramSurgery(WeightedCombiner):
     (``[D]``), ``domain_loss`` (``[D]``, NaN for an empty domain) and ``domain_count`` (``[D]``).
 
     Raises:
-        TypeError, ValueError: an argument, or what ``weighting`` returns, is not as described; a
-            weighting that keeps state meets another number of domains.
+        TypeError, ValueError: an argument, or the result of ``weighting``, is not as described; a
+            weighting with state gets another number of domains.
 
     Reference:
         Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024.

@@ -25,14 +25,14 @@ class GroupDRO(DomainOptimizer):
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
         eta: the step size :math:`\eta` of q; lives in ``param_groups[0]`` as ``groupdro_eta``.
-        num_domains: D; default: as many as have been seen. A domain without samples in a batch
-            keeps its q, and the others share the rest; the objective is the mean over those
-            present. A domain that was not seen before starts with the mean q.
+        num_domains: D; default: the domains seen so far. A domain without samples in a batch keeps
+            its q, and the others share the rest; the objective is the mean over the domains with
+            samples. A new domain starts with the mean q.
         model: its parameters' names are used in messages.
 
-    ``statistics`` holds ``loss``, ``objective`` (0-dim), ``weights`` (``[D]``, those of the
-    objective, 0 for an empty domain), ``domain_loss`` (``[D]``, NaN for an empty domain) and
-    ``domain_count`` (``[D]``).
+    ``statistics`` holds ``loss``, ``objective`` (0-dim), ``weights`` (``[D]``, in the objective, 0
+    for an empty domain), ``domain_loss`` (``[D]``, NaN for an empty domain) and ``domain_count``
+    (``[D]``).
 
     Raises:
         TypeError, ValueError: an argument is not as described.

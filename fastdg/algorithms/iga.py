@@ -43,7 +43,7 @@ class IGA(DomainOptimizer):
         penalty_weight: w; lives in ``param_groups[0]`` as ``iga_penalty_weight``.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it, and one domain alone has penalty 0.
-        model: its parameters' names are those of messages.
+        model: gives parameters their names in messages.
         check: on the first step see that the closure's second losses are its first.
 
     ``statistics`` holds ``loss``, ``penalty``, ``objective`` (0-dim), ``domain_loss`` (``[D]``, NaN

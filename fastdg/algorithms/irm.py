@@ -26,11 +26,11 @@ class IRM(Annealed):
     are DomainBed's. The authors' own code squares the mean of all :math:`c_i`: for that give each
     sample twice, ``repeat_interleave(2)`` of logits, losses and domains.
 
-    The logits are those that the graph has of ``F.cross_entropy`` or
-    ``F.binary_cross_entropy_with_logits`` with ``reduction="none"``. Of other losses they are the
-    result of the head, the last layer with parameters; or they are given:
-    ``opt.backward(losses, domains, logits=logits)``. Give them if they are scaled after the head,
-    or if the losses are no cross-entropy (of that result, a warning says so).
+    The logits are the input of ``F.cross_entropy`` or ``F.binary_cross_entropy_with_logits`` with
+    ``reduction="none"``, found in the graph. For other losses they are the output of the head, the
+    last layer with parameters; or pass them: ``opt.backward(losses, domains, logits=logits)``. Do
+    so if they are scaled after the head, or if the losses are not the cross-entropy of its output
+    (a warning reports it).
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
@@ -38,12 +38,12 @@ class IRM(Annealed):
         anneal_steps: steps before that, with ``pre_anneal_weight``.
         pre_anneal_weight: w before ``anneal_steps``.
         reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
-        num_domains: D; default: as many as have been seen. A domain without samples in a batch
-            takes no part in it; one with a single sample has penalty 0.
-        model: its parameters' names are those of messages.
-        check: on the first backward, and where another layer is the head, see that the losses are
-            the cross-entropy of what the head returned; or that each depends on its own row of the
-            logits given.
+        num_domains: D; default: the domains seen so far. A domain without samples in a batch is
+            skipped; one with a single sample has penalty 0.
+        model: gives parameters their names in messages.
+        check: on the first backward, and for each new head, check that the losses are the
+            cross-entropy of the head's output, or that each loss depends on its own row of the
+            given logits.
 
     The settings from ``penalty_weight`` to ``reset_base`` live in ``param_groups[0]`` (as
     ``irm_penalty_weight`` and so on). ``statistics`` holds ``loss``, ``penalty``, ``objective``
@@ -76,8 +76,8 @@ class IRM(Annealed):
         logits: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """As `DomainOptimizer.backward`; ``logits`` ``[N, *]`` are those of ``losses``, with their
-        graph."""
+        """As `DomainOptimizer.backward`; ``logits`` ``[N, *]`` are the logits of ``losses``, with
+        their graph."""
         return super().backward(losses, domains, final, logits=logits, **inputs)
 
     def objective(self, batch: StepBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""MIRO: stay close to what a pre-trained oracle sees."""
+"""MIRO: stay close to the features of a pre-trained oracle."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ..core.term import VarianceTerm
 
 
 class MIRO(VarianceTerm):
-    r"""Mutual information regularisation: features that still tell those of a pre-trained oracle.
+    r"""Mutual information regularisation: features that predict a pre-trained oracle's features.
 
     .. math::
         \text{objective} = \tfrac1N\sum_i \ell_i + \lambda \sum_l \operatorname{mean}_{ncp}
         \tfrac12\Bigl(\frac{(F_l - F^0_l)^2}{s_l} + \log s_l\Bigr), \qquad
         s_l = \operatorname{softplus}(b_l) + 10^{-5}
 
-    with the maps F of some layers, those :math:`F^0` of a frozen oracle on the same input, and one
-    variance s for each channel, which is trained along and begins as 0.1. By the floor of s the
-    term of a layer is at least :math:`\tfrac12\log 10^{-5} \approx -5.76`.
+    with the maps F of some layers, the maps :math:`F^0` of a frozen oracle on the same input, and
+    one trained variance s for each channel, 0.1 at the start. By the floor of s the term of a layer
+    is at least :math:`\tfrac12\log 10^{-5} \approx -5.76`.
 
     Each training forward of ``model`` (``model.train()``, gradients enabled) also runs the oracle,
-    up to its last layer of those named. Its maps live until the backward, in its dtype; those of
-    layers that are frozen with all before them are freed at once. Any algorithm may go around this
-    term: ``fastdg.Fishr(fastdg.MIRO(...))``.
+    up to its last named layer. Its maps live until the backward, in its dtype; maps of layers that
+    are frozen with all before them are freed at once. Any algorithm may go around this term:
+    ``fastdg.Fishr(fastdg.MIRO(...))``.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or another term. It gets
@@ -43,8 +43,8 @@ class MIRO(VarianceTerm):
             transformers: the stem and the last block of each stage, and of ViTs the patch embedding
             and every third block (``opt.layers`` says which).
         weight: :math:`\lambda`; lives in ``param_groups[0]`` as ``miro_weight``.
-        lr_multiplier: learning rate of the variances, in those of ``param_groups[0]``; what else
-            that group has (weight decay) holds for them too.
+        lr_multiplier: learning rate of the variances, as a multiple of ``param_groups[0]``'s; the
+            group's other settings (weight decay) hold for them too.
         layouts: the dimensions of a layer's maps, where its operations do not tell: ``"NC"``
             (channels in dimension 1), ``"NLC"`` (channels last), ``"LNC"`` (samples in dimension 1,
             channels last) or a pair ``(sample dimension, channel dimension)``; one for all, or a

@@ -1,4 +1,4 @@
-"""PCGrad: take out of each domain's gradient what conflicts with another's."""
+"""PCGrad: remove from each domain's gradient its conflicts with the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.hyper import check_reduction, check_switch, hyper
 
 
 class PCGrad(RandomCombiner):
-    r"""Projecting conflicting gradients: what one domain's step undoes of another's is taken out.
+    r"""Projecting conflicting gradients: remove from each domain's step its conflicts with others.
 
     For each domain i, from :math:`p_i = g_i` on and for the others j in a random order,
 

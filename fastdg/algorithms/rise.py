@@ -27,15 +27,15 @@ class RISE(Term):
             - \operatorname{softmax}_a \cos(T_{y_n}, K_{y_n a})\bigr)^2
 
     s are embeddings of images, z their logits, t the teacher's logits; T are embeddings of the
-    classes' texts, K those of anchors: texts of each class in each domain. The losses enter as
-    they are passed to `backward`. The paper weighs the cross-entropy too (with 0.1 on PACS and
-    VLCS, where the other weights are the defaults): pass ``0.1 * losses``, which means the same
-    under every algorithm around this term.
+    classes' texts, K embeddings of anchors: texts of each class in each domain. The losses have
+    weight 1. The paper weights the cross-entropy too (by 0.1 on PACS and VLCS, where the other
+    weights are the defaults): pass ``0.1 * losses``, which means the same under every algorithm
+    around this term.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or another term.
-        embedding: the module whose output is s ``[N, E]``; E is that of the texts (the paper's is a
-            linear layer after the backbone, and the classifier starts as the texts themselves).
+        embedding: the module whose output is s ``[N, E]``, E as of the texts (in the paper a linear
+            layer after the backbone, and the classifier starts as the texts themselves).
         classes: ``[C, E]``, text embeddings of the classes in the order of the labels, of any
             length; see `text_tables`.
         anchors: ``[C, A, E]``; None: no relative distance.

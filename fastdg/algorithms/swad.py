@@ -28,24 +28,23 @@ class SWAD(Averaged):
 
     .. math:: (1 + r) \cdot \operatorname{mean}(E_k, \dots, E_{k + \text{n\_converge} - 1})
 
-    and ``finished`` then tells that further training changes nothing. It may also be stopped
-    before: the average is of all there is from the valley's beginning on; without a valley it is
-    that of the last segment (of all steps, with a warning, if `evaluate` was never called).
+    and ``finished`` is then True: further training changes nothing. Training may also stop before:
+    the average covers all segments from the valley's beginning on; without a valley, the last
+    segment (all steps, with a warning, if `evaluate` was never called).
 
     It goes around any wrapper, or a plain optimizer, as the outermost:
     ``fastdg.SWAD(fastdg.Fishr(optimizer), model)``. `backward`, its arguments and ``statistics``
-    are those of the wrapper inside, or around a plain optimizer those of `ERM`. There
-    ``loss.backward()`` may be called as ever, too.
+    are the inner wrapper's, or `ERM`'s around a plain optimizer. There ``loss.backward()`` works
+    too.
 
-    The averages are not the model's weights until they are put there: inside ``with
-    opt.applied():`` to look at them, by ``opt.apply()`` for good; ``opt.averaged()`` is a copy of
-    the model with them. Buffers are the model's own, as they are then: batch norm in training has
-    to see the training data again: ``opt.apply()`` and ``torch.optim.swa_utils.update_bn(loader,
-    model)``, or that of a copy that is kept.
+    The model gets the averages inside ``with opt.applied():``, to evaluate them, or by
+    ``opt.apply()`` for good; ``opt.averaged()`` is a copy of the model with them. Buffers stay the
+    model's own, so batch norm in training needs another pass over the training data:
+    ``opt.apply()`` and ``torch.optim.swa_utils.update_bn(loader, model)``, or the same with a copy.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a wrapper.
-        model: those of its parameters that the optimizer has are averaged.
+        model: its parameters that are in the optimizer are averaged.
         n_converge: evaluations among which the first has to be the best for a valley to begin.
         n_tolerance: evaluations above the threshold, in a row, that end it.
         tolerance_ratio: r.
@@ -56,10 +55,9 @@ class SWAD(Averaged):
     With ``rule="code"`` the valley is found and ends as above (so does its threshold, for losses
     above 0), but the average is another one:
 
-    * Segments weigh the same, however many steps they have.
+    * All segments have the same weight, whatever their number of steps.
     * With ``n_tolerance > n_converge`` it begins up to ``n_tolerance - n_converge`` segments
-      earlier, after the last of them whose loss is above the threshold; the first of those left is
-      left out.
+      earlier, after the last of these with a loss above the threshold, and skips the first one.
     * In a valley found at one of the first evaluations the segments that come first join again at
       each evaluation until ``n_tolerance`` have been made; later, the valley's first joins twice if
       older ones joined. With ``n_tolerance <= n_converge`` it does not join at all.
@@ -79,7 +77,7 @@ class SWAD(Averaged):
     Reference:
         Cha, Chun, Lee, Cho, Park, Lee, Park: SWAD: Domain Generalization by Seeking Flat Minima,
         NeurIPS 2021. The threshold is the paper's with :math:`1 + r` for its r; the defaults are
-        those of its code, khanrc/swad, whose ``LossValley`` is ``rule="code"``.
+        from its code, khanrc/swad, whose ``LossValley`` is ``rule="code"``.
 
     Example:
         >>> opt = fastdg.SWAD(torch.optim.Adam(model.parameters()), model)
@@ -105,7 +103,7 @@ class SWAD(Averaged):
         which call this, with the mean of theirs.
 
         Raises:
-            TypeError, ValueError: the loss is not a finite number, or that of another rank is not.
+            TypeError, ValueError: the loss is not a finite number, on this rank or another.
             RuntimeError: no step was made since the last evaluation.
         """
         loss = self.loss_of_ranks("validation_loss", validation_loss)

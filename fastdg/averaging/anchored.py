@@ -50,7 +50,7 @@ def _buffers(kind: str) -> PerRun:
 
     return PerRun(
         kind,
-        f"{kind} at the begin of the meta-iteration",
+        f"{kind} at the start of the meta-iteration",
         rows=Rows("numbers", "the buffers of model=", count),
         begin=now,
         needed=_inside,
@@ -73,7 +73,7 @@ class Anchored(DomainOptimizer):
     position = RunValue(0)  # number of inner steps in this meta-iteration
     kept = PerParameter(
         "kept",
-        "weights at the begin of the meta-iteration",
+        "weights at the start of the meta-iteration",
         begin=lambda opt: {p: p.detach().clone() for p in opt._names},
         needed=_inside,
     )
@@ -81,7 +81,7 @@ class Anchored(DomainOptimizer):
 
     def _clear(self) -> None:
         super()._clear()
-        self._noted: dict[str, Tensor] = {}  # buffers at the begin of this meta-iteration
+        self._noted: dict[str, Tensor] = {}  # buffers at the start of this meta-iteration
         # Versions of the weights after the last meta step
         self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._begun = False

@@ -1,1 +1,1 @@
-"""What a forward leaves for a backward: notes on its graph, and feature maps of named modules."""
+"""Values of a forward for its backward: attached to the graph, and feature maps of modules."""

@@ -1,1 +1,1 @@
-"""What all algorithms share: the wrapped optimizer, its state, one step's batch, one backward."""
+"""Common machinery of all algorithms: wrapped optimizer, state, a step's batch, backward."""

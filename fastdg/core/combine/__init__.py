@@ -1,1 +1,1 @@
-"""Algorithms that make one gradient of the domains' own: what they share."""
+"""Machinery of algorithms that combine the domains' gradients into one."""
