@@ -50,7 +50,7 @@ def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) 
 
     Raises:
         TypeError, ValueError: an argument is not as described; ``num_domains`` is missing; the
-            wrapper draws from a generator of its own.
+            wrapper draws from a generator of its own, or its weighting keeps state.
         RuntimeError: the step branches on values of tensors; a parameter has hooks; training runs
             on several ranks; a micro-batch is staged; ``.grad`` has the scale of a GradScaler.
 
@@ -98,6 +98,7 @@ class CompiledBackward:
                 "generator: a graph draws from torch's own generator, got another one. Create "
                 f"{name} without generator=."
             )
+        self._refuse_state()
         self.modules: dict[nn.Module, None] = {}  # modules that ran
         self.seen: dict[Any, None] = {}  # the latest kinds of batches that ran once
         self.graphs: dict[Any, _Graph] = {}  # kind of batch -> its graph
@@ -124,6 +125,7 @@ class CompiledBackward:
             return graph.replay([ids, *(x for x in leaves if isinstance(x, Tensor))])
         if key in self.seen and len(self.graphs) < MOST:
             del self.seen[key]
+            self._refuse_state()  # which a weighting may have shown by now
             graph = _Graph(self, leaves, spec, ids)
             self.graphs[self._kind(leaves, spec, ids)] = graph
             return graph.loss
@@ -141,6 +143,15 @@ class CompiledBackward:
                     stacklevel=2,
                 )
         return loss
+
+    def _refuse_state(self) -> None:
+        for link in self.links:
+            if getattr(link, "keeps_state", False):
+                weighting = type(link.weighting).__name__  # type: ignore[attr-defined]
+                raise TypeError(
+                    f"opt: the {weighting} of {type(link).__name__} keeps state between calls, "
+                    "which a graph would leave as it was traced. Call opt.backward instead."
+                )
 
     def _eager(self, batch: tuple[Any, ...], ids: Tensor) -> Tensor:
         made = self.forward(*batch)

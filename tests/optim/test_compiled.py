@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -100,6 +101,28 @@ def test_one_graph(name: str, counters: Counters) -> None:
     same_state(model, twin, opt, other)
     assert graphs[5] == graphs[-1] == 1
     assert counters()[1] == 0
+
+
+class Counting:
+    """A weighting whose state is seen when it moves."""
+
+    calls = 0
+
+    def __call__(self, gram: Tensor) -> Tensor:
+        self.calls += 1
+        return gram.new_full((len(gram),), 1 / self.calls)
+
+
+def test_a_weighting_that_has_moved_is_not_traced() -> None:
+    """A graph would hold what it was at the third batch."""
+    model = Network()
+    opt = fastdg.GramSurgery(SGD(model.parameters(), lr=0.1), Counting(), num_domains=3)
+    backward = fastdg.compiled(opt, losses_with(model), backend="eager")
+    x, y, domains = data(0)
+    with pytest.raises(TypeError, match=r"^opt: the Counting of GramSurgery keeps state"):
+        for _ in range(3):
+            opt.zero_grad()
+            backward(x, y, domains=domains)
 
 
 class Convolutions(nn.Module):
@@ -230,6 +253,10 @@ def test_refusals() -> None:
         fastdg.compiled(fastdg.AgrSum(sgd()), losses)
     with pytest.raises(ValueError, match=r"^generator: .*PCGrad"):
         fastdg.compiled(WRAPS["PCGrad"](sgd(), num_domains=3), losses)
+    for keeping in (fastdg.GradVac, partial(fastdg.NashMTL, update_every=2)):
+        with pytest.raises(TypeError, match=r"^opt: .*keeps state"):
+            fastdg.compiled(keeping(sgd(), num_domains=3), losses)
+    fastdg.compiled(fastdg.NashMTL(sgd(), num_domains=3), losses)
     opt = fastdg.AgrSum(sgd(), num_domains=3)
     with pytest.raises(TypeError, match=r"^forward: .*got Network"):
         fastdg.compiled(opt, model)
