@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from ...core.hyper import Hyper, declared
 from ...weightings.gram import GramWeighting
@@ -20,16 +18,20 @@ class GramRule(GramSurgery):
     """
 
     rule: ClassVar[type[GramWeighting]]
-    weighting = normalize = None  # type: ignore[assignment]  # no arguments of these wrappers
+    normalize = None  # type: ignore[assignment]  # no argument of these wrappers
 
     def _start(self) -> None:
         super()._start()
-        self.weighting, self.normalize = self.rule(), False
+        self._rule, self.normalize = self.rule(), False
         known = declared(type(self))
         names = inspect.signature(self.rule).parameters
         self._settings = [name for name in names if isinstance(known.get(name), Hyper)]
 
-    def ask(self, gram: Tensor) -> Tensor:
-        for name in self._settings:
-            setattr(self.weighting, name, getattr(self, name))
-        return super().ask(gram)
+    if not TYPE_CHECKING:  # to which it stays the argument that it is for `GramSurgery`
+
+        @property
+        def weighting(self) -> GramWeighting:
+            """The rule, with the settings that there are now."""
+            for name in self._settings:
+                setattr(self._rule, name, getattr(self, name))
+            return self._rule
