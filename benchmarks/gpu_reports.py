@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if hasattr(report, "node") and os.environ.get("PYTEST_XDIST_WORKER"):
-        return  # the controller writes
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        return  # the controller of the workers writes
     if report.when == "call" or report.outcome != "passed":
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
         if report.failed:

@@ -17,7 +17,7 @@ from gpu_rig import Rig, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARD = (1, 1)  # K of N, by files
-FOLDERS = ("ops", "kernels", "gradients", "statistics", "func", "optim")
+FOLDERS = ("ops", "kernels", "gradients", "statistics", "func", "optim", "weightings")
 REHEARSED = ("tests/gradients/test_layout.py", "tests/gradients/test_small_gradients.py")
 # Of the interpreter's grid of sizes, the ones that cross a tile
 SANITIZED = ("tests/ops/test_conformance.py", "tests/ops/test_columns.py")

@@ -16,17 +16,11 @@ from torch.autograd import Variable
 
 sys.path.append(str(Path(__file__).parent))  # tests are no package (import-mode=importlib)
 
-from on_device import about_the_cpu
+import on_device
 from selection import LEFT_OUT, mark
 from torchvision_ops import fit_torchvision
 
-# Where the tests' tensors and models are: "cuda" runs the tests on a GPU. Tests about the CPU have
-# the mark `cpu`, or are in `on_device.CPU`, and are left out then.
-DEVICE = os.environ.get("FASTDG_TEST_DEVICE", "cpu")
-if DEVICE != "cpu":
-    torch.set_default_device(DEVICE)
-    for _backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
-        _backend.fp32_precision = "ieee"
+on_device.begin()
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import: kernels then run on CPU tensors, interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -135,8 +129,15 @@ def collected() -> dict[str, bool]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if DEVICE != "cpu" and (reason := about_the_cpu(item)):
-        pytest.skip(f"on the CPU: {reason}")
+    if on_device.DEVICE != "cpu" and (reason := on_device.about_the_cpu(item)):
+        pytest.skip(f"about the CPU: {reason}")
+    on_device.enter(item.path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the file is imported
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, pytest.Module):
+        on_device.enter(collector.path)
 
 
 class _Nested(torch.autograd.Function):

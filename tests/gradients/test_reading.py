@@ -86,6 +86,7 @@ def test_a_checkpoint_runs_again_once_for_its_backward_and_once_for_its_reader()
         assert step < 2 or Count.runs <= 2 * BLOCKS
 
 
+@pytest.mark.cpu("memory of the CPU")
 def test_a_step_holds_one_checkpoint_s_activations_at_a_time() -> None:
     held = {}
     x, y, d = torch.randn(999, 6).double(), torch.arange(999) % 3, torch.arange(999) % 2

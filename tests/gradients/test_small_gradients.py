@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ def test_float32(scale: float) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e2])
 def test_float16(scale: float, samples: int) -> None:
     model, x, y = case(samples)
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(DEVICE, torch.float16):
         losses = losses_of(model, x, y)
     assert relative(model, losses * scale, scale) < 1e-2
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bases import BASES, WRAPS, network
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
@@ -43,7 +44,7 @@ def plain(
         for i, (x, y, domain) in enumerate(batches):
             if i % accumulate == 0:
                 opt.zero_grad()
-            with torch.autocast("cpu", dtype) if dtype is not None else nullcontext():
+            with torch.autocast(DEVICE, dtype) if dtype is not None else nullcontext():
                 losses = losses_of(model(x), y)
             final = (i + 1) % accumulate == 0 or i + 1 == BATCHES
             opt.backward(losses, domain, final)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adioses import ALPHA, BETA, KINDS, TAU, B, Masker, N, close, encoder, made, objective, views
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -243,7 +244,7 @@ def test_the_encoder_is_as_it_was_after_an_error() -> None:
 def test_under_autocast() -> None:
     aim, masker = fastdg.SimCLR(encoder()), Masker()
     adios = fastdg.ADIOS(Adam(aim.parameters()), Adam(masker.parameters()), masker, objective=aim)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         got = adios.step(*views(0).float())
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in got.values())
 

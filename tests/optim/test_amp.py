@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from bases import WRAPS, Wrap, batch, even, network, same
 from definitions import Net, batches, losses_of
+from on_device import DEVICE
 from scalers import MAKES, STEPS, WRAPPERS, Forward, alike, flat, start, train
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -33,7 +34,7 @@ def test_no_scale_leaves_a_trace(wrapper: Wrap, make: str, clip: float | None) -
     train(model, opt, range(STEPS), clip=clip)
     for scale in (1.0, 4096.0, 65536.0):
         model2, opt2 = start(wrapper, MAKES[make])
-        train(model2, opt2, range(STEPS), GradScaler("cpu", init_scale=scale), clip)
+        train(model2, opt2, range(STEPS), GradScaler(DEVICE, init_scale=scale), clip)
         same(model, model2)
         alike(opt.state_dict(), opt2.state_dict())
         alike(opt.statistics, opt2.statistics)
@@ -48,7 +49,7 @@ def test_all_kinds_of_layers(name: str, how: str, sparse: bool) -> None:
     if sparse and name == "IGA":
         pytest.skip("a sparse gradient has no second derivative")
     found = []
-    for scaler in (None, GradScaler("cpu", init_scale=4096.0)):
+    for scaler in (None, GradScaler(DEVICE, init_scale=4096.0)):
         torch.manual_seed(1)
         model = Net()
         model.words.sparse = sparse
@@ -75,7 +76,7 @@ def test_all_kinds_of_layers(name: str, how: str, sparse: bool) -> None:
 
 def under(dtype: torch.dtype, weight: float = 1.0) -> Forward:
     def forward(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             losses, domains = batch(model, seed)
         return losses * weight, domains
 
@@ -95,14 +96,14 @@ def test_autocast(wrapper: Wrap, dtype: torch.dtype, tolerance: float) -> None:
     model2, opt2 = start(wrapper, plain)
     before = flat(model.parameters())
     train(model, opt, range(3))
-    train(model2, opt2, range(3), GradScaler("cpu", init_scale=4096.0), forward=under(dtype))
+    train(model2, opt2, range(3), GradScaler(DEVICE, init_scale=4096.0), forward=under(dtype))
     way, way2 = flat(model.parameters()) - before, flat(model2.parameters()) - before
     assert (way2 - way).norm() < tolerance * way.norm()
 
 
 def test_small_gradients_survive_in_half_precision(wrapper: Wrap) -> None:
     found = []
-    for scaler in (None, GradScaler("cpu", init_scale=65536.0)):
+    for scaler in (None, GradScaler(DEVICE, init_scale=65536.0)):
         model, opt = start(wrapper, plain)
         dtype = torch.float32 if scaler is None else torch.float16
         opt.zero_grad()
@@ -128,7 +129,7 @@ def test_small_gradients_are_lost_without_a_scaler() -> None:
 def test_second_derivatives_in_half_precision(name: str, share: float) -> None:
     """Where the penalty is most of the gradient, however small that is."""
     found = []
-    for scaler in (None, GradScaler("cpu", init_scale=65536.0)):
+    for scaler in (None, GradScaler(DEVICE, init_scale=65536.0)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
         model.append(nn.Linear(32, 5))
@@ -138,7 +139,7 @@ def test_second_derivatives_in_half_precision(name: str, share: float) -> None:
             weight = 1e5 / share**3
             opt = fastdg.Fishr(base, params="all", anneal_steps=0, penalty_weight=weight)
         x, y = torch.randn(48, 8), torch.randint(5, (48,))
-        with torch.autocast("cpu", torch.float16, enabled=scaler is not None):
+        with torch.autocast(DEVICE, torch.float16, enabled=scaler is not None):
             losses = F.cross_entropy(model(x), y, reduction="none")
         opt.backward(share * losses, torch.arange(48) % 3, scaler=scaler)
         assert opt.statistics["objective"] > 1.2 * opt.statistics["loss"]
@@ -168,7 +169,7 @@ def test_a_skipped_step_leaves_no_trace(wrapper: Wrap, make: str) -> None:
     model, opt = start(wrapper, MAKES[make])
     train(model, opt, range(STEPS))
     model2, opt2 = start(wrapper, MAKES[make])
-    scaler = GradScaler("cpu", init_scale=4096.0)
+    scaler = GradScaler(DEVICE, init_scale=4096.0)
     train(model2, opt2, range(2), scaler)
     for times, unscale in enumerate((None, 1.0)):
         before = copy.deepcopy((model2.state_dict(), opt2.state_dict()))
@@ -189,7 +190,7 @@ def test_a_skipped_step_leaves_no_trace(wrapper: Wrap, make: str) -> None:
 def test_an_overflow_in_half_precision_is_skipped() -> None:
     """The scale comes down until nothing overflows, and only then a step is made."""
     model, opt = start(WRAPPERS["Fishr-all"])
-    scaler = GradScaler("cpu", init_scale=2.0**40)
+    scaler = GradScaler(DEVICE, init_scale=2.0**40)
     taken = []
     for _ in range(40):
         train(model, opt, [0], scaler, forward=under(torch.float16))
@@ -202,7 +203,7 @@ def test_an_overflow_in_half_precision_is_skipped() -> None:
 def test_a_scale_that_grows_until_something_overflows(wrapper: Wrap) -> None:
     """Again and again: what is skipped is all that is lost."""
     model, opt = start(wrapper)
-    scaler = GradScaler("cpu", init_scale=2.0**22, growth_interval=2)
+    scaler = GradScaler(DEVICE, init_scale=2.0**22, growth_interval=2)
     skipped = 0
     for seed in range(12):
         before = scaler.get_scale()
@@ -215,7 +216,7 @@ def test_a_scale_that_grows_until_something_overflows(wrapper: Wrap) -> None:
 def test_statistics_that_overflow_skip_the_step() -> None:
     """The gradient is finite, the variances are not: none of both goes anywhere."""
     model, opt = start(WRAPPERS["Fishr-all"], plain)
-    scaler = GradScaler("cpu", init_scale=1.0)
+    scaler = GradScaler(DEVICE, init_scale=1.0)
     train(model, opt, range(1), scaler)
     before = copy.deepcopy((model.state_dict(), opt.state_dict()))
     opt.zero_grad()
@@ -239,7 +240,7 @@ def test_a_weighting_is_not_shown_what_overflows() -> None:
         return even(gram)
 
     model, opt = start(lambda base: fastdg.GramSurgery(base, solver))
-    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler = GradScaler(DEVICE, init_scale=4.0)
     train(model, opt, range(2), scaler, forward=poisoned)
     assert scaler.get_scale() == 1.0 and opt.steps == 0
 
@@ -259,7 +260,7 @@ def test_fish_as_the_papers_loop_makes_its_steps() -> None:
     opt = fastdg.Fish(
         MAKES["foreach"](model.parameters()), num_domains=3, meta_lr=0.5, inner_product=True
     )
-    scalers = GradScaler("cpu", init_scale=4096.0), GradScaler("cpu", init_scale=4096.0)
+    scalers = GradScaler(DEVICE, init_scale=4096.0), GradScaler(DEVICE, init_scale=4096.0)
     for step in range(7):
         for d in range(3):
             base.zero_grad()
@@ -285,7 +286,7 @@ def test_fish_as_the_papers_loop_makes_its_steps() -> None:
 def test_fish_sums_products_of_unscaled_gradients() -> None:
     for make in MAKES.values():
         found = []
-        for scaler in (None, GradScaler("cpu", init_scale=4096.0)):
+        for scaler in (None, GradScaler(DEVICE, init_scale=4096.0)):
             model, opt = start(lambda base: WRAPS["Fish"](base, inner_product=True), make)
             train(model, opt, range(3), scaler)
             found.append(opt.statistics)

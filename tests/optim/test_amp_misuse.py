@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bases import BASES, Wrap, batch, network, same
+from on_device import DEVICE
 from scalers import WRAPPERS, alike, flat, start, train
 from torch.amp import GradScaler
 
@@ -25,7 +26,7 @@ def ready(name: str = "Fishr", scaler: GradScaler | None = None) -> Any:
 
 @pytest.fixture
 def scaler() -> GradScaler:
-    return GradScaler("cpu", init_scale=1024.0)
+    return GradScaler(DEVICE, init_scale=1024.0)
 
 
 @pytest.mark.parametrize("name", ["Fishr", "MIRO", "SWAD(Fishr)", "Fish"])
@@ -69,7 +70,7 @@ def test_unscaled_inside(name: str, scaler: GradScaler) -> None:
 
 
 def test_the_scaler_of_someone_else(scaler: GradScaler) -> None:
-    other = GradScaler("cpu", init_scale=2.0)
+    other = GradScaler(DEVICE, init_scale=2.0)
     other.scale(torch.ones(()))
     _, opt = ready(scaler=scaler)
     with pytest.raises(RuntimeError, match=r"^scaler: scaler\.step"):
@@ -89,7 +90,7 @@ def test_losses_that_are_scaled_already(scaler: GradScaler) -> None:
 @pytest.mark.parametrize("name", ["Fishr", "PCGrad", "SWAD(Fishr)"])
 @pytest.mark.parametrize("final", [False, True])
 def test_one_step_of_scaled_and_other_gradients(name: str, final: bool, scaler: GradScaler) -> None:
-    for first, second in ((scaler, None), (None, scaler), (GradScaler("cpu"), scaler)):
+    for first, second in ((scaler, None), (None, scaler), (GradScaler(DEVICE), scaler)):
         model, opt = start(WRAPPERS[name])
         opt.backward(*batch(model, 0), final=final, scaler=first)
         with pytest.raises(RuntimeError, match=r"^scaler: "):
@@ -133,7 +134,7 @@ def test_a_scaler_that_is_off(wrapper: Wrap) -> None:
     model, opt = start(wrapper)
     model2, opt2 = start(wrapper)
     train(model, opt, range(2))
-    train(model2, opt2, range(2), GradScaler("cpu", enabled=False))
+    train(model2, opt2, range(2), GradScaler(DEVICE, enabled=False))
     same(model, model2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam, Optimizer
@@ -167,7 +168,7 @@ def by_micro_batches(opt: Any, model: nn.Module, step: int) -> None:
 
 def by_scaler(opt: Any, model: nn.Module, step: int) -> None:
     x, y, domains = batch(step)
-    scaler = GradScaler("cpu", init_scale=2.0**10)
+    scaler = GradScaler(DEVICE, init_scale=2.0**10)
     opt.zero_grad()
     for point in range(opt.points):
         if point:
@@ -285,7 +286,7 @@ def test_misuse_is_told() -> None:
         with pytest.raises(RuntimeError, match=r"^SAM: the model is not at its own weights"):
             save()
     with pytest.raises(RuntimeError, match=r"^scaler: .*same GradScaler"):
-        backward(scaler=GradScaler("cpu"))
+        backward(scaler=GradScaler(DEVICE))
     backward()
     with pytest.raises(RuntimeError, match=r"^SAM\.ascend\(\): the 2 gradients"):
         opt.ascend()
@@ -326,7 +327,7 @@ def test_which_forwards_move_buffers(moved: str, compiled: bool) -> None:
 def test_an_overflow_at_either_point_skips_the_step(bad: int) -> None:
     model = network(norm=True, dtype=torch.float32)
     opt = fastdg.SAM(fastdg.Fishr(SGD(model.parameters(), lr=0.1, momentum=0.9), num_domains=3))
-    scaler = GradScaler("cpu", init_scale=2.0**8)
+    scaler = GradScaler(DEVICE, init_scale=2.0**8)
     x, y, domains = batch(0, torch.float32)
 
     def step(overflow: int | None) -> None:

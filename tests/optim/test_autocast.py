@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from scalers import WRAPPERS, alike, flat, start
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def losses_of(model: nn.Module, seed: int, autocast: bool) -> tuple[Tensor, Tens
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(9, 4, generator=generator), torch.randint(3, (9,), generator=generator)
     domains = torch.randint(3, (9,), generator=generator)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         return F.cross_entropy(model(x), y, reduction="none"), domains
 
 
@@ -42,7 +43,7 @@ def test_backward_in_the_block(name: str, forward: str, backend: str) -> None:
             for seed in range(4):
                 losses, domains = losses_of(model, seed, forward == "autocast")
                 opt.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
                     first = opt.backward(losses, domains, final=False)
                     losses, domains = losses_of(model, seed + 10, forward == "autocast")
                     mean = opt.backward(losses, domains)
@@ -70,6 +71,6 @@ def test_statistics_in_the_block(name: str, backend: str) -> None:
     for inside in (False, True):
         with fastdg.record(model) as tape:
             losses, domains = losses_of(model, 0, False)
-        with fastdg.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with fastdg.use_backend(backend), torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
             found.append(torch.utils._pytree.tree_leaves(STATISTICS[name](tape, losses, domains)))
     alike(*found)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import WRAPS, Network, model_of, wrap
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
@@ -270,7 +271,7 @@ def test_refusals() -> None:
     with pytest.raises(RuntimeError, match=r"^compiled: .*micro-batch"):
         backward(x, y, domains=domains)
     opt.zero_grad()
-    opt.backward(losses(x, y), domains, scaler=torch.amp.GradScaler("cpu"))
+    opt.backward(losses(x, y), domains, scaler=torch.amp.GradScaler(DEVICE))
     with pytest.raises(RuntimeError, match=r"^compiled: .*GradScaler"):
         backward(x, y, domains=domains)
     opt.zero_grad()

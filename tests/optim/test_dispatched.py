@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import WRAPS, Network, batch
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,7 +143,7 @@ def test_maps_stay_in_bfloat16(wrap: Callable[..., Any], beyond: int) -> None:
         model = models.resnet50().eval()
 
         def data(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 logits = model(torch.randn(12, 3, 32, 32))
                 losses = F.cross_entropy(logits, torch.arange(12), reduction="none")
             return losses, torch.arange(12) % 2

@@ -374,6 +374,7 @@ def held(cls: Any, domains: int) -> float:
     return measured(step)[1] / (4 * max(p.numel() for p in model.parameters()))
 
 
+@pytest.mark.cpu("memory of the CPU")
 def test_d_copies_of_the_gradient_never_exist() -> None:
     """Beyond what a plain step holds: at most the largest parameter's gradient."""
     plain, few = held(None, 12), held(fastdg.AgrSum, 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import EVERY, Network, batch, model_of, network, same
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -107,7 +108,7 @@ def test_a_grad_scaler(name: str, fused: bool) -> None:
     twin = copy.deepcopy(model)
     opt = PLAIN[name](Adam(model.parameters(), lr=0.1, fused=fused))
     plain = Adam(twin.parameters(), lr=0.1, fused=fused)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=2) for _ in "ab"]
+    scalers = [torch.amp.GradScaler(DEVICE, init_scale=2.0**30, growth_interval=2) for _ in "ab"]
     for seed in range(4):
         opt.zero_grad()
         plain.zero_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bases import EVERY, seeded
 from definitions import MAKES, alike, batches, close, losses_of, net
+from on_device import DEVICE
 from runs import Run
 from surgeries import gram_rule, step, surgery
 from torch.optim import SGD
@@ -163,7 +164,7 @@ def test_goes_on_bit_for_bit(name: str, way: str) -> None:
 def test_a_step_that_a_scaler_skips_leaves_the_state(name: str) -> None:
     model = torch.nn.Linear(4, 3)
     opt = getattr(fastdg, name)(SGD(model.parameters(), 0.1), num_domains=3, **SETTINGS[name])
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
 
     def take(factor: float) -> Any:
         opt.zero_grad()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from on_device import DEVICE
 from runs import Run
 from surgeries import Given, surgery
 from torch import Tensor, nn
@@ -277,7 +278,7 @@ def test_a_step_that_a_scaler_skips_leaves_the_state() -> None:
     model = given(6)
     g = torch.randn(3, 6).double()
     opt = fastdg.GramSurgery(SGD(model.parameters(), lr=0.1), A.GradVacWeighting(), num_domains=3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
 
     def scaled(factor: float) -> None:
         opt.zero_grad()

@@ -155,6 +155,7 @@ def peak(step: Any) -> int:
     return measured(step)[1]
 
 
+@pytest.mark.cpu("memory of the CPU")
 def test_iga_closure_holds_one_domain() -> None:
     """Not more than 1.2 times what one domain takes, however many there are."""
     model = nn.Sequential(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from definitions import close
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -341,7 +342,7 @@ def test_under_autocast_and_in_another_dtype() -> None:
     for dtype in (None, torch.bfloat16):
         model = Model(0, *CASES["windows"][2:3], linear())
         opt = miro(model, dtype=dtype)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             model(inputs(4))
         assert opt._encoders["layer"].layout == (0, 3)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from definitions import MAKES, alike, close, losses_of, net
 from fishes import Round, rounds
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
@@ -298,7 +299,7 @@ def test_a_parameter_that_one_domain_does_not_use() -> None:
 def test_a_step_that_a_scaler_skips_has_no_length() -> None:
     model = nn.Linear(4, 3)
     opt = fastdg.POGM(Adam(model.parameters(), lr=1e-2), num_domains=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
     for d, factor in ((0, 1.0), (1, float("inf")), (0, 1.0), (1, 1.0)):
         opt.zero_grad()
         losses = (model(torch.randn(5, 4)) * factor).square().sum(1)

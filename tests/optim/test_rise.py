@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -197,7 +198,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     opt = fastdg.RISE(base, model.embed, classes, anchors, **WEIGHTS)
     x, y, domains, t = data(0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(x.float())
         losses = F.cross_entropy(logits, y, reduction="none")
     opt.backward(losses, domains, labels=y.int(), logits=logits, teacher_logits=t.to(dtype))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from bases import network, wrap
 from definitions import MAKES, alike, batches, close, net
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -275,7 +276,7 @@ def test_a_grad_scaler_around_a_plain_optimizer() -> None:
     model = network()
     twin = copy.deepcopy(model)
     opt, plain = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model), SGD(twin.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     x = torch.randn(4, 4)
     scaler.scale(model(x).square().mean()).backward()
     scaler.step(opt)

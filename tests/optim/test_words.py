@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import WRAPS, batch, network
+from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -112,7 +113,7 @@ def test_the_plain_recipes() -> None:
     )
     with pytest.raises(RuntimeError, match=words):
         opt.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=False)
     scaler.scale(batch(model)[0].mean()).backward()
     with pytest.raises(RuntimeError, match=words):
         scaler.step(opt)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from on_device import DEVICE
 from oracle import (
     DOMAINS,
     assert_close,
@@ -482,7 +483,7 @@ def test_some_losses_do_not_depend_on_a_layer() -> None:
 def test_autocast() -> None:
     model, x = cnn().float(), images().float()
     target = torch.randint(0, 3, (N,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         with fastdg.record(model) as tape:
             losses = F.cross_entropy(model(x), target, reduction="none")
         inside = fastdg.domain_moments(tape, losses, DOMAINS)
