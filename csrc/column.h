@@ -8,7 +8,7 @@
 // The tensors of one parameter are its rows. x.from(row) reads the Value of a place, x.to(row, value)
 // writes it. An operator makes parts(op) passes over the columns, given one by one by with_part. At a place
 // a pass adds its rows_of(pass) rows one after the other to a State, and then finishes; what it adds to its
-// SUMS sums goes to the operator's results at place_of(pass, sum).
+// SUMS sums, of a type to which Values are added, goes to the operator's results at place_of(pass, sum).
 
 // Scalars side by side: independent chains of operations.
 template <class Scalar, int N>
@@ -149,9 +149,9 @@ FASTDG_DEVICE int place_of(const GramTile<WIDTH, DIAGONAL>& tile, int sum) {
   return (tile.row + row) * tile.domains + tile.column + (DIAGONAL ? row : 0) + sum;
 }
 
-template <int WIDTH, bool DIAGONAL, class Columns, class Value>
+template <int WIDTH, bool DIAGONAL, class Columns, class Value, class Sum>
 FASTDG_DEVICE void finish(const GramTile<WIDTH, DIAGONAL>& tile, const Columns& x,
-                          State<GramTile<WIDTH, DIAGONAL>, Value>&, Value* sums) {
+                          State<GramTile<WIDTH, DIAGONAL>, Value>&, Sum* sums) {
   Value right[WIDTH];
   FASTDG_UNROLL for (int n = 0; n < WIDTH; ++n) right[n] = x.from(tile.column + n);
   int sum = 0;
@@ -175,8 +175,8 @@ FASTDG_DEVICE void add(const Combine& op, const Columns& x, int d, State<Combine
   state.total += op.weights[d] * x.from(d);
 }
 
-template <class Columns, class Value>
-FASTDG_DEVICE void finish(const Combine& op, const Columns& x, State<Combine, Value>& state, Value*) {
+template <class Columns, class Value, class Sum>
+FASTDG_DEVICE void finish(const Combine& op, const Columns& x, State<Combine, Value>& state, Sum*) {
   x.to(op.domains, state.total);
 }
 
@@ -223,9 +223,9 @@ FASTDG_DEVICE void add(const Present<Agreement<SOFT>>& pass, const Columns& x, i
   if constexpr (SOFT) d == pass.first ? state.spread.begin(g) : state.spread.add(g);
 }
 
-template <bool SOFT, class Columns, class Value>
+template <bool SOFT, class Columns, class Value, class Sum>
 FASTDG_DEVICE void finish(const Present<Agreement<SOFT>>& pass, const Columns& x,
-                          State<Present<Agreement<SOFT>>, Value>& state, Value* sums) {
+                          State<Present<Agreement<SOFT>>, Value>& state, Sum* sums) {
   const Value common = absolute(state.balance);
   Value mask{};
   if constexpr (SOFT) {
@@ -244,8 +244,8 @@ FASTDG_DEVICE void finish(const Present<Agreement<SOFT>>& pass, const Columns& x
 
 // -- meta_step: row 0 after the inner steps and row 1 before them, both overwritten; their distance --
 
-template <class Columns, class Value>
-FASTDG_DEVICE void finish(const MetaStep& op, const Columns& x, State<MetaStep, Value>&, Value* sums) {
+template <class Columns, class Value, class Sum>
+FASTDG_DEVICE void finish(const MetaStep& op, const Columns& x, State<MetaStep, Value>&, Sum* sums) {
   const Value end = x.from(0), start = x.from(1), delta = end - start;
   sums[0] += delta * delta;
   // Exact at both ends.
@@ -281,16 +281,16 @@ FASTDG_DEVICE void add(const Present<Op>& pass, const Columns& x, int d, State<P
   d == pass.first ? state.begin(u) : state.add(u);
 }
 
-template <class Columns, class Value>
+template <class Columns, class Value, class Sum>
 FASTDG_DEVICE void finish(const Present<Gap>& pass, const Columns&, State<Present<Gap>, Value>& state,
-                          Value* sums) {
+                          Sum* sums) {
   if (pass.count > 0) sums[0] += state.around_mean(pass.count);
 }
 
 // Its derivative, a row for each domain; 0 for those absent.
-template <class Columns, class Value>
+template <class Columns, class Value, class Sum>
 FASTDG_DEVICE void finish(const Present<GapGradient>& pass, const Columns& x,
-                          State<Present<GapGradient>, Value>& state, Value*) {
+                          State<Present<GapGradient>, Value>& state, Sum*) {
   const GapGradient& op = pass.op;
   const float scale = 2 * *op.grad;
   const Value mean = state.mean(pass.count);

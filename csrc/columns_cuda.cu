@@ -47,32 +47,59 @@ struct Table {
   float* rows[ADDRESSES];
   int64_t size[TENSORS];
   int first_block[TENSORS + 1];  // of each tensor; the last entry is the grid
+  bool aligned[TENSORS];         // all rows begin at a multiple of 16 bytes
   int count, width;
 };
 static_assert(sizeof(Table) < (CUDART_VERSION >= 13000 ? 32000 : 3900));
 
-// N columns, one stride apart.
-template <class Value>
-struct Columns;
+// What is read by one pass alone takes no room in the caches, nor does what is written.
+template <class Op>
+constexpr bool READ_ONCE = true;
+template <>
+constexpr bool READ_ONCE<Gram> = false;
+template <>
+constexpr bool READ_ONCE<GapGradient> = false;
 
-template <int N>
-struct Columns<Pack<float, N>> {
+// Columns side by side: four of them in one access, or one.
+template <class Op, int N>
+struct Columns {
   float* const* rows;
   int64_t at;
-  int stride;
 
   FASTDG_DEVICE Pack<float, N> from(int row) const {
     const float* p = rows[row] + at;
-    return Pack<float, N>::each([&](int k) { return p[k * stride]; });
+    if constexpr (N == 1) return {{read(p)}};
+    else {
+      const float4 x = read(reinterpret_cast<const float4*>(p));
+      return {{x.x, x.y, x.z, x.w}};
+    }
   }
   FASTDG_DEVICE void to(int row, const Pack<float, N>& value) const {
     float* p = rows[row] + at;
-    FASTDG_UNROLL for (int k = 0; k < N; ++k) p[k * stride] = value.x[k];
+    if constexpr (N == 1) __stcs(p, value.x[0]);
+    else __stcs(reinterpret_cast<float4*>(p), make_float4(value.x[0], value.x[1], value.x[2], value.x[3]));
+  }
+
+ private:
+  template <class T>
+  static FASTDG_DEVICE T read(const T* p) {
+    if constexpr (READ_ONCE<Op>) return __ldcs(p);
+    else return __ldg(p);  // no row is read and written here
   }
 };
 
-template <class Pass, int N>
-FASTDG_DEVICE void at_place(const Pass& pass, const Columns<Pack<float, N>>& x, Pack<float, N>* sums) {
+// Adds up the columns of a Pack.
+struct Sum {
+  float x = 0;
+
+  template <int N>
+  FASTDG_DEVICE void operator+=(const Pack<float, N>& value) {
+    FASTDG_UNROLL for (int k = 0; k < N; ++k) x += value.x[k];
+  }
+};
+
+template <int N, class Op, class Pass>
+FASTDG_DEVICE void at_place(const Pass& pass, const Columns<Op, N>& x, Sum* sums) {
   State<Pass, Pack<float, N>> state;
   const int rows = rows_of(pass);
   for (int row = 0; row < rows; ++row) add(pass, x, row, state);
@@ -80,30 +107,21 @@ FASTDG_DEVICE void at_place(const Pass& pass, const Columns<Pack<float, N>>& x, 
 }
 
 // Threads `lane` of `lanes` over the columns; the sums of a thread in fp32, of a warp in double.
-template <int N, class Pass>
-FASTDG_DEVICE void pass_over(const Pass& pass, float* const* rows, Range columns, int lane, int lanes,
+template <class Op, class Pass>
+FASTDG_DEVICE void pass_over(const Pass& pass, float* const* rows, Range columns, bool aligned, int lane, int lanes,
                              double* sums) {
-  constexpr int ROOM = Pass::SUMS > 0 ? Pass::SUMS : 1;
-  Pack<float, N> wide[ROOM] = {};
-  Pack<float, 1> single[ROOM] = {};
-  int64_t k = columns.begin + lane;
-  for (; k + (N - 1) * lanes < columns.end; k += N * lanes)
-    at_place(pass, Columns<Pack<float, N>>{rows, k, lanes}, wide);
-  for (; k < columns.end; k += lanes) at_place(pass, Columns<Pack<float, 1>>{rows, k, lanes}, single);
+  constexpr int ROOM = Pass::SUMS > 0 ? Pass::SUMS : 1, N = 4;
+  Sum here[ROOM];
+  const int64_t whole = aligned ? columns.begin + (columns.end - columns.begin) / N * N : columns.begin;
+  for (int64_t k = columns.begin + N * lane; k < whole; k += N * lanes)
+    at_place<N>(pass, Columns<Op, N>{rows, k}, here);
+  for (int64_t k = whole + lane; k < columns.end; k += lanes) at_place<1>(pass, Columns<Op, 1>{rows, k}, here);
   FASTDG_UNROLL for (int s = 0; s < Pass::SUMS; ++s) {
-    double sum = single[s].x[0];
-    FASTDG_UNROLL for (int n = 0; n < N; ++n) sum += wide[s].x[n];
+    double sum = here[s].x;
     for (int half = WARP / 2; half > 0; half /= 2) sum += __shfl_down_sync(0xffffffff, sum, half);
     if (threadIdx.x % WARP == 0) sums[s] = sum;
   }
 }
-
-template <class Op>
-constexpr int PACK = 4;
-template <>
-constexpr int PACK<Gram> = 2;
-template <>
-constexpr int PACK<Agreement<true>> = 2;
 
 // The warps of a block: every part of the operator has `groups` of them, which share the columns. Parts
 // that would be more than the warps come in rounds.
@@ -146,7 +164,8 @@ __global__ void __launch_bounds__(MOST_WARPS * WARP)
     const int part = first + warp % shape.at_once;
     if (part < shape.parts)
       with_part(op, part, [&](const auto& pass) {
-        pass_over<PACK<Op>>(pass, rows, columns, group * WARP + lane, shape.groups * WARP, warp_sums[warp]);
+        pass_over<Op>(pass, rows, columns, table.aligned[tensor], group * WARP + lane, shape.groups * WARP,
+                      warp_sums[warp]);
       });
     __syncthreads();
     if (part < shape.parts && group == 0)
@@ -215,6 +234,9 @@ void for_each_table(const Operands& x, const Run& run) {
       flush();
     std::copy_n(x.rows(k), table.width, table.rows + table.count * table.width);
     table.size[table.count] = x.size(k);
+    table.aligned[table.count] = std::all_of(x.rows(k), x.rows(k) + table.width, [](const float* row) {
+      return reinterpret_cast<uintptr_t>(row) % sizeof(float4) == 0;
+    });
     table.first_block[table.count + 1] = table.first_block[table.count] + static_cast<int>(more);
     ++table.count;
   }

@@ -168,6 +168,27 @@ def test_any_order_of_the_threads_gives_the_same_bits(
         emulated(0)
 
 
+def test_four_columns_in_one_access(device: str) -> None:
+    """Where all rows of a tensor begin at a multiple of 16 bytes; else one by one."""
+    count = ctypes.CDLL(str(LIBRARIES[13000])).emulation_wide_accesses
+    weights, present = torch.ones(3), torch.ones(1, dtype=torch.bool)
+    for shift in (0, 1):
+        memory = torch.randn(4, 3, 132)[..., shift : shift + 128]
+        rows, one = list(memory[0].unbind()), memory[3, :1]
+        for name, args in {
+            "gram": (rows, 3),
+            "combine": (rows, weights),
+            "agreement": (rows, weights, 0.5, INF),
+            "agreement, soft": (rows, weights, 0.5, 3.0),
+            "meta_step": ([memory[1, 0]], [memory[2, 0]], 0.5),
+            "variance_gap": ([one], [], present, 0.0),
+            "variance_gap_backward": (torch.ones(()), [one], [], present, 0.0),
+        }.items():
+            before = count()
+            OPS[name.split(",")[0]](*args)
+            assert (count() > before) == (shift == 0), (name, shift)
+
+
 def test_more_rows_than_a_launch_takes_are_refused(device: str) -> None:
     row = torch.zeros(1)
     with pytest.raises(RuntimeError, match=r"gradients: .*5000"):

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -36,6 +37,29 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint64_t wide_accesses;  // of 16 bytes, since the library was loaded
+
+// Accesses with a hint. An address that the type does not divide is a fault of the device.
+template <class T>
+T __ldcs(const T* p) {
+  wide_accesses += sizeof(T) == 16;
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) abort();
+  return *p;
+}
+template <class T>
+T __ldg(const T* p) {
+  return __ldcs(p);
+}
+template <class T>
+void __stcs(T* p, T value) {
+  __ldcs(p);
+  *p = value;
+}
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };

@@ -21,6 +21,10 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return AOTI_TORCH_SUCCESS;
 }
 
+__attribute__((visibility("default"))) unsigned emulation_wide_accesses() {
+  return static_cast<unsigned>(wide_accesses);
+}
+
 __attribute__((visibility("default"))) void emulation_schedule(unsigned seed) {
   emulation::shuffled = seed != 0;
   emulation::shuffler.seed(seed);
