@@ -50,4 +50,4 @@ def test_a_domain_on_each_rank_is_no_habit(pool: Pool) -> None:
     first, second = pool.run(2, one_domain_each)
     assert second == []
     (text,) = first
-    assert "VREx compares the domains of a step, but 20 of the last 20 steps saw one" in text
+    assert "VREx compares the domains of a step, but each of the last 20 steps saw one" in text
