@@ -39,7 +39,7 @@ class GramSurgery(WeightedCombiner):
     of zeros all the weight, and means (UPGrad) count them: use ``"drop"`` for these.
 
     A weighting's buffers, attributes and the objects that it holds are in ``state_dict`` and resume
-    bit for bit. A function's own variables are not.
+    bit for bit. A function's own variables are not. On several ranks the weights are rank 0's.
 
     TorchJD's ``PCGradWeighting`` and others work after ``pip install torchjd``,
     ``UPGradWeighting`` and ``DualProjWeighting`` after ``pip install 'fastdg[weightings]'``. These

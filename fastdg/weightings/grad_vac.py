@@ -31,9 +31,8 @@ class GradVac(GramWeighting):
     Args:
         beta: share of a new cosine in the average, in [0, 1]. Default: that of LibMTL and TorchJD.
         reduction: ``"sum"``, the paper's, or ``"mean"`` over the domains.
-        generator: where the orders come from; None: torch's own on the CPU, which is other on each
-            rank. Within an optimizer on several ranks use `fastdg.GradVac`, or a generator with
-            the same seed on all.
+        generator: where the orders come from; None: torch's own on the CPU. Within an optimizer on
+            several ranks the weights are rank 0's.
 
     State is :math:`\hat\phi` ``[D, D]``, as `phi`, and the generator's.
 
@@ -44,6 +43,7 @@ class GradVac(GramWeighting):
     """
 
     keeps_state = True
+    same_on_all_ranks = False  # of orders that are drawn
 
     def __init__(
         self,

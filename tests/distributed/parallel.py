@@ -41,6 +41,11 @@ def even(gram: Tensor) -> Tensor:
     return gram.diagonal().softmax(0).to(gram.dtype)
 
 
+def drawn(gram: Tensor) -> Tensor:
+    """Weights from torch's own stream, which is another on each rank."""
+    return torch.rand(len(gram)).to(gram)
+
+
 def miro(base: Optimizer, model: Net) -> fastdg.MIRO:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(5)
@@ -124,6 +129,7 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "NashMTL": lambda base, model: fastdg.NashMTL(base, update_every=2, num_domains=DOMAINS),
     "FairGrad": lambda base, model: fastdg.FairGrad(base, alpha=2.0),
     "GradVac": lambda base, model: fastdg.GradVac(base, generator=seeded(), num_domains=DOMAINS),
+    "GramSurgery(drawn)": lambda base, model: fastdg.GramSurgery(base, drawn),
     "GGAL": lambda base, model: fastdg.GGAL(base, gamma=0.1, generator=seeded()),
     "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),

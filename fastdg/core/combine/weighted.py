@@ -101,6 +101,8 @@ class WeightedCombiner(GradientCombiner):
                 f"weighting: it must return weights of shape {tuple(gram.shape[:1])} for a "
                 f"Gram matrix of shape {tuple(gram.shape)}, got {tuple(weights.shape)}."
             )
+        if self._ranks.size > 1 and not getattr(self.weighting, "same_on_all_ranks", False):
+            weights = self._ranks.broadcast_from_rank0(weights.detach()).to(weights.device)
         return weights.where(finite, torch.nan) if scaled else weights
 
     def warn_of_absent(self) -> None:
