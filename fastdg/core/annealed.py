@@ -15,7 +15,7 @@ class Annealed(DomainOptimizer):
     objective.
     """
 
-    lr: float | None = None  # learning rate from that step on
+    lr_after_anneal: float | None = None  # learning rate from that step on
     penalty_weight: float
     anneal_steps: int = hyper(500, check_count)
     pre_anneal_weight: float = hyper(1.0, check_weight)
@@ -30,9 +30,9 @@ class Annealed(DomainOptimizer):
         if self.steps == self.anneal_steps:
             if self.anneal_steps:
                 self.renew_base()
-            if self.lr is not None:
+            if self.lr_after_anneal is not None:
                 for group in self.param_groups:
-                    group["lr"] = self.lr
+                    group["lr"] = self.lr_after_anneal
 
     def renew_base(self) -> None:
         """Let the wrapped optimizer start anew, if ``reset_base``."""

@@ -274,7 +274,7 @@ ENTRIES |= {
             partial(EQRM, gradient="domainbed"),
             quantile="eqrm_quantile",
             anneal_steps="eqrm_burnin_iters",
-            lr="eqrm_lr",
+            lr_after_anneal="eqrm_lr",
         ),
         {"loss": "objective"},
     ),
@@ -285,7 +285,7 @@ ENTRIES |= {
             penalty_weight="rdm_lambda",
             variance_weight="variance_weight",
             anneal_steps="rdm_penalty_anneal_iters",
-            lr="rdm_lr",
+            lr_after_anneal="rdm_lr",
         ),
         {
             "loss": "objective",

@@ -53,6 +53,25 @@ class POGM(fastdg.POGM):
         return super().backward(losses, domains * 0 + self._domain, final, **inputs)
 
 
+def with_made_up_inputs(kind: Any) -> Any:
+    """The wrapper, which takes the losses for features and logits, so that it may be given what all
+    are given."""
+
+    def backward(
+        self: Any, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        names = {"features"} & {*self.takes} or {"logits"}
+        made = dict.fromkeys(names, losses.unsqueeze(1))
+        return kind.backward(self, losses, domains, final, **{**made, **inputs})
+
+    return type(kind.__name__, (kind,), {"backward": backward, "__module__": __name__})
+
+
+CORAL, IBERM, IBIRM, MMD, SD = map(
+    with_made_up_inputs, (fastdg.CORAL, fastdg.IBERM, fastdg.IBIRM, fastdg.MMD, fastdg.SD)
+)
+
+
 WRAPS: dict[str, Wrap] = {
     "Fishr": wrap,
     "ERM": fastdg.ERM,
@@ -68,6 +87,12 @@ WRAPS: dict[str, Wrap] = {
     "IRM": lambda base, **more: fastdg.IRM(base, **{"anneal_steps": 2, **more}),
     "VREx": lambda base, **more: fastdg.VREx(base, **{"anneal_steps": 2, **more}),
     "GroupDRO": lambda base, **more: fastdg.GroupDRO(base, **{"eta": 0.5, **more}),
+    "EQRM": lambda base, **more: fastdg.EQRM(base, **{"anneal_steps": 2, **more}),
+    "RDM": lambda base, **more: fastdg.RDM(
+        base, **{"penalty_weight": 0.1, "anneal_steps": 2, **more}
+    ),
+    "CORAL": CORAL,
+    "IBIRM": lambda base, **more: IBIRM(base, **{"anneal_steps": 2, **more}),
     "MIRO": lambda base, **more: miro(base, **more),
     "Fishr(MIRO)": lambda base, **more: wrap(miro(base), **more),
     "AgrSum(MIRO)": lambda base, **more: fastdg.AgrSum(miro(base), **more),
@@ -75,8 +100,8 @@ WRAPS: dict[str, Wrap] = {
     "SWAD(Fishr)": lambda base, **more: fastdg.SWAD(wrap(base, **more), model_of(base)),
 }
 
-# One function of the Gram matrix each, and all else CAGrad's, AgrRand's or Fish's: these keep the
-# contract, too, and are not tried again in every framework
+# One function of the Gram matrix or of features each, and all else CAGrad's, AgrRand's, Fish's,
+# CORAL's or MIRO's: these keep the contract, too, and are not tried again in every framework
 RULES: dict[str, Wrap] = {
     "MGDA": fastdg.MGDA,
     "UPGrad": fastdg.UPGrad,
@@ -90,6 +115,8 @@ RULES: dict[str, Wrap] = {
         base, **{"num_domains": 3, "generator": seeded(), **more}
     ),
 }
+RULES |= {"MMD": MMD, "SD": SD}
+RULES["IBERM"] = lambda base, **more: IBERM(base, **{"anneal_steps": 2, **more})
 RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
 RULES["POGM"] = lambda base, **more: POGM(base, **{"num_domains": 3, **more})
 EVERY = {**WRAPS, **RULES}

@@ -290,7 +290,7 @@ def test_eqrm_and_domains_that_are_absent_or_equal() -> None:
 @pytest.mark.parametrize("kind", [fastdg.EQRM, fastdg.RDM])
 def test_the_burn_in_ends_with_a_new_optimizer_and_its_rate(kind: Any) -> None:
     model = network()
-    opt = kind(Adam(model.parameters(), 1e-2), anneal_steps=2, lr=1e-4)
+    opt = kind(Adam(model.parameters(), 1e-2), anneal_steps=2, lr_after_anneal=1e-4)
     for step in range(4):
         f = forward(model, *batch(0))
         if step < 2:

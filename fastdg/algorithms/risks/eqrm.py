@@ -39,7 +39,7 @@ class EQRM(Annealed):
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a term.
         quantile: :math:`\alpha` in (0, 1).
         anneal_steps: steps on the mean of the domains' losses before (the burn-in).
-        lr: learning rate of all groups after that; None: it stays. DomainBed has 1e-6.
+        lr_after_anneal: learning rate of all groups from then on; None: it stays. DomainBed: 1e-6.
         reset_base: clear the wrapped optimizer's state (moments, steps) when the burn-in ends.
         gradient: ``"exact"``: of q, as above. ``"domainbed"``: DomainBed's, which differentiates
             the ends of the bisection's interval alone, :math:`\min\ell + h z_\alpha` and
@@ -67,7 +67,7 @@ class EQRM(Annealed):
 
     quantile: float = hyper(0.75, check_inside)
     anneal_steps: int = hyper(2500, check_count)
-    lr: float | None = hyper(None, check_rate)
+    lr_after_anneal: float | None = hyper(None, check_rate)
     gradient: Literal["exact", "domainbed"] = hyper("exact", check_one_of("exact", "domainbed"))
 
     def objective(self, batch: StepBatch) -> Tensor:

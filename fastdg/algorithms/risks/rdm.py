@@ -33,7 +33,8 @@ class RDM(Annealed):
             and DomainNet.
         anneal_steps: steps before that, with ``pre_anneal_weight`` and no variance.
         pre_anneal_weight: w before ``anneal_steps``.
-        lr: learning rate of all groups after that; None: it stays. DomainBed has 1.5e-5.
+        lr_after_anneal: learning rate of all groups from then on; None: it stays.
+            DomainBed has 1.5e-5.
         reset_base: clear the wrapped optimizer's state (moments, steps) when the anneal ends.
         num_domains: D; default: as many as have been seen. A domain without samples in a batch
             takes no part in it; the variance of one sample is 0.
@@ -57,7 +58,7 @@ class RDM(Annealed):
     variance_weight: float = hyper(0.004, check_weight)
     anneal_steps: int = hyper(1500, check_count)
     pre_anneal_weight: float = hyper(0.0, check_weight)
-    lr: float | None = hyper(None, check_rate)
+    lr_after_anneal: float | None = hyper(None, check_rate)
 
     def objective(self, batch: StepBatch) -> Tensor:
         losses = batch.gathered([part.losses for part in batch.parts])
