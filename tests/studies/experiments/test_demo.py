@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fastdg import Fishr
 from fastdg.cli.tables import demo_tables
+from fastdg.figure_style import COLOURS
 from fastdg.studies.data.digits import TASKS
 from fastdg.studies.experiments import demo, pretraining, training
 from fastdg.studies.experiments.demo import Plan
@@ -387,6 +388,11 @@ def test_tables_fit_the_terminal(task: str, width: int) -> None:
         assert words in text
     for domain in TASKS[task](0).tested:
         assert TASKS[task](0).domains[domain] in text
+
+
+def test_every_algorithm_has_a_colour_of_its_own() -> None:
+    colours = [COLOURS[name] for name in ALGORITHMS]
+    assert len(set(colours)) == len(colours)
 
 
 def test_the_error_of_one_value_is_not_a_number() -> None:
