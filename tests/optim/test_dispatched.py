@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import WRAPS, Network, batch
+from bases import RULES, WRAPS, Network, batch
 from on_device import DEVICE
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -94,7 +94,7 @@ def watched(
 
 
 @pytest.mark.parametrize("rich", [False, True], ids=["small", "every layer"])
-@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize("name", [*WRAPS, *RULES])
 def test_nothing_is_added_up_in_any_order(name: str, rich: bool) -> None:
     if rich and ("MIRO" in name or "SWAD" in name or name == "RISE"):
         pytest.skip("looks for its own network")
@@ -105,9 +105,25 @@ def test_nothing_is_added_up_in_any_order(name: str, rich: bool) -> None:
         model = Rich() if rich else Network()
         base = SGD(model.parameters(), lr=0.01)
         all_layers = {"params": "all"} if name == "Fishr" else {}
-        opt = base if plain else WRAPS[name](base, **all_layers)
+        opt = base if plain else (WRAPS | RULES)[name](base, **all_layers)
         found.append(watched(model, opt, data, plain).unordered)
     assert not found[1] - found[0]
+
+
+@pytest.mark.parametrize("name", ["CORAL", "MMD", "IBERM", "IBIRM", "SD", "EQRM", "RDM"])
+def test_nor_by_objectives_of_features(name: str) -> None:
+    model, domains = Network(), torch.arange(12) % 3
+    opt = getattr(fastdg, name)(SGD(model.parameters(), lr=0.01))
+    for _ in range(3):
+        opt.zero_grad()
+        with Watch(12) as watch:
+            features = model[1](model[0](torch.randn(12, 4)))
+            logits = model[2](features)
+            losses = F.cross_entropy(logits, domains, reduction="none")
+            given = {"SD": {"logits": logits}, "EQRM": {}, "RDM": {}}
+            opt.backward(losses, domains, **given.get(name, {"features": features}))
+            opt.step()
+    assert not watch.unordered
 
 
 def test_nor_by_the_references_of_ops_without_a_kernel() -> None:
