@@ -90,7 +90,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "VREx": lambda base, model: fastdg.VREx(base, anneal_steps=2),
     "GroupDRO": lambda base, model: fastdg.GroupDRO(base, eta=0.5),
     "EQRM": lambda base, model: fastdg.EQRM(base, anneal_steps=2),
-    "RDM": lambda base, model: fastdg.RDM(base, penalty_weight=0.1, anneal_steps=2),
+    "RDM": lambda base, model: fastdg.RDM(base, penalty_weight=0.01, anneal_steps=2),
     "SD": lambda base, model: fastdg.SD(base, weight=0.5),
     "CORAL": lambda base, model: fastdg.CORAL(base),
     "MMD": lambda base, model: fastdg.MMD(base, penalty_weight=0.05),
