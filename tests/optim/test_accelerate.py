@@ -18,12 +18,16 @@ accelerate = pytest.importorskip("accelerate", reason="accelerate is not install
 
 @pytest.fixture(autouse=True)
 def _anew() -> Iterator[None]:
-    """Accelerate keeps its settings for the whole process."""
-    yield
+    """Accelerate keeps its settings for the whole process, and so does the Trainer that uses it."""
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    def reset() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
 
 
 def run(
