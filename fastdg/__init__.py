@@ -59,6 +59,13 @@ from .statistics.api import (
 from .statistics.check import check
 from .statistics.moments import DomainMoments
 from .statistics.record import record
+from .statistics.samples import (
+    GradientNoise,
+    clipped_gradient,
+    gradient_noise,
+    per_sample_gram,
+    per_sample_products,
+)
 from .text import TextTables, text_tables
 from .tracking import log
 
@@ -104,6 +111,7 @@ __all__ = [
     "Fish",
     "Fishr",
     "GradVac",
+    "GradientNoise",
     "GramSurgery",
     "GroupDRO",
     "Lookup",
@@ -121,18 +129,22 @@ __all__ = [
     "VREx",
     "backends",
     "check",
+    "clipped_gradient",
     "compiled",
     "domain_gradients",
     "domain_gram",
     "domain_moments",
     "explain",
     "func",
+    "gradient_noise",
     "log",
     "mix_students",
     "mix_teachers",
     "ops",
     "per_sample_gradients",
+    "per_sample_gram",
     "per_sample_norms",
+    "per_sample_products",
     "record",
     "register_rule",
     "text_tables",

@@ -85,6 +85,16 @@ class PerSampleGrad(ABC):
         rows = flat(self.domain(partition))
         return rows @ rows.t()
 
+    def products(self, directions: Tensor) -> Tensor:
+        """Compute inner products with ``directions [K, *shape]``, ``[N, K]``."""
+        rows = flat(to_statistics_dtype(self.per_sample()))
+        return rows @ flat(directions.to(rows.dtype)).t()
+
+    def sample_gram(self) -> Tensor:
+        """Compute inner products of the samples' gradients, ``[N, N]``."""
+        rows = flat(to_statistics_dtype(self.per_sample()))
+        return rows @ rows.t()
+
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:

@@ -114,6 +114,21 @@ class Outer(PerSampleGrad):
         grads = torch.bmm(delta.transpose(1, 2), unfold(a, self.window))
         return grads.reshape(self.samples, *self.shape)
 
+    def products(self, directions: Tensor) -> Tensor:
+        if self.groups > 1:
+            return super().products(directions)
+        a = to_statistics_dtype(unfold(self.a, self.window))
+        delta = to_statistics_dtype(self.delta)
+        weights = directions.to(a.dtype).reshape(len(directions), delta.shape[2], a.shape[2])
+        found = [((a @ weight.t()) * delta).sum((1, 2)) for weight in weights]
+        return torch.stack(found, 1)
+
+    def sample_gram(self) -> Tensor:
+        if self.groups > 1 or self.window or self.a.shape[1] > 1:
+            return super().sample_gram()
+        a, delta = (to_statistics_dtype(x.squeeze(1)) for x in (self.a, self.delta))
+        return (a @ a.t()) * (delta @ delta.t())
+
     def norms(self) -> Tensor:
         return ops.outer_norms(*self._grouped(), self.window).view(self.samples, -1).sum(1)
 

@@ -19,10 +19,12 @@ SAYS = {
     "gradient_statistics": "cosines between the domains",
     "lightning_training": "Manual: 16 steps",
     "log_statistics": "cosine",
+    "mislabelled": "have a label that was flipped",
     "miro_swad": "averaged",
     "quickstart": "on a new one",
     "resume": "validation loss",
     "rise": "rise_distillation after 8 steps",
+    "sam": "SAM(Fishr): ",
     "trainer_training": "16 steps",
 }
 NEEDS = {
@@ -48,6 +50,9 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "quickstart":
         plain, fishr = map(int, re.findall(r"(\d+) % on a new one", said))
         assert fishr > plain + 20
+    if name == "mislabelled":
+        found, chance = map(int, re.findall(r"(\d+) %", said))
+        assert found > 2 * chance
 
 
 def test_none_is_forgotten() -> None:
