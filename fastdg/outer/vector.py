@@ -44,6 +44,12 @@ class Vector:
         """The vector divided by its norm."""
         return self * (1 / (self.norm() + TINY))
 
+    def beside(self, other: Vector) -> Vector:
+        """The part that is orthogonal to ``other``; the whole vector where that is 0."""
+        square = other.square()
+        share = (self.dot(other) / square).where(square > 0, 0.0)
+        return self - share * other
+
     def map(self, function: Callable[[Tensor, Tensor], Tensor]) -> Vector:
         """Compute ``function(parameter, value)`` for each parameter."""
         parts = {p: function(local(p).detach(), _dense(x)) for p, x in self.parts.items()}

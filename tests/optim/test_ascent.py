@@ -212,6 +212,19 @@ def test_a_quadratic_has_a_closed_form(kind: str, factor: Callable[..., Tensor])
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [0.0, 1e-30])  # the square of 1e-30 is 0 in float32
+def test_gradients_that_are_zero_leave_the_weights_finite(kind: str, scale: float) -> None:
+    model = network(dtype=torch.float32)
+    opt, (x, y, domains), before = (
+        KINDS[kind][0](SGD(model.parameters(), 0.1)),
+        batch(0),
+        flat(model),
+    )
+    opt.step(lambda: (losses_of(model, x.float(), y) * scale, domains))
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_come_back_bit_for_bit(kind: str) -> None:
     model = network(dtype=torch.float32)
     opt = KINDS[kind][0](SGD(model.parameters(), lr=0.0))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
 
@@ -199,6 +199,16 @@ def test_wrong_inputs_are_told() -> None:
     assert [p.grad for p in model.parameters()] == before
     with pytest.raises(TypeError, match=r"^logits: SD needs logits"):
         fastdg.SD(Adam(model.parameters())).backward(forward(model, *batch(0)).losses, f.domains)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sd_squares_halves_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[300.0, -2.0], [1.5, 0.25]]).to(dtype).requires_grad_()  # 300^2 > 65504
+    losses = F.cross_entropy(logits.float(), torch.tensor([0, 1]), reduction="none")
+    opt = fastdg.SD(SGD([logits], 1.0), weight=0.2)
+    opt.backward(losses, torch.tensor([0, 1]), logits=logits)
+    expected = logits.detach().float().square().mean()
+    torch.testing.assert_close(opt.statistics["sd"], expected)
 
 
 def test_a_term_inside_and_an_algorithm_around() -> None:

@@ -52,5 +52,4 @@ class GAM(Ascent):
         second = yield there
         third = yield there + self.grad_rho * second.unit()
         along = self.beta1 * first + self.beta3 * third
-        mean = gradient + self.beta2 * second
-        return along - self.gamma * (mean - (mean.dot(along) / along.square()) * along)
+        return along - self.gamma * (gradient + self.beta2 * second).beside(along)

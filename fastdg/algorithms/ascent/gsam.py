@@ -35,5 +35,4 @@ class GSAM(SAM):
 
     def trajectory(self, gradient: Vector) -> Trajectory:
         ascended = yield self.worst(gradient)
-        along = gradient.dot(ascended) / ascended.square()
-        return ascended - self.alpha * (gradient - along * ascended)
+        return ascended - self.alpha * gradient.beside(ascended)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...core.hyper import check_weight, hyper
 from ...core.term import Term
+from ...dtypes import to_statistics_dtype
 
 
 class SD(Term):
@@ -40,6 +41,6 @@ class SD(Term):
     weight: float = hyper(0.1, check_weight)
 
     def sample_penalty(self, losses: Tensor, *, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        values = logits.flatten(1).square().mean(1)
+        values = to_statistics_dtype(logits).flatten(1).square().mean(1)
         total, _ = self.weighted({"": (self.weight, values)})
         return total, {"sd": values.detach().mean()}
