@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..core.combine.combiner import Combined, DomainGradients
 from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
-from ..core.hyper import check_weight, hyper
+from ..core.hyper import check_one_of, check_weight, hyper
 from ..distributed.sharding import own_part
-
-
-def check_noise(name: str, value: Any) -> None:
-    if value not in ("normal", "uniform"):
-        raise ValueError(f"{name}: expected 'normal' or 'uniform', got {value!r}")
 
 
 class GGAL(RandomCombiner):
@@ -56,7 +51,7 @@ class GGAL(RandomCombiner):
     prefix = "ggal"
 
     gamma: float = hyper(0.001, check_weight)
-    noise: Literal["normal", "uniform"] = hyper("normal", check_noise)
+    noise: Literal["normal", "uniform"] = hyper("normal", check_one_of("normal", "uniform"))
 
     def combine(self, gradients: DomainGradients) -> Combined:
         gram = gradients.gram()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..averaging.trajectories import Trajectories
-from ..core.hyper import argument, check_steps, check_weight, hyper
+from ..core.hyper import argument, check_one_of, check_steps, check_weight, hyper
 from ..core.step_batch import StepBatch
 from ..weightings.cagrad import CAGrad
-
-
-def check_solver(name: str, value: Any) -> None:
-    if value not in ("exact", "official"):
-        raise ValueError(f"{name}: expected 'exact' or 'official', got {value!r}")
 
 
 class POGM(Trajectories):
@@ -78,7 +73,7 @@ class POGM(Trajectories):
     meta_lr: float = hyper(0.5, check_weight)
     c: float = hyper(0.5, check_weight)
     domain_steps: int = hyper(1, check_steps)
-    solver: Literal["exact", "official"] = hyper("exact", check_solver)
+    solver: Literal["exact", "official"] = hyper("exact", check_one_of("exact", "official"))
     num_domains: int = argument(check_steps, kw_only=True)
 
     def objective(self, batch: StepBatch) -> Tensor:

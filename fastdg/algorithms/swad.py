@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..averaging.averaged import Averaged
 from ..averaging.averages import Segments
-from ..averaging.valley import RULES, check_rule
-from ..core.hyper import argument, check_module, check_steps, check_weight, hyper
+from ..averaging.valley import RULES
+from ..core.hyper import argument, check_module, check_one_of, check_steps, check_weight, hyper
 
 
 class SWAD(Averaged):
@@ -95,7 +95,7 @@ class SWAD(Averaged):
     n_converge: int = hyper(3, check_steps)
     n_tolerance: int = hyper(6, check_steps)
     tolerance_ratio: float = hyper(0.3, check_weight)
-    rule: Literal["paper", "code"] = hyper("paper", check_rule)
+    rule: Literal["paper", "code"] = hyper("paper", check_one_of(*RULES))
 
     @torch.no_grad()
     def evaluate(self, validation_loss: float | Tensor) -> None:

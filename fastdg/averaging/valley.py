@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Valley(NamedTuple):
@@ -121,8 +121,3 @@ RULES = {
     "paper": Rule(True, _after_by_the_paper, lambda losses, threshold: range(len(losses)), True),
     "code": Rule(False, _after_by_the_code, _rest_by_the_code, False),
 }
-
-
-def check_rule(name: str, value: Any) -> None:
-    if value not in RULES:
-        raise ValueError(f"{name}: expected 'paper' or 'code', got {value!r}.")

@@ -251,6 +251,16 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected None or a decay in [0, 1), got {value!r}.")
 
 
+def optional(check: Check) -> Check:
+    """Return a check that a value is None or passes ``check``."""
+
+    def check_unless_none(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return check_unless_none
+
+
 def check_one_of(*values: str) -> Check:
     """Return a check that a value is one of ``values``."""
     *others, last = map(repr, values)
@@ -277,11 +287,6 @@ def check_inside(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
 
 
-def check_rate(name: str, value: Any) -> None:
-    if value is not None:
-        check_weight(name, value)
-
-
 def check_steepness(name: str, value: Any) -> None:
     if not (_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}.")
@@ -292,19 +297,13 @@ def check_switch(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected True or False, got {value!r}.")
 
 
-def check_extent(name: str, value: Any) -> None:
-    if value is not None:
-        check_steps(name, value)
-
-
-def check_model(name: str, value: Any) -> None:
-    if value is not None:
-        check_module(name, value)
-
-
 def check_module(name: str, value: Any) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}.")
+
+
+check_rate, check_norm = optional(check_weight), optional(check_steepness)
+check_extent, check_model = optional(check_steps), optional(check_module)
 
 
 def check_generator(name: str, value: Any) -> None:

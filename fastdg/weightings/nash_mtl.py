@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.hyper import check_steepness, check_steps, check_switch
+from ..core.hyper import check_norm, check_steps, check_switch
 from .fair_grad import fair
 from .gram import Gram, GramWeighting
 
@@ -84,13 +84,3 @@ class NashMTL(GramWeighting):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the `state_dict` of another one."""
         self.calls, self.last = state["calls"], state["last"]
-
-
-def check_norm(name: str, value: Any) -> None:
-    if value is not None:
-        try:
-            check_steepness(name, value)
-        except ValueError:
-            raise ValueError(
-                f"{name}: expected None or a finite number > 0, got {value!r}"
-            ) from None

@@ -17,7 +17,7 @@ class CORAL(FeatureMatching):
 
     :math:`\mu_d` and :math:`C_d` are mean and unbiased covariance of the features of domain d. This
     is DomainBed's form; the paper has covariances alone, between a source and a target domain, with
-    the factor :math:`1/(4F^2)`. The penalty costs D products ``[F, n_d] [n_d, F]``.
+    the factor :math:`1/(4F^2)`. The penalty costs D products ``[F, N] [N, F]``.
 
     Pass the features ``[N, *]``, with their graph, to `backward`. They may come in micro-batches,
     and from several ranks: the penalty is of all of them.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
-from torch.amp import GradScaler
 
 from ...core.annealed import Annealed
 from ...core.hyper import check_weight, hyper
@@ -60,21 +57,6 @@ class IBERM(Annealed):
 
     penalty_weight: float = hyper(100.0, check_weight)
     pre_anneal_weight: float = hyper(0.0, check_weight)
-
-    def backward(
-        self,
-        losses: Tensor,
-        domains: Tensor | int | None = None,
-        final: bool = True,
-        *,
-        scaler: GradScaler | None = None,
-        features: Tensor | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Call `DomainOptimizer.backward` with the features ``[N, *]`` of the samples, with their
-        graph."""
-        inputs["features"] = features
-        return super().backward(losses, domains, final, scaler=scaler, **inputs)
 
     def objective(self, batch: StepBatch) -> Tensor:
         risk = batch.domain_mean(batch.domain_losses)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...core.hyper import check_count, check_weight, hyper
@@ -36,18 +34,6 @@ class IBIRM(IRM):
 
     bottleneck_weight: float = hyper(100.0, check_weight)
     bottleneck_anneal_steps: int = hyper(500, check_count)
-
-    def backward(
-        self,
-        losses: Tensor,
-        domains: Tensor | int | None = None,
-        final: bool = True,
-        logits: Tensor | None = None,
-        features: Tensor | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Call `IRM.backward` with the features ``[N, *]`` of the samples, with their graph."""
-        return super().backward(losses, domains, final, logits, features=features, **inputs)
 
     def objective(self, batch: StepBatch) -> Tensor:
         objective, bottleneck = super().objective(batch), feature_variance(batch)

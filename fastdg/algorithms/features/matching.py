@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 from torch import Tensor
-from torch.amp import GradScaler
 
 from ...core.hyper import check_weight, hyper
 from ...core.optimizer import DomainOptimizer
@@ -22,21 +20,6 @@ class FeatureMatching(DomainOptimizer):
     takes = ("features",)
 
     penalty_weight: float = hyper(1.0, check_weight)
-
-    def backward(
-        self,
-        losses: Tensor,
-        domains: Tensor | int | None = None,
-        final: bool = True,
-        *,
-        scaler: GradScaler | None = None,
-        features: Tensor | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Call `DomainOptimizer.backward` with the features ``[N, *]`` of the samples, with their
-        graph: the input of the classifier, for example."""
-        inputs["features"] = features
-        return super().backward(losses, domains, final, scaler=scaler, **inputs)
 
     def objective(self, batch: StepBatch) -> Tensor:
         features = batch.gathered([x.flatten(1) for x in batch.input("features")])

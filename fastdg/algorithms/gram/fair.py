@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ... import weightings
-from ...core.hyper import check_steepness, check_steps, check_switch, hyper
-from ...weightings.nash_mtl import check_norm
+from ...core.hyper import check_norm, check_steepness, check_steps, check_switch, hyper
 from .rule import GramRule
 
 

@@ -18,11 +18,11 @@ class GramRule(GramSurgery):
     """
 
     rule: ClassVar[type[GramWeighting]]
-    normalize = None  # type: ignore[assignment]  # no argument of these wrappers
+    normalize = False  # no argument of these wrappers
 
     def _start(self) -> None:
         super()._start()
-        self._rule, self.normalize = self.rule(), False
+        self._rule = self.rule()
         known = declared(type(self))
         names = inspect.signature(self.rule).parameters
         self._settings = [name for name in names if isinstance(known.get(name), Hyper)]
