@@ -118,6 +118,34 @@ def check_ids(ids: Tensor, num_domains: int | None) -> int:
     return num_domains
 
 
+def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
+    """Concatenate the losses of several tasks; the domain of a loss is the place of its task.
+
+    Args:
+        losses: a list of losses ``[N_k]``, or 0-dim, one for each task; anything else is returned
+            as it is.
+
+    Raises:
+        TypeError, ValueError: an entry is no tensor of losses; ``domains`` are given, too.
+    """
+    if not isinstance(losses, (list, tuple)):
+        return losses, domains
+    if domains is not None:
+        raise ValueError(
+            "domains: expected none with the losses of several tasks, as each task is a domain. "
+            "Pass one tensor of losses to give domains."
+        )
+    for k, x in enumerate(losses):
+        if not isinstance(x, Tensor) or x.dim() > 1:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"losses: expected tensors (N,) or 0-dim, got {got} for task {k}.")
+    if not losses:
+        raise ValueError("losses: expected the losses of at least one task, got an empty list.")
+    rows = [x.reshape(-1) for x in losses]
+    sizes = torch.tensor([len(x) for x in rows])
+    return torch.cat(rows), torch.arange(len(rows)).repeat_interleave(sizes)
+
+
 def as_ids(domains: Any, samples: int | None = None) -> Tensor:
     """Return ``domains`` as an integer tensor; a single integer is the domain of all ``samples``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,7 +71,7 @@ class IRM(Annealed):
 
     def backward(
         self,
-        losses: Tensor,
+        losses: Tensor | Sequence[Tensor],
         domains: Tensor | int | None = None,
         final: bool = True,
         logits: Tensor | None = None,

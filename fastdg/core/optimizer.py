@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 
 from ..capture.head_output import HeadOutputs
 from ..distributed.global_batch import GlobalBatch
-from ..domains import as_ids, partition
+from ..domains import as_ids, of_tasks, partition
 from ..dtypes import to_statistics_dtype
 from ..gradients.plain import without_autocast
 from ..gradients.tape import TrackedForward, check_losses
@@ -68,7 +68,7 @@ class DomainOptimizer(Configured):
 
     def backward(
         self,
-        losses: Tensor,
+        losses: Tensor | Sequence[Tensor],
         domains: Tensor | int | None = None,
         final: bool = True,
         *,
@@ -78,7 +78,8 @@ class DomainOptimizer(Configured):
         """Add the algorithm's gradient to ``.grad``, in place of ``losses.mean().backward()``.
 
         Args:
-            losses: one loss per sample ``[N]``, from ``reduction="none"``.
+            losses: one loss per sample ``[N]``, from ``reduction="none"``. Or a list with the
+                losses of each task, ``[N]`` or 0-dim, from one forward; each task is a domain then.
             domains: domain of each sample ``[N]``, integer, on the device of ``losses`` or the CPU;
                 or one domain for all samples. `DomainIds` makes ids from names.
             final: False stages this micro-batch (or one domain's own forward) and does not change
@@ -105,12 +106,13 @@ class DomainOptimizer(Configured):
         again = self._grad_is_owned()
         try:
             self._ranks.begin(self, self.looks_at_samples)
-            with torch.enable_grad(), without_autocast(losses):
-                self._add_micro_batch(losses, domains, scaler, inputs)
+            values, ids = of_tasks(losses, domains)
+            with torch.enable_grad(), without_autocast(values):
+                self._add_micro_batch(values, ids, scaler, inputs)
                 if not final:
                     self._on_micro_batch()
                     self._ranks.end_step()
-                    return to_statistics_dtype(losses.detach()).mean()
+                    return to_statistics_dtype(values.detach()).mean()
                 staged, self._micro_batches = self._micro_batches, []
                 terms, self._term_statistics = self._term_statistics, []
                 self._global_batch: GlobalBatch = self._meet(staged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class OuterOptimizer(DomainOptimizer):
 
     def backward(
         self,
-        losses: Tensor,
+        losses: Tensor | Sequence[Tensor],
         domains: Tensor | int | None = None,
         final: bool = True,
         *,

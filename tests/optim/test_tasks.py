@@ -1,0 +1,92 @@
+"""The losses of several tasks from one forward: each task is a domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import fastdg
+
+
+class Tasks(nn.Module):
+    """A body that two heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.classes, self.number = nn.Linear(8, 3), nn.Linear(8, 1)
+        self.double()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        z = self.body(x)
+        labels, value = torch.arange(6) % 3, self.number(z).squeeze(1)
+        return F.cross_entropy(self.classes(z), labels, reduction="none"), (value - x[:, 0]) ** 2
+
+
+def rows(model: Tasks) -> Tensor:
+    """The gradient of each task's mean loss, flat."""
+    parameters, found = list(model.parameters()), []
+    for loss in model():
+        grads = torch.autograd.grad(loss.mean(), parameters, retain_graph=True, allow_unused=True)
+        pairs = zip(grads, parameters, strict=True)
+        found.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+        )
+    return torch.stack(found)
+
+
+def step(opt: Any, losses: Any, model: Tasks) -> Tensor:
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match=r"^params: .*one call of autograd for each domain"):
+        opt.backward(losses)
+    zeros = ((p, torch.zeros_like(p)) for p in model.parameters())
+    return torch.cat([(z if p.grad is None else p.grad).flatten() for p, z in zeros])
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["of samples", "0-dim"])
+@pytest.mark.parametrize("kind", [fastdg.PCGrad, fastdg.CAGrad, fastdg.AgrSum])
+def test_gradients_of_tasks_are_combined(kind: Any, mean: bool) -> None:
+    model = Tasks()
+    expected = rows(model)
+    opt = kind(SGD(model.parameters(), lr=0.1))
+    losses = [loss.mean() if mean else loss for loss in model()]
+    found = step(opt, losses, model)
+    assert torch.equal(opt.statistics["domain_count"], torch.tensor([1, 1] if mean else [6, 6]))
+    if kind is fastdg.AgrSum:
+        agree = expected[0].sign() == expected[1].sign()
+        torch.testing.assert_close(found, expected.mean(0) * agree, rtol=1e-10, atol=1e-12)
+        return
+    torch.testing.assert_close(opt.statistics["gram"], expected @ expected.t(), rtol=1e-10, atol=0)
+    weights = opt.statistics["weights"]
+    torch.testing.assert_close(found, weights @ expected, rtol=1e-10, atol=1e-12)
+
+
+def test_plain_training_is_on_their_mean() -> None:
+    model = Tasks()
+    expected = rows(model).mean(0)
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1), rho=0.0, model=model)
+    opt.step(lambda: opt.backward(list(model())))
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_bad_tasks_are_told() -> None:
+    model = Tasks()
+    opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))
+    a, b = model()
+    with pytest.raises(ValueError, match=r"^domains: expected none with the losses of several"):
+        opt.backward([a, b], torch.zeros(6))
+    with pytest.raises(TypeError, match=r"^losses: .*got float for task 1"):
+        opt.backward([a, 1.0])
+    with pytest.raises(TypeError, match=r"^losses: .*got shape \(6, 1\) for task 0"):
+        opt.backward([a.unsqueeze(1), b])
+    with pytest.raises(ValueError, match=r"^losses: .*empty list"):
+        opt.backward([])
