@@ -25,7 +25,7 @@ class POGM(Trajectories):
     where :math:`\sum_d u_d h_d` is the vector with the largest smallest product with any
     :math:`h_d`, no farther than :math:`c\,|h_0|` from the mean way :math:`h_0`: the weights are
     `fastdg.weightings.CAGrad`'s. The wrapped optimizer has a state of its own for each domain
-    (moments, counters), which goes on through all rounds.
+    (moments, counters; not its ``param_groups``), which goes on through all rounds.
 
     The training loop is an ordinary one over batches of a single domain: E steps on domain 0, E on
     domain 1, and so on; between two domains the weights are back where the round began, and the

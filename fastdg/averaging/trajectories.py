@@ -14,7 +14,7 @@ from .. import ops
 from .._torch import not_compiled
 from ..core.batch import Batch
 from ..core.closures import Forward, check_same
-from ..core.declared_state import DOMAINS, PerParameter, Rows
+from ..core.declared_state import DOMAINS, PerParameter
 from ..core.nesting import chain
 from ..distributed.sharding import sharded
 from .anchored import Anchored, _inside
@@ -25,8 +25,8 @@ ORDER = (
 )
 
 
-class _Numbers(PerParameter):
-    """Numbers for each domain, whatever the parameter's shape."""
+class _Flat(PerParameter):
+    """A row of numbers for each domain, whatever the parameter's shape."""
 
     def fits(self, p: Tensor, tensor: Tensor) -> bool:
         return tensor.dim() == 2
@@ -36,9 +36,9 @@ def _known(opt: Trajectories) -> dict[Tensor, Tensor]:
     """Room for the states of the optimizer inside, where it has made one already."""
     entries = {p: opt._entry(p) for p in opt._names if opt.state.get(p)}
     return {
-        p: p.new_zeros((opt.num_domains * len(names), *p.shape))
+        p: no_states(opt.num_domains, tensors)
         for p, entry in entries.items()
-        if (names := like_parameter(p, entry))
+        if (tensors := [entry[name] for name in tensors_of(p, entry)])
     }
 
 
@@ -62,16 +62,16 @@ class Trajectories(Anchored):
         begin=lambda opt: {p: p.new_zeros((opt.num_domains, *p.shape)) for p in opt._names},
         needed=lambda opt, group: _inside(opt, group),
     )
-    # Rows of one domain after the other, of one tensor of the optimizer's after the other
-    states = PerParameter(
+    # One tensor of the optimizer's after the other, which may have another shape than the parameter
+    states = _Flat(
         "states",
         "states of the optimizer for each domain",
-        rows=Rows("rows", "num_domains", lambda opt, group: None),
+        rows=DOMAINS,
         begin=_known,
         needed=lambda opt, group: False,
     )
     # Whether a domain has a state, and the numbers in it
-    numbers = _Numbers(
+    numbers = _Flat(
         "numbers",
         "numbers of the optimizer for each domain",
         rows=DOMAINS,
@@ -192,7 +192,8 @@ class Trajectories(Anchored):
             live.update(copy.deepcopy(self._born.get(p, {})))
             return
         self.numbers[p] = self.numbers[p].cpu()  # after a load
-        for name, row in zip(like_parameter(p, entry), self._rows(p, d), strict=True):
+        tensors = tensors_of(p, entry)
+        for name, row in zip(tensors, self._rows(p, d, [entry[k] for k in tensors]), strict=True):
             live[name] = row
         for name, value in zip(numbers_of(p, entry), self.numbers[p][d, 1:], strict=True):
             before = entry[name]
@@ -205,26 +206,46 @@ class Trajectories(Anchored):
     def _take(self, p: Tensor, d: int) -> None:
         """Keep the state that the optimizer inside has now as the domain's."""
         entry, live = self._entry(p), self.state[p]
-        tensors, numbers = like_parameter(p, entry), numbers_of(p, entry)
+        numbers = numbers_of(p, entry)
+        tensors = {name: entry[name] for name in tensors_of(p, entry)}
         if p not in self.numbers:
+            check_entry(entry, tensors, type(self).__name__)
             self.numbers[p] = no_numbers(self.num_domains, numbers)
         if tensors and p not in self.states:
-            self.states[p] = entry[tensors[0]].new_zeros(
-                (self.num_domains * len(tensors), *p.shape)
-            )
+            self.states[p] = no_states(self.num_domains, [*tensors.values()])
         self.numbers[p][d] = torch.tensor(
             [1.0, *(float(entry[name]) for name in numbers)], dtype=torch.float64
         )
-        for name, row in zip(tensors, self._rows(p, d), strict=True):
-            if entry[name].data_ptr() != row.data_ptr():
-                row.copy_(entry[name])
+        for (name, x), row in zip(
+            tensors.items(), self._rows(p, d, [*tensors.values()]), strict=True
+        ):
+            if x.data_ptr() != row.data_ptr():
+                row.copy_(x)
             live[name] = row
 
-    def _rows(self, p: Tensor, d: int) -> Sequence[Tensor]:
+    def _rows(self, p: Tensor, d: int, like: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A domain's part of `states`, as tensors of these shapes."""
         if p not in self.states:
             return ()
-        each = len(self.states[p]) // self.num_domains
-        return self.states[p][d * each : (d + 1) * each].unbind()
+        parts = self.states[p][d].split([x.numel() for x in like])
+        return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
+
+
+def check_entry(entry: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+    """Raise TypeError unless a domain's state is numbers, and tensors of one dtype."""
+    plain = (Tensor, int, float, str, type(None))
+    kinds = {str(x.dtype) for x in tensors.values()}
+    kinds = kinds if len(kinds) > 1 else set()
+    kinds |= {f"a {type(x).__name__} ({k})" for k, x in entry.items() if not isinstance(x, plain)}
+    if kinds:
+        raise TypeError(
+            f"base: for each domain {name} keeps numbers and tensors of one dtype, got "
+            f"{', '.join(sorted(kinds))} in the optimizer's state. Use another optimizer, as Adam."
+        )
+
+
+def no_states(domains: int, tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].new_zeros((domains, sum(x.numel() for x in tensors)))
 
 
 def no_numbers(domains: int, names: Sequence[str]) -> Tensor:
@@ -241,8 +262,7 @@ def numbers_of(p: Tensor, entry: dict[str, Any]) -> list[str]:
     )
 
 
-def like_parameter(p: Tensor, entry: dict[str, Any]) -> list[str]:
-    """Names of the tensors in an optimizer's entry that have the parameter's shape."""
+def tensors_of(p: Tensor, entry: dict[str, Any]) -> list[str]:
+    """Names of the other tensors in an optimizer's entry for a parameter."""
     numbers = numbers_of(p, entry)
-    found = [k for k, x in entry.items() if isinstance(x, Tensor) and x.shape == p.shape]
-    return sorted(name for name in found if name not in numbers)
+    return sorted(k for k, x in entry.items() if isinstance(x, Tensor) and k not in numbers)

@@ -14,7 +14,7 @@ from fishes import Round, rounds
 from on_device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
+from torch.optim import SGD, Adafactor, Adagrad, Adam, Optimizer, RMSprop
 
 import fastdg
 from fastdg.algorithms.pogm import official_weights
@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "rmsprop": lambda m: RMSprop(m.parameters(), lr=1e-2, eps=1e-3, momentum=0.5, centered=True),
     "adagrad": lambda m: Adagrad(m.parameters(), lr=1e-2, initial_accumulator_value=0.1),
     "sgd": lambda m: SGD(m.parameters(), lr=0.05),
+    "adafactor": lambda m: Adafactor(m.parameters(), lr=1e-2),  # its tensors have other shapes
 }
 
 
@@ -310,6 +311,28 @@ def test_a_step_that_a_scaler_skips_has_no_length() -> None:
             assert opt.statistics["gram"][1].eq(0).all() and opt.statistics["gram"][0, 0] > 0
     assert opt.steps == 3 and opt.position == 0
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+class Keeps(SGD):
+    """Puts ``more`` into its state."""
+
+    more: dict[str, Any]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"fine": p.detach().double(), **self.more}
+
+
+@pytest.mark.parametrize("more", [torch.zeros(2, dtype=torch.bfloat16), [torch.zeros(2)]])
+def test_a_state_that_it_cannot_keep_for_each_domain_is_refused(more: Any) -> None:
+    model = nn.Linear(4, 3)
+    base = Keeps(model.parameters(), lr=0.1)
+    base.more = {"more": more}
+    opt = fastdg.POGM(base, num_domains=2)
+    opt.backward(model(torch.randn(5, 4)).square().sum(1), torch.zeros(5, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"^base: .*(bfloat16, torch.float64|a list \(more\))"):
+        opt.step()
 
 
 @pytest.mark.parametrize(
