@@ -57,7 +57,10 @@ class Vector:
 
     def __mul__(self, factor: Tensor | float) -> Vector:
         def times(x: Tensor) -> Tensor:
-            return x * (factor.to(x) if isinstance(factor, Tensor) else factor)
+            if not isinstance(factor, Tensor):
+                return x * factor
+            wide = to_statistics_dtype(x)  # 1 / norm may be more than a float16
+            return (wide * factor.to(wide)).to(x.dtype)
 
         return Vector({p: times(x) for p, x in self.parts.items()}, self.ranks)
 

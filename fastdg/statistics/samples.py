@@ -153,14 +153,16 @@ def gradient_noise(
     r"""Gradient noise scale of each domain, from one backward.
 
     .. math::
-        \operatorname{tr}\Sigma_d = \frac{n_d}{n_d-1}\Bigl(\tfrac1{n_d}\sum_{i\in d}\lVert
-        g_i\rVert^2 - \lVert\bar g_d\rVert^2\Bigr), \qquad
+        \operatorname{tr}\Sigma_d = \frac1{n_d-1}\sum_{i\in d}\lVert g_i - \bar g_d\rVert^2,
+        \qquad
         \lVert G_d\rVert^2 = \lVert\bar g_d\rVert^2 - \operatorname{tr}\Sigma_d / n_d
 
     Args:
         losses, params, retain_graph: as in `per_sample_products`.
         domains: domain of each sample ``[N]``, integer; zeros for the noise of the whole batch.
         num_domains: D; default one more than the largest id.
+
+    It forms the domains' means and variances of one parameter at a time.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -171,20 +173,16 @@ def gradient_noise(
     """
     check_losses(losses)
     parts = partition(domains, losses, num_domains)
-    squares: list[Tensor] = []
-    grams: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
 
-    def use(name: str, factor: PerSampleGrad) -> None:
-        squares.append(factor.norms())
-        grams.append(factor.gram(parts).diagonal())
+    def use(name: str, factor: PerSampleGrad) -> None:  # centred, so that a trace is not negative
+        mean, variance = (x.reshape(len(x), -1) for x in factor.moments(parts))
+        found.append((mean.square().sum(1), variance.sum(1)))
 
     with torch.no_grad():
         tape_of(params).resolve(losses).collect(use, retain_graph=retain_graph)
-        square = torch.stack(squares).sum(0)
-        mean = torch.stack(grams).sum(0)
+        mean, variance = (torch.stack(of).sum(0) for of in zip(*found, strict=True))
         count = parts.count.to(mean.dtype)
-        ids = torch.arange(len(count), device=mean.device).unsqueeze(1)
-        total = square.where(parts.domains == ids, 0).sum(1)
-        trace = (total - count * mean) / (count - 1).where(count > 1, torch.nan)
+        trace = variance * (count / (count - 1).where(count > 1, torch.nan))
         expected = mean - trace / count
         return GradientNoise(trace, expected, trace / expected)

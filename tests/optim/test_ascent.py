@@ -503,6 +503,15 @@ def test_parameters_that_one_forward_does_not_use() -> None:
     torch.testing.assert_close(table.weight[6], before[0][6])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_gradient_in_float16(kind: str) -> None:
+    model = network(dtype=torch.float16)
+    opt, (x, y, domains) = KINDS[kind][0](SGD(model.parameters(), 0.1)), batch(0)
+    opt.step(lambda: (losses_of(model, x.half(), y).float() * 1e-6, domains))
+    assert opt.statistics["gradient_norm"] < 1 / 65504  # its inverse is above float16
+    assert flat(model).isfinite().all()
+
+
 def test_bfloat16_and_several_groups() -> None:
     model = network(dtype=torch.bfloat16)
     groups = [{"params": [p], "lr": 0.1 * k} for k, p in enumerate(model.parameters())]

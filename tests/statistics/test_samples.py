@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -115,6 +116,18 @@ def test_noise(name: str) -> None:
         torch.testing.assert_close(found.square[d], square, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.scale[d], trace / square, rtol=1e-8, atol=1e-12)
     assert found.trace[1].isnan() and found.trace[3].isnan()
+
+
+def test_little_noise_of_large_gradients_is_kept_in_float32() -> None:
+    x = 30 * torch.randn(1, 50) + 0.01 * torch.randn(16, 50)
+    model = nn.Linear(50, 30)
+
+    def noise(dtype: torch.dtype) -> Tensor:
+        own = copy.deepcopy(model).to(dtype)
+        losses, zeros = own(x.to(dtype)).square().sum(1), torch.zeros(16, dtype=torch.int64)
+        return fastdg.gradient_noise(losses, zeros, params=own).trace.double()
+
+    torch.testing.assert_close(noise(torch.float32), noise(torch.float64), rtol=1e-2, atol=0)
 
 
 def test_a_gradient_of_zero_is_not_clipped() -> None:
