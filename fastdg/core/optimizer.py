@@ -106,7 +106,8 @@ class DomainOptimizer(Configured):
         again = self._grad_is_owned()
         try:
             self._ranks.begin(self, self.looks_at_samples)
-            values, ids = of_tasks(losses, domains)
+            with torch.enable_grad():
+                values, ids = of_tasks(losses, domains)
             with torch.enable_grad(), without_autocast(values):
                 self._add_micro_batch(values, ids, scaler, inputs)
                 if not final:

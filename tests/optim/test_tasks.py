@@ -78,6 +78,15 @@ def test_plain_training_is_on_their_mean() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_under_no_grad_as_with_one_tensor() -> None:
+    model = Tasks()
+    expected, losses = rows(model).mean(0), list(model())
+    with torch.no_grad():
+        fastdg.ERM(SGD(model.parameters(), lr=0.1)).backward(losses)
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_bad_tasks_are_told() -> None:
     model = Tasks()
     opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))
