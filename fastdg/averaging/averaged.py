@@ -166,7 +166,7 @@ class Averaged(OuterOptimizer):
                 "SWAD.step: the model has the averaged weights inside `applied`. Call step outside."
             )
         probe = closure is None and errors.is_probe(self.base)
-        if not self.delegates:
+        if self.inner is None:
             if self._micro_batches:
                 raise errors.no_backward(type(self).__name__, staged=True)
             amp.refuse_scaled(self)

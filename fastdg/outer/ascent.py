@@ -16,6 +16,7 @@ from ..core.backward import poison_if_nonfinite, put
 from ..core.closures import Forward
 from ..core.hyper import check_one_of, hyper
 from ..core.nesting import chain
+from ..core.optimizer import DomainOptimizer
 from ..core.rerun import Buffers
 from ..distributed.sharding import like_parameter, local
 from .outer import OuterOptimizer
@@ -66,9 +67,10 @@ class Ascent(OuterOptimizer):
     buffers: Literal["first", "all"] = hyper("first", check_one_of("first", "all"))
 
     @property
-    def delegates(self) -> bool:
-        """Whether an algorithm inside makes the gradients. Terms are added by this wrapper."""
-        return super().delegates and self.base.role != "term"  # type: ignore[attr-defined]
+    def inner(self) -> DomainOptimizer | None:
+        """The algorithm inside, which makes the gradients. Terms are added by this wrapper."""
+        inner = super().inner
+        return None if inner is None or inner.role == "term" else inner
 
     @abstractmethod
     def trajectory(self, gradient: Vector) -> Trajectory:
@@ -109,9 +111,8 @@ class Ascent(OuterOptimizer):
         self._complete = False
         loss = super().backward(losses, domains, final, scaler=scaler, **inputs)
         if final:
-            if self.delegates:
-                self._loss_scale = self.base._loss_scale  # type: ignore[attr-defined]
-                self._statistics = self.base.statistics  # type: ignore[attr-defined]
+            if self.inner is not None:
+                self._loss_scale, self._statistics = self.inner._loss_scale, self.inner.statistics
             if visit is not None and visit.gradients == self.points - 1:
                 self._finish(visit)
         return loss

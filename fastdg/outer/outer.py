@@ -23,9 +23,9 @@ class OuterOptimizer(DomainOptimizer):
     looks_at_samples = False
 
     @property
-    def delegates(self) -> bool:
-        """Whether the wrapper inside makes the gradient."""
-        return isinstance(self.base, DomainOptimizer)
+    def inner(self) -> DomainOptimizer | None:
+        """The wrapper inside, which makes the gradient; None: this one makes it."""
+        return self.base if isinstance(self.base, DomainOptimizer) else None
 
     def backward(
         self,
@@ -37,10 +37,9 @@ class OuterOptimizer(DomainOptimizer):
         **inputs: Any,
     ) -> Tensor:
         """Call `backward` of the wrapper inside, or of `ERM`; see there."""
-        if not self.delegates:
+        if self.inner is None:
             return super().backward(losses, domains, final, scaler=scaler, **inputs)
-        inner: Any = self.base
-        loss = inner.backward(losses, domains, final, scaler=scaler, **inputs)
+        loss = self.inner.backward(losses, domains, final, scaler=scaler, **inputs)
         if final:
             self._mark_grad_owned()
         return loss
@@ -66,12 +65,12 @@ class OuterOptimizer(DomainOptimizer):
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a ``torch.amp.GradScaler`` sets its attributes for `step`: for the wrapper
         inside, or after a `backward` with a scaler."""
-        return self.delegates or self._loss_scale.scaler is not None
+        return self.inner is not None or self._loss_scale.scaler is not None
 
     @property
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of the wrapper inside, or of the last final `backward`."""
-        return self.base.statistics if self.delegates else self._statistics  # type: ignore[attr-defined]
+        return self._statistics if self.inner is None else self.inner.statistics
 
     @property
     def tape(self) -> Tape:
