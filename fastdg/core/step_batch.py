@@ -103,13 +103,18 @@ class StepBatch:
         total, count = self.whole.total([total, count])
         return total / count.clamp(min=1)
 
-    def input(self, name: str) -> list[Tensor]:
+    def input(self, name: str, *, differentiable: bool) -> list[Tensor]:
         """Return an input of `backward`, for each micro-batch ``[N, *]``.
 
         The algorithm must list the name in ``takes``.
 
+        Args:
+            name: name of the input.
+            differentiable: the objective depends on it, so it must have a graph.
+
         Raises:
-            TypeError, ValueError: a call did not pass it, or not one row for each sample.
+            TypeError, ValueError: a call did not pass it, or not one row for each sample, or
+                without its graph.
         """
         found = [part.inputs.get(name) for part in self.parts]
         for value, part in zip(found, self.parts, strict=True):
@@ -122,6 +127,11 @@ class StepBatch:
                 raise ValueError(
                     f"{name}: expected one row for each of {len(part.losses)} losses, got shape "
                     f"{tuple(value.shape)}."
+                )
+            if differentiable and not value.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor with its graph, got one without. Pass the tensor "
+                    "of the forward, outside torch.no_grad and without detach."
                 )
         return found  # type: ignore[return-value]
 

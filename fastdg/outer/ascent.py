@@ -109,7 +109,15 @@ class Ascent(OuterOptimizer):
                 f"scaler: pass the same GradScaler to every {name}.backward of a step, or none."
             )
         self._complete = False
-        loss = super().backward(losses, domains, final, scaler=scaler, **inputs)
+        try:
+            loss = super().backward(losses, domains, final, scaler=scaler, **inputs)
+        except RuntimeError as error:
+            if visit is not None and "inplace" in str(error):
+                raise RuntimeError(
+                    "losses: they come from a forward before opt.ascend() has moved the weights. "
+                    "Run the model again after opt.ascend()."
+                ) from error
+            raise
         if final:
             if self.inner is not None:
                 self._loss_scale, self._statistics = self.inner._loss_scale, self.inner.statistics

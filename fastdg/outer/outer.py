@@ -64,8 +64,9 @@ class OuterOptimizer(DomainOptimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a ``torch.amp.GradScaler`` sets its attributes for `step`: for the wrapper
-        inside, or after a `backward` with a scaler."""
-        return self.inner is not None or self._loss_scale.scaler is not None
+        inside, or after a `backward`, which is refused if it had no scaler. A plain optimizer
+        inside steps as ever on the gradient of ``loss.backward()``."""
+        return self.inner is not None or self._ready
 
     @property
     def statistics(self) -> dict[str, Tensor]:

@@ -117,6 +117,14 @@ def check_gram(gram: Any) -> None:
             "matrix J with a gradient in each row, pass J @ J.T."
         )
 
+    if readable(gram) and not tracing():
+        apart = (gram - gram.t()).abs().max()
+        if bool(apart > 1e-2 * gram.abs().max()):
+            raise ValueError(
+                "gram: expected a symmetric matrix of inner products, got one that is not. Of a "
+                "matrix J with a gradient in each row, pass J @ J.T."
+            )
+
 
 def stops(done: Tensor) -> bool:
     """Whether an iteration may end early: never where a look would wait for the device."""

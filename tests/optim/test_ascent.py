@@ -312,6 +312,35 @@ def test_misuse_is_told() -> None:
         fastdg.SAM(SGD(model.parameters(), lr=0.1), rho=-1.0)
 
 
+def test_a_forward_before_the_ascent_is_told() -> None:
+    model = network()
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    x, y, domains = batch(0)
+    opt.backward(losses_of(model, x, y), domains)
+    early = losses_of(model, x, y)
+    opt.ascend()
+    with pytest.raises(RuntimeError, match=r"^losses: they come from a forward before opt\.ascend"):
+        opt.backward(early, domains)
+    opt.backward(losses_of(model, x, y), domains)
+    opt.step()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "SWAD"])
+def test_scaled_losses_without_the_scaler_are_refused(kind: str) -> None:
+    """Around a plain optimizer, too, which a GradScaler would step itself."""
+    model = network(dtype=torch.float32)
+    base = SGD(model.parameters(), lr=0.1)
+    opt = fastdg.SWAD(base, model) if kind == "SWAD" else KINDS[kind][0](base)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    x, y, domains = batch(0, torch.float32)
+    for point in range(getattr(opt, "points", 1)):
+        if point:
+            opt.ascend()
+        opt.backward(scaler.scale(losses_of(model, x, y)), domains)
+    with pytest.raises(RuntimeError, match=r"^scaler: .*was given no scaler"):
+        scaler.step(opt)
+
+
 @pytest.mark.parametrize("moved", ["first", "all"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_which_forwards_move_buffers(moved: str, compiled: bool) -> None:

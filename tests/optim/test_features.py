@@ -194,6 +194,12 @@ def test_wrong_inputs_are_told() -> None:
     with pytest.raises(ValueError, match=r"^features: expected one row for each of 14 losses"):
         opt.backward(f.losses, f.domains, features=f.features[:3])
     f = forward(model, *batch(0))
+    with pytest.raises(ValueError, match=r"^features: expected a tensor with its graph"):
+        opt.backward(f.losses, f.domains, features=f.features.detach())
+    with pytest.raises(ValueError, match=r"^logits: expected a tensor with its graph"):
+        sd = fastdg.SD(Adam(model.parameters()))
+        sd.backward(forward(model, *batch(0)).losses, f.domains, logits=f.logits.detach())
+    f = forward(model, *batch(0))
     with pytest.raises(TypeError, match=r"^feature: .*Did you mean features="):
         opt.backward(f.losses, f.domains, feature=f.features)
     assert [p.grad for p in model.parameters()] == before

@@ -22,7 +22,8 @@ class FeatureMatching(DomainOptimizer):
     penalty_weight: float = hyper(1.0, check_weight)
 
     def objective(self, batch: StepBatch) -> Tensor:
-        features = batch.gathered([x.flatten(1) for x in batch.input("features")])
+        inputs = batch.input("features", differentiable=True)
+        features = batch.gathered([x.flatten(1) for x in inputs])
         penalty = self.penalty(features, batch.membership.to(features.dtype))
         return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
 

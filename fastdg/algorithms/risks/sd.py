@@ -41,6 +41,11 @@ class SD(Term):
     weight: float = hyper(0.1, check_weight)
 
     def sample_penalty(self, losses: Tensor, *, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not logits.requires_grad:
+            raise ValueError(
+                "logits: expected a tensor with its graph, got one without. Pass the tensor from "
+                "which the losses are computed."
+            )
         values = to_statistics_dtype(logits).flatten(1).square().mean(1)
         total, _ = self.weighted({"": (self.weight, values)})
         return total, {"sd": values.detach().mean()}
