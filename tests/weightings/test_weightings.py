@@ -338,3 +338,9 @@ def test_grad_vac_goes_on_as_it_was() -> None:
     free = W.GradVac()(k)
     torch.manual_seed(0)
     assert torch.equal(W.GradVac()(k), free)
+
+
+@pytest.mark.parametrize("kind", [W.MGDA, W.UPGrad])
+def test_a_square_jacobian_is_no_gram_matrix(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"^gram: expected a symmetric matrix"):
+        kind()(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
