@@ -27,7 +27,9 @@ FOUND = "ERROR SUMMARY: 0 errors"
 
 def pytest(rig: Rig, reports: Path, *more: str, before: tuple[str, ...] = ()) -> tuple[int, str]:
     """Run pytest until its end or the end of the time; its exit status (-1: killed) and output."""
-    environment = {**os.environ, "GPU_REPORTS": str(reports), "FASTDG_TEST_DEVICE": rig.device}
+    # A run inside pytest would take the outer one's workers for its own
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment = {**inherited, "GPU_REPORTS": str(reports), "FASTDG_TEST_DEVICE": rig.device}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

@@ -66,7 +66,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], s
     (sdist,) = tree.glob("dist/*.tar.gz")
     unpacked = tmp_path_factory.mktemp("sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        # Patch releases of Python before 2023 know no filter
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(unpacked, **safe)
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     (root,) = unpacked.iterdir()
     building = build(root, "build_wheel('dist')", FASTDG_BUILD="none")

@@ -42,6 +42,12 @@ def _known(opt: Trajectories) -> dict[Tensor, Tensor]:
     }
 
 
+def _past_first(opt: Trajectories, group: Any) -> bool:
+    """Whether the first domain has gone its way: before, no way is kept."""
+    steps = group.get(f"{opt.prefix}_domain_steps", opt.domain_steps)
+    return bool(_inside(opt, group)) and group.get(f"{opt.prefix}_position", 0) >= steps
+
+
 class Trajectories(Anchored):
     """Keeps the way that each domain has gone in this iteration, and the state that the optimizer
     inside has for each domain, which goes on from iteration to iteration.
@@ -60,7 +66,7 @@ class Trajectories(Anchored):
         "ways that the domains have gone",
         rows=DOMAINS,
         begin=lambda opt: {p: p.new_zeros((opt.num_domains, *p.shape)) for p in opt._names},
-        needed=lambda opt, group: _inside(opt, group),
+        needed=lambda opt, group: _past_first(opt, group),
     )
     # One tensor of the optimizer's after the other, which may have another shape than the parameter
     states = _Flat(

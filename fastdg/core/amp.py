@@ -54,7 +54,7 @@ def loss_scale(opt: Wrapping, scaler: Any, losses: Tensor) -> LossScale:
             "parameters of its own), and a GradScaler cannot unscale both kinds together. Train "
             "in bfloat16, which needs no scaler."
         )
-    if opt._ready and _stage(scaler, opt) is OptState.UNSCALED:
+    if opt._ready and is_unscaled(scaler, opt):
         raise RuntimeError(
             f"scaler: scaler.unscale_(opt) has already unscaled .grad, so {name}.backward cannot "
             "add to it. Call unscale_ after the last backward of the step."
@@ -146,6 +146,11 @@ def _calling_scaler(opt: Wrapping, closure: Any) -> GradScaler:
                 "wrapper to both."
             )
     return scaler
+
+
+def is_unscaled(scaler: GradScaler, opt: Optimizer) -> bool:
+    """Whether ``scaler.unscale_(opt)`` was called since the last update."""
+    return _stage(scaler, opt) is OptState.UNSCALED
 
 
 def _stage(scaler: GradScaler, opt: Optimizer) -> OptState:

@@ -108,8 +108,12 @@ class DomainOptimizer(Configured):
             self._ranks.begin(self, self.looks_at_samples)
             with torch.enable_grad():
                 values, ids = of_tasks(losses, domains)
+            tasks = list(losses) if values is not losses else []
+            self._refuse_used(tasks)
             with torch.enable_grad(), without_autocast(values):
                 self._add_micro_batch(values, ids, scaler, inputs)
+                for x in tasks:
+                    _note(x)[_USED] = True
                 if not final:
                     self._on_micro_batch()
                     self._ranks.end_step()
@@ -145,17 +149,19 @@ class DomainOptimizer(Configured):
         self._loss_scale = amp.loss_scale(self, scaler, losses)
         errors.refuse_groups(self.param_groups, type(self).__name__, self.penalises)
         self._count()
-        note: Any = losses.grad_fn.metadata  # type: ignore[union-attr]
-        if note.get(_USED):
-            raise errors.used_twice(type(self).__name__)
+        self._refuse_used([losses])
         added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__, self.takes)
         own = {name: inputs[name] for name in self.takes if name in inputs}
         batch = self._batch(losses, domains, added.values if added is not None else None, **own)
         if batch.resolved.chosen:
-            note[_USED] = True
+            _note(losses)[_USED] = True
         self._micro_batches.append(batch)
         if added is not None:
             self._term_statistics.append(term_statistics(added))
+
+    def _refuse_used(self, losses: Sequence[Tensor]) -> None:
+        if any(_note(x).get(_USED) for x in losses):
+            raise errors.used_twice(type(self).__name__)
 
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         """Check a micro-batch and return it as it is staged; ``terms`` are added to its losses."""
@@ -285,6 +291,12 @@ class DomainOptimizer(Configured):
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of the last final `backward`: detached tensors, on the device."""
         return self._statistics
+
+
+def _note(losses: Tensor) -> dict[str, Any]:
+    """Return the notes on the graph of losses; of a leaf, a new dict."""
+    note: Any = {} if losses.grad_fn is None else losses.grad_fn.metadata
+    return note
 
 
 def _advice(kind: type[DomainOptimizer]) -> str:

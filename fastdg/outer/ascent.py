@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from .._torch import not_compiled
+from ..core import amp
 from ..core.backward import poison_if_nonfinite, put
 from ..core.closures import Forward
 from ..core.hyper import check_one_of, hyper
@@ -147,6 +148,12 @@ class Ascent(OuterOptimizer):
                 "with final=True first."
             )
         scaler = self._loss_scale.scaler
+        if scaler is not None and amp.is_unscaled(scaler, self):
+            raise RuntimeError(
+                f"scaler: unscale_ was called before {name}.ascend(). The gradients of a step have "
+                "one scale, so call it after the last backward. To go on, call opt.zero_grad(), "
+                "scaler.update() and begin the step anew."
+            )
         gradient = self._take_gradient()
         if self._visit is None:
             trajectory = self.trajectory(gradient)
@@ -160,7 +167,8 @@ class Ascent(OuterOptimizer):
                 scaler,
             )
             if self.buffers == "first":
-                self._visit.buffers.record(None if self._model is None else self._model())
+                model = None if self._model is None else self._model()
+                self._visit.buffers.record(model, self._names)
         else:
             offset = self._visit.trajectory.send(gradient)
             self._visit.gradients += 1

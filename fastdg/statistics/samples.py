@@ -116,7 +116,8 @@ def clipped_gradient(
         TypeError, ValueError: an argument is not as described.
     """
     check_losses(losses)
-    if not (isinstance(max_norm, (int, float)) and math.isfinite(max_norm) and max_norm > 0):
+    number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    if not (number and math.isfinite(max_norm) and max_norm > 0):
         raise ValueError(f"max_norm: expected a finite number > 0, got {max_norm!r}.")
     factors: dict[str, PerSampleGrad] = {}
     with torch.no_grad():

@@ -61,7 +61,8 @@ class GradVac(GramWeighting):
         if self.phi is None or len(self.phi) != len(gram):
             self.phi = torch.zeros_like(gram.products)
         phi = self.phi.to(gram.products)
-        coefficients, self.phi = vaccinated(gram, self.order(gram), phi, self.beta)
+        coefficients, after = vaccinated(gram, self.order(gram), phi, self.beta)
+        self.phi = after.where(gram.finite, phi)
         return coefficients.sum(0) if self.reduction == "sum" else coefficients.mean(0)
 
     def order(self, gram: Gram) -> Tensor:

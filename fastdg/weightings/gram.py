@@ -25,6 +25,7 @@ class Gram:
         cosines: inner products of the gradients at length 1, ``[D, D]``. The diagonal is 1
             throughout, so that a gradient of zeros is at right angles to all others.
         noise: to what the cosines are known.
+        finite: whether the matrix was finite, 0-dim; if not, no state moves.
     """
 
     products: Tensor
@@ -33,6 +34,7 @@ class Gram:
     norms: Tensor
     cosines: Tensor
     noise: float
+    finite: Tensor
 
     @staticmethod
     def of(gram: Tensor, finite: Tensor) -> Gram:
@@ -47,7 +49,7 @@ class Gram:
         cosines = products / norms / norms.unsqueeze(1)
         cosines = cosines.where(eye == 0, 1.0)
         noise = max(len(gram) * torch.finfo(gram.dtype).eps, 1e-13)
-        return Gram(products, scale, present, norms, cosines, noise)
+        return Gram(products, scale, present, norms, cosines, noise, finite)
 
     def __len__(self) -> int:
         return len(self.products)
@@ -90,6 +92,8 @@ class GramWeighting(ABC):
     def __call__(self, gram: Tensor) -> Tensor:
         check_gram(gram)
         finite = gram.isfinite().all()
+        if readable(finite) and not tracing() and not bool(finite):
+            return torch.full_like(gram[0], torch.nan)  # and no state moves
         with torch.no_grad():
             weights = self.weights(Gram.of(gram, finite))
             return weights.where(finite, torch.nan).to(gram.dtype)

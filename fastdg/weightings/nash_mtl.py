@@ -74,7 +74,10 @@ class NashMTL(GramWeighting):
         else:
             weights = weights / gram.scale.sqrt()
         if self.update_every > 1:
-            self.last = weights
+            if last is not None and len(last) == len(gram):
+                self.last = weights.where(gram.finite, last.to(weights))
+            else:
+                self.last = weights
         return weights
 
     def state_dict(self) -> dict[str, Any]:

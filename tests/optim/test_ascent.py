@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.modules import module as torch_module
 from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
@@ -362,7 +364,51 @@ def test_which_forwards_move_buffers(moved: str, compiled: bool) -> None:
     assert int(model[1].num_batches_tracked) == (2 if moved == "first" else 3)
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+def test_without_the_model_its_buffers_are_found_and_no_others() -> None:
+    """Of a compiled model, whose modules call no hook; a teacher's stay its own."""
+    model, teacher = network(norm=True), network(norm=True)
+    run = torch.compile(model, backend="eager")
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    x, y, domains = batch(0)
+    for point in range(2):
+        if point:
+            opt.ascend()
+            teacher(x)
+        opt.backward(F.cross_entropy(run(x), y, reduction="none"), domains)
+    opt.step()
+    assert int(model[1].num_batches_tracked) == int(teacher[1].num_batches_tracked) == 1
+
+
+def test_an_optimizer_that_is_dropped_leaves_no_hook() -> None:
+    hooks = torch_module._global_forward_pre_hooks
+    before = len(hooks)
+    model = network(norm=True)
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    x, y, domains = batch(0)
+    opt.backward(losses_of(model, x, y), domains)
+    opt.ascend()
+    assert len(hooks) == before + 1
+    del opt
+    gc.collect()
+    assert len(hooks) == before
+
+
 # -- GradScaler --
+
+
+def test_gradients_that_were_unscaled_before_the_ascent_are_told() -> None:
+    model = network(dtype=torch.float32)
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    x, y, domains = batch(0, torch.float32)
+    opt.backward(losses_of(model, x, y), domains, scaler=scaler)
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"^scaler: unscale_ was called before SAM\.ascend"):
+        opt.ascend()
+    opt.zero_grad()
+    scaler.update()
+    by_scaler(opt, model.double(), 0)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

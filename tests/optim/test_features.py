@@ -183,6 +183,17 @@ def test_one_domain_or_one_sample_of_it_is_finite(name: str) -> None:
         assert opt.statistics["objective"].isfinite()
 
 
+def test_rows_without_dimensions() -> None:
+    """One number for each sample, as the logits of two classes."""
+    z = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    for name in ("CORAL", "MMD", "IBERM", "SD"):
+        opt = CASES[name][0](torch.optim.SGD([z], lr=0.1))
+        given = {"logits": z * 1.0} if name == "SD" else {"features": z * 1.0}
+        opt.zero_grad()
+        opt.backward(z.square(), torch.arange(8) % 2, **given)
+        assert z.grad.isfinite().all()
+
+
 def test_wrong_inputs_are_told() -> None:
     model = network()
     f = forward(model, *batch(0))

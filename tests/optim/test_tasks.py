@@ -87,6 +87,17 @@ def test_under_no_grad_as_with_one_tensor() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [fastdg.ERM, fastdg.PCGrad])
+@pytest.mark.filterwarnings("ignore:params. .*:UserWarning")
+def test_losses_that_were_used_are_told(kind: Any) -> None:
+    model = Tasks()
+    opt = kind(SGD(model.parameters(), lr=0.1))
+    losses = list(model())
+    opt.backward(losses, final=False)
+    with pytest.raises(RuntimeError, match=r"^losses: .*backward was already called on them"):
+        opt.backward(losses)
+
+
 def test_bad_tasks_are_told() -> None:
     model = Tasks()
     opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))

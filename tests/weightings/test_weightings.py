@@ -344,3 +344,15 @@ def test_grad_vac_goes_on_as_it_was() -> None:
 def test_a_square_jacobian_is_no_gram_matrix(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"^gram: expected a symmetric matrix"):
         kind()(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("kind", [lambda: W.NashMTL(update_every=3), lambda: W.GradVac(beta=0.5)])
+def test_a_matrix_that_is_not_finite_moves_no_state(kind: Any) -> None:
+    torch.manual_seed(0)
+    matrix, weighting, other = gram(rows(3, 0, "plain")), kind(), kind()
+    assert weighting(matrix * torch.nan).isnan().all()
+    state = torch.get_rng_state()
+    expected = [other(matrix) for _ in range(4)]
+    torch.set_rng_state(state)
+    for value in expected:
+        assert torch.equal(weighting(matrix), value)

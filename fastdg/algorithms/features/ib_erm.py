@@ -12,7 +12,7 @@ from ...core.step_batch import StepBatch
 def feature_variance(batch: StepBatch) -> Tensor:
     """Average the unbiased variance of features within each domain, 0-dim."""
     inputs = batch.input("features", differentiable=True)
-    features = batch.gathered([x.flatten(1) for x in inputs])
+    features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
     membership = batch.membership.to(features.dtype)
     count = membership.sum(1)
     mean = membership @ features / count.clamp(min=1).unsqueeze(1)

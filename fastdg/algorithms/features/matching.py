@@ -23,7 +23,7 @@ class FeatureMatching(DomainOptimizer):
 
     def objective(self, batch: StepBatch) -> Tensor:
         inputs = batch.input("features", differentiable=True)
-        features = batch.gathered([x.flatten(1) for x in inputs])
+        features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
         penalty = self.penalty(features, batch.membership.to(features.dtype))
         return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
 

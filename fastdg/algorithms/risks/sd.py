@@ -46,6 +46,6 @@ class SD(Term):
                 "logits: expected a tensor with its graph, got one without. Pass the tensor from "
                 "which the losses are computed."
             )
-        values = to_statistics_dtype(logits).flatten(1).square().mean(1)
+        values = to_statistics_dtype(logits).reshape(len(logits), -1).square().mean(1)
         total, _ = self.weighted({"": (self.weight, values)})
         return total, {"sd": values.detach().mean()}
