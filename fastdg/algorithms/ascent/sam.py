@@ -32,6 +32,9 @@ class SAM(Ascent):
     unscaled as ever. Micro-batches (``final=False``), a ``GradScaler``, DistributedDataParallel and
     FSDP2 work as with every wrapper; the norm is of the whole batch's gradient, over all ranks.
 
+    If a loop skips a batch after an error between the two calls, ``opt.restore()`` puts the weights
+    back. Under a ``GradScaler``, call ``scaler.unscale_`` after the last `backward`.
+
     SAM goes around an algorithm, too: ``fastdg.SAM(fastdg.Fishr(optimizer))`` takes Fishr's
     gradient at both weights, and Fishr's history follows the second forward.
 
