@@ -63,6 +63,7 @@ def test_build_installs_and_names_what_it_built(tmp_path: Path) -> None:
     assert found["versions"]["torch"] and found["device"]["threads"]
 
 
+@pytest.mark.matrix
 def test_tests_run_in_shards_and_those_that_passed_are_left_out_again(tmp_path: Path) -> None:
     shard = ["tests", "--shard", "2/2"]
     assert call([shard], tmp_path) == [0]
@@ -79,6 +80,7 @@ def test_tests_run_in_shards_and_those_that_passed_are_left_out_again(tmp_path: 
     ]
 
 
+@pytest.mark.matrix
 def test_the_sanitizer_wraps_the_tests_or_is_said_to_be_missing(tmp_path: Path) -> None:
     assert call([["sanitizer"]], tmp_path, PATH="") == [0]
     assert "not on PATH" in rows(tmp_path, "sanitizer")["memcheck"]["missing"]
@@ -92,6 +94,7 @@ def test_the_sanitizer_wraps_the_tests_or_is_said_to_be_missing(tmp_path: Path) 
     assert found["clean"] and found["tests"] == 2 and not found["failed"]
 
 
+@pytest.mark.matrix
 def test_ops_are_right_on_each_backend_and_have_a_rate(out: Path) -> None:
     found = rows(out, "ops")
     errors = {name: row for name, row in found.items() if name.startswith("error: ")}
@@ -117,6 +120,7 @@ def measured(found: dict[str, dict[str, Any]]) -> set[str]:
     return {name.partition(": ")[2] for name in ran}
 
 
+@pytest.mark.matrix
 def test_steps_are_timed_beside_plain_ones(out: Path) -> None:
     found = rows(out, "steps")
     ran = measured(found)
@@ -139,6 +143,7 @@ def test_every_step_of_both_networks(tmp_path: Path) -> None:
     assert {row.get("waits", "nowhere") for row in rows(tmp_path, "waits").values()} == {"nowhere"}
 
 
+@pytest.mark.matrix
 def test_waits_and_captures_have_rows(out: Path) -> None:
     assert {
         name: row.get("waits", row.get("capture")) for name, row in rows(out, "waits").items()
@@ -159,6 +164,7 @@ def test_the_shell_script_calls_the_parts_and_says_which_failed(tmp_path: Path) 
     assert "No rows of: build, tests, sanitizer, ops, steps, waits." in text
 
 
+@pytest.mark.matrix
 def test_the_table_has_measured_beside_predicted(out: Path, tmp_path: Path) -> None:
     for path in out.glob("*.jsonl"):
         (tmp_path / path.name).write_text(path.read_text())

@@ -50,6 +50,7 @@ def steps(name: str, precision: str) -> dict[str, dict[str, Any]]:
     return {row["step"]: row for row in found}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", GB)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_step_dispatches_few_ops_more_than_plain_training(name: str, precision: str) -> None:
