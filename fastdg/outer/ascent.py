@@ -160,7 +160,7 @@ class Ascent(OuterOptimizer):
             offset = next(trajectory)
             self._visit = _Visit(
                 trajectory,
-                {p: local(p).detach().clone() for p in offset.parts},
+                {},
                 Buffers(),
                 dict(self._statistics),
                 gradient.norm(),

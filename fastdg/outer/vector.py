@@ -24,6 +24,7 @@ class Vector:
 
     def __init__(self, parts: Mapping[Tensor, Tensor], ranks: Ranks) -> None:
         self.parts, self.ranks = parts, ranks
+        self._square: Tensor | None = None
 
     def dot(self, other: Vector) -> Tensor:
         """Inner product, 0-dim, in float32 or float64."""
@@ -33,8 +34,10 @@ class Vector:
         return self.ranks.sum({p: (_exact(x) * _exact(y)).sum() for p, (x, y) in pairs.items()})
 
     def square(self) -> Tensor:
-        """Squared Euclidean norm, 0-dim, in float32 or float64."""
-        return self.dot(self)
+        """Squared Euclidean norm, 0-dim, in float32 or float64; computed once."""
+        if self._square is None:
+            self._square = self.dot(self)
+        return self._square
 
     def norm(self) -> Tensor:
         """Euclidean norm, 0-dim, in float32 or float64."""
