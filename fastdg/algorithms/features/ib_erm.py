@@ -7,13 +7,12 @@ from torch import Tensor
 from ...core.annealed import Annealed
 from ...core.hyper import check_weight, hyper
 from ...core.step_batch import StepBatch
+from .matching import features_by_domain
 
 
 def feature_variance(batch: StepBatch) -> Tensor:
     """Average the unbiased variance of features within each domain, 0-dim."""
-    inputs = batch.input("features", differentiable=True)
-    features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
-    membership = batch.membership.to(features.dtype)
+    features, membership = features_by_domain(batch)
     count = membership.sum(1)
     mean = membership @ features / count.clamp(min=1).unsqueeze(1)
     squares = (features - membership.t() @ mean).square().mean(1)

@@ -11,6 +11,14 @@ from ...core.optimizer import DomainOptimizer
 from ...core.step_batch import StepBatch
 
 
+def features_by_domain(batch: StepBatch) -> tuple[Tensor, Tensor]:
+    """Return the features of all samples ``[N, F]``, with their graph, and 1 where a sample belongs
+    to a domain, else 0, ``[D, N]``; of all micro-batches and ranks."""
+    inputs = batch.input("features", differentiable=True)
+    features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
+    return features, batch.membership.to(features.dtype)
+
+
 class FeatureMatching(DomainOptimizer):
     """Base of ``objective = mean of the domains' losses + w * penalty``, with a penalty on the
     features of the samples, an input of `backward`."""
@@ -22,9 +30,7 @@ class FeatureMatching(DomainOptimizer):
     penalty_weight: float = hyper(1.0, check_weight)
 
     def objective(self, batch: StepBatch) -> Tensor:
-        inputs = batch.input("features", differentiable=True)
-        features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
-        penalty = self.penalty(features, batch.membership.to(features.dtype))
+        penalty = self.penalty(*features_by_domain(batch))
         return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
 
     @abstractmethod
