@@ -9,55 +9,31 @@ import numpy as np
 
 from ..text import PHOTOS
 
-RULES = {
-    "CAGrad": ("cagrad_c", 0.5, (0.2, 0.4, 0.5, 0.8)),
-    "FairGrad": ("fairgrad_alpha", 1.0, (0.5, 1.0, 2.0, 5.0)),
-    "GGAL": ("gga_l_gamma", 0.001, (0.0001, 0.001, 0.01)),
-    "GradVac": ("gradvac_beta", 0.5, (0.01, 0.1, 0.5)),
-}
 Draw = Callable[[np.random.RandomState], Any]
+CLIP = "openai/clip-vit-base-patch16"
 
 
-def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
-    """Default and random search of the hyper-parameters that DomainBed does not know of.
-
-    POGM, MIRO and RISE have the search ranges of their papers or code. Gradient surgery has none of
-    its own. The ranges of SAM and its relatives, and of the rules of the Gram matrix, are ours,
-    around the papers' values.
-    """
-    if algorithm in RULES:
-        name, default, values = RULES[algorithm]
-        return {name: (default, lambda r: float(r.choice(values)))}
-    if algorithm == "POGM":
-        return {
-            "meta_lr": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
-            "cagrad_c": (0.5, lambda r: float(r.choice([0.05, 0.1, 0.5]))),
-            "cag_update": (1, lambda r: int(r.choice([1, 5, 10]))),
-        }
-    if algorithm == "MIRO":
-        return {
-            "miro_lambda": (0.1, lambda r: float(r.choice([1.0, 0.1, 0.01, 0.001]))),
-            "miro_lr_mult": (10.0, lambda r: 10.0),
-        }
-    if algorithm == "RISE":
-        kd = {"OfficeHome": (0.2, 0.1), "TerraIncognita": (0.2, 0.3)}.get(dataset, (0.9, 0.8))
-        return {
-            "rise_distillation": (kd[0], lambda r: float(r.choice(kd))),
-            "rise_distance": (1.0, lambda r: float(r.choice([0.5, 1.0, 2.0]))),
-            "rise_temperature": (3.0, lambda r: 3.0),
-            "rise_clip": (CLIP, lambda r: CLIP),
-            "rise_classes": ([], lambda r: []),
-            "rise_anchors": (list(PHOTOS), lambda r: list(PHOTOS)),
-        }
-    return ASCENTS.get(algorithm, {})
-
-
-def _choice(default: float, *values: float) -> tuple[float, Draw]:
-    return default, lambda r: float(r.choice(values))
+def _choice(default: Any, *values: Any) -> tuple[Any, Draw]:
+    return default, lambda r: type(default)(r.choice(values))
 
 
 _RHO = {"sam_rho": _choice(0.05, 0.01, 0.02, 0.05, 0.1)}
-ASCENTS: dict[str, Mapping[str, tuple[Any, Draw]]] = {
+# The ranges of POGM and MIRO are those of their papers or code; the others are ours, around the
+# papers' values. Gradient surgery has none of its own
+SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
+    "CAGrad": {"cagrad_c": _choice(0.5, 0.2, 0.4, 0.5, 0.8)},
+    "FairGrad": {"fairgrad_alpha": _choice(1.0, 0.5, 1.0, 2.0, 5.0)},
+    "GGAL": {"gga_l_gamma": _choice(0.001, 0.0001, 0.001, 0.01)},
+    "GradVac": {"gradvac_beta": _choice(0.5, 0.01, 0.1, 0.5)},
+    "POGM": {
+        "meta_lr": _choice(0.5, 0.05, 0.1, 0.5),
+        "cagrad_c": _choice(0.5, 0.05, 0.1, 0.5),
+        "cag_update": _choice(1, 1, 5, 10),
+    },
+    "MIRO": {
+        "miro_lambda": _choice(0.1, 1.0, 0.1, 0.01, 0.001),
+        "miro_lr_mult": (10.0, lambda r: 10.0),
+    },
     "SAM": _RHO,
     "GSAM": {**_RHO, "gsam_alpha": _choice(0.2, 0.05, 0.1, 0.2, 0.4)},
     "SAGM": {**_RHO, "sagm_alpha": _choice(0.001, 0.0005, 0.001)},
@@ -67,4 +43,19 @@ ASCENTS: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     },
     "DISAM": {**_RHO, "disam_lambda": _choice(0.1, 0.01, 0.1, 1.0)},
 }
-CLIP = "openai/clip-vit-base-patch16"
+
+
+def hparams_of(algorithm: str, dataset: str) -> Mapping[str, tuple[Any, Draw]]:
+    """Default and random search of the hyper-parameters that DomainBed does not know of."""
+    if algorithm != "RISE":
+        return SEARCHES.get(algorithm, {})
+    # The search range of RISE's paper
+    kd = {"OfficeHome": (0.2, 0.1), "TerraIncognita": (0.2, 0.3)}.get(dataset, (0.9, 0.8))
+    return {
+        "rise_distillation": (kd[0], lambda r: float(r.choice(kd))),
+        "rise_distance": _choice(1.0, 0.5, 1.0, 2.0),
+        "rise_temperature": (3.0, lambda r: 3.0),
+        "rise_clip": (CLIP, lambda r: CLIP),
+        "rise_classes": ([], lambda r: []),
+        "rise_anchors": (list(PHOTOS), lambda r: list(PHOTOS)),
+    }
