@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from models import Block
+from models import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,14 +70,8 @@ class ResNet50(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Attention):
     """Multi-head self-attention by torch's fused operation."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
