@@ -174,7 +174,7 @@ class Ascent(OuterOptimizer):
             self._visit.gradients += 1
         weights = self._visit.weights
         for p in offset.parts:
-            if p not in weights:  # a parameter that only a later forward uses
+            if p not in weights:  # later forwards may use more parameters
                 weights[p] = local(p).detach().clone()
         for p, weight in weights.items():
             if self._visit.gradients > 1:
