@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SPACE = "Free some space, or choose another folder."
-_RIGHTS = "Change its rights or those of its folder, or choose another folder."
+_RIGHTS = "Change its rights or its folder's, or choose another folder."
 _WORDS = {
     errno.ENOSPC: ("no space is left on the disk", _SPACE),
     errno.EDQUOT: ("the quota of the disk is used up", _SPACE),
@@ -222,7 +222,7 @@ def load_arrays(path: Path, *names: str, remedy: str) -> dict[str, np.ndarray]:
 
 
 def load_torch(path: Path, remedy: str, whole: bool = True) -> Any:
-    """Read what ``torch.save`` wrote, on the CPU, tensors and plain types only.
+    """Read a file of ``torch.save``, on the CPU, tensors and plain types only.
 
     Args:
         path: of the file.

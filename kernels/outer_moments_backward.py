@@ -239,8 +239,8 @@ def _geometry(
 
     Returns:
         ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; `places_of` an input; ``position
-        [places]``, its places with those of the same taps next to each other; ``source [taps,
-        places]``, the output position that reads a place through a tap, or -1.
+        [places]``, its places, ordered so that places of the same taps are neighbours;
+        ``source [taps, places]``, the output position that reads a place through a tap, or -1.
     """
     kernel, stride, dilation = windows.split(window)
     places, taps = prod(spatial), prod(kernel)

@@ -50,7 +50,7 @@ class AgrRand(RandomCombiner):
         for p, grad in agreed.combined.items():
             noise = torch.randn(p.shape, generator=generator, dtype=grad.dtype, device=device)
             noise = to_device_async(own_part(p, noise), grad.device).mul_(sigma)
-            # A sum of what has one sign is 0 only where the mask is
+            # A sum of values of one sign is 0 only where the mask is
             agreed.combined[p] = torch.where(grad == 0, noise, grad)
         gradients.log(sigma=sigma)
         return agreed.combined

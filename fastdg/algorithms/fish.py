@@ -52,8 +52,8 @@ class Fish(Anchored):
     changes through ``.data``. Changes within a meta-iteration count as a part of its steps.
 
     ``statistics`` holds ``loss`` (0-dim), ``domain_loss`` (``[D]``, NaN where there was no sample)
-    and ``domain_count`` (``[D]``) of the inner step, and from the first meta step on those of the
-    last one: ``trajectory``, :math:`|\tilde\theta-\theta|^2`, and with ``inner_product=True``
+    and ``domain_count`` (``[D]``) of the inner step, and from the first meta step on, of the
+    last one, ``trajectory``, :math:`|\tilde\theta-\theta|^2`, and with ``inner_product=True``
     ``inner_product``, :math:`-\sum_d\langle\nabla\ell_d(\tilde\theta_d),\tilde\theta_d-\theta
     \rangle`: how far, to first order, the inner steps before d have brought its loss down (NaN of
     a meta-iteration that was resumed). For plain SGD with rate r that is r times the sum of the

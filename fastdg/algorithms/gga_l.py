@@ -26,7 +26,7 @@ class GGAL(RandomCombiner):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
-        gamma: :math:`\gamma`. The noise does not shrink with the gradients: what is right depends
+        gamma: :math:`\gamma`. The noise does not shrink with the gradients: the right value depends
             on their size, unless the wrapped optimizer divides by it, as Adam does. Default: the
             authors', who use it with Adam.
         noise: ``"normal"``, the standard normal distribution of the authors' code, or

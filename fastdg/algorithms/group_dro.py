@@ -88,7 +88,7 @@ class GroupDRO(DomainOptimizer):
         if len(q) < len(count):
             q = torch.cat([q, q.mean().expand(len(count) - len(q))])
             q = q / q.sum()
-        # What has come down to 0 could never grow again
+        # A weight of 0 could never grow again
         return q.clamp(min=torch.finfo(q.dtype).tiny)
 
 

@@ -97,7 +97,7 @@ class IGA(DomainOptimizer):
             if mean is not None:  # a domain uses it
                 gap = -mean if grad is None else grad - mean
                 square = square + to_statistics_dtype(gap).square().sum()
-        del grad, gap  # the graph has what it needs
+        del grad, gap  # the graph has saved its own references
         if square.requires_grad:
             (weight * square).backward()
         return square.detach()

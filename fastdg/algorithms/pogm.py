@@ -48,8 +48,9 @@ class POGM(Trajectories):
     ``meta_lr``, ``c`` and ``domain_steps`` live in ``param_groups[0]``. Not for ``fully_shard``.
 
     ``statistics`` holds ``loss``, ``domain_loss`` and ``domain_count`` of the inner step, and from
-    the first meta step on those of the last one: ``gram`` of the ways ``[D, D]``, ``weights``
-    ``[D]``, :math:`u_d / (1 + c^2)`, and ``trajectory``, the squared length of their sum.
+    the first meta step on the statistics of the last one: ``gram`` of the ways ``[D, D]``,
+    ``weights`` ``[D]``, :math:`u_d / (1 + c^2)`, and ``trajectory``, the squared length of their
+    sum.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a batch has samples of another

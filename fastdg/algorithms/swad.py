@@ -110,7 +110,7 @@ class SWAD(Averaged):
         if not self.finished:
             segments = self._segments()
             segments.push(loss)
-            segments.settle(self.n_converge, self.n_tolerance, self.tolerance_ratio)
+            segments.apply_rule(self.n_converge, self.n_tolerance, self.tolerance_ratio)
 
     def _segments(self) -> Segments:
         return Segments(self, RULES[self.rule])

@@ -152,7 +152,7 @@ class Anchored(DomainOptimizer):
         if self._micro_batches:
             first = self._micro_batches[0].domain.to(ids.device)
             check_same(ids, first, f"{problem}, with all micro-batches of a step", SPLIT)
-        return Single(losses, batch.partition, batch.resolved, terms, batch.scale, ids[0])
+        return Single(losses, batch.partition, batch.tracked, terms, batch.scale, ids[0])
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         if self._ranks.size > 1:

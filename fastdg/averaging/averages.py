@@ -46,8 +46,8 @@ class Segments:
         opt.pending_steps = [*opt.pending_steps, opt.segment_steps]
         opt.segment_steps = 0
 
-    def settle(self, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
-        """Apply the rule to the pending segments."""
+    def apply_rule(self, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
+        """Apply the rule to the pending segments, and take its verdict over."""
         opt = self.opt
         settings = n_converge, n_tolerance, tolerance_ratio
         verdict = self.rule.after(Valley(opt.losses, opt.threshold, opt.early, *settings))

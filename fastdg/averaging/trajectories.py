@@ -54,7 +54,7 @@ class Trajectories(Anchored):
 
     A domain takes ``domain_steps`` steps from the weights that the iteration began with, and the
     weights go back there; after the last domain, `meta_step`. The state of the optimizer inside is
-    exchanged before a step: what is there belongs to the domain that has stepped last. A domain
+    exchanged before a step: the present state belongs to the domain that has stepped last. A domain
     that has not stepped begins with the state that was there before all of them.
     """
 
@@ -94,7 +94,7 @@ class Trajectories(Anchored):
 
     def _start(self) -> None:
         super()._start()
-        # What the optimizer inside had before any domain has stepped
+        # The inner optimizer's state before any domain has stepped
         self._born: dict[Tensor, dict[str, Any]] = {
             p: copy.deepcopy(self._entry(p)) for p in self.state
         }
@@ -184,7 +184,7 @@ class Trajectories(Anchored):
                 yield p
 
     def _entry(self, p: Tensor) -> dict[str, Any]:
-        """What the optimizer inside has for a parameter, without what wrappers keep there."""
+        """Return a parameter's entry of the optimizer inside, without the keys of wrappers."""
         prefixes = tuple(f"{link.prefix}_" for link in chain(self))
         return {k: v for k, v in self.state[p].items() if not str(k).startswith(prefixes)}
 

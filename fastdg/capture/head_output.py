@@ -41,10 +41,10 @@ class HeadOutputs:
         head = crossed_output(losses)
         if head is not None:
             return HeadOutput(losses, None, head, None), None  # they are its cross-entropy
-        resolved = tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for
-        assert resolved.forward is not None
-        names = tuple(resolved.forward.names)
-        return HeadOutput(losses, None, last_output(resolved.forward), checked, names), resolved
+        tracked = tape.resolve(losses, warn=False)  # no gradient of a parameter is asked for
+        assert tracked.forward is not None
+        names = tuple(tracked.forward.names)
+        return HeadOutput(losses, None, last_output(tracked.forward), checked, names), tracked
 
 
 @dataclass

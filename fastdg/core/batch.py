@@ -35,7 +35,7 @@ class Batch:
     Attributes:
         losses: ``[N]``, with their graph.
         partition: samples by domain.
-        resolved: tracked parameters below the losses.
+        tracked: tracked parameters below the losses.
         terms: penalty that terms add to each loss ``[N]``.
         scale: loss scale of the `backward`'s GradScaler, 0-dim.
         output: logits of the losses, if an algorithm asks for them.
@@ -44,7 +44,7 @@ class Batch:
 
     losses: Tensor
     partition: Partition
-    resolved: TrackedForward
+    tracked: TrackedForward
     terms: Tensor | None
     scale: Tensor | None
     output: HeadOutput | None = field(default=None, kw_only=True)
@@ -58,7 +58,7 @@ def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
     if len(counts) > 1:
         domains = max(map(len, counts))
         count = torch.stack([pad_rows(count, domains) for count in counts]).sum(0)
-    used = sorted({name for batch in staged for name in batch.resolved.chosen})
+    used = sorted({name for batch in staged for name in batch.tracked.chosen})
     return count, sum(len(batch.losses) for batch in staged), used
 
 

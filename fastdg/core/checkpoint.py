@@ -24,7 +24,7 @@ from .nesting import chain, innermost
 Kept = dict[str, dict[Tensor, Tensor]]
 
 
-class Keeping(Wrapping):
+class HasState(Wrapping):
     """Interface of a wrapper with state; `Stateful` implements it."""
 
     _names: dict[Tensor, str]
@@ -45,32 +45,32 @@ class Keeping(Wrapping):
         raise NotImplementedError
 
 
-class Loading:
+class CheckpointHooks:
     """Hooks of the wrapped optimizer: its wrapper loads states too, and refuses steps around it.
 
     The hooks refer to the wrapper weakly, so they do not keep it alive. A copy of them refers to
     none: a copied wrapper registers its own hooks on its own optimizer.
     """
 
-    def __init__(self, wrapper: Keeping | None = None) -> None:
+    def __init__(self, wrapper: HasState | None = None) -> None:
         self.wrapper = weakref.ref(wrapper) if wrapper is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Loading, ()
+        return CheckpointHooks, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Loading:
-        return Loading()
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointHooks:
+        return CheckpointHooks()
 
-    def _idle(self) -> Keeping | None:
+    def _idle(self) -> HasState | None:
         wrapper = self.wrapper() if self.wrapper is not None else None
         return None if wrapper is None or wrapper._loading else wrapper
 
-    def saving(self, base: Optimizer) -> None:
+    def on_save(self, base: Optimizer) -> None:
         wrapper = self.wrapper() if self.wrapper is not None else None
         if wrapper is not None:
             wrapper._remember()
 
-    def before(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._idle()
         if wrapper is None:
             return None
@@ -79,14 +79,14 @@ class Loading:
         check_complete(wrapper, state_dict, rest)
         return rest
 
-    def after(self, base: Optimizer) -> None:
+    def after_load(self, base: Optimizer) -> None:
         wrapper = self._idle()
         if wrapper is not None:
             wrapper._finish_load()
             for hook in (optimizer_hooks(wrapper, "load_state_dict_post") or {}).values():
                 hook(wrapper)
 
-    def stepping(self, base: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, base: Optimizer, args: Any, kwargs: Any) -> None:
         wrapper = self._idle()
         if wrapper is not None and not wrapper._stepping and wrapper._grad_is_owned():
             raise errors.stepped_inside(type(wrapper).__name__, type(base).__name__)
@@ -102,13 +102,13 @@ def prepared(opt: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def attach(wrapper: Any) -> None:
-    """Register `Loading` hooks on ``wrapper.base``, for the lifetime of the wrapper."""
-    hooks = Loading(wrapper)
+    """Register `CheckpointHooks` on ``wrapper.base``, for the lifetime of the wrapper."""
+    hooks = CheckpointHooks(wrapper)
     for table, hook in (
-        ("state_dict_pre", hooks.saving),
-        ("load_state_dict_pre", hooks.before),
-        ("load_state_dict_post", hooks.after),
-        ("step_pre", hooks.stepping),
+        ("state_dict_pre", hooks.on_save),
+        ("load_state_dict_pre", hooks.before_load),
+        ("load_state_dict_post", hooks.after_load),
+        ("step_pre", hooks.before_step),
     ):
         # An optimizer around another one may never call Optimizer.__init__: it has no tables
         if optimizer_hooks(wrapper.base, table) is not None:
@@ -142,7 +142,7 @@ def split(
     return kept, rest
 
 
-def catch_up(wrapper: Keeping) -> None:
+def catch_up(wrapper: HasState) -> None:
     """Take over a state that was loaded into a wrapped optimizer which calls no hooks.
 
     Raises:
@@ -150,7 +150,7 @@ def catch_up(wrapper: Keeping) -> None:
     """
     if wrapper._group is wrapper.param_groups[0]:
         return
-    if isinstance(wrapper.base, Keeping):
+    if isinstance(wrapper.base, HasState):
         catch_up(wrapper.base)
     saved = own_part(wrapper.base.state_dict(), wrapper.param_groups)
     pairs = zip(saved["param_groups"], wrapper.param_groups, strict=True)
@@ -160,7 +160,7 @@ def catch_up(wrapper: Keeping) -> None:
 
 
 def check_complete(
-    wrapper: Keeping,
+    wrapper: HasState,
     state_dict: Mapping[str, Any],
     rest: Mapping[str, Any],
 ) -> None:
@@ -196,7 +196,7 @@ def check_complete(
         warn_user(message)
 
 
-def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
+def validate(wrapper: HasState, kept: Kept, group: Group) -> None:
     """Check a state against the wrapper's declarations, before it changes anything.
 
     Args:
@@ -239,7 +239,7 @@ def validate(wrapper: Keeping, kept: Kept, group: Group) -> None:
         item.check(wrapper, group)
 
 
-def begin(wrapper: Keeping, parameters: Iterable[Tensor]) -> None:
+def begin(wrapper: HasState, parameters: Iterable[Tensor]) -> None:
     """Create the wrapper's missing tensors of a new run for ``parameters``.
 
     torch.distributed.checkpoint loads into existing tensors, and makes a step with gradients of
@@ -256,7 +256,7 @@ def begin(wrapper: Keeping, parameters: Iterable[Tensor]) -> None:
             wrapper.state[p][key] = tensor
 
 
-def adopt(wrapper: Keeping) -> None:
+def adopt(wrapper: HasState) -> None:
     """Take over existing state of an optimizer that was wrapped before or is created with state."""
     for p in wrapper._names:
         for name, kept in wrapper._own_state.items():
@@ -265,7 +265,7 @@ def adopt(wrapper: Keeping) -> None:
     begin(wrapper, [p for p in wrapper._names if p.requires_grad and wrapper.state.get(p)])
 
 
-def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, Any]:
+def without_others(wrapper: HasState, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Remove the state of wrappers that are not in this chain, with a warning.
 
     Raises:
@@ -273,7 +273,11 @@ def without_others(wrapper: Keeping, state_dict: dict[str, Any]) -> dict[str, An
     """
     for hook in (optimizer_hooks(wrapper, "load_state_dict_pre") or {}).values():
         hooks = getattr(hook, "__self__", None)
-        if isinstance(hooks, Loading) and hooks.wrapper is not None and hooks.wrapper() is not None:
+        if (
+            isinstance(hooks, CheckpointHooks)
+            and hooks.wrapper is not None
+            and hooks.wrapper() is not None
+        ):
             return state_dict  # the wrapper outside has removed it
     links = list(chain(wrapper))
     here = {link.prefix for link in links}

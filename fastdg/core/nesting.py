@@ -26,7 +26,7 @@ class Penalty(Protocol):
 
 TermStatistics = tuple[
     int, Tensor, Mapping[str, Tensor]
-]  # samples, mean of what was added, statistics
+]  # samples, mean of the penalties, statistics
 
 
 def chain(opt: Optimizer) -> Iterator[Wrapping]:

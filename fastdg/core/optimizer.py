@@ -153,7 +153,7 @@ class DomainOptimizer(Configured):
         added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__, self.takes)
         own = {name: inputs[name] for name in self.takes if name in inputs}
         batch = self._batch(losses, domains, added.values if added is not None else None, **own)
-        if batch.resolved.chosen:
+        if batch.tracked.chosen:
             _note(losses)[_USED] = True
         self._micro_batches.append(batch)
         if added is not None:
@@ -166,17 +166,17 @@ class DomainOptimizer(Configured):
     def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Any) -> Batch:
         """Check a micro-batch and return it as it is staged; ``terms`` are added to its losses."""
         parts = partition(domains, losses, self.num_domains)
-        resolved, output = UNSEEN, None
+        tracked, output = UNSEEN, None
         if self.looks_at_logits:
             output, seen = self._heads.of(losses, own.get("logits"), self._tape, self.check)
-            resolved = seen or UNSEEN
+            tracked = seen or UNSEEN
         elif self.looks_at_samples:
-            resolved = self._tape.resolve(losses, warn=False)
-            self._tape.warn(resolved, _advice(type(self)))
-        if resolved is UNSEEN:
+            tracked = self._tape.resolve(losses, warn=False)
+            self._tape.warn(tracked, _advice(type(self)))
+        if tracked is UNSEEN:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         scale = self._loss_scale.scale
-        return Batch(losses, parts, resolved, terms, scale, output=output, inputs=own)
+        return Batch(losses, parts, tracked, terms, scale, output=output, inputs=own)
 
     def _clear(self) -> None:
         super()._clear()
@@ -193,7 +193,7 @@ class DomainOptimizer(Configured):
     def _on_micro_batch(self) -> None:
         """Process a staged micro-batch that is not the last."""
 
-    # -- what an algorithm implements --
+    # -- an algorithm implements these --
 
     def objective(self, batch: StepBatch) -> Tensor:
         """Return the value to minimise, 0-dim, differentiable; here the mean loss."""

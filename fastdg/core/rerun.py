@@ -51,7 +51,7 @@ class Buffers:
             self._save(module)
 
     def _save(self, model: nn.Module) -> None:
-        # With all modules inside, as those of a compiled module call no hook
+        # With all modules inside, as the modules of a compiled module call no hook
         for module in model.modules():
             self._seen.add(id(module))
             for name, buffer in module._buffers.items():

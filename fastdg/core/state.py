@@ -19,7 +19,7 @@ from .nesting import chain
 
 # For type checkers, the arguments that a wrapper declares are the fields of a dataclass
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(argument,))
-class Stateful(checkpoint.Keeping):
+class Stateful(checkpoint.HasState):
     """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
 
     Copies and loads keep the dtype of own tensors, whatever the dtype of the parameter.
@@ -95,7 +95,7 @@ class Stateful(checkpoint.Keeping):
         state_dict = checkpoint.prepared(self, state_dict)
         rest = self._split_state(state_dict)
         checkpoint.check_complete(self, state_dict, rest)
-        self._loading = True  # so that the hooks of `checkpoint.Loading` do not load it again
+        self._loading = True  # so that `checkpoint.CheckpointHooks` do not load it again
         try:
             self.base.load_state_dict(rest)
         finally:

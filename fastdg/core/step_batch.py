@@ -211,14 +211,14 @@ class StepBatch:
     def _own_moments(self, differentiable: bool, loss_only: bool, ever: bool) -> DomainMoments:
         if self._first and ever:  # in the first step, not hours later when an anneal ends
             for part in self.parts:
-                part.resolved.refuse_single_derivatives()
+                part.tracked.refuse_single_derivatives()
         once = loss_only and self._params != "head" and self._serves_gradient()
         self._others = {} if once else None
         found: list[DomainMoments] = []
         for part in self.parts:
-            others = part.resolved.other_leaves if once else []
+            others = part.tracked.other_leaves if once else []
             moments, grads = moments_of(
-                part.resolved,
+                part.tracked,
                 part.partition,
                 create_graph=differentiable,
                 retain_graph=not once,
@@ -236,7 +236,7 @@ class StepBatch:
 
         This needs a gradient of the losses alone, no hooks, and no sparse gradients.
         """
-        looked = [part.resolved for part in self.parts]
+        looked = [part.tracked for part in self.parts]
         terms = any(part.terms is not None for part in self.parts)
         return not (terms or any(r.hooked or r.sparse for r in looked))
 
@@ -324,7 +324,7 @@ class StepBatch:
         """
         moments = self._moments
         assert moments is not None and self._others is not None
-        named = {name: p for part in self.parts for name, p in part.resolved.chosen.items()}
+        named = {name: p for part in self.parts for name, p in part.tracked.chosen.items()}
         groups: dict[torch.dtype, list[str]] = {}
         for name, mean in moments.mean.items():
             groups.setdefault(mean.dtype, []).append(name)

@@ -18,7 +18,7 @@ def _choice(default: Any, *values: Any) -> tuple[Any, Draw]:
 
 
 _RHO = {"sam_rho": _choice(0.05, 0.01, 0.02, 0.05, 0.1)}
-# The ranges of POGM and MIRO are those of their papers or code; the others are ours, around the
+# POGM and MIRO have the ranges of their papers or code; the other ranges are ours, around the
 # papers' values. Gradient surgery has none of its own
 SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     "CAGrad": {"cagrad_c": _choice(0.5, 0.2, 0.4, 0.5, 0.8)},

@@ -2,7 +2,7 @@
 
 Reference:
     He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2. The
-    names are those of github.com/akamaster/pytorch_resnet_cifar10, whose weights load.
+    names follow github.com/akamaster/pytorch_resnet_cifar10, whose weights load.
 """
 
 from __future__ import annotations

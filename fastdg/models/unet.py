@@ -12,7 +12,7 @@ class UNetMasker(nn.Module):
     ``[B, N, H, W]``.
 
     A U-Net: ``depth`` times half the resolution and twice the channels, and back, each level
-    beside what it was on the way down; a softmax over the N masks. Groups of channels are
+    concatenated with its output on the way down; a softmax over the N masks. Groups of channels are
     normalised within one image, so that there are no running statistics and no other images in it.
     The authors' U-Net takes images of one size only: a perceptron joins all pixels at its bottom.
 

@@ -256,8 +256,9 @@ class Ascent(OuterOptimizer):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Statistics of the last final `backward`. After the last one of a step, those of the
-        first, with ``ascended_loss`` (the mean loss of the last) and ``gradient_norm``, 0-dim."""
+        """Statistics of the last final `backward`. After the last backward of a step: statistics
+        of the first one, with ``ascended_loss`` (the mean loss of the last) and
+        ``gradient_norm``, 0-dim."""
         return self._statistics
 
     def _release_grad(self) -> None:

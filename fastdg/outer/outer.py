@@ -16,8 +16,8 @@ from ..gradients.tape import Tape
 class OuterOptimizer(DomainOptimizer):
     """Base of wrappers that take the gradient of the wrapper inside, if there is one.
 
-    `backward`, ``statistics`` and `tape` are those of the wrapper inside; around a plain optimizer,
-    those of `ERM`.
+    `backward`, ``statistics`` and `tape` belong to the wrapper inside; around a plain optimizer, to
+    an `ERM`.
     """
 
     looks_at_samples = False

@@ -31,9 +31,9 @@ def explain(losses: Tensor, params: Params) -> Explanation:
     Example:
         >>> print(fastdg.explain(losses, model))
     """
-    resolved = tape_of(params).resolve(losses, warn=False)
-    assert resolved.forward is not None
-    return explanation(resolved.forward)
+    tracked = tape_of(params).resolve(losses, warn=False)
+    assert tracked.forward is not None
+    return explanation(tracked.forward)
 
 
 def _by_name(
@@ -50,15 +50,15 @@ def _by_name(
         if means is None or not means.takes(name, factor):
             out[name] = compute(factor)
 
-    resolved = tape.resolve(losses)
-    resolved.collect(use, retain_graph=retain_graph)
+    tracked = tape.resolve(losses)
+    tracked.collect(use, retain_graph=retain_graph)
     if means is not None:
         out.update((name, mean) for name, (mean, _) in means.results().items())
-    return {name: out[name] for name in resolved.chosen if name in out}
+    return {name: out[name] for name in tracked.chosen if name in out}
 
 
 def moments_of(
-    resolved: TrackedForward,
+    tracked: TrackedForward,
     parts: Partition,
     *,
     create_graph: bool,
@@ -75,12 +75,12 @@ def moments_of(
         if create_graph or not small.takes(name, factor):
             found[name] = factor.moments(parts)
 
-    rest = resolved.collect(
+    rest = tracked.collect(
         use, create_graph=create_graph, retain_graph=retain_graph, extra=extra, scale=scale
     )
     with torch.no_grad():
         found.update(small.results())  # type: ignore[arg-type]
-    names = [name for name in resolved.chosen if name in found]
+    names = [name for name in tracked.chosen if name in found]
     moments = DomainMoments(
         {n: found[n][0] for n in names}, {n: found[n][1] for n in names}, parts.count
     )

@@ -28,11 +28,11 @@ def check(tape: Tape, losses: Tensor) -> None:
         RuntimeError: names the first parameter whose gradients do not agree.
     """
     tape, losses = tape_and_tensors((tape, losses), None, 1)
-    resolved = tape.resolve(losses)
+    tracked = tape.resolve(losses)
     generator = torch.Generator("cpu").manual_seed(0)  # the user's random stream is not touched
     weights = 0.5 + torch.rand(losses.shape[0], generator=generator, dtype=torch.float64)
     w = weights.to(losses)
-    expected = gradients_of(losses, list(resolved.leaves.values()), w)
+    expected = gradients_of(losses, list(tracked.leaves.values()), w)
     got: dict[str, Tensor] = {}
     norms: dict[str, Tensor] = {}
 
@@ -41,9 +41,9 @@ def check(tape: Tape, losses: Tensor) -> None:
             got[name] = weighted_sum(factor, w)
             norms[name] = (factor.norms().sqrt() * w).sum()
 
-    resolved.collect(use, retain_graph=True)
+    tracked.collect(use, retain_graph=True)
     worst = max((float(s) for s in norms.values()), default=0.0)
-    for (name, p), reference in zip(resolved.leaves.items(), expected, strict=True):
+    for (name, p), reference in zip(tracked.leaves.items(), expected, strict=True):
         reference = torch.zeros_like(p) if reference is None else reference
         if reference.layout != torch.strided:
             reference = reference.to_dense()

@@ -58,7 +58,7 @@ def per_sample_products(
             f"directions: expected tensors [K, *shape] with one K, got sizes {sorted(sizes)}. "
             "Stack the directions, or unsqueeze(0) a single one."
         )
-    resolved = tape_of(params).resolve(losses)
+    tracked = tape_of(params).resolve(losses)
     total: list[Tensor] = []
 
     def use(name: str, factor: PerSampleGrad) -> None:
@@ -73,11 +73,11 @@ def per_sample_products(
         total.append(factor.products(given.detach()))
 
     with torch.no_grad():
-        resolved.collect(use, retain_graph=retain_graph)
+        tracked.collect(use, retain_graph=retain_graph)
     if not total:
         raise ValueError(
             f"directions: none of {sorted(directions)} is a parameter below the losses. Use the "
-            f"names {sorted(resolved.chosen)}."
+            f"names {sorted(tracked.chosen)}."
         )
     return torch.stack(total).sum(0)
 

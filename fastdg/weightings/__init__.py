@@ -3,7 +3,7 @@
 >>> weights = fastdg.weightings.MGDA()(fastdg.domain_gram(losses, domains, params=model))
 
 Each is an algorithm of its own, too, ``fastdg.MGDA(optimizer)``, and a ``weighting`` of
-`fastdg.GramSurgery`. What they have in common says `GramWeighting`.
+`fastdg.GramSurgery`. `GramWeighting` documents the calls that all have.
 """
 
 from .aligned_mtl import AlignedMTL

@@ -1,7 +1,7 @@
 """Small quadratic problems with weights that are not negative.
 
 The answer is closed once it is known which weights are positive, the support. All supports are
-tried at once for few domains; for more, those that an interior point proposes.
+tried at once for few domains; for more, the supports that an interior point proposes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def on_supports(matrix: Tensor, right: Tensor, supports: Tensor) -> Tensor:
 
 
 def to_simplex(weights: Tensor, supports: Tensor) -> Tensor:
-    """Weights ``[M, D]`` without what is negative, their sum 1; even where nothing is left."""
+    """Clamp weights ``[M, D]`` at 0 and divide by their sum; equal weights where the sum is 0."""
     positive = weights.clamp(min=0)
     total = positive.sum(-1, keepdim=True)
     good = (total > 0) & total.isfinite()

@@ -48,8 +48,8 @@ def fair(gram: Gram, power: float) -> Tensor:
 
     With :math:`x = n w` it is :math:`C x = a\, x^{-p}`, :math:`a = n^{p-1}`, where the gradient of
     :math:`\tfrac12 x^\top C x - \sum_d a_d\, x_d^{1-p} / (1-p)` vanishes. A Newton step is damped
-    as far as the curvature may grow along it, so that each one descends, and no weight gets below a
-    hundredth of what it was.
+    as far as the curvature may grow along it, so that each one descends, and no weight falls below
+    a hundredth of its last value.
     """
     matrix, drive = gram.firm(), gram.norms ** (power - 1)
     x = drive ** (1 / (1 + power))  # the solution at right angles

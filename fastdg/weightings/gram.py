@@ -1,4 +1,4 @@
-"""What all weightings share: the Gram matrix, checked and brought to one scale."""
+"""The Gram matrix of all weightings, checked and brought to one scale."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Gram:
         norms: :math:`|g_d|` over the root of ``scale``, 1 for a gradient of zeros, ``[D]``.
         cosines: inner products of the gradients at length 1, ``[D, D]``. The diagonal is 1
             throughout, so that a gradient of zeros is at right angles to all others.
-        noise: to what the cosines are known.
+        noise: uncertainty of the cosines.
         finite: whether the matrix was finite, 0-dim; if not, no state moves.
     """
 

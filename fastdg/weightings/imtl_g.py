@@ -17,9 +17,9 @@ class IMTLG(GramWeighting):
         \qquad \Big\langle \sum_e w_e\, g_e, \frac{g_d}{n_d} \Big\rangle
         \text{ is the same for all } d
 
-    Weights sum to 1 and may be negative. Of linearly dependent gradients those of unit length are
-    combined with the smallest weights. A gradient of zeros has weight 0. Where the sum is zero
-    (two opposed gradients) there is no such combination, and the weights are even.
+    Weights sum to 1 and may be negative. Linearly dependent gradients, brought to unit length, are
+    combined with the smallest weights. A gradient of zeros has weight 0. Where the sum is zero (two
+    opposed gradients) there is no such combination, and the weights are even.
 
     `torch.linalg.eigh` makes the pseudo-inverse, and waits for a CUDA device once.
 

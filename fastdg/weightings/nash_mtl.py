@@ -27,7 +27,7 @@ class NashMTL(GramWeighting):
         update_every: solve in every so many calls, and return the last weights in between. They
             are state; the first call solves. Inside `SAM` each gradient of a step is a call.
         frobenius: divide K by its Frobenius norm first, as the authors' code and TorchJD do: the
-            weights are then :math:`\|K\|_F^{1/2}` times those of the paper.
+            weights are then :math:`\|K\|_F^{1/2}` times the paper's.
         max_norm: shorten a longer combination to this length, as the authors' code does to 1; None:
             never.
 

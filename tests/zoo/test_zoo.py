@@ -59,7 +59,7 @@ def test_a_case_equals_plain_autograd(case: Case, training: bool) -> None:
             raise
         pytest.skip(f"this {case.family} does not make {case.name} so: {error}")
     assert not result.wrong, f"{result.where}: {result.errors}"
-    assert result.parameters == result.rules + result.pulled + result.slow > 0
+    assert result.parameters == result.rules + result.chained + result.slow > 0
 
 
 def test_all_named_cases_are_there() -> None:

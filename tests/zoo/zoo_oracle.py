@@ -34,7 +34,7 @@ class Result(NamedTuple):
 
     Attributes:
         parameters: how many of the model's get a gradient.
-        rules, pulled, slow: how many of them are served by a rule, by a rule and a backward of what
+        rules, chained, slow: numbers of parameters with a rule, with a rule and a backward of what
             makes the tensor, and by a call for each domain or sample.
         slow_at: the operations that are called so.
         small: how many have gradients below the floor, up to which they are then compared.
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
     parameters: int
     rules: int
-    pulled: int
+    chained: int
     slow: int
     slow_at: list[str]
     small: int
@@ -109,20 +109,20 @@ class Forwards:
             return zoo_steps.stepped(make, self.model, losses, DOMAINS)
 
 
-def served(losses: Tensor, model: nn.Module) -> tuple[int, int, int, list[str]]:
-    """How many parameters are served by rules, pulled, and slow, and at which operations."""
-    rules = pulled = slow = 0
+def counts_by_way(losses: Tensor, model: nn.Module) -> tuple[int, int, int, list[str]]:
+    """Count the parameters with a rule, chained and slow ones; name the operations of the slow."""
+    rules = chained = slow = 0
     for row in fastdg.explain(losses, model).rows:
         if row.way == "rule":
             rules += 1
         elif row.cost.startswith("as by a rule"):
-            pulled += 1
+            chained += 1
         else:
             slow += 1
     found = plan_gradients(losses, trainable(model)).plan.slow
     mixed = (" below which samples are mixed" if b.mixed else "" for b in found)
     at = {b.operation.partition("Backward")[0] + m for b, m in zip(found, mixed, strict=True)}
-    return rules, pulled, slow, sorted(at)
+    return rules, chained, slow, sorted(at)
 
 
 def error_of(got: Tensor, expected: Tensor, size: float) -> float:
@@ -281,7 +281,7 @@ def run(case: Case, training: bool, fishr: bool = True) -> Result:
 def compared(forwards: Forwards, losses: Tensor, fishr: bool) -> Result:
     """The result of a model."""
     model = forwards.model
-    rules, pulled, slow, slow_at = served(losses, model)
+    rules, chained, slow, slow_at = counts_by_way(losses, model)
     with hooks_at_rest(model):
         truth = one_by_one(losses, trainable(model))
     if not all(bool(g.isfinite().all()) for g in truth.values()):
@@ -303,7 +303,7 @@ def compared(forwards: Forwards, losses: Tensor, fishr: bool) -> Result:
     norms = {name: float(g.norm()) for name, g in truth.items()}
     small = sum(norm < FLOOR * max(norms.values()) for norm in norms.values())
     where = largest([e for of_kind in found.values() for e in of_kind])[1]
-    return Result(rules + pulled + slow, rules, pulled, slow, slow_at, small, errors, where)
+    return Result(rules + chained + slow, rules, chained, slow, slow_at, small, errors, where)
 
 
 class NotHere(Exception):

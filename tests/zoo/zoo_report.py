@@ -19,7 +19,7 @@ from fastdg.studies.experiments.machine import processor
 HERE = Path(__file__).parent
 COMMAND = "OMP_NUM_THREADS=1 python tests/zoo"
 STEPS = ("PCGrad", "AgrSum", "Fishr")
-COUNTS = ("parameters", "rules", "pulled", "slow", "small")
+COUNTS = ("parameters", "rules", "chained", "slow", "small")
 COLUMNS = ("model", "mode", *COUNTS, "statistics", *STEPS, "at")
 HEAD = """# The zoo
 
@@ -51,8 +51,8 @@ is below {tolerance:g} of that norm, but not zero in each sample, its sign may b
 and both what it gives with agreement and without are right. In timm, torchvision and PEFT,
 parameters that start at zero or nearly, as layer scales, are drawn: they would hide what lies below
 them. A case is wrong where an error is above {tolerance:g}. *rules* counts the parameters served by
-a rule, *pulled* by a rule and a backward of what makes the tensor, *slow* by a call of autograd for
-each domain or each sample.
+a rule, *chained* by a rule and a backward of what makes the tensor, *slow* by a call of autograd
+for each domain or each sample.
 """
 
 
@@ -157,8 +157,8 @@ def name(row: dict[str, Any]) -> str:
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each family, and one for all."""
     lines = [
-        "| family | cases | right | wrong | refused | not here | parameters | rules | pulled | slow"
-        " | largest error | steps compared | largest error |",
+        "| family | cases | right | wrong | refused | not here | parameters | rules | chained"
+        " | slow | largest error | steps compared | largest error |",
         "|---" * 13 + "|",
     ]
     for family in [*dict.fromkeys(row["family"] for row in rows), "all"]:
@@ -166,7 +166,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         count = Counter(map(outcome, mine))
         ran = [row["errors"] for row in mine if "errors" in row]
         totals = [
-            sum(row.get(k, 0) for row in mine) for k in ("parameters", "rules", "pulled", "slow")
+            sum(row.get(k, 0) for row in mine) for k in ("parameters", "rules", "chained", "slow")
         ]
         worst = max((errors["statistics"] for errors in ran), default=0.0)
         steps = [errors[k] for errors in ran for k in STEPS if not isinstance(errors[k], str)]

@@ -20,7 +20,7 @@ class DISAM(SAM):
     :math:`L_d` is the mean loss of a domain; the variance over the domains of the batch is biased.
     Domains whose loss is large already are perturbed less.
 
-    How to make a step, and all arguments but the weight, are those of `SAM`. It goes around a plain
+    A step is made as with `SAM`, which has all arguments but the weight. It goes around a plain
     optimizer or a term, since the first gradient is of an objective of its own.
 
     Args:

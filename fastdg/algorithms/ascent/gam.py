@@ -19,7 +19,7 @@ class GAM(Ascent):
         a &= \beta_1 g_1 + \beta_3 g_3, & m &= g_0 + |\beta_2|\,g_2, \\
         \nabla &= a - \gamma\,\Bigl(m - \frac{\langle m, a\rangle}{\lVert a\rVert^2}\,a\Bigr)
 
-    How to make a step, and all arguments but these, are those of `SAM`; the closure is called four
+    A step is made as with `SAM`, which has all arguments but these; the closure is called four
     times, or there are three calls of ``opt.ascend``.
 
     Args:

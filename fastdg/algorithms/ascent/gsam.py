@@ -18,7 +18,7 @@ class GSAM(SAM):
     It descends the loss at the worst weights near by, and ascends the part of
     :math:`g = \nabla L(\theta)` that is orthogonal to that: the gap between both losses shrinks.
 
-    How to make a step, and all arguments but alpha, are those of `SAM`.
+    A step is made as with `SAM`, which has all arguments but alpha.
 
     Args:
         alpha: :math:`\alpha`; the authors' example for CIFAR has 0.2, with ``adaptive=True`` and a

@@ -18,7 +18,7 @@ class SAGM(Ascent):
     To first order it descends the loss, the loss at the worst weights near by, and the gap between
     both, for which their gradients have to point the same way.
 
-    How to make a step, and all arguments but alpha, are those of `SAM`.
+    A step is made as with `SAM`, which has all arguments but alpha.
 
     Args:
         rho: :math:`\rho`.

@@ -22,7 +22,7 @@ class MMD(FeatureMatching):
     with each sample's pair with itself (DomainBed's form). The penalty costs a product
     ``[N, F] [F, N]``.
 
-    Arguments, inputs and ``statistics`` are those of `CORAL`.
+    Arguments, inputs and ``statistics`` are the same as of `CORAL`.
 
     Reference:
         Li, Pan, Wang, Kot: Domain Generalization with Adversarial Feature Learning, CVPR 2018,

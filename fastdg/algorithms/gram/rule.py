@@ -11,7 +11,7 @@ from ..gram_surgery import GramSurgery
 
 
 class GramRule(GramSurgery):
-    """`GramSurgery` with a ``rule`` of `fastdg.weightings`; a class declares what that takes.
+    """`GramSurgery` with a ``rule`` of `fastdg.weightings`; a class declares the rule's arguments.
 
     Schedulers may change it, and the state of the rule is in ``state_dict``. Statistics, and
     domains that a batch lacks (``absent=``), as in `GramSurgery`.

@@ -192,15 +192,15 @@ class GradientCombiner(DomainOptimizer):
         parts = partition(domains, losses, self.num_domains)
         extent = parts.num_domains
 
-        def made(parts: Partition, resolved: TrackedForward, ids: list[int]) -> DomainBatch:
+        def made(parts: Partition, tracked: TrackedForward, ids: list[int]) -> DomainBatch:
             scale = self._loss_scale.scale
-            return DomainBatch(losses, parts, resolved, terms, scale, total, ids, extent)
+            return DomainBatch(losses, parts, tracked, terms, scale, total, ids, extent)
 
-        resolved = None
+        tracked = None
         if self.num_domains is not None and not readable(domains):
-            resolved = self._tape.resolve(total, warn=False)
-            if not resolved.slow:
-                return made(parts, resolved, list(range(extent)))
+            tracked = self._tape.resolve(total, warn=False)
+            if not tracked.slow:
+                return made(parts, tracked, list(range(extent)))
             # One wait for the device: all samples may belong to one domain
         present, rows = torch.unique(domains.detach().long(), return_inverse=True)
         ids: list[int] = present.tolist()
@@ -208,10 +208,10 @@ class GradientCombiner(DomainOptimizer):
             parts = partition(rows, losses, len(ids))
         if len(ids) == 1:
             return made(parts, self._tape.reached(total), ids)
-        if resolved is None:
-            resolved = self._tape.resolve(total, warn=False)
-        self._tape.warn(resolved)
-        return made(parts, resolved, ids)
+        if tracked is None:
+            tracked = self._tape.resolve(total, warn=False)
+        self._tape.warn(tracked)
+        return made(parts, tracked, ids)
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         *earlier, batch = staged
@@ -221,7 +221,7 @@ class GradientCombiner(DomainOptimizer):
             before = gathered.scatter_rows(gathered.count, 0)
             domains = max(len(count), len(before))
             count = pad_rows(count, domains) + pad_rows(before, domains)
-        others = [p.shape for p in batch.resolved.other_leaves]
+        others = [p.shape for p in batch.tracked.other_leaves]
         return self._met(count, samples, others)
 
     def _on_micro_batch(self) -> None:

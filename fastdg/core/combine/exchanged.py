@@ -64,25 +64,25 @@ class DistributedGradients(Gradients):
         home = {p: bucket for bucket in waiting for p in bucket.parameters}
         flying: deque[Bucket] = deque()
 
-        def settle() -> None:
+        def finish_oldest() -> None:
             bucket = flying.popleft()
             sums = bucket.sums(self.domains, self.shares)
             finish(bucket, [sums[d] for d in self.ids])
 
-        def go() -> None:
-            """Send complete buckets, in the same order on all ranks."""
+        def send_complete() -> None:
+            """Send the complete buckets, in the same order on all ranks."""
             while waiting and not waiting[0].missing:
                 flying.append(waiting.popleft())
                 flying[-1].send(self.domains)
                 if len(flying) > FLYING:
-                    settle()
+                    finish_oldest()
 
         used: set[Tensor] = set()
 
         def take(p: Tensor, grads: Sequence[Tensor]) -> None:
             used.add(p)
             home[p].put(p, [grads[own.ids.index(d)] for d in mine])
-            go()
+            send_complete()
 
         try:
             own.feed(take)
@@ -92,9 +92,9 @@ class DistributedGradients(Gradients):
             for p in list(waiting[0].missing):
                 zeros = torch.zeros(p.shape, dtype=_dtype(p), device=p.device)
                 waiting[0].put(p, [zeros] * len(mine))
-            go()
+            send_complete()
         while flying:
-            settle()
+            finish_oldest()
         return used
 
     def _failed(self, like: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class SingleBackward(Own):
         losses = to_statistics_dtype(batch.losses.detach())
         self.losses = group_sums(losses, batch.partition.domains, len(self.ids))
         self.rest = {}
-        self.sparse = batch.resolved.sparse
+        self.sparse = batch.tracked.sparse
 
     def rows(self) -> dict[Tensor, list[Tensor]]:
         parts, small = self.batch.partition, self._small()
@@ -180,7 +180,7 @@ class SingleBackward(Own):
 
     def _each(self, compute: Callable[[Tensor, PerSampleGrad], T]) -> dict[Tensor, T]:
         """Run the backward, and ``compute`` each parameter's result as soon as possible."""
-        chosen, rest = self.batch.resolved.chosen, self.batch.resolved.other_leaves
+        chosen, rest = self.batch.tracked.chosen, self.batch.tracked.other_leaves
         made: dict[Tensor, T] = {}
 
         def use(name: str, factor: PerSampleGrad) -> None:
@@ -188,7 +188,7 @@ class SingleBackward(Own):
                 made[chosen[name]] = compute(chosen[name], factor)
 
         with unhooked(rest):
-            grads = self.batch.resolved.collect(use, extra=rest, scale=self.batch.scale)
+            grads = self.batch.tracked.collect(use, extra=rest, scale=self.batch.scale)
         self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
         return made
 
@@ -235,9 +235,9 @@ class AccumulatedGradients(Own):
 
     def _add_alone(self, batch: DomainBatch) -> None:
         """Add one domain's gradient by autograd, which allows the model to mix samples."""
-        resolved = batch.resolved
-        tracked = {leaf: resolved.chosen[name] for name, leaf in resolved.leaves.items()}
-        leaves = [*tracked, *resolved.other_leaves]
+        tracked = batch.tracked
+        chosen = {leaf: tracked.chosen[name] for name, leaf in tracked.leaves.items()}
+        leaves = [*chosen, *tracked.other_leaves]
         under = backward_scale(batch.total, batch.scale)
         grad_scale = pow2_scale(batch.total) if under is None else under  # fp16 may not overflow
         weight = torch.ones_like(batch.total) * grad_scale
@@ -245,13 +245,13 @@ class AccumulatedGradients(Own):
         for p, grad in zip(leaves, grads, strict=True):
             if grad is None:
                 continue
-            if p not in tracked:
+            if p not in chosen:
                 self._add_rest(p, unscaled(grad, grad_scale))
                 continue
             if grad.layout != torch.strided:
-                self.sparse.add(tracked[p])
+                self.sparse.add(chosen[p])
                 grad = grad.to_dense()
-            self._add(tracked[p], batch.ids[0], unscaled(to_statistics_dtype(grad), grad_scale))
+            self._add(chosen[p], batch.ids[0], unscaled(to_statistics_dtype(grad), grad_scale))
 
     def _add(self, p: Tensor, domain: int, grad: Tensor) -> None:
         sums = self.sums.setdefault(p, {})

@@ -20,7 +20,7 @@ _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as the
 
 
 def _float32(op: Op, device: str) -> Supports:
-    """Return ``supports`` of a compiled op: it takes fp32, or what becomes it, on its device."""
+    """Return ``supports`` of a compiled op: it takes fp32, or dtypes cast to it, on its device."""
     taken = (torch.float32,) if op.halves is None else (torch.float32, *HALVES)
 
     def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
