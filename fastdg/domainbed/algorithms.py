@@ -298,7 +298,7 @@ ENTRIES |= {
     ),
     "SD": Entry(
         "SD",
-        wrapped(SD, weight="sd_reg"),
+        wrapped(SD, penalty_weight="sd_reg"),
         {"loss": "loss", "penalty": "sd"},
         together=True,
         adapter=FeatureAdapter,

@@ -91,7 +91,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "GroupDRO": lambda base, model: fastdg.GroupDRO(base, eta=0.5),
     "EQRM": lambda base, model: fastdg.EQRM(base, anneal_steps=2),
     "RDM": lambda base, model: fastdg.RDM(base, penalty_weight=0.01, anneal_steps=2),
-    "SD": lambda base, model: fastdg.SD(base, weight=0.5),
+    "SD": lambda base, model: fastdg.SD(base, penalty_weight=0.5),
     "CORAL": lambda base, model: fastdg.CORAL(base),
     "MMD": lambda base, model: fastdg.MMD(base, penalty_weight=0.05),
     "IBERM": lambda base, model: fastdg.IBERM(base, penalty_weight=2.0, anneal_steps=2),

@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[Optimizer], Any], Callable[[Forward], Tensor]]]
         lambda base: fastdg.RDM(base, penalty_weight=0.7, variance_weight=0.3, anneal_steps=0),
         rdm_of,
     ),
-    "SD": (lambda base: fastdg.SD(base, weight=0.2), sd_of),
+    "SD": (lambda base: fastdg.SD(base, penalty_weight=0.2), sd_of),
 }
 
 
@@ -222,7 +222,7 @@ def test_wrong_inputs_are_told() -> None:
 def test_sd_squares_halves_in_float32(dtype: torch.dtype) -> None:
     logits = torch.tensor([[300.0, -2.0], [1.5, 0.25]]).to(dtype).requires_grad_()  # 300^2 > 65504
     losses = F.cross_entropy(logits.float(), torch.tensor([0, 1]), reduction="none")
-    opt = fastdg.SD(SGD([logits], 1.0), weight=0.2)
+    opt = fastdg.SD(SGD([logits], 1.0), penalty_weight=0.2)
     opt.backward(losses, torch.tensor([0, 1]), logits=logits)
     expected = logits.detach().float().square().mean()
     torch.testing.assert_close(opt.statistics["sd"], expected)
@@ -230,7 +230,7 @@ def test_sd_squares_halves_in_float32(dtype: torch.dtype) -> None:
 
 def test_a_term_inside_and_an_algorithm_around() -> None:
     model, other = network(), network()
-    opt = fastdg.CORAL(fastdg.SD(Adam(model.parameters(), 1e-2), weight=0.2), penalty_weight=2.0)
+    opt = fastdg.CORAL(fastdg.SD(Adam(model.parameters(), 1e-2), penalty_weight=0.2), penalty_weight=2.0)
     f = forward(model, *batch(0))
     opt.backward(f.losses, f.domains, features=f.features, logits=f.logits)
     g = forward(other, *batch(0))

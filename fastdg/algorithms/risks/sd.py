@@ -22,7 +22,7 @@ class SD(Term):
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a term.
-        weight: w.
+        penalty_weight: w.
         num_domains: D, for ``statistics``.
         model: its parameters' names are used in messages.
 
@@ -38,7 +38,7 @@ class SD(Term):
 
     prefix = "sd"
 
-    weight: float = hyper(0.1, check_weight)
+    penalty_weight: float = hyper(0.1, check_weight)
 
     def sample_penalty(self, losses: Tensor, *, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not logits.requires_grad:
@@ -47,5 +47,5 @@ class SD(Term):
                 "which the losses are computed."
             )
         values = to_statistics_dtype(logits).reshape(len(logits), -1).square().mean(1)
-        total, _ = self.weighted({"": (self.weight, values)})
+        total, _ = self.weighted({"": (self.penalty_weight, values)})
         return total, {"sd": values.detach().mean()}
