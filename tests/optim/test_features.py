@@ -230,7 +230,8 @@ def test_sd_squares_halves_in_float32(dtype: torch.dtype) -> None:
 
 def test_a_term_inside_and_an_algorithm_around() -> None:
     model, other = network(), network()
-    opt = fastdg.CORAL(fastdg.SD(Adam(model.parameters(), 1e-2), penalty_weight=0.2), penalty_weight=2.0)
+    inside = fastdg.SD(Adam(model.parameters(), 1e-2), penalty_weight=0.2)
+    opt = fastdg.CORAL(inside, penalty_weight=2.0)
     f = forward(model, *batch(0))
     opt.backward(f.losses, f.domains, features=f.features, logits=f.logits)
     g = forward(other, *batch(0))
