@@ -37,7 +37,8 @@ def backward(
         # DistributedDataParallel and FSDP2 average the gradients of the ranks
         grads = [grad * whole.ranks.size for grad in grads]
     whole.ranks.modules.resume_sync()
-    torch.autograd.backward([*roots, *terms], grads)
+    retain_graph = any(batch.retain_graph for batch in batches)
+    torch.autograd.backward([*roots, *terms], grads, retain_graph=retain_graph)
     for p, mean in whole.ranks.averages().items():
         overwrite(p, mean)
 

@@ -40,6 +40,7 @@ class Batch:
         scale: loss scale of the `backward`'s GradScaler, 0-dim.
         output: logits of the losses, if an algorithm asks for them.
         inputs: further inputs of the `backward`, which the algorithm takes.
+        retain_graph: whether the graph of the losses is kept for a further backward.
     """
 
     losses: Tensor
@@ -49,6 +50,7 @@ class Batch:
     scale: Tensor | None
     output: HeadOutput | None = field(default=None, kw_only=True)
     inputs: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    retain_graph: bool = field(default=False, kw_only=True)
 
 
 def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:

@@ -73,6 +73,7 @@ class DomainOptimizer(Configured):
         final: bool = True,
         *,
         scaler: GradScaler | None = None,
+        retain_graph: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Add the algorithm's gradient to ``.grad``, in place of ``losses.mean().backward()``.
@@ -87,6 +88,8 @@ class DomainOptimizer(Configured):
                 number of samples. The graphs of staged micro-batches stay alive until then, unless
                 the wrapper computes their statistics at once.
             scaler: scales ``.grad`` only; pass unscaled ``losses``.
+            retain_graph: keep the graph of ``losses`` for a further backward, as PyTorch's
+                ``backward(retain_graph=True)``.
             inputs: inputs of the terms inside this wrapper (see there).
 
         Returns:
@@ -111,8 +114,8 @@ class DomainOptimizer(Configured):
             tasks = list(losses) if values is not losses else []
             self._refuse_used(tasks)
             with torch.enable_grad(), without_autocast(values):
-                self._add_micro_batch(values, ids, scaler, inputs)
-                for x in tasks:
+                self._add_micro_batch(values, ids, scaler, inputs, retain_graph)
+                for x in () if retain_graph else tasks:
                     _note(x)[_USED] = True
                 if not final:
                     self._on_micro_batch()
@@ -141,7 +144,12 @@ class DomainOptimizer(Configured):
         return loss
 
     def _add_micro_batch(
-        self, losses: Tensor, domains: Any, scaler: GradScaler | None, inputs: dict[str, Any]
+        self,
+        losses: Tensor,
+        domains: Any,
+        scaler: GradScaler | None,
+        inputs: dict[str, Any],
+        retain_graph: bool,
     ) -> None:
         check_losses(losses)
         domains = as_ids(domains, len(losses))
@@ -153,7 +161,8 @@ class DomainOptimizer(Configured):
         added = collect_penalties(terms_of(self), losses, inputs, type(self).__name__, self.takes)
         own = {name: inputs[name] for name in self.takes if name in inputs}
         batch = self._batch(losses, domains, added.values if added is not None else None, **own)
-        if batch.tracked.chosen:
+        batch.retain_graph = retain_graph
+        if batch.tracked.chosen and not retain_graph:
             _note(losses)[_USED] = True
         self._micro_batches.append(batch)
         if added is not None:

@@ -221,7 +221,7 @@ class StepBatch:
                 part.tracked,
                 part.partition,
                 create_graph=differentiable,
-                retain_graph=not once,
+                retain_graph=part.retain_graph or not once,
                 extra=others,
                 scale=part.scale,
             )

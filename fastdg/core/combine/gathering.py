@@ -188,7 +188,9 @@ class SingleBackward(Own):
                 made[chosen[name]] = compute(chosen[name], factor)
 
         with unhooked(rest):
-            grads = self.batch.tracked.collect(use, extra=rest, scale=self.batch.scale)
+            grads = self.batch.tracked.collect(
+                use, retain_graph=self.batch.retain_graph, extra=rest, scale=self.batch.scale
+            )
         self.rest = {p: grad for p, grad in zip(rest, grads, strict=True) if grad is not None}
         return made
 
@@ -241,7 +243,7 @@ class AccumulatedGradients(Own):
         under = backward_scale(batch.total, batch.scale)
         grad_scale = pow2_scale(batch.total) if under is None else under  # fp16 may not overflow
         weight = torch.ones_like(batch.total) * grad_scale
-        grads = gradients_of(batch.total, leaves, weight, retain_graph=False)
+        grads = gradients_of(batch.total, leaves, weight, retain_graph=batch.retain_graph)
         for p, grad in zip(leaves, grads, strict=True):
             if grad is None:
                 continue
