@@ -57,7 +57,7 @@ class Nothing(DomainOptimizer):
         def use(name: str, factor: PerSampleGrad) -> None:
             pass
 
-        batch.resolved.collect(use)
+        batch.tracked.collect(use)
         return batch.losses.detach()
 
 
