@@ -35,6 +35,7 @@ from .algorithms.risks.eqrm import EQRM
 from .algorithms.risks.rdm import RDM
 from .algorithms.risks.sd import SD
 from .algorithms.sand_mask import SANDMask
+from .algorithms.sma import SMA
 from .algorithms.swad import SWAD
 from .algorithms.vrex import VREx
 from .core.compiled import compiled
@@ -95,6 +96,7 @@ __all__ = [
     "SAGM",
     "SAM",
     "SD",
+    "SMA",
     "SWAD",
     "ANDMask",
     "AgrRand",

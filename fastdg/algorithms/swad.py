@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..averaging.averaged import Averaged
 from ..averaging.averages import Segments
+from ..averaging.segmented import Segmented
 from ..averaging.valley import RULES
 from ..core.hyper import argument, check_module, check_one_of, check_steps, check_weight, hyper
 
 
-class SWAD(Averaged):
+class SWAD(Segmented):
     r"""Stochastic weight averaging, densely: the mean of the weights of every step within a valley
     of the validation loss.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +16,29 @@ from ..core import amp, errors
 from ..core.base_optimizer import check_result
 from ..core.base_state import is_new
 from ..core.checkpoint import begin
-from ..core.declared_state import PerParameter, Rows, RunValue
 from ..core.nesting import innermost
 from ..core.optimizer import Closure
 from ..distributed.sharding import reshard
 from ..dtypes import to_statistics_dtype
 from ..outer.outer import OuterOptimizer
-from .averages import Segments, finite
 
 _average = get_swa_multi_avg_fn()
-_WAY = (
+WAY = (
     "save with torch.save, or convert its files to one file with "
     "torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
 )
-_SEGMENTS = Rows(
-    "segments",
-    "the number of saved losses",
-    lambda opt, group: len(group.get(f"{opt.prefix}_losses", ())),
-)
 
 
-def _zeros(opt: Averaged) -> dict[Tensor, Tensor]:
+def zeros(opt: Averaged) -> dict[Tensor, Tensor]:
+    """Begin averages of the parameters."""
     like = [p for parameters in opt._alike() for p in parameters]
     return {p: torch.zeros_like(to_statistics_dtype(p.detach())) for p in like}
-
-
-def _none(opt: Averaged) -> dict[Tensor, Tensor]:
-    return {p: zero.new_zeros((0, *zero.shape)) for p, zero in _zeros(opt).items()}
 
 
 class Averaged(OuterOptimizer):
     """Base of wrappers that keep an average of the weights beside the model.
 
-    The weights after every step join the mean of a segment. The class decides which segments join
-    the average, see `Segments`.
+    The class decides which steps join it.
     """
 
     role = "average"
@@ -59,47 +46,18 @@ class Averaged(OuterOptimizer):
     _shown = False  # whether the model has the averaged weights, inside `applied`
     _transient = (*OuterOptimizer._transient, "_shown")
 
-    segment = PerParameter("segment", "average of a segment", begin=_zeros, way=_WAY)
-    pending = PerParameter("pending", "pending averages", rows=_SEGMENTS, begin=_none, way=_WAY)
-    average = PerParameter(
-        "average",
-        "average",
-        begin=_zeros,
-        needed=lambda opt, group: group.get(f"{opt.prefix}_average_steps"),
-        way=_WAY,
-    )
-    # Steps of `segment`, of each of `pending`, and of `average`; lists are replaced, never changed
-    segment_steps = RunValue(0)
-    pending_steps = RunValue[list[int]]([])
-    losses = RunValue[list[float]]([])  # at the end of each pending segment
-    average_steps = RunValue(0)
-    threshold = RunValue[float | None](None)  # of a valley
-    early = RunValue(0)
-    finished = RunValue(False)  # whether the valley has ended: the average changes no more
-
-    @property
-    def started(self) -> bool:
-        """Whether a valley was found."""
-        return self.threshold is not None
+    @abstractmethod
+    def _mean(self) -> tuple[dict[Tensor, Tensor], int]:
+        """Return the averaged weights, and their number of steps."""
 
     @abstractmethod
-    def _segments(self) -> Segments:
-        """Return the segments of the average."""
+    def _add(self) -> None:
+        """Add the weights after a step to the average."""
+
+    def _put_buffers(self, model: nn.Module) -> None:
+        """Give the averaged buffers, if there are any, to the model or a copy of it."""
 
     # -- the averages --
-
-    def loss_of_ranks(self, name: str, value: Any) -> float:
-        """Average a number over the ranks.
-
-        Raises:
-            TypeError, ValueError: it is not a finite number, on this rank or another.
-        """
-        try:
-            own = finite(name, value)
-        except (TypeError, ValueError):
-            self._ranks.mean(math.nan)  # the others wait for this rank
-            raise
-        return finite(f"{name}: on some rank", self._ranks.mean(own))
 
     @torch.no_grad()
     def averaged(self) -> AveragedModel:
@@ -108,13 +66,14 @@ class Averaged(OuterOptimizer):
         Raises:
             RuntimeError: no step was made yet.
         """
-        weights, count = self._segments().mean()
+        weights, count = self._mean()
         copied = AveragedModel(self.model)
         copied.n_averaged.fill_(count)
         pairs = zip(copied.module.parameters(), self.model.parameters(), strict=True)
         for own, p in pairs:
             if p in weights:
                 own.copy_(weights[p])
+        self._put_buffers(copied.module)
         return copied
 
     @torch.no_grad()
@@ -125,8 +84,9 @@ class Averaged(OuterOptimizer):
             RuntimeError: no step was made yet.
         """
         reshard(self.model)
-        for p, weight in self._segments().mean()[0].items():
+        for p, weight in self._mean()[0].items():
             p.copy_(weight)
+        self._put_buffers(self.model)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -163,7 +123,8 @@ class Averaged(OuterOptimizer):
         """Step the optimizer inside, and add the new weights to the average."""
         if self._shown:
             raise RuntimeError(
-                "SWAD.step: the model has the averaged weights inside `applied`. Call step outside."
+                f"{type(self).__name__}.step: the model has the averaged weights inside `applied`. "
+                "Call step outside."
             )
         probe = closure is None and errors.is_probe(self.base)
         if self.inner is None:
@@ -184,20 +145,21 @@ class Averaged(OuterOptimizer):
     def _commit(self) -> None:
         self._count()
         self.steps += 1
-        if not self.finished:
-            kept = self.segment
-            for alike in self._alike():
-                kept.update(
-                    {p: to_statistics_dtype(p.detach()).clone() for p in alike if p not in kept}
-                )
-                averages = [kept[p] for p in alike]
-                now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
-                _average(averages, now, self.segment_steps)  # at step 0 this is a copy
-            self.segment_steps += 1
+        self._add()
         for name, tensors in self._own_state.items():
             for p, tensor in tensors.items():
                 if p.grad is not None:  # the wrapped optimizer has created its own state by now
                     self.state[p][f"{self.prefix}_{name}"] = tensor
+
+    def _join(self, kept: dict[Tensor, Tensor], steps: int) -> None:
+        """Add the weights to their mean over ``steps`` steps, in place."""
+        for alike in self._alike():
+            kept.update(
+                {p: to_statistics_dtype(p.detach()).clone() for p in alike if p not in kept}
+            )
+            averages = [kept[p] for p in alike]
+            now = [p.detach().to(a.dtype) for p, a in zip(alike, averages, strict=True)]
+            _average(averages, now, steps)  # at step 0 this is a copy
 
     def _alike(self) -> list[list[Tensor]]:
         """Group the averaged parameters by device and dtype."""

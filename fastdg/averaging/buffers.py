@@ -47,10 +47,15 @@ class Buffers:
         for kind, end in self.now().items():
             start = kept[kind]
             start.copy_(start + rate * (end - start))
-            tensors = self.tensors(kind)
-            pieces = start.split([b.numel() for b in tensors])
-            views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
-            foreach_copy_(tensors, views)
+            self.put(kind, start)
+
+    @torch.no_grad()
+    def put(self, kind: str, value: Tensor) -> None:
+        """Set the buffers of a kind, given as `now` returns them."""
+        tensors = self.tensors(kind)
+        pieces = value.split([b.numel() for b in tensors])
+        views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
+        foreach_copy_(tensors, views)
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:

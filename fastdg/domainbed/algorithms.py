@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..algorithms.agr_rand import AgrRand
 from ..algorithms.agr_sum import AgrSum
@@ -39,10 +38,11 @@ from ..algorithms.risks.eqrm import EQRM
 from ..algorithms.risks.rdm import RDM
 from ..algorithms.risks.sd import SD
 from ..algorithms.sand_mask import SANDMask
+from ..algorithms.sma import SMA
 from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
-from .adapter import Adapter, Entry
-from .resume import Minibatches
+from .adapter import Entry
+from .adapters import FeatureAdapter, FishAdapter, FishrAdapter, POGMAdapter, SMAAdapter
 from .rise import RISEAdapter, rise
 
 # The featurizers that MIRO has no preset for -> their layers
@@ -93,14 +93,6 @@ def drawing(
     return wrap
 
 
-class FishrAdapter(Adapter):
-    """On the network of ERM: DomainBed's Fishr has the same, but with BackPACK."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.register_buffer("update_count", torch.tensor([0]))  # type: ignore[attr-defined]
-
-
 def fishr(algorithm: Any) -> Fishr:
     hparams = algorithm.hparams
     return Fishr(
@@ -112,62 +104,6 @@ def fishr(algorithm: Any) -> Fishr:
         num_domains=algorithm.num_domains,
         model=algorithm.network,
     )
-
-
-class FishAdapter(Adapter):
-    """DomainBed's Fish makes a network anew for every step. Its random numbers decide on the order
-    of the data after the first pass over them, so it is made here too where it costs little, and
-    not where it would read pre-trained weights."""
-
-    input_shape: tuple[int, ...]
-    num_classes: int
-
-    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
-        if self.input_shape[1:] == (28, 28):
-            type(self.network)(self.input_shape, self.num_classes, self.hparams)
-        return super().train_step(minibatches)
-
-
-class POGMAdapter(Adapter):
-    """The authors' updates of ``cag_update`` batches of each domain, which are all made at the last
-    of these calls. Before, the weights do not move, and their loss is logged."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.waiting: list[Minibatches] = []
-
-    def update(self, minibatches: Minibatches, unlabeled: Any = None) -> dict[str, float]:
-        self.waiting.append(minibatches)  # also where a run that goes on only draws batches
-        found = super().update(minibatches, unlabeled)
-        if len(self.waiting) == self.hparams["cag_update"]:
-            self.waiting = []
-        return found
-
-    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
-        if len(self.waiting) < self.hparams["cag_update"]:
-            self.network.eval()
-            with torch.no_grad():
-                loss = self.losses(*minibatches[-1])[0].mean()
-            self.network.train()
-            return {"loss": float(loss)}
-        batches = iter([batch[d] for d in range(self.num_domains) for batch in self.waiting])
-        self.wrapper().step(lambda d: self.losses(*next(batches))[0])
-        return {"loss": float(self.wrapper().statistics["domain_loss"][-1])}
-
-
-class FeatureAdapter(Adapter):
-    """Hands the classifier's input, or its output, to `backward`."""
-
-    featurizer: torch.nn.Module
-    classifier: torch.nn.Module
-
-    def losses(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        features = self.featurizer(x)
-        logits = self.classifier(features)
-        losses = F.cross_entropy(logits, y, reduction="none")
-        if isinstance(self.wrapper(), SD):
-            return losses, {"logits": logits}
-        return losses, {"features": features}
 
 
 def agr_sum(algorithm: Any) -> AgrSum:
@@ -249,6 +185,13 @@ ENTRIES = {
         alone=True,
         asks=True,
         adapter=POGMAdapter,
+    ),
+    "SMA": Entry(
+        "ERM",
+        wrapped(SMA, start="sma_start"),
+        {"loss": "loss"},
+        together=True,
+        adapter=SMAAdapter,
     ),
     "MIRO": Entry("ERM", miro, {"loss": "objective", "nll": "loss", "miro": "miro"}, together=True),
     "RISE": Entry(

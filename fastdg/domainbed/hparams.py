@@ -34,6 +34,7 @@ SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
         "miro_lambda": _choice(0.1, 1.0, 0.1, 0.01, 0.001),
         "miro_lr_mult": (10.0, lambda r: 10.0),
     },
+    "SMA": {"sma_start": _choice(100, 100, 300, 600)},
     "SAM": _RHO,
     "GSAM": {**_RHO, "gsam_alpha": _choice(0.2, 0.05, 0.1, 0.2, 0.4)},
     "SAGM": {**_RHO, "sagm_alpha": _choice(0.001, 0.0005, 0.001)},

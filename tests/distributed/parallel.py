@@ -106,6 +106,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "Fishr(MIRO(RISE))": lambda base, model: fishr(miro(rise(base, model), model)),
     "AgrSum(MIRO)": lambda base, model: fastdg.AgrSum(miro(base, model)),
     "SWAD(Fishr)": lambda base, model: fastdg.SWAD(fishr(base), model, n_converge=1),
+    "SMA(Fishr)": lambda base, model: fastdg.SMA(fishr(base), model, start=3),
     "SWAD": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
     "SWAD(plain)": lambda base, model: fastdg.SWAD(base, model, n_converge=1),
 }
@@ -278,7 +279,7 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
         seen.append({k: v.clone() for k, v in opt.statistics.items()})
         messages.append(dict(sent))
     weights, averaged = weights_of(model), None
-    if run.wrap.startswith("SWAD"):
+    if run.wrap.startswith(("SMA", "SWAD")):
         with opt.applied():
             averaged = weights_of(model)
     return Result(weights, seen, averaged, messages)

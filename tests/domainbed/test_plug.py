@@ -37,6 +37,7 @@ ADDED = [
     "GradVac",
     *RULES,
     "POGM",
+    "SMA",
     "MIRO",
     "RISE",
 ]
@@ -85,6 +86,7 @@ def test_settings_are_the_hparams(bed: Bed) -> None:
         "GradVac": {"beta": "gradvac_beta"},
         "NashMTL": {},
         "POGM": {"meta_lr": "meta_lr", "c": "cagrad_c", "domain_steps": "cag_update"},
+        "SMA": {"start": "sma_start"},
         "MIRO": {"weight": "miro_lambda", "lr_multiplier": "miro_lr_mult"},
     }
     with plugged_in():

@@ -118,6 +118,7 @@ RULES: dict[str, Wrap] = {
 RULES |= {"MMD": MMD, "SD": SD}
 RULES["IBERM"] = lambda base, **more: IBERM(base, **{"anneal_steps": 2, **more})
 RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
+RULES["SMA(Fishr)"] = lambda base, **more: fastdg.SMA(wrap(base, **more), model_of(base), start=2)
 RULES["POGM"] = lambda base, **more: POGM(base, **{"num_domains": 3, **more})
 EVERY = {**WRAPS, **RULES}
 

@@ -109,7 +109,7 @@ class Run:
     def result(self) -> dict[str, Tensor]:
         """The trained weights, and the averaged ones."""
         found = dict(self.model.state_dict())
-        if isinstance(self.opt, fastdg.SWAD):
+        if isinstance(self.opt, fastdg.SMA | fastdg.SWAD):
             averaged = self.opt.averaged().module.state_dict()
             found |= {f"averaged.{name}": value for name, value in averaged.items()}
         return found
@@ -195,6 +195,9 @@ RUNS: dict[str, Callable[..., Any]] = {
     "Fish(MIRO)": partial(Run, lambda o, m: fastdg.Fish(miro(o, m), num_domains=3), alone=True),
     "SWAD(Fishr)": partial(Run, lambda o, m: fastdg.SWAD(fishr(o, num_domains=3), m, n_converge=2)),
     "SWAD": partial(Run, lambda o, m: fastdg.SWAD(o, m, n_converge=2, rule="code")),
+    "SMA(Fishr)": partial(
+        Run, lambda o, m: fastdg.SMA(fishr(o, num_domains=3), m, start=5), batch_norm=True
+    ),
     "SWAD(PCGrad(MIRO))": partial(
         Run,  # with a valley that does not end
         lambda o, m: fastdg.SWAD(fastdg.PCGrad(miro(o, m)), m, tolerance_ratio=100.0),
