@@ -15,7 +15,6 @@ from .files import replace
 COLOURS = {
     "erm": "#7f7f7f",
     "fishr": "#0072b2",
-    "fishr-head": "#0072b2",
     "fishr-all": "#003f66",
     "vrex": "#d55e00",
     "irm": "#8c3d00",

@@ -4,110 +4,49 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from .. import __version__, backends
+from ..studies.catalogue import ALGORITHMS as EVERY
+from ..studies.catalogue import FAMILIES
 from ..studies.data.digits import TASKS
 from ..studies.experiments import colored_mnist as experiment
 from ..studies.experiments import demo as demo_experiment
 from ..studies.experiments import pacs as pacs_experiment
-from ..studies.experiments.settings import ALGORITHMS, DEFAULT
-from ..studies.experiments.units import cores
+from ..studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
+from ..studies.experiments.units import check_names
+from .catalogue import algorithms_table, costs_table, described
+from .options import (
+    CONTEXT,
+    Fresh,
+    Out,
+    Seeds,
+    Workers,
+    console,
+    errors,
+    names,
+    processes,
+    several,
+    steps_option,
+    training,
+)
 from .tables import ROUTE, colored_mnist_table, demo_tables, ops_table, pacs_table
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    context_settings=CONTEXT,
     help="Gradient statistics and algorithms for domain generalisation.",
     pretty_exceptions_enable=False,
 )
 reproduce = typer.Typer(no_args_is_help=True, help="Re-run published experiments to the letter.")
 app.add_typer(reproduce, name="reproduce")
-# Options that several commands have
-Seeds = Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Runs side by side, each on one core.", show_default="every core"),
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Ignore earlier results.")]
-console = Console(width=None if sys.stdout.isatty() else 110)
-
-
-def _several(known: Iterable[str], default: Iterable[str] = ()) -> Any:
-    by_default = ", ".join(default) or "all"
-    return typer.Option(
-        help=f"Some of {', '.join(known)}; {by_default} by default.", metavar="NAME,NAME"
-    )
-
-
-def _names(given: list[str] | None) -> tuple[str, ...]:
-    """``--algorithms erm,fishr`` or ``--algorithms erm --algorithms fishr``; each once."""
-    names = [name.strip() for text in given or () for name in text.split(",")]
-    return tuple(dict.fromkeys(names))
-
-
-@contextmanager
-def _said() -> Iterator[None]:
-    """Errors a user can act on, as one line."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        words = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            words = f"{error.filename or 'error'}: {error.strerror}"
-        console.print(Text.assemble(("fastdg: ", "red"), words), soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def _training() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar; yield a function that takes the unit, the number done and the total."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    try:
-        with Progress(*columns, console=console) as bars:
-            bar = bars.add_task("training", total=None)
-
-            def show(name: str, done: int, total: int) -> None:
-                bars.update(bar, description=name or "done", completed=done, total=total)
-                tenth = done > 0 and done * 10 // total > (done - 1) * 10 // total
-                if tenth and not console.is_terminal:  # in a file or pipe the bar shows at its end
-                    console.print(f"{done} of {total} done", highlight=False)
-
-            yield show
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        raise typer.Exit(130) from None
-
-
-def _processes(workers: int | None) -> int:
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers: expected >= 1, got {workers}. Pass a larger number.")
-    return workers or cores()
 
 
 def _version(asked: bool) -> None:
@@ -164,17 +103,42 @@ def info(
         console.print(ROUTE, highlight=False, soft_wrap=True)
 
 
+@app.command("list")
+def catalogue(
+    algorithms: Annotated[
+        list[str] | None,
+        typer.Argument(help="Say all about these; case and hyphens do not count.", metavar="NAME"),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(FAMILIES)}.", show_default="all")
+    ] = None,
+) -> None:
+    """All algorithms: the gradient that each steps along, what it costs, and its paper."""
+    with errors():
+        chosen = names(algorithms, tuple(EVERY))
+        check_names("algorithms", chosen, tuple(EVERY))
+        families = names([family] if family else None, tuple(FAMILIES))
+        check_names("family", families, tuple(FAMILIES))
+        if algorithms:
+            console.print(*map(described, chosen), sep="\n\n", highlight=False, soft_wrap=True)
+            return
+        for each in families:
+            console.print(algorithms_table(each))
+        console.print(costs_table())
+
+
 @app.command()
 def demo(
-    algorithms: Annotated[list[str] | None, _several(ALGORITHMS, DEFAULT)] = None,
-    datasets: Annotated[list[str] | None, _several(TASKS)] = None,
+    algorithms: Annotated[list[str] | None, several(tuple(ALGORITHMS), DEFAULT)] = None,
+    datasets: Annotated[list[str] | None, several(tuple(TASKS))] = None,
     seeds: Seeds = 3,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of a run.", show_default="the task's own")
+        int | None,
+        steps_option(
+            demo_experiment.LEAST, ", ".join(f"{SETTINGS[task].steps} {task}" for task in TASKS)
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
-        "fastdg-demo"
-    ),
+    out: Out = Path("fastdg-demo"),
     workers: Workers = None,
     fresh: Fresh = False,
 ) -> None:
@@ -186,13 +150,16 @@ def demo(
     from ..studies.report.demo_figure import demo_figure
     from ..studies.report.summary import closing_words
 
-    with _said():
+    with errors():
         plan = demo_experiment.Plan(
-            _names(algorithms) or DEFAULT, _names(datasets) or tuple(TASKS), seeds, steps
+            names(algorithms, tuple(ALGORITHMS), DEFAULT),
+            names(datasets, tuple(TASKS)),
+            seeds,
+            steps,
         )
-        processes = _processes(workers)
-        with _training() as show:
-            results = demo_experiment.run(plan, output / "results.json", fresh, show, processes)
+        side_by_side = processes(workers)
+        with training() as show:
+            results = demo_experiment.run(plan, out / "results.json", fresh, show, side_by_side)
         for task in plan.tasks:
             for table in demo_tables(results, task, console.width):
                 console.print(table)
@@ -200,11 +167,10 @@ def demo(
             for words in closing_words(results, task):
                 console.print(words, highlight=False)
             console.print()
-        demo_figure(results, output / "figure.png")
-        cosine_figure(results, output / "cosines.png")
+        demo_figure(results, out / "figure.png")
+        cosine_figure(results, out / "cosines.png")
     console.print(
-        f"Figures: {output / 'figure.png'}, {output / 'cosines.png'}\n"
-        f"Results: {output / 'results.json'}"
+        f"Figures: {out / 'figure.png'}, {out / 'cosines.png'}\nResults: {out / 'results.json'}"
     )
 
 
@@ -216,11 +182,9 @@ def colored_mnist(
             envvar="FASTDG_DATA", help="Folder of MNIST's idx files, or of their folder mnist/."
         ),
     ] = None,
-    algorithms: Annotated[list[str] | None, _several(experiment.ALGORITHMS)] = None,
-    restarts: Seeds = 10,
-    output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
-        "fastdg-colored-mnist"
-    ),
+    algorithms: Annotated[list[str] | None, several(experiment.ALGORITHMS)] = None,
+    seeds: Seeds = 10,
+    out: Out = Path("fastdg-colored-mnist"),
     fresh: Fresh = False,
 ) -> None:
     """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a restart on 2 cores.
@@ -229,18 +193,18 @@ def colored_mnist(
     """
     from ..studies.report.colored_mnist_figure import colored_mnist_figure
 
-    with _said():
+    with errors():
         if data is None:
             raise ValueError(
                 "--data: expected the folder of MNIST's four idx files, got none. Pass it, or set "
                 "FASTDG_DATA."
             )
-        chosen = _names(algorithms) or experiment.ALGORITHMS
-        with _training() as show:
-            results = experiment.run_all(chosen, restarts, data, output, show, fresh=fresh)
+        chosen = names(algorithms, experiment.ALGORITHMS)
+        with training() as show:
+            results = experiment.run_all(chosen, seeds, data, out, show, fresh=fresh)
         console.print(colored_mnist_table(results))
-        colored_mnist_figure(results, output / "figure.png")
-    console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
+        colored_mnist_figure(results, out / "figure.png")
+    console.print(f"Figure: {out / 'figure.png'}\nResults: {out / 'results.json'}")
 
 
 @app.command()
@@ -253,13 +217,11 @@ def pacs(
         ),
     ] = None,
     algorithms: Annotated[
-        list[str] | None, _several(pacs_experiment.ALGORITHMS, pacs_experiment.DEFAULT)
+        list[str] | None, several(tuple(pacs_experiment.ALGORITHMS), pacs_experiment.DEFAULT)
     ] = None,
     seeds: Seeds = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = pacs_experiment.STEPS,
-    output: Annotated[Path, typer.Option(help="Folder for results and figure.")] = Path(
-        "fastdg-pacs"
-    ),
+    steps: Annotated[int, steps_option(pacs_experiment.EVALUATIONS)] = pacs_experiment.STEPS,
+    out: Out = Path("fastdg-pacs"),
     workers: Workers = None,
     fresh: Fresh = False,
 ) -> None:
@@ -269,17 +231,17 @@ def pacs(
     """
     from ..studies.report.pacs_figure import pacs_figure
 
-    with _said():
+    with errors():
         if data is None:
             raise ValueError(
                 "--data: expected the folder that holds pacs/ and weights/, got none. Pass it, or "
                 "set FASTDG_DATA."
             )
-        chosen = _names(algorithms) or pacs_experiment.DEFAULT
+        chosen = names(algorithms, tuple(pacs_experiment.ALGORITHMS), pacs_experiment.DEFAULT)
         plan = pacs_experiment.Plan(data, chosen, seeds, steps)
-        processes = _processes(workers)
-        with _training() as show:
-            results = pacs_experiment.run(plan, output / "results.json", fresh, show, processes)
+        side_by_side = processes(workers)
+        with training() as show:
+            results = pacs_experiment.run(plan, out / "results.json", fresh, show, side_by_side)
         console.print(pacs_table(results))
-        pacs_figure(results, output / "figure.png")
-    console.print(f"Figure: {output / 'figure.png'}\nResults: {output / 'results.json'}")
+        pacs_figure(results, out / "figure.png")
+    console.print(f"Figure: {out / 'figure.png'}\nResults: {out / 'results.json'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 import fastdg
 from fastdg.cli.app import app
 from fastdg.ops.dispatch.registry import OPS
+from fastdg.studies.catalogue import ALGORITHMS, COSTS
 from fastdg.studies.experiments import demo as experiment
 
 TINY = ["--seeds", "1", "--steps", "3", "--datasets", "coloured", "--workers", "1"]
@@ -45,10 +47,10 @@ def test_info_says_what_computes_each_op() -> None:
 
 def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     output = tmp_path / "new" / "folder"
-    result = call("demo", *TINY, "--output", str(output))
+    result = call("demo", *TINY, "--out", str(output))
     assert result.exit_code == 0, result.output
     done = len(experiment.DEFAULT)
-    spoken = ("Fishr, head", "PCGrad", "ratio to ERM", "peak memory", "proves noth")
+    spoken = ("Fishr, all layers", "PCGrad", "ratio to ERM", "peak memory", "proves noth")
     for words in (*spoken, f"1 of {done} done", f"{done} of {done} done"):
         assert words in result.output
     results = json.loads((output / "results.json").read_text())
@@ -62,14 +64,14 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     ]
 
     before = (output / "results.json").read_bytes()
-    refused = call("demo", *TINY, "--steps", "4", "--output", str(output))
+    refused = call("demo", *TINY, "--steps", "4", "--out", str(output))
     assert refused.exit_code == 2 and "steps was 3, now 4" in refused.output
     assert (output / "results.json").read_bytes() == before
 
 
 def test_demo_draws_both_tasks(tmp_path: Path) -> None:
     arguments = ["--seeds", "1", "--steps", "3", "--algorithms", "erm", "--workers", "1"]
-    result = call("demo", *arguments, "--output", str(tmp_path))
+    result = call("demo", *arguments, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert sum(line.startswith("┏") for line in result.output.splitlines()) == 2
     for name in ("figure.png", "cosines.png"):
@@ -79,7 +81,11 @@ def test_demo_draws_both_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["demo", "--algorithms", "mixup"], "algorithms: expected some of erm, fishr-head"),
+        (["demo", "--algorithms", "mixup"], "algorithms: expected some of erm, fishr"),
+        (["demo", "--algorithms", "Fischr"], "got Fischr. Do you mean fishr?"),
+        (["list", "--family", "loss"], "family: expected some of losses, features"),
+        (["list", "nothing"], "algorithms: expected some of erm, irm"),
+        (["demo", "--steps", "2"], "steps: expected >= 3, got 2"),
         (["demo", "--datasets", "coloured,svhn"], "datasets: expected some of coloured, rotated"),
         (["demo", "--seeds", "0"], "seeds: expected >= 1, got 0"),
         (["demo", "--workers", "0"], "workers: expected >= 1, got 0"),
@@ -114,16 +120,53 @@ def test_fresh_removes_nothing_before_it_can_run(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("results.json", "erm-0.checkpoint")]
     for path in files:
         path.write_text("of hours")
-    arguments = ["--fresh", "--data", str(tmp_path), "--output", str(tmp_path)]
+    arguments = ["--fresh", "--data", str(tmp_path), "--out", str(tmp_path)]
     assert call("reproduce", "colored-mnist", *arguments).exit_code == 2
     assert all(path.read_text() == "of hours" for path in files)
 
 
 def test_damaged_results_are_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"settings": {}}')
-    result = call("demo", *TINY, "--output", str(tmp_path))
+    result = call("demo", *TINY, "--out", str(tmp_path))
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert "results.json: damaged, or not a result file of this program" in result.output
+
+
+def test_options_of_earlier_versions_work(tmp_path: Path) -> None:
+    result = call("demo", *TINY, "--algorithms", "ERM", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == {
+        "coloured/2/0/erm"
+    }
+    refused = call("reproduce", "colored-mnist", "--restarts", "0", "--data", str(tmp_path))
+    assert "seeds: expected >= 1, got 0" in refused.output
+
+
+@pytest.mark.parametrize("command", [["demo"], ["pacs"], ["reproduce", "colored-mnist"]])
+def test_commands_share_their_options(command: list[str]) -> None:
+    said = call(*command, "--help").output
+    for option in ("--algorithms", "--seeds", "--out ", "--fresh"):
+        assert option in said
+    assert "or more" in said
+    assert "--output" not in said and "--restarts" not in said
+
+
+def test_list_has_every_algorithm() -> None:
+    result = call("list")
+    assert result.exit_code == 0
+    for name, entry in ALGORITHMS.items():
+        assert re.search(rf"│ {name} +│ {entry.wrapper.__name__} +│ {entry.cost} +│", result.output)
+        assert entry.paper.rsplit(", ", 1)[-1] in result.output
+    assert all(cost in result.output for cost in COSTS.values())
+
+
+def test_list_of_a_family_and_of_names() -> None:
+    said = call("list", "--family", "Surgery").output
+    assert "pcgrad" in said and "vrex" not in said
+    said = call("list", "agr_sum", "SAM").output
+    assert "fastdg.AgrSum(base, " in said and "two forwards" in said
+    assert "Domain Generalization via Gradient Surgery, ICCV 2021" in said
+    assert "fastdg demo --algorithms erm,agr-sum" in said
 
 
 def test_unknown_commands_and_options_are_refused() -> None:
@@ -136,7 +179,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiment, "train", interrupted)
-    result = call("demo", *TINY, "--output", str(tmp_path))
+    result = call("demo", *TINY, "--out", str(tmp_path))
     assert result.exit_code == 130
     assert "Stopped. The same command goes on from here." in result.output
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == {}
@@ -147,7 +190,7 @@ def test_it_runs_as_a_module() -> None:
         [sys.executable, "-m", "fastdg", "--help"], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "reproduce", "info"):
+    for command in ("list", "demo", "reproduce", "pacs", "info"):
         assert command in result.stdout
 
 

@@ -243,7 +243,7 @@ def run_all(
     protocol = protocol or Protocol()
     check_names("algorithms", algorithms, ALGORITHMS)
     if restarts < 1:
-        raise ValueError(f"restarts: expected >= 1, got {restarts}. Pass a larger number.")
+        raise ValueError(f"seeds: expected >= 1, got {restarts}. Pass a larger number.")
     read_train(data_dir)  # missing or damaged files before anything is written
     path = output / "results.json"
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in algorithms}
@@ -261,7 +261,7 @@ def run_all(
             if there:
                 entries[name] = {"restarts": there, "summary": summary(name, there)}
         return {
-            "command": f"fastdg reproduce colored-mnist --restarts {restarts}",
+            "command": f"fastdg reproduce colored-mnist --seeds {restarts}",
             "machine": machine(),
             "protocol": asdict(protocol),
             "algorithms": {n: entries[n] for n in (*algorithms, *entries) if n in entries},

@@ -13,6 +13,8 @@ from .settings import ALGORITHMS, DEFAULT, SETTINGS
 from .training import FIELDS, train
 from .units import Told, check_names, run_units, silent
 
+LEAST = 3  # steps of a run: one before the penalty, one to time, one whose memory is measured
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -28,10 +30,8 @@ class Plan:
         check_names("datasets", self.tasks, tuple(TASKS))
         if self.seeds < 1:
             raise ValueError(f"seeds: expected >= 1, got {self.seeds}. Pass a larger number.")
-        if (
-            self.steps is not None and self.steps < 3
-        ):  # one before the penalty, one to time, one whose memory is measured
-            raise ValueError(f"steps: expected >= 3, got {self.steps}. Pass a larger number.")
+        if self.steps is not None and self.steps < LEAST:
+            raise ValueError(f"steps: expected >= {LEAST}, got {self.steps}. Pass a larger number.")
 
     def steps_of(self, task: str) -> int:
         return SETTINGS[task].steps if self.steps is None else self.steps

@@ -65,10 +65,10 @@ class Algorithm:
 
 ALGORITHMS = {
     "erm": Algorithm("ERM", default=True),
-    "fishr-head": Algorithm("Fishr, head", Fishr, {"params": "head"}, default=True),
-    "fishr-all": Algorithm("Fishr, all", Fishr, {"params": "all"}, default=True),
+    "fishr": Algorithm("Fishr", Fishr, {"params": "head"}, default=True),
+    "fishr-all": Algorithm("Fishr, all layers", Fishr, {"params": "all"}, default=True),
     "irm": Algorithm("IRM", IRM),
-    "vrex": Algorithm("V-REx", VREx, default=True),
+    "vrex": Algorithm("VREx", VREx, default=True),
     "iga": Algorithm("IGA", IGA),
     "groupdro": Algorithm("GroupDRO", GroupDRO),
     "fish": Algorithm("Fish", Fish),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..catalogue import nearest
 from .machine import machine
 from .storage import load_results, update_results
 
@@ -103,8 +104,10 @@ def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     """Raise ValueError unless ``names`` are some of ``known``."""
     unknown = [name for name in names if name not in known]
     if unknown or not names:
+        near = [name for each in unknown if (name := nearest(each, known))]
         raise ValueError(
             f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}."
+            + (f" Do you mean {', '.join(dict.fromkeys(near))}?" if near else "")
         )
 
 

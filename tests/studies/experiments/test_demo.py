@@ -26,7 +26,7 @@ from fastdg.studies.experiments.demo import Plan
 from fastdg.studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
 from fastdg.studies.report.summary import closing_words, mean_and_error, rows
 
-SMALL = Plan(("erm", "fishr-head", "pcgrad"), ("coloured",), seeds=1, steps=4)
+SMALL = Plan(("erm", "fishr", "pcgrad"), ("coloured",), seeds=1, steps=4)
 MEASURED = ("step_seconds", "peak_bytes")
 
 
@@ -133,7 +133,7 @@ def test_the_file_says_what_was_run_where_and_to_what_end(tmp_path: Path) -> Non
 def test_more_is_added_and_only_what_was_asked_for_is_given(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     first = demo.run(replace(SMALL, algorithms=("erm",)), path)
-    both = demo.run(replace(SMALL, algorithms=("fishr-head", "erm")), path)
+    both = demo.run(replace(SMALL, algorithms=("fishr", "erm")), path)
     assert both["runs"]["coloured/2/0/erm"] == first["runs"]["coloured/2/0/erm"]
     again = demo.run(replace(SMALL, algorithms=("erm",)), path)
     assert set(again["runs"]) == {"coloured/2/0/erm"}
@@ -193,7 +193,7 @@ def test_erm_is_plain_training_on_the_batches_of_the_others(name: str, left_out:
     # Without a weight, Fishr takes the same steps from the same start.
     none = {"penalty_weight": 0.0, "pre_anneal_weight": 0.0, "reset_base": False}
     setting = replace(SETTINGS[name], given={Fishr: none})
-    fishr = training.train(task, setting, "fishr-head", left_out, 1, 5)
+    fishr = training.train(task, setting, "fishr", left_out, 1, 5)
     assert [point["loss"] for point in fishr["curve"]] == pytest.approx(losses, rel=1e-4)
 
 
@@ -357,10 +357,10 @@ def results_of(
 
 def test_rows_sum_up_over_domains_first_and_seeds_then() -> None:
     table = rows(
-        results_of({"erm": [50, 53, 56], "fishr-head": [60, 60, 63]}, task="rotated"), "rotated"
+        results_of({"erm": [50, 53, 56], "fishr": [60, 60, 63]}, task="rotated"), "rotated"
     )
     plain, fishr = table
-    assert (plain.title, fishr.title) == ("ERM", "Fishr, head")
+    assert (plain.title, fishr.title) == ("ERM", "Fishr")
     assert plain.domains["0°"] == pytest.approx((54, math.sqrt(3)))
     assert plain.domains["75°"] == pytest.approx((59, math.sqrt(3)))
     assert plain.chosen == pytest.approx([53.5, 56.5, 59.5])
@@ -368,7 +368,7 @@ def test_rows_sum_up_over_domains_first_and_seeds_then() -> None:
     assert (plain.seconds, plain.ratio) == pytest.approx((1.01, 1))
     assert (fishr.seconds, fishr.ratio, fishr.peak_bytes) == pytest.approx((2.02, 2, 2000))
     assert plain.early == 0
-    early = rows(results_of({"fishr-head": [1, 2]}, chosen_step=60), "coloured")[0]
+    early = rows(results_of({"fishr": [1, 2]}, chosen_step=60), "coloured")[0]
     assert early.early == 1 and math.isnan(early.ratio)
 
 
@@ -413,7 +413,7 @@ def test_the_error_of_one_value_is_not_a_number() -> None:
     ],
 )
 def test_closing_words_follow_the_numbers(fishr: list[float], words: str) -> None:
-    said = closing_words(results_of({"erm": [30, 32, 31], "fishr-head": fishr}), "coloured")
+    said = closing_words(results_of({"erm": [30, 32, 31], "fishr": fishr}), "coloured")
     line = next(line for line in said if line.startswith("Fishr"))
     assert line.endswith(f"{words}.")
     assert not any("before the full penalty" in line for line in said)
@@ -426,6 +426,6 @@ def test_closing_words_admit_what_proves_nothing() -> None:
     assert "70.0 against 30.0 %" not in one[0]
     assert "of one seed, which proves nothing" in one[1]
     assert "In 100 % of these runs" in one[2]
-    for alone in ({"erm": [30, 31]}, {"fishr-head": [30, 31], "fishr-all": [1, 2]}):
+    for alone in ({"erm": [30, 31]}, {"fishr": [30, 31], "fishr-all": [1, 2]}):
         (said,) = closing_words(results_of(alone), "coloured")
         assert "nothing to compare" in said
