@@ -4,7 +4,8 @@
 Both run DomainBed's own script, unmodified, with all of its arguments. The environment variable
 ``DOMAINBED`` or ``PYTHONPATH`` names DomainBed's folder. Repeat the command of a killed run to
 resume it; ``python -m fastdg.domainbed resume SWEEP --command_launcher local`` repeats the commands
-of a whole sweep.
+of a whole sweep. ``python -m fastdg.domainbed trainer train_all.py ...`` runs the trainer of
+another clone (`fastdg.domainbed.trainer`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from ..files import locked
 from .plug import COMMAND, find, launching_fastdg, plugged_in
 from .resume import FILE, Journal, Refused, runs_to_resume
+from .trainer import run_trainer
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -57,7 +59,7 @@ def script(name: str, arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    commands = {"sweep": sweep, "resume": resume}
+    commands = {"sweep": sweep, "resume": resume, "trainer": run_trainer}
     if arguments and arguments[0] in commands:
         commands[arguments[0]](arguments[1:])
     else:
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        find("algorithms")
+        if sys.argv[1:2] != ["trainer"]:
+            find("algorithms")
     except ImportError as error:
         sys.exit(str(error))
     try:

@@ -1,4 +1,4 @@
-"""Hyper-parameters of the algorithms that DomainBed does not have: defaults and search ranges."""
+"""Hyper-parameters of the algorithms: defaults and search ranges."""
 
 from __future__ import annotations
 
@@ -43,6 +43,61 @@ SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
         "gam_grad_norm_rho": _choice(0.2, 0.1, 0.2),
     },
     "DISAM": {**_RHO, "disam_lambda": _choice(0.1, 0.01, 0.1, 1.0)},
+}
+
+
+def _power(default: float, low: float, high: float) -> tuple[float, Draw]:
+    """10 to a uniform power."""
+    return default, lambda r: float(10 ** r.uniform(low, high))
+
+
+def _power_of_steps(default: int, low: float, high: float) -> tuple[int, Draw]:
+    return default, lambda r: int(10 ** r.uniform(low, high))
+
+
+def _uniform(default: float, low: float, high: float) -> tuple[float, Draw]:
+    return default, lambda r: float(r.uniform(low, high))
+
+
+_IRM = {
+    "irm_lambda": _power(100.0, -1, 5),
+    "irm_penalty_anneal_iters": _power_of_steps(500, 0, 4),
+}
+_IB = {"ib_lambda": _power(100.0, -1, 5), "ib_penalty_anneal_iters": _power_of_steps(500, 0, 4)}
+_GAMMA = {"mmd_gamma": _power(1.0, -1, 1)}
+# DomainBed's own, for its 5,000 steps, where there is no DomainBed; its plug takes DomainBed's
+DOMAINBED: dict[str, Mapping[str, tuple[Any, Draw]]] = {
+    "Fishr": {
+        "lambda": _power(1000.0, 1, 4),
+        "penalty_anneal_iters": (1500, lambda r: int(r.uniform(0.0, 5000.0))),
+        "ema": _uniform(0.95, 0.90, 0.99),
+    },
+    "Fish": {"meta_lr": _choice(0.5, 0.05, 0.1, 0.5)},
+    "IRM": _IRM,
+    "VREx": {
+        "vrex_lambda": _power(10.0, -1, 5),
+        "vrex_penalty_anneal_iters": _power_of_steps(500, 0, 4),
+    },
+    "GroupDRO": {"groupdro_eta": _power(0.01, -3, -1)},
+    "ANDMask": {"tau": _uniform(1.0, 0.5, 1.0)},
+    "SANDMask": {"tau": _uniform(1.0, 0.0, 1.0), "k": _power(10.0, -3, 5)},
+    "IGA": {"penalty": _power(1000.0, 1, 5)},
+    "EQRM": {
+        "eqrm_quantile": _uniform(0.75, 0.5, 0.99),
+        "eqrm_burnin_iters": (2500, lambda r: 10 ** r.uniform(2.5, 3.5)),
+        "eqrm_lr": _power(1e-6, -7, -5),
+    },
+    "RDM": {
+        "rdm_lambda": _uniform(5.0, 0.1, 10.0),
+        "rdm_penalty_anneal_iters": (1500, lambda r: int(r.uniform(800.0, 2700.0))),
+        "variance_weight": _uniform(0.004, 0.001, 0.007),
+        "rdm_lr": _uniform(1.5e-5, 8e-6, 2e-5),
+    },
+    "SD": {"sd_reg": _power(0.1, -5, -1)},
+    "CORAL": _GAMMA,
+    "MMD": _GAMMA,
+    "IB_ERM": _IB,
+    "IB_IRM": {**_IRM, **_IB},
 }
 
 
