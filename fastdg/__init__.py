@@ -11,6 +11,7 @@ from .algorithms.ascent.gsam import GSAM
 from .algorithms.ascent.sagm import SAGM
 from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
+from .algorithms.features.caus_irl import CausIRL
 from .algorithms.features.coral import CORAL
 from .algorithms.features.ib_erm import IBERM
 from .algorithms.features.ib_irm import IBIRM
@@ -103,6 +104,7 @@ __all__ = [
     "AgrSum",
     "AlignedMTL",
     "CAGrad",
+    "CausIRL",
     "ConFIG",
     "Dense",
     "DomainIds",

@@ -16,6 +16,7 @@ from ..algorithms.ascent.gam import GAM
 from ..algorithms.ascent.gsam import GSAM
 from ..algorithms.ascent.sagm import SAGM
 from ..algorithms.ascent.sam import SAM
+from ..algorithms.features.caus_irl import CausIRL
 from ..algorithms.features.coral import CORAL
 from ..algorithms.features.ib_erm import IBERM
 from ..algorithms.features.ib_irm import IBIRM
@@ -254,6 +255,15 @@ ENTRIES |= {
             adapter=FeatureAdapter,
         )
         for name, kind in (("CORAL", CORAL), ("MMD", MMD))
+    },
+    **{
+        f"CausIRL_{distance.upper()}": Entry(
+            f"CausIRL_{distance.upper()}",
+            drawing(CausIRL, "cpu", {"distance": distance}, penalty_weight="mmd_gamma"),
+            {"loss": "loss", "penalty": "penalty"},
+            adapter=FeatureAdapter,
+        )
+        for distance in ("coral", "mmd")
     },
     "IB_ERM": Entry(
         "IB_ERM",

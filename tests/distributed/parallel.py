@@ -94,6 +94,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "SD": lambda base, model: fastdg.SD(base, penalty_weight=0.5),
     "CORAL": lambda base, model: fastdg.CORAL(base),
     "MMD": lambda base, model: fastdg.MMD(base, penalty_weight=0.05),
+    "CausIRL": lambda base, model: fastdg.CausIRL(base, generator=seeded(), num_domains=DOMAINS),
     "IBERM": lambda base, model: fastdg.IBERM(base, penalty_weight=2.0, anneal_steps=2),
     "IBIRM": lambda base, model: ib_irm(base),
     "SAM": lambda base, model: fastdg.SAM(base),
@@ -143,7 +144,7 @@ BASES: dict[str, Callable[[Any], Optimizer]] = {
 
 def inputs_of(wrap: str, scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Further inputs of `backward`; the scores stand for features."""
-    features = wrap in ("CORAL", "MMD", "IBERM", "IBIRM")
+    features = wrap in ("CORAL", "CausIRL", "MMD", "IBERM", "IBIRM")
     return {
         **({"labels": labels} if "RISE" in wrap else {}),
         **({"features": scores} if features else {}),

@@ -94,6 +94,7 @@ VARIANTS = {
     "gradients_are_views": Run("GroupDRO", base="adam", options={"gradient_as_bucket_view": True}),
     "views_and_surgery": Run("SANDMask", options={"gradient_as_bucket_view": True}),
     "micro_batches_of_features": Run("CORAL", micro=True, dtype=torch.float64),
+    "micro_batches_of_cuts": Run("CausIRL", engine="bare", dtype=torch.float64),
     "micro_batches_of_losses": Run("RDM", micro=True, dtype=torch.float64),
     "ascent_with_batch_norm": Run("SAM", "own", batch_norm=True, dtype=torch.float64),
     "micro_batches_of_an_ascent_and_fsdp": Run("GAM", engine="fsdp", micro=True),

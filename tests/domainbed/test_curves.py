@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from beds import Bed, curve_of, only, repaired
 
 from fastdg.domainbed.plug import find, plugged_in
@@ -28,14 +30,29 @@ HPARAMS: dict[str, dict[str, Any]] = {
     "SD": {},
     "CORAL": {},
     "MMD": {},
+    "CausIRL_CORAL": {},
+    "CausIRL_MMD": {},
     "IB_ERM": {f"ib_{key}": value for key, value in ANNEALED.items()},
     "IB_IRM": {f"{one}_{key}": 20 for key in ANNEALED for one in ("ib", "irm")},
 }
 
 
+class Drawing:
+    """Draws for DomainBed's own class as fastdg's does for itself."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def randint(self, low: int, high: int) -> int:
+        drawn = torch.rand(1, generator=self.generator, dtype=torch.float64)
+        return low + int(drawn * (high - low))
+
+
 def both(bed: Bed, monkeypatch: Any, dataset: str, algorithm: str, root: Path, tmp: Path) -> Any:
     """The curves of DomainBed's class and of fastdg's, by the same arguments."""
     algorithms = find("algorithms")
+    if algorithm.startswith("CausIRL"):
+        monkeypatch.setattr(algorithms, "np", SimpleNamespace(random=Drawing()))
     if bed.clone:
         monkeypatch.setattr(find("lib.misc"), "accuracy", lambda *args: 0.0)  # minutes, else
         if algorithm == "Fishr":

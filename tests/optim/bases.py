@@ -67,8 +67,9 @@ def with_made_up_inputs(kind: Any) -> Any:
     return type(kind.__name__, (kind,), {"backward": backward, "__module__": __name__})
 
 
-CORAL, IBERM, IBIRM, MMD, SD = map(
-    with_made_up_inputs, (fastdg.CORAL, fastdg.IBERM, fastdg.IBIRM, fastdg.MMD, fastdg.SD)
+CORAL, CausIRL, IBERM, IBIRM, MMD, SD = map(
+    with_made_up_inputs,
+    (fastdg.CORAL, fastdg.CausIRL, fastdg.IBERM, fastdg.IBIRM, fastdg.MMD, fastdg.SD),
 )
 
 
@@ -116,6 +117,7 @@ RULES: dict[str, Wrap] = {
     ),
 }
 RULES |= {"MMD": MMD, "SD": SD}
+RULES["CausIRL"] = lambda base, **more: CausIRL(base, generator=seeded(), **more)
 RULES["IBERM"] = lambda base, **more: IBERM(base, **{"anneal_steps": 2, **more})
 RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
 RULES["SMA(Fishr)"] = lambda base, **more: fastdg.SMA(wrap(base, **more), model_of(base), start=2)

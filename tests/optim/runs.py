@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bases import even, seeded
+from bases import CausIRL, even, seeded
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
@@ -188,6 +188,9 @@ RUNS: dict[str, Callable[..., Any]] = {
     "IGA": partial(Run, lambda o, m: fastdg.IGA(o, penalty_weight=0.5)),
     "IRM": partial(Run, lambda o, m: fastdg.IRM(o, anneal_steps=7)),
     "VREx": partial(Run, lambda o, m: fastdg.VREx(o, anneal_steps=7)),
+    "CausIRL": partial(
+        Run, lambda o, m: CausIRL(o, distance="mmd", generator=seeded(), num_domains=3)
+    ),
     "GroupDRO": partial(Run, lambda o, m: fastdg.GroupDRO(o, eta=0.1, num_domains=3)),
     "MIRO": partial(Run, miro),
     "RISE": partial(Run, rise),

@@ -110,7 +110,7 @@ def test_nothing_is_added_up_in_any_order(name: str, rich: bool) -> None:
     assert not found[1] - found[0]
 
 
-@pytest.mark.parametrize("name", ["CORAL", "MMD", "IBERM", "IBIRM", "SD", "EQRM", "RDM"])
+@pytest.mark.parametrize("name", ["CORAL", "CausIRL", "MMD", "IBERM", "IBIRM", "SD", "EQRM", "RDM"])
 def test_nor_by_objectives_of_features(name: str) -> None:
     model, domains = Network(), torch.arange(12) % 3
     opt = getattr(fastdg, name)(SGD(model.parameters(), lr=0.01))

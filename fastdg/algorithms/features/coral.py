@@ -49,18 +49,23 @@ class CORAL(FeatureMatching):
     prefix = "coral"
 
     def penalty(self, features: Tensor, membership: Tensor) -> Tensor:
-        count = membership.sum(1, keepdim=True)
-        present = (count > 0).to(count.dtype)
-        domains = present.sum()
-        mean = membership @ features / count.clamp(min=1)
-        centred = features - membership.t() @ mean
-        products = [(row.unsqueeze(1) * centred).t() @ centred for row in membership]
-        covariance = torch.stack(products) / (count - 1).clamp(min=1).unsqueeze(2)
+        return moment_distance(features, membership)
 
-        def apart(values: Tensor) -> Tensor:
-            """Mean over pairs of the mean squared difference; rows of absent domains are 0."""
-            flat = values.flatten(1)
-            gaps = (flat - flat.sum(0) / domains.clamp(min=1)).square().mean(1) * present.squeeze(1)
-            return 2 * gaps.sum() / (domains - 1).clamp(min=1)
 
-        return apart(mean) + apart(covariance)
+def moment_distance(features: Tensor, membership: Tensor) -> Tensor:
+    """Mean over pairs of domains of the distances between means and between covariances, 0-dim."""
+    count = membership.sum(1, keepdim=True)
+    present = (count > 0).to(count.dtype)
+    domains = present.sum()
+    mean = membership @ features / count.clamp(min=1)
+    centred = features - membership.t() @ mean
+    products = [(row.unsqueeze(1) * centred).t() @ centred for row in membership]
+    covariance = torch.stack(products) / (count - 1).clamp(min=1).unsqueeze(2)
+
+    def apart(values: Tensor) -> Tensor:
+        """Mean over pairs of the mean squared difference; rows of absent domains are 0."""
+        flat = values.flatten(1)
+        gaps = (flat - flat.sum(0) / domains.clamp(min=1)).square().mean(1) * present.squeeze(1)
+        return 2 * gaps.sum() / (domains - 1).clamp(min=1)
+
+    return apart(mean) + apart(covariance)

@@ -11,11 +11,17 @@ from ...core.optimizer import DomainOptimizer
 from ...core.step_batch import StepBatch
 
 
+def all_features(batch: StepBatch) -> Tensor:
+    """Return the features of all samples ``[N, F]``, with their graph; of all micro-batches and
+    ranks."""
+    inputs = batch.input("features", differentiable=True)
+    return batch.gathered([x.reshape(len(x), -1) for x in inputs])
+
+
 def features_by_domain(batch: StepBatch) -> tuple[Tensor, Tensor]:
     """Return the features of all samples ``[N, F]``, with their graph, and 1 where a sample belongs
     to a domain, else 0, ``[D, N]``; of all micro-batches and ranks."""
-    inputs = batch.input("features", differentiable=True)
-    features = batch.gathered([x.reshape(len(x), -1) for x in inputs])
+    features = all_features(batch)
     return features, batch.membership.to(features.dtype)
 
 
@@ -30,8 +36,12 @@ class FeatureMatching(DomainOptimizer):
     penalty_weight: float = hyper(1.0, check_weight)
 
     def objective(self, batch: StepBatch) -> Tensor:
-        penalty = self.penalty(*features_by_domain(batch))
+        penalty = self.penalty(*self.groups(batch))
         return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
+
+    def groups(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Return the arguments of `penalty`: those of `features_by_domain`, unless overridden."""
+        return features_by_domain(batch)
 
     @abstractmethod
     def penalty(self, features: Tensor, membership: Tensor) -> Tensor:

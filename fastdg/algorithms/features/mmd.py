@@ -32,10 +32,15 @@ class MMD(FeatureMatching):
     prefix = "mmd"
 
     def penalty(self, features: Tensor, membership: Tensor) -> Tensor:
-        membership = membership.double()
-        count = membership.sum(1)
-        share = membership / count.clamp(min=1).unsqueeze(1)
-        mean = share @ gaussians(features, GAMMAS) @ share.t()  # 0 for an absent domain
-        domains = (count > 0).to(count.dtype).sum()
-        gaps = domains * mean.diagonal().sum() - mean.sum()
-        return (2 * gaps / (domains * (domains - 1)).clamp(min=1)).to(features.dtype)
+        return kernel_distance(features, membership)
+
+
+def kernel_distance(features: Tensor, membership: Tensor) -> Tensor:
+    """Mean over pairs of domains of the squared maximum mean discrepancy, 0-dim."""
+    membership = membership.double()
+    count = membership.sum(1)
+    share = membership / count.clamp(min=1).unsqueeze(1)
+    mean = share @ gaussians(features, GAMMAS) @ share.t()  # 0 for an absent domain
+    domains = (count > 0).to(count.dtype).sum()
+    gaps = domains * mean.diagonal().sum() - mean.sum()
+    return (2 * gaps / (domains * (domains - 1)).clamp(min=1)).to(features.dtype)

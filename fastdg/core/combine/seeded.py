@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..declared_state import Group, ObjectState
 from ..hyper import check_generator, option
+from ..optimizer import DomainOptimizer
 from .combiner import Combined, GradientCombiner
 
 
@@ -41,23 +42,19 @@ def random_state(name: str) -> ObjectState:
     return ObjectState(name, read=read, write=write, check=check, fresh=True)
 
 
-class RandomCombiner(GradientCombiner):
+class Seeded(DomainOptimizer):
     """Keeps the state of ``generator`` in ``param_groups[0]``, so that a run resumes bit for bit.
 
     Args:
         base: optimizer to wrap.
         generator: generator of random numbers; None: torch's global generator, whose state the
             user saves.
-        num_domains, model, check: as in `GradientCombiner`.
+        num_domains, model, check: as in `DomainOptimizer`.
     """
 
     generator: torch.Generator | None = option(None, check_generator, show=None)
 
     drawn = random_state("generator")
-
-    def device_of(self, combined: Combined) -> torch.device:
-        """Return the device for random numbers: the generator's, else the gradients'."""
-        return next(iter(combined)).device if self.generator is None else self.generator.device
 
     def generator_on(self, device: torch.device) -> torch.Generator | None:
         """Return the generator on ``device``; on several ranks all draw the numbers of rank 0."""
@@ -77,3 +74,11 @@ class RandomCombiner(GradientCombiner):
         loss = super()._gradient(staged)
         self._remember()  # the generator's state after this step
         return loss
+
+
+class RandomCombiner(Seeded, GradientCombiner):
+    """A `GradientCombiner` with a ``generator``."""
+
+    def device_of(self, combined: Combined) -> torch.device:
+        """Return the device for random numbers: the generator's, else the gradients'."""
+        return next(iter(combined)).device if self.generator is None else self.generator.device

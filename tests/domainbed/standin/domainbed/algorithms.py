@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
@@ -12,6 +13,7 @@ from domainbed import networks
 ALGORITHMS = [
     *("ERM", "Fish", "IRM", "GroupDRO", "VREx", "ANDMask", "SANDMask", "IGA", "Fishr"),
     *("EQRM", "RDM", "SD", "CORAL", "MMD", "IB_ERM", "IB_IRM"),
+    *("CausIRL_CORAL", "CausIRL_MMD"),
 ]
 
 
@@ -212,6 +214,25 @@ class MMD(CORAL):
             return torch.stack([(-(10.0**m) * squares).exp() for m in range(-3, 4)]).sum(0).mean()
 
         return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+
+
+class CausIRL_CORAL(CORAL):  # DomainBed's name
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        features = [self.featurizer(x) for x, _ in minibatches]
+        labels = [y for _, y in minibatches]
+        pairs = zip(features, labels, strict=True)
+        loss = torch.stack([F.cross_entropy(self.classifier(z), y) for z, y in pairs]).mean()
+        cuts = [np.random.randint(0, len(z)) for z in features]
+        first = torch.cat([z[:k] for z, k in zip(features, cuts, strict=True)])
+        second = torch.cat([z[k:] for z, k in zip(features, cuts, strict=True)])
+        many = min(len(first), len(second)) > 1
+        penalty = self.apart(first, second) if many else torch.tensor(0.0)
+        self.descend(loss + self.hparams["mmd_gamma"] * penalty)
+        return {"loss": loss.item(), "penalty": penalty.item()}
+
+
+class CausIRL_MMD(CausIRL_CORAL):  # DomainBed's name
+    apart = MMD.apart
 
 
 class RDM(ERM):

@@ -30,6 +30,8 @@ RANGES: dict[str, dict[str, Any]] = {
     "SD": {"sd_reg": (0.1, lambda r: 10 ** r.uniform(-5, -1))},
     "CORAL": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
     "MMD": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
+    "CausIRL_CORAL": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
+    "CausIRL_MMD": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
     "IB_ERM": IB,
     "IB_IRM": {
         **IB,
