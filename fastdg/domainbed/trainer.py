@@ -22,7 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from .adapter import Adapter
-from .algorithms import ENTRIES, FishAdapter
+from .adapters import FishAdapter
+from .algorithms import ENTRIES
 from .hparams import DOMAINBED, hparams_of
 from .plug import IMPORTS
 from .resume import Refused
