@@ -1,4 +1,4 @@
-"""The algorithms that the demo compares, and how each task is trained."""
+"""The algorithms that the demo and the benchmark compare, and how the demo trains on each task."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ... import (
+    CORAL,
+    DISAM,
+    EQRM,
+    GAM,
     GGAL,
+    GSAM,
+    IBERM,
+    IBIRM,
     IGA,
     IMTLG,
     IRM,
     MGDA,
     MIRO,
+    MMD,
     POGM,
+    RDM,
     RISE,
+    SAGM,
+    SAM,
+    SD,
     SWAD,
     AgrRand,
     AgrSum,
@@ -90,6 +102,18 @@ ALGORITHMS = {
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
+    "sam": Algorithm("SAM", SAM),
+    "gsam": Algorithm("GSAM", GSAM),
+    "sagm": Algorithm("SAGM", SAGM),
+    "gam": Algorithm("GAM", GAM),
+    "disam": Algorithm("DISAM", DISAM),
+    "eqrm": Algorithm("EQRM", EQRM),
+    "rdm": Algorithm("RDM", RDM),
+    "sd": Algorithm("SD", SD),
+    "coral": Algorithm("CORAL", CORAL),
+    "mmd": Algorithm("MMD", MMD),
+    "ib-erm": Algorithm("IB-ERM", IBERM),
+    "ib-irm": Algorithm("IB-IRM", IBIRM),
     # No teacher sees the images. Both weights: the one of 0.1, 0.3 and 1 with the best accuracy on
     # the held-out parts of rotated training domains (seed 100)
     "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
@@ -210,6 +234,8 @@ _SCRIPT = {
     "pre_anneal_weight": 1.0,
     "reset_base": False,
 }
+# Whose weights are the defaults on both tasks
+_ANNEALED: dict[type[Any], Mapping[str, Any]] = {EQRM: {}, RDM: {}, IBERM: {}, IBIRM: {}}
 
 SETTINGS = {
     "coloured": Setting(
@@ -222,6 +248,7 @@ SETTINGS = {
             Fishr: {**_SCRIPT, "ema": None, "reduction": "sum"},
             IRM: _SCRIPT,
             VREx: _SCRIPT,
+            **_ANNEALED,
         },
         texts=coloured_texts,
         divided=True,
@@ -235,7 +262,7 @@ SETTINGS = {
         lr=1e-3,  # DomainBed's for small images
         steps=100,
         anneal=0.3,
-        given={Fishr: {"penalty_weight": 10.0}, IRM: {}, VREx: {}},
+        given={Fishr: {"penalty_weight": 10.0}, IRM: {}, VREx: {}, **_ANNEALED},
         texts=rotated_texts,
         divided=False,
         source="DomainBed's defaults, and its anneal (30 % of the steps); Fishr's weight is the "

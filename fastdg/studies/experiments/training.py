@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import POGM, RISE, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from ... import POGM, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..._torch import foreach_div_
+from ...core.term import Term
+from ...outer.ascent import Ascent
 from ..data.digits import Task
 from .memory import measured
 from .pretraining import pretrain
@@ -73,8 +75,14 @@ def train(
     def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         opt.zero_grad()
         if isinstance(opt, DomainOptimizer) and not isinstance(opt, SWAD):
-            more: dict[str, Any] = {"labels": y} if isinstance(opt, RISE) else {}
-            loss = opt.backward(F.cross_entropy(model(x), y, reduction="none"), ids, **more)
+            for point in range(opt.points if isinstance(opt, Ascent) else 1):
+                if point:
+                    opt.ascend()
+                features = model[:-1](x)
+                logits = model[-1](features)
+                known = {"features": features, "logits": logits, "labels": y}
+                more = {name: known[name] for name in inputs_of(opt) if name in known}
+                loss = opt.backward(F.cross_entropy(logits, y, reduction="none"), ids, **more)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             foreach_div_(grads, setting.divisor(opt))
         else:
@@ -121,6 +129,11 @@ def train(
         "peak_bytes": peak,
         "curve": curve,
     }
+
+
+def inputs_of(opt: DomainOptimizer) -> tuple[str, ...]:
+    """Return the names of the further inputs that ``opt.backward`` takes."""
+    return tuple(opt.inputs()) if isinstance(opt, Term) else opt.takes
 
 
 def split(

@@ -22,6 +22,7 @@ from .storage import load_results, update_results
 
 Unit = Callable[[], dict[str, Any]]  # one run; it can be pickled, and is deterministic
 Told = Callable[[str, int, int], None]
+SPARING = 20  # times the seconds of a write pass before the next one
 
 
 @contextmanager
@@ -128,7 +129,9 @@ def run_units(
     """Run the units that ``path`` does not hold yet, and write it after each.
 
     A run killed at any moment goes on where it was: units are deterministic, and the file is
-    replaced whole. Several runs may add to one file at the same time: each adds its
+    replaced whole. Where writing takes long, because the file has grown, it is written less often,
+    so that writing takes at most a twentieth of the time. An error or an interrupt writes it; a
+    kill loses the units since the last time. Several runs may add to one file at the same time: each adds its
     units to the file. If two runs finish the same unit, the result that is written first stays, and
     both return it.
 
@@ -171,10 +174,19 @@ def run_units(
     left = {key: unit for key, unit in units.items() if key not in known}
     done = len(units) - len(left)
     progress(next(iter(left), ""), done, len(units))
-    with closing(_results(left, workers)) as found:
-        for key, result in found:
-            made[key] = result
+    due, waiting = 0.0, False
+    try:
+        with closing(_results(left, workers)) as found:
+            for key, result in found:
+                made[key] = result
+                waiting = True
+                if (began := time.monotonic()) >= due:
+                    results, waiting = update_results(path, load, change), False
+                    ended = time.monotonic()
+                    due = ended + SPARING * (ended - began)
+                done += 1
+                progress(key if done < len(units) else "", done, len(units))
+    finally:
+        if waiting:
             results = update_results(path, load, change)
-            done += 1
-            progress(key if done < len(units) else "", done, len(units))
     return results | {"runs": {key: known[key] for key in units}}
