@@ -1,4 +1,4 @@
-"""The command line ``fastdg``: list, demo, reproduce, pacs, info."""
+"""The command line ``fastdg``: list, demo, benchmark, reproduce, pacs, info."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from ..studies.experiments import demo as demo_experiment
 from ..studies.experiments import pacs as pacs_experiment
 from ..studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
 from ..studies.experiments.units import check_names
+from .benchmark import benchmark
 from .catalogue import algorithms_table, costs_table, described
 from .options import (
     CONTEXT,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 reproduce = typer.Typer(no_args_is_help=True, help="Re-run published experiments to the letter.")
 app.add_typer(reproduce, name="reproduce")
+app.command()(benchmark)
 
 
 def _version(asked: bool) -> None:

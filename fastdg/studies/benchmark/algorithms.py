@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ... import ERM, RISE
-from ...averaging.averaged import Averaged
+from ... import ERM, RISE, SWAD
 from ...domainbed.adapter import Entry
-from ...domainbed.algorithms import ENTRIES
+from ...domainbed.algorithms import ENTRIES, wrapped
 from ...domainbed.hparams import DOMAINBED, SEARCHES, Draw
 from ..experiments import settings
 from .folds import seed_of
@@ -45,7 +44,7 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         self.input_shape, self.hparams = input_shape, hparams
-        self.featurizer = nn.Sequential(nn.Linear(*input_shape, WIDTH), nn.ReLU())
+        self.featurizer = nn.Sequential(nn.Linear(input_shape[0], WIDTH), nn.ReLU())
         self.classifier = nn.Linear(WIDTH, num_classes)
         self.network = nn.Sequential(self.featurizer, self.classifier)
         self.optimizer = torch.optim.Adam(
@@ -69,9 +68,7 @@ class Contender:
     searched: Mapping[str, tuple[Any, Draw]]
     again: bool = False
 
-    def network(
-        self, features: int, classes: int, domains: int, hparams: Mapping[str, Any]
-    ) -> Any:
+    def network(self, features: int, classes: int, domains: int, hparams: Mapping[str, Any]) -> Any:
         """Return a network whose ``update`` makes a step of the algorithm."""
         kind = type("Contender", (self.entry.adapter, Perceptron), {"entry": self.entry})
         return kind((features,), classes, domains, hparams)
@@ -96,10 +93,10 @@ def _whole(entry: Entry) -> Entry:
 
 def _contender(algorithm: settings.Algorithm) -> Contender:
     wrapper = algorithm.wrapper or ERM
-    if wrapper is ERM or issubclass(wrapper, Averaged):
-        takes = ("optimizer", "network") if issubclass(wrapper, Averaged) else ("optimizer",)
-        plain = Entry("ERM", lambda a: wrapper(*(getattr(a, x) for x in takes)), {"loss": "loss"})
-        return Contender(algorithm.title, plain, {})
+    if wrapper is ERM:
+        return Contender(algorithm.title, Entry("ERM", wrapped(ERM), {"loss": "loss"}), {})
+    if wrapper is SWAD:  # which DomainBed's trainer does not evaluate
+        return Contender(algorithm.title, Entry("ERM", wrapped(SWAD), {"loss": "loss"}), {})
     name = next(n for n in ENTRIES if n.replace("_", "") == wrapper.__name__)
     entry = ENTRIES[name]
     if algorithm.given.get("params") == "all":
@@ -123,8 +120,9 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
     and ``of`` (data set, domain left out and seed): algorithms that search the same
     hyper-parameter draw the same values, so that they are compared at the same learning rates.
 
-    Steps after which a penalty begins, ``..._iters``, are scaled from DomainBed's 5,000 to
-    ``steps``; learning rates after that, ``..._lr``, from DomainBed's 5e-5 to this trial's.
+    Steps after which a penalty or an average begins, ``..._iters`` and ``..._start``, are scaled
+    from DomainBed's 5,000 to ``steps``; learning rates after that, ``..._lr``, from DomainBed's
+    5e-5 to this trial's.
     """
     contender = CONTENDERS[algorithm]
     more = (algorithm,) if contender.again else ()
@@ -135,6 +133,8 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
             value = draw(np.random.RandomState(seed_of("search", *of, trial, name, *more)))
         if name.endswith("_iters"):
             value = round(value * steps / DOMAINBED_STEPS)
+        elif name.endswith("_start"):
+            value = max(1, round(value * steps / DOMAINBED_STEPS))
         elif name.endswith("_lr") and name != "meta_lr":
             value = value / DOMAINBED_LR * found["lr"]
         found[name] = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -84,7 +84,7 @@ def _digits(data: Path | None, seed: int) -> list[Rows]:
 
 
 def _amazon(data: Path | None, seed: int) -> list[Rows]:
-    from scipy.sparse import csr_matrix
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
     parts = ("data", "indices", "indptr", "shape")
     found = _arrays(AMAZON, data, 4, 2, *parts)

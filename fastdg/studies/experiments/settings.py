@@ -31,6 +31,7 @@ from ... import (
     SAGM,
     SAM,
     SD,
+    SMA,
     SWAD,
     AgrRand,
     AgrSum,
@@ -50,6 +51,7 @@ from ... import (
     UPGrad,
     VREx,
 )
+from ...averaging.averaged import Averaged
 from ...text import TextTables
 from ..data.numerals import coloured_texts, rotated_texts
 
@@ -121,6 +123,7 @@ ALGORITHMS = {
     # training domains (0, 30 and 75 degrees left out, seed 100)
     "miro": Algorithm("MIRO", MIRO, {"weight": 0.01}, pretrained=True),
     "swad": Algorithm("SWAD", SWAD),
+    "sma": Algorithm("SMA", SMA),
 }
 DEFAULT = tuple(name for name, algorithm in ALGORITHMS.items() if algorithm.default)
 
@@ -183,8 +186,12 @@ class Setting:
             given["anneal_steps"] = self.anneal_steps(steps)
         if chosen.wrapper in (AgrRand, GGAL, GradVac, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
-        if chosen.wrapper is SWAD:
-            return SWAD(base, model, **given)
+        if chosen.wrapper is SMA:
+            given["start"] = self.anneal_steps(steps) + 1
+        if issubclass(chosen.wrapper, Averaged):
+            averaging: Any = chosen.wrapper
+            averaged: Optimizer = averaging(base, model, **given)
+            return averaged
         more: tuple[Any, ...] = ()
         if chosen.wrapper is RISE:
             more = (model[-3], *self.texts(training))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ... import POGM, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..._torch import foreach_div_
+from ...averaging.averaged import Averaged
 from ...core.term import Term
 from ...outer.ascent import Ascent
 from ..data.digits import Task
@@ -33,8 +34,8 @@ def train(
 
     Each training domain is split 80:20 and trained on its 80 %. The checkpoint to report is the one
     with the best mean accuracy on the 20 % parts, the first if there are several: DomainBed's
-    training-domain selection. The domain left out takes no part in it. SWAD's averaged model is
-    evaluated.
+    training-domain selection. The domain left out takes no part in it. Of an average of weights,
+    the averaged model is evaluated.
 
     Returns:
         ``chosen`` and ``last``: accuracy (per cent) on the whole domain left out, of the chosen
@@ -74,15 +75,13 @@ def train(
 
     def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         opt.zero_grad()
-        if isinstance(opt, DomainOptimizer) and not isinstance(opt, SWAD):
-            for point in range(opt.points if isinstance(opt, Ascent) else 1):
-                if point:
-                    opt.ascend()
-                features = model[:-1](x)
-                logits = model[-1](features)
-                known = {"features": features, "logits": logits, "labels": y}
-                more = {name: known[name] for name in inputs_of(opt) if name in known}
-                loss = opt.backward(F.cross_entropy(logits, y, reduction="none"), ids, **more)
+        if isinstance(opt, DomainOptimizer) and not isinstance(opt, Averaged):
+            losses, inputs = losses_of(model, opt, x, y)
+            loss = opt.backward(losses, ids, **inputs)
+            for _ in range(opt.points - 1 if isinstance(opt, Ascent) else 0):
+                opt.ascend()
+                losses, inputs = losses_of(model, opt, x, y)
+                opt.backward(losses, ids, **inputs)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             foreach_div_(grads, setting.divisor(opt))
         else:
@@ -107,7 +106,7 @@ def train(
         if count in marks:
             if isinstance(opt, SWAD):
                 opt.evaluate(mean_loss(model, held))
-            with opt.applied() if isinstance(opt, SWAD) else nullcontext():
+            with opt.applied() if isinstance(opt, Averaged) else nullcontext():
                 variance, distance = head_variances(model, fit)
                 curve.append(
                     {
@@ -131,9 +130,20 @@ def train(
     }
 
 
-def inputs_of(opt: DomainOptimizer) -> tuple[str, ...]:
-    """Return the names of the further inputs that ``opt.backward`` takes."""
-    return tuple(opt.inputs()) if isinstance(opt, Term) else opt.takes
+def losses_of(
+    model: nn.Sequential, opt: DomainOptimizer, x: Tensor, y: Tensor
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the samples' losses, and the further inputs of ``opt.backward``."""
+    takes = tuple(opt.inputs()) if isinstance(opt, Term) else opt.takes
+    known = {"labels": y}
+    if "features" in takes:
+        known["features"] = model[:-1](x)
+        logits = model[-1](known["features"])
+    else:
+        logits = model(x)
+    known["logits"] = logits
+    inputs = {name: known[name] for name in takes if name in known}
+    return F.cross_entropy(logits, y, reduction="none"), inputs
 
 
 def split(

@@ -131,9 +131,9 @@ def run_units(
     A run killed at any moment goes on where it was: units are deterministic, and the file is
     replaced whole. Where writing takes long, because the file has grown, it is written less often,
     so that writing takes at most a twentieth of the time. An error or an interrupt writes it; a
-    kill loses the units since the last time. Several runs may add to one file at the same time: each adds its
-    units to the file. If two runs finish the same unit, the result that is written first stays, and
-    both return it.
+    kill loses the units since the last time. Several runs may add to one file at the same time:
+    each adds its units to the file. If two runs finish the same unit, the result that is written
+    first stays, and both return it.
 
     Args:
         units: key -> the function to run, in this order.

@@ -17,6 +17,7 @@ from ..benchmark.datasets import DATASETS
 from .benchmark_summary import ERM, standings
 from .summary import Estimate
 
+Gain = tuple[Estimate, bool]
 BETTER, WORSE, UNCLEAR, BAND = "#0072b2", "#d55e00", "#8c8c8c", "#e8e8e8"
 FAR = 10.0  # per cent points to the left; what lies beyond is written
 
@@ -26,11 +27,11 @@ def benchmark_figure(summary: Mapping[str, Any], path: Path) -> None:
     average and for each data set. Grey: ERM's difference to itself with other random numbers."""
     lines = [s for s in standings(summary) if s.algorithm != ERM]
     again = next((s for s in lines if s.algorithm == AGAIN), None)
-    panels: list[tuple[str, list[tuple[Estimate, bool]], tuple[Estimate, bool] | None]] = [
-        ("average", [s.gain for s in lines], again and again.gain)
+    panels: list[tuple[str, list[Gain], Gain | None]] = [
+        ("average", [s.gain for s in lines], again.gain if again else None)
     ]
     for name in summary["datasets"]:
-        own = again and again.gains[name]
+        own = again.gains[name] if again else None
         panels.append((DATASETS[name].title, [s.gains[name] for s in lines], own))
     with rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.1 + 0.152 * len(lines)), layout="constrained")
@@ -55,8 +56,8 @@ def benchmark_figure(summary: Mapping[str, Any], path: Path) -> None:
 def _panel(
     axes: Axes,
     title: str,
-    gains: Sequence[tuple[Estimate, bool]],
-    again: tuple[Estimate, bool] | None,
+    gains: Sequence[Gain],
+    again: Gain | None,
 ) -> None:
     if again is not None and not math.isnan(again[0][1]):
         reach = 2 * again[0][1]

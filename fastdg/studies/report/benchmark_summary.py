@@ -57,7 +57,9 @@ def condensed(results: Mapping[str, Any]) -> dict[str, Any]:
     kept = []
     for name, dataset in DATASETS.items():
         domains = range(len(dataset.domains))
-        if not all(f"{name}/{d}/{a}/{s}" in runs for d, a, s in product(domains, algorithms, seeds)):
+        if not all(
+            f"{name}/{d}/{a}/{s}" in runs for d, a, s in product(domains, algorithms, seeds)
+        ):
             continue
         kept.append(name)
         for d, a in product(domains, algorithms):
@@ -157,7 +159,9 @@ def standings(summary: Mapping[str, Any]) -> list[Standing]:
             for dataset in datasets
             for d in range(len(DATASETS[dataset].domains))
         ]
-        trials = [t for dataset in datasets for values in of(name, dataset, "trial") for t in values]
+        trials = [
+            t for dataset in datasets for values in of(name, dataset, "trial") for t in values
+        ]
         found.append(
             Standing(
                 name,

@@ -23,8 +23,7 @@ def accuracies(summary: Mapping[str, Any]) -> Table:
     """Accuracy on each data set, and their average."""
     header = ["", *(DATASETS[name].title for name in summary["datasets"]), "average"]
     rows = [
-        [s.title, *(_estimate(s.accuracy[name]) for name in summary["datasets"])]
-        + [_estimate(s.average)]
+        [s.title, *(_estimate(value) for value in (*s.accuracy.values(), s.average))]
         for s in standings(summary)
     ]
     return header, rows

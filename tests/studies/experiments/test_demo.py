@@ -206,7 +206,7 @@ def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> Non
     assert opt.param_groups[0]["lr"] == setting.lr
     if chosen.wrapper is None:
         return
-    assert opt.num_domains == (None if algorithm == "swad" else 5)
+    assert opt.num_domains == (None if algorithm in ("swad", "sma") else 5)
     wanted = {**chosen.given, **setting.given.get(chosen.wrapper, {})}
     assert {name: getattr(opt, name) for name in wanted} == wanted
     if chosen.wrapper in setting.given:
