@@ -53,6 +53,7 @@ COLOURS = {
     "sd": "#fb6a4a",
     "coral": "#006d2c",
     "mmd": "#31a354",
+    "causirl": "#41ab5d",
     "ib-erm": "#74c476",
     "ib-irm": "#a1d99b",
     "miro+swad": "#fdbf6f",

@@ -96,6 +96,8 @@ DOMAINBED: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     "SD": {"sd_reg": _power(0.1, -5, -1)},
     "CORAL": _GAMMA,
     "MMD": _GAMMA,
+    "CausIRL_CORAL": _GAMMA,
+    "CausIRL_MMD": _GAMMA,
     "IB_ERM": _IB,
     "IB_IRM": {**_IRM, **_IB},
 }

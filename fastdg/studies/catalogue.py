@@ -43,6 +43,7 @@ SD | plain | the loss, and the squares of the logits
 """,
     "features": """
 CORAL | plain | the loss, and distances between the domains' means and covariances of features
+CausIRL | plain | the loss, and a distance of the features in two random parts of all domains
 MMD | plain | the loss, and distances between the domains' features by a kernel
 IB-ERM | plain | the loss, and the variance of the features in each domain
 IB-IRM | plain | IRM's objective, and the variance of the features in each domain

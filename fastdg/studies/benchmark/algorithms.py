@@ -97,7 +97,7 @@ def _contender(algorithm: settings.Algorithm) -> Contender:
         return Contender(algorithm.title, Entry("ERM", wrapped(ERM), {"loss": "loss"}), {})
     if wrapper is SWAD:  # which DomainBed's trainer does not evaluate
         return Contender(algorithm.title, Entry("ERM", wrapped(SWAD), {"loss": "loss"}), {})
-    name = next(n for n in ENTRIES if n.replace("_", "") == wrapper.__name__)
+    name = algorithm.domainbed or wrapper.__name__
     entry = ENTRIES[name]
     if algorithm.given.get("params") == "all":
         entry = _whole(entry)

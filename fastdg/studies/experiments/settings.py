@@ -38,6 +38,7 @@ from ... import (
     AlignedMTL,
     ANDMask,
     CAGrad,
+    CausIRL,
     ConFIG,
     DualProj,
     FairGrad,
@@ -68,6 +69,7 @@ class Algorithm:
         given: its arguments, whatever the task.
         default: whether the demo runs it unless asked for others.
         pretrained: whether it begins with layers from `pretraining.pretrain`.
+        domainbed: its name in DomainBed; default: the wrapper's.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Algorithm:
     given: Mapping[str, Any] = field(default_factory=dict)
     default: bool = False
     pretrained: bool = False
+    domainbed: str | None = None
 
 
 ALGORITHMS = {
@@ -114,8 +117,9 @@ ALGORITHMS = {
     "sd": Algorithm("SD", SD),
     "coral": Algorithm("CORAL", CORAL),
     "mmd": Algorithm("MMD", MMD),
-    "ib-erm": Algorithm("IB-ERM", IBERM),
-    "ib-irm": Algorithm("IB-IRM", IBIRM),
+    "causirl": Algorithm("CausIRL", CausIRL, domainbed="CausIRL_CORAL"),
+    "ib-erm": Algorithm("IB-ERM", IBERM, domainbed="IB_ERM"),
+    "ib-irm": Algorithm("IB-IRM", IBIRM, domainbed="IB_IRM"),
     # No teacher sees the images. Both weights: the one of 0.1, 0.3 and 1 with the best accuracy on
     # the held-out parts of rotated training domains (seed 100)
     "rise": Algorithm("RISE", RISE, {"absolute": 0.3, "relative": 0.3, "distillation": 0.0}),
@@ -184,7 +188,7 @@ class Setting:
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, GGAL, GradVac, PCGrad):
+        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
         if chosen.wrapper is SMA:
             given["start"] = self.anneal_steps(steps) + 1

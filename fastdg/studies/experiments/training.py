@@ -78,10 +78,11 @@ def train(
         if isinstance(opt, DomainOptimizer) and not isinstance(opt, Averaged):
             losses, inputs = losses_of(model, opt, x, y)
             loss = opt.backward(losses, ids, **inputs)
-            for _ in range(opt.points - 1 if isinstance(opt, Ascent) else 0):
-                opt.ascend()
-                losses, inputs = losses_of(model, opt, x, y)
-                opt.backward(losses, ids, **inputs)
+            if isinstance(opt, Ascent):
+                for _ in range(1, opt.points):
+                    opt.ascend()
+                    losses, inputs = losses_of(model, opt, x, y)
+                    opt.backward(losses, ids, **inputs)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             foreach_div_(grads, setting.divisor(opt))
         else:
