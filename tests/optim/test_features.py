@@ -207,6 +207,11 @@ def test_wrong_inputs_are_told() -> None:
     f = forward(model, *batch(0))
     with pytest.raises(ValueError, match=r"^features: expected a tensor with its graph"):
         opt.backward(f.losses, f.domains, features=f.features.detach())
+    f = forward(model, *batch(0))
+    opt.backward(f.losses, f.domains, False, features=f.features)
+    f = forward(model, *batch(0))
+    with pytest.raises(ValueError, match=r"^features: expected as many features in all micro"):
+        opt.backward(f.losses, f.domains, features=f.features[:, 1:])
     with pytest.raises(ValueError, match=r"^logits: expected a tensor with its graph"):
         sd = fastdg.SD(Adam(model.parameters()))
         sd.backward(forward(model, *batch(0)).losses, f.domains, logits=f.logits.detach())
@@ -226,6 +231,20 @@ def test_sd_squares_halves_in_float32(dtype: torch.dtype) -> None:
     opt.backward(losses, torch.tensor([0, 1]), logits=logits)
     expected = logits.detach().float().square().mean()
     torch.testing.assert_close(opt.statistics["sd"], expected)
+
+
+@pytest.mark.parametrize("kind", [fastdg.CORAL, fastdg.MMD])
+def test_a_weight_of_0_needs_no_graph_of_the_penalty(kind: Any) -> None:
+    model, plain = network(), network()
+    opt = kind(Adam(model.parameters()), penalty_weight=0.0)
+    f = forward(model, *batch(0))
+    opt.backward(f.losses, f.domains, features=f.features)
+    assert opt.statistics["penalty"] > 0
+    g = forward(plain, *batch(0))
+    means = [g.losses[g.domains == d].mean() for d in g.domains.unique()]
+    torch.stack(means).mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
 
 
 def test_a_term_inside_and_an_algorithm_around() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from ...core.hyper import check_weight, hyper
@@ -14,8 +15,14 @@ from ...core.step_batch import StepBatch
 def all_features(batch: StepBatch) -> Tensor:
     """Return the features of all samples ``[N, F]``, with their graph; of all micro-batches and
     ranks."""
-    inputs = batch.input("features", differentiable=True)
-    return batch.gathered([x.reshape(len(x), -1) for x in inputs])
+    inputs = [x.reshape(len(x), -1) for x in batch.input("features", differentiable=True)]
+    widths = [x.shape[1] for x in inputs]
+    if len({*widths}) > 1:
+        raise ValueError(
+            f"features: expected as many features in all micro-batches of a step, got {widths}. "
+            "Pass the output of the same layer, pooled over positions if their number differs."
+        )
+    return batch.gathered(inputs)
 
 
 def features_by_domain(batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -36,7 +43,8 @@ class FeatureMatching(DomainOptimizer):
     penalty_weight: float = hyper(1.0, check_weight)
 
     def objective(self, batch: StepBatch) -> Tensor:
-        penalty = self.penalty(*self.groups(batch))
+        with torch.set_grad_enabled(self.penalty_weight > 0):
+            penalty = self.penalty(*self.groups(batch))
         return batch.penalised(batch.domain_mean(batch.domain_losses), self.penalty_weight, penalty)
 
     def groups(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
