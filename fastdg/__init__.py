@@ -8,6 +8,7 @@ from .algorithms.and_mask import ANDMask
 from .algorithms.ascent.disam import DISAM
 from .algorithms.ascent.gam import GAM
 from .algorithms.ascent.gsam import GSAM
+from .algorithms.ascent.mldg import MLDG
 from .algorithms.ascent.sagm import SAGM
 from .algorithms.ascent.sam import SAM
 from .algorithms.erm import ERM
@@ -90,6 +91,7 @@ __all__ = [
     "IRM",
     "MGDA",
     "MIRO",
+    "MLDG",
     "MMD",
     "POGM",
     "RDM",

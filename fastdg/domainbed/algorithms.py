@@ -14,6 +14,7 @@ from ..algorithms.and_mask import ANDMask
 from ..algorithms.ascent.disam import DISAM
 from ..algorithms.ascent.gam import GAM
 from ..algorithms.ascent.gsam import GSAM
+from ..algorithms.ascent.mldg import MLDG
 from ..algorithms.ascent.sagm import SAGM
 from ..algorithms.ascent.sam import SAM
 from ..algorithms.features.caus_irl import CausIRL
@@ -112,6 +113,20 @@ def agr_sum(algorithm: Any) -> AgrSum:
         algorithm.optimizer,
         reduction="sum",
         num_domains=algorithm.num_domains,
+        model=algorithm.network,
+    )
+
+
+def mldg(algorithm: Any) -> MLDG:
+    domains = algorithm.num_domains
+    # With no domain to train on, DomainBed makes steps of zeros
+    tests = min(int(algorithm.hparams["n_meta_test"]), domains - 1)
+    beta = algorithm.hparams["mldg_beta"]
+    return MLDG(
+        algorithm.optimizer,
+        beta=beta,
+        meta_test=tests,
+        num_domains=domains,
         model=algorithm.network,
     )
 
@@ -285,6 +300,7 @@ ENTRIES |= {
         adapter=FeatureAdapter,
     ),
 }
+ENTRIES["MLDG"] = Entry("MLDG", mldg, {"loss": "objective"}, alone=True, asks=True)
 RHO = {"rho": "sam_rho"}
 ENTRIES |= {
     name: Entry("ERM", wrapped(kind, **settings), SHARPNESS, together=True)

@@ -25,6 +25,8 @@ SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     "FairGrad": {"fairgrad_alpha": _choice(1.0, 0.5, 1.0, 2.0, 5.0)},
     "GGAL": {"gga_l_gamma": _choice(0.001, 0.0001, 0.001, 0.01)},
     "GradVac": {"gradvac_beta": _choice(0.5, 0.01, 0.1, 0.5)},
+    # DomainBed's own, as an int that its result files can have
+    "MLDG": {"n_meta_test": _choice(2, 1, 2)},
     "POGM": {
         "meta_lr": _choice(0.5, 0.05, 0.1, 0.5),
         "cagrad_c": _choice(0.5, 0.05, 0.1, 0.5),
@@ -98,6 +100,7 @@ DOMAINBED: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     "MMD": _GAMMA,
     "CausIRL_CORAL": _GAMMA,
     "CausIRL_MMD": _GAMMA,
+    "MLDG": {"mldg_beta": _power(1.0, -1, 1)},
     "IB_ERM": _IB,
     "IB_IRM": {**_IRM, **_IB},
 }

@@ -27,7 +27,7 @@ Trajectory = Generator[Vector, Vector, Vector]
 
 
 @dataclass
-class _Visit:
+class Visit:
     """The visits to other weights of one step.
 
     Attributes:
@@ -62,7 +62,7 @@ class Ascent(OuterOptimizer):
     role = "ascent"
     points = 2  # gradients of a step
     _transient = (*OuterOptimizer._transient, "_visit", "_complete")
-    _visit: _Visit | None = None
+    _visit: Visit | None = None
     _complete = False  # whether .grad holds the gradient of the step
 
     buffers: Literal["first", "all"] = hyper("first", check_one_of("first", "all"))
@@ -158,7 +158,7 @@ class Ascent(OuterOptimizer):
         if self._visit is None:
             trajectory = self.trajectory(gradient)
             offset = next(trajectory)
-            self._visit = _Visit(
+            self._visit = Visit(
                 trajectory,
                 {},
                 Buffers(),
@@ -194,7 +194,7 @@ class Ascent(OuterOptimizer):
         visit.buffers.restore()
 
     @torch.no_grad()
-    def _finish(self, visit: _Visit) -> None:
+    def _finish(self, visit: Visit) -> None:
         """Put the weights back, and the gradient of the step into ``.grad``."""
         gradient = self._unscaled_gradient()
         self.restore()

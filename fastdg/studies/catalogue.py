@@ -55,6 +55,7 @@ Fishr | head | the loss, and distances between the domains' variances of gradien
 IGA | double | the loss, and distances between the domains' gradients
 Fish | turns | a part of the way that a step on each domain in turn leads
 POGM | turns | a part of CAGrad's combination of the ways that the domains lead
+MLDG | turns | gradients of some domains, and of others after a step on those
 GGA-L | domains | the loss, and noise that grows as the domains' gradients disagree
 """,
     "surgery": """

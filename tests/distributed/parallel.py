@@ -100,6 +100,7 @@ WRAPS: dict[str, Callable[[Optimizer, Net], Any]] = {
     "SAM": lambda base, model: fastdg.SAM(base),
     "GAM": lambda base, model: fastdg.GAM(base),
     "DISAM": lambda base, model: fastdg.DISAM(base, adaptive=True),
+    "MLDG": lambda base, model: fastdg.MLDG(base, num_domains=DOMAINS, meta_test=1),
     "SAM(Fishr)": lambda base, model: fastdg.SAM(fishr(base)),
     "GSAM(AgrSum(MIRO))": lambda base, model: fastdg.GSAM(fastdg.AgrSum(miro(base, model))),
     "MIRO": miro,

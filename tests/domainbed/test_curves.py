@@ -30,6 +30,7 @@ HPARAMS: dict[str, dict[str, Any]] = {
     "SD": {},
     "CORAL": {},
     "MMD": {},
+    "MLDG": {"n_meta_test": 1},
     "CausIRL_CORAL": {},
     "CausIRL_MMD": {},
     "IB_ERM": {f"ib_{key}": value for key, value in ANNEALED.items()},

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from domainbed import networks
 ALGORITHMS = [
     *("ERM", "Fish", "IRM", "GroupDRO", "VREx", "ANDMask", "SANDMask", "IGA", "Fishr"),
     *("EQRM", "RDM", "SD", "CORAL", "MMD", "IB_ERM", "IB_IRM"),
-    *("CausIRL_CORAL", "CausIRL_MMD"),
+    *("CausIRL_CORAL", "CausIRL_MMD", "MLDG"),
 ]
 
 
@@ -233,6 +234,31 @@ class CausIRL_CORAL(CORAL):  # DomainBed's name
 
 class CausIRL_MMD(CausIRL_CORAL):  # DomainBed's name
     apart = MMD.apart
+
+
+class MLDG(ERM):
+    def update(self, minibatches: Any, unlabeled: Any = None) -> dict[str, float]:
+        tests, beta, share = int(self.hparams["n_meta_test"]), self.hparams["mldg_beta"], 0.0
+        order = torch.randperm(len(minibatches)).tolist()
+        train, test = order[: len(order) - tests], order[len(order) - tests :]
+        total = [torch.zeros_like(p) for p in self.network.parameters()]
+        for k, i in enumerate(train):
+            inner = copy.deepcopy(self.network)
+            rates = {"lr": self.hparams["lr"], "weight_decay": self.hparams["weight_decay"]}
+            opt = torch.optim.Adam(inner.parameters(), **rates)
+            for d, weight in ((i, 1.0), (test[k % tests], beta)):
+                x, y = minibatches[d]
+                loss = F.cross_entropy(inner(x), y)
+                opt.zero_grad()
+                loss.backward()
+                share += weight * loss.item() / len(order)
+                for sum_, p in zip(total, inner.parameters(), strict=True):
+                    sum_ += weight * p.grad / len(order)
+                opt.step()
+        for sum_, p in zip(total, self.network.parameters(), strict=True):
+            p.grad = sum_
+        self.optimizer.step()
+        return {"loss": share}
 
 
 class RDM(ERM):

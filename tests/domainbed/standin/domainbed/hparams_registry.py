@@ -32,6 +32,10 @@ RANGES: dict[str, dict[str, Any]] = {
     "MMD": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
     "CausIRL_CORAL": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
     "CausIRL_MMD": {"mmd_gamma": (1.0, lambda r: 10 ** r.uniform(-1, 1))},
+    "MLDG": {
+        "mldg_beta": (1.0, lambda r: 10 ** r.uniform(-1, 1)),
+        "n_meta_test": (2, lambda r: int(r.choice([1, 2]))),
+    },
     "IB_ERM": IB,
     "IB_IRM": {
         **IB,
