@@ -13,13 +13,13 @@ from .files import replace
 
 # Okabe and Ito's palette, which colour-blind readers distinguish too.
 COLOURS = {
-    "erm": "#7f7f7f",
+    "erm": "#000000",
     "fishr": "#0072b2",
     "fishr-all": "#003f66",
     "vrex": "#d55e00",
     "irm": "#8c3d00",
     "iga": "#f5a97f",
-    "groupdro": "#000000",
+    "groupdro": "#999933",
     "fish": "#56b4e9",
     "agr-sum": "#009e73",
     "agr-rand": "#7fceb9",
@@ -56,8 +56,13 @@ COLOURS = {
     "causirl": "#41ab5d",
     "ib-erm": "#74c476",
     "ib-irm": "#a1d99b",
+    "mldg": "#525252",
+    "gramsurgery": "#998ec3",
     "miro+swad": "#fdbf6f",
 }
+# Of the parts of the data, which no algorithm has
+PARTS = {"train": "#332288", "test": "#cc3311", "grey": "#999999"}
+PAGE = 7.2  # inches: a page's width
 STYLE: Any = {
     "font.size": 8.5,
     "axes.spines.top": False,

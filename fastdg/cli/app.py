@@ -23,6 +23,7 @@ from ..studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
 from ..studies.experiments.units import check_names
 from .benchmark import benchmark
 from .catalogue import algorithms_table, costs_table, described
+from .demo_tables import demo_tables, legend
 from .options import (
     CONTEXT,
     Fresh,
@@ -37,7 +38,7 @@ from .options import (
     steps_option,
     training,
 )
-from .tables import ROUTE, colored_mnist_table, demo_tables, ops_table, pacs_table
+from .tables import ROUTE, colored_mnist_table, ops_table, pacs_table
 
 app = typer.Typer(
     add_completion=False,
@@ -151,6 +152,7 @@ def demo(
     from ..studies.report.cosine_figure import cosine_figure
     from ..studies.report.demo_figure import demo_figure
     from ..studies.report.summary import closing_words
+    from ..studies.report.variance_figure import variance_figure
 
     with errors():
         plan = demo_experiment.Plan(
@@ -160,19 +162,28 @@ def demo(
             steps,
         )
         side_by_side = processes(workers)
-        with training() as show:
+        for task in plan.tasks:
+            shape = TASKS[task](0)
+            console.print(f"{shape.name}: {shape.story}.", highlight=False)
+        note = f", {side_by_side} side by side" if side_by_side > 1 else ""
+        with training("runs", plan.seconds() / side_by_side, note) as show:
             results = demo_experiment.run(plan, out / "results.json", fresh, show, side_by_side)
         for task in plan.tasks:
+            console.print()
             for table in demo_tables(results, task, console.width):
-                console.print(table)
+                console.print(table, highlight=False)
+        console.print(legend(plan.seeds), highlight=False)
         for task in plan.tasks:
+            console.print()
             for words in closing_words(results, task):
                 console.print(words, highlight=False)
-            console.print()
-        demo_figure(results, out / "figure.png")
-        cosine_figure(results, out / "cosines.png")
+        figures = {"figure.png": demo_figure, "variances.png": variance_figure}
+        figures["cosines.png"] = cosine_figure
+        for name, draw in figures.items():
+            draw(results, out / name)
     console.print(
-        f"Figures: {out / 'figure.png'}, {out / 'cosines.png'}\nResults: {out / 'results.json'}"
+        f"\nFigures: {', '.join(str(out / name) for name in figures)}\n"
+        f"Results: {out / 'results.json'}"
     )
 
 
@@ -202,7 +213,7 @@ def colored_mnist(
                 "FASTDG_DATA."
             )
         chosen = names(algorithms, experiment.ALGORITHMS)
-        with training() as show:
+        with training("steps") as show:
             results = experiment.run_all(chosen, seeds, data, out, show, fresh=fresh)
         console.print(colored_mnist_table(results))
         colored_mnist_figure(results, out / "figure.png")
@@ -242,7 +253,7 @@ def pacs(
         chosen = names(algorithms, tuple(pacs_experiment.ALGORITHMS), pacs_experiment.DEFAULT)
         plan = pacs_experiment.Plan(data, chosen, seeds, steps)
         side_by_side = processes(workers)
-        with training() as show:
+        with training("runs", plan.seconds() / side_by_side) as show:
             results = pacs_experiment.run(plan, out / "results.json", fresh, show, side_by_side)
         console.print(pacs_table(results))
         pacs_figure(results, out / "figure.png")

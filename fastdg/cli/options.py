@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,9 +85,30 @@ def errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def duration(seconds: float) -> str:
+    """Return a duration in words."""
+    minutes = max(1, round(seconds / 60))
+    if seconds < 50:
+        return "less than a minute"
+    if minutes < 100:
+        return f"about {minutes} minute{'s' * (minutes > 1)}"
+    return f"about {minutes / 60:.0f} hours"
+
+
 @contextmanager
-def training() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar; yield a function that takes the unit, the number done and the total."""
+def training(
+    what: str, seconds: float | None = None, note: str = ""
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress, as a bar or, in a file or pipe, in lines.
+
+    Args:
+        what: is counted, in the plural.
+        seconds: all of it takes, about; told at the start.
+        note: told at the start, too.
+
+    Yields:
+        A function that takes the name of the one that runs, the number done, and the total.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -94,15 +116,40 @@ def training() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+
+    def _plan(done: int, total: int) -> str:
+        words = f"{total} {what}"
+        if done:
+            words += f", {done} of them done before"
+        if seconds is not None and done < total:
+            words += f": {duration(seconds * (total - done) / total)} on an idle machine"
+        return words
+
+    began, start = 0.0, -1
+
+    def lines(done: int, total: int) -> None:
+        """Tell of the first, of each tenth, and how long the others take by what these took."""
+        nonlocal began
+        if done == start + 1:
+            began = time.monotonic()  # before it the processes started
+            console.print(f"{done} of {total} {what} done", highlight=False)
+        elif done * 10 // total > (done - 1) * 10 // total:
+            left = (total - done) * (time.monotonic() - began) / (done - start - 1)
+            more = f", {duration(left)} left" if done < total else ""
+            console.print(f"{done} of {total} {what} done{more}", highlight=False)
+
     try:
         with Progress(*columns, console=console) as bars:
             bar = bars.add_task("training", total=None)
 
             def show(name: str, done: int, total: int) -> None:
+                nonlocal start
+                if start < 0:
+                    start = done
+                    console.print(f"{_plan(done, total)}{note}", highlight=False)
                 bars.update(bar, description=name or "done", completed=done, total=total)
-                tenth = done > 0 and done * 10 // total > (done - 1) * 10 // total
-                if tenth and not console.is_terminal:  # in a file or pipe the bar shows at its end
-                    console.print(f"{done} of {total} done", highlight=False)
+                if done > start and not console.is_terminal:
+                    lines(done, total)
 
             yield show
     except KeyboardInterrupt:

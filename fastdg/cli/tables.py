@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from .. import backends
 from ..ops.dispatch.registry import BACKENDS, OPS
-from ..studies.data.digits import TASKS
+from ..studies.catalogue import ALGORITHMS as CATALOGUE
 from ..studies.data.pacs import DOMAINS
 from ..studies.experiments.pacs import ALGORITHMS
 from ..studies.report.pacs_figure import MEAN, accuracies, gain
-from ..studies.report.summary import Estimate, Row, mean_and_error, rows
-
-
-def _value(estimate: Estimate) -> str:
-    mean, error = estimate
-    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
-
-
-FIRST, EACH = 24, 14  # characters of the first column and of each further one, about
-
-
-def demo_tables(results: dict[str, Any], task: str, width: int) -> Iterator[Table]:
-    """Accuracy on each domain left out, and the cost of a step; a column an algorithm, and as many
-    tables as it takes to keep to ``width`` characters."""
-    columns = rows(results, task)
-    several = max(1, (width - FIRST) // EACH)
-    for start in range(0, len(columns), several):
-        yield _demo_table(results, task, columns[start : start + several])
-
-
-def _demo_table(results: dict[str, Any], task: str, columns: Sequence[Row]) -> Table:
-    shape, seeds = TASKS[task](0), results["plan"]["seeds"]
-    title = f"{shape.name}: accuracy (%) on the domain left out"
-    if seeds > 1:
-        title += f"\nmean ± standard error of {seeds} seeds"
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
-    table.caption = "checkpoint: chosen on the training domains, or the last"
-    table.add_column("")
-    for row in columns:
-        table.add_column(row.title, justify="right")
-    for domain in columns[0].domains:
-        table.add_row(domain, *(_value(row.domains[domain]) for row in columns))
-    mean = ""
-    if len(shape.tested) > 1:
-        mean = "mean, "
-        table.add_section()
-        table.add_row("mean", *(_value(mean_and_error(row.chosen)) for row in columns))
-    table.add_row(f"{mean}last step", *(_value(mean_and_error(row.last)) for row in columns))
-    table.add_section()
-    table.add_row("time per step (ms)", *(f"{1e3 * row.seconds:.1f}" for row in columns))
-    if not math.isnan(columns[0].ratio):
-        table.add_row("ratio to ERM", *(f"{row.ratio:.2f}" for row in columns))
-    table.add_row("peak memory (MB)", *(f"{row.peak_bytes / 1e6:.1f}" for row in columns))
-    return table
-
+from ..studies.report.summary import mean_and_error, ordered
+from .demo_tables import value
 
 ROUTE = """\
 A call goes to the first backend that is here, has the op and takes the arguments: cpp on the CPU,
@@ -89,18 +44,19 @@ def colored_mnist_table(results: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("algorithm", "on", "here", "paper", "reproduced", "s/step"):
         table.add_column(name)
-    for name, entry in results["algorithms"].items():
+    for name in ordered(results["algorithms"]):
+        entry = results["algorithms"][name]
         restarts = entry["restarts"]
         seconds = sum(restart["seconds_per_step"] for restart in restarts) / len(restarts)
-        for key, value in entry["summary"].items():
-            mean, std = value["paper"]
-            within = "[green]yes[/]" if value["within"] else "[red]no[/]"
+        for key, found in entry["summary"].items():
+            mean, std = found["paper"]
+            within = "[green]yes[/]" if found["within"] else "[red]no[/]"
             table.add_row(
-                f"{name} ({len(restarts)} restarts)" if key == "train" else "",
+                f"{CATALOGUE[name].title}, {len(restarts)} seeds" if key == "train" else "",
                 key,
-                f"{value['mean']:.1f} ± {value['std']:.1f}",
+                f"{found['mean']:.1f} ± {found['std']:.1f}",
                 f"{mean:.1f} ± {std:.1f}",
-                f"{within} (within {value['tolerance']:.1f})",
+                f"{within} (within {found['tolerance']:.1f})",
                 f"{seconds:.2f}" if key == "train" else "",
             )
     return table
@@ -108,7 +64,7 @@ def colored_mnist_table(results: dict[str, Any]) -> Table:
 
 def pacs_table(results: dict[str, Any]) -> Table:
     """Accuracy on each domain left out; a column an algorithm."""
-    names, seeds = results["plan"]["algorithms"], results["plan"]["seeds"]
+    names, seeds = ordered(results["plan"]["algorithms"]), results["plan"]["seeds"]
     title = "PACS, 32x32: accuracy (%) on the domain left out"
     if seeds > 1:
         title += f"\nmean ± standard error of {seeds} seeds"
@@ -124,12 +80,12 @@ def pacs_table(results: dict[str, Any]) -> Table:
     for group in (*DOMAINS, MEAN):
         if group == MEAN:
             table.add_section()
-        table.add_row(group, *(_value(mean_and_error(chosen[name][group])) for name in names))
+        table.add_row(group, *(value(mean_and_error(chosen[name][group])) for name in names))
     gains = [gain(results, name, "chosen") if name != "erm" else None for name in names]
     said = ["" if g is None else f"{g[0][0]:+.1f} ± {g[0][1]:.1f}{'*' * g[1]}" for g in gains]
     table.add_row("gain", *said)
     last = [accuracies(results, name, "last")[MEAN] for name in names]
-    table.add_row("mean, last step", *map(_value, map(mean_and_error, last)))
+    table.add_row("mean, last step", *map(value, map(mean_and_error, last)))
     table.add_section()
     seconds = [
         statistics.median(

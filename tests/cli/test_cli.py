@@ -6,12 +6,15 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import fastdg
+from fastdg.cli import options
 from fastdg.cli.app import app
 from fastdg.ops.dispatch.registry import OPS
 from fastdg.studies.catalogue import ALGORITHMS, COSTS
@@ -50,8 +53,9 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     result = call("demo", *TINY, "--out", str(output))
     assert result.exit_code == 0, result.output
     done = len(experiment.DEFAULT)
-    spoken = ("Fishr, all layers", "PCGrad", "ratio to ERM", "peak memory", "proves noth")
-    for words in (*spoken, f"1 of {done} done", f"{done} of {done} done"):
+    spoken = ("Fishr (all layers)", "PCGrad", "× ERM", "peak memory", "proves nothing")
+    told = f"{done} runs: less than a minute on an idle machine"
+    for words in (*spoken, told, f"1 of {done} runs done", f"{done} of {done} runs done"):
         assert words in result.output
     results = json.loads((output / "results.json").read_text())
     assert set(results["runs"]) == {f"coloured/2/0/{name}" for name in experiment.DEFAULT}
@@ -61,6 +65,7 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
         "cosines.png",
         "figure.png",
         "results.json",
+        "variances.png",
     ]
 
     before = (output / "results.json").read_bytes()
@@ -73,8 +78,8 @@ def test_demo_draws_both_tasks(tmp_path: Path) -> None:
     arguments = ["--seeds", "1", "--steps", "3", "--algorithms", "erm", "--workers", "1"]
     result = call("demo", *arguments, "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
-    assert sum(line.startswith("┏") for line in result.output.splitlines()) == 2
-    for name in ("figure.png", "cosines.png"):
+    assert sum(line.startswith("┏") for line in result.output.splitlines()) == 5
+    for name in ("figure.png", "variances.png", "cosines.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
@@ -130,6 +135,28 @@ def test_damaged_results_are_said_in_a_line(tmp_path: Path) -> None:
     result = call("demo", *TINY, "--out", str(tmp_path))
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert "results.json: damaged, or not a result file of this program" in result.output
+
+
+def test_progress_is_told_at_once_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=110)
+    monkeypatch.setattr(options, "console", console)
+    clock = iter(range(100, 1000, 60))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with options.training("runs", 1200.0, ", 2 side by side") as show:
+        show("first", 4, 24)
+        assert capsys.readouterr().out.splitlines()[0] == (
+            "24 runs, 4 of them done before: about 17 minutes on an idle machine, 2 side by side"
+        )
+        said = []
+        for done in range(5, 25):
+            show("next", done, 24)
+            said.append(capsys.readouterr().out.strip())
+    # A minute of the clock between each time that it is asked for
+    assert said[:4] == ["5 of 24 runs done", "", "", "8 of 24 runs done, about 5 minutes left"]
+    assert said[-1] == "24 of 24 runs done"
+    assert sum(map(bool, said)) == 9
 
 
 def test_options_of_earlier_versions_work(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_papers_in_short() -> None:
 def test_studies_call_algorithms_as_the_catalogue_does() -> None:
     for name, compared in COMPARED.items():
         listed = ALGORITHMS[name.removesuffix("-all")]
-        assert compared.title in (listed.title, f"{listed.title}, all layers")
+        assert compared.title in (listed.title, f"{listed.title} (all layers)")
         assert compared.wrapper in (listed.wrapper, None)
     parts = {part for name in pacs.ALGORITHMS for part in name.split("+")}
     assert parts | set(colored_mnist.ALGORITHMS) <= set(ALGORITHMS)

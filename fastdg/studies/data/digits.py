@@ -33,6 +33,9 @@ class Task:
         classes: number of classes.
         tested: which domains are left out in turn.
         best: the accuracy, in per cent, that knowing the truth would give; None if 100.
+        cue: the accuracy, in per cent, of a model of the cue that misleads in the tested domain;
+            None if there is no such cue.
+        story: what the domains are, and which are left out, in a sentence.
         copies: how often each image is there; a domain's rows are that many times all its images.
     """
 
@@ -44,6 +47,8 @@ class Task:
     tested: tuple[int, ...]
     best: float | None = None
     copies: int = 1
+    cue: float | None = None
+    story: str = ""
 
 
 @lru_cache(maxsize=1)
@@ -79,7 +84,14 @@ def coloured(seed: int) -> Task:
         ys.append(labels.long())
     names = tuple(f"colour wrong in {100 * flip:.0f} %" for flip in COLOUR_FLIPS)
     best = 100 * (1 - LABEL_FLIP)
-    return Task("coloured digits", names, tuple(xs), tuple(ys), 2, (2,), best, SHIFTS)
+    cue = 100 * (1 - COLOUR_FLIPS[-1])
+    story = (
+        "is the digit below 5? Its colour tells in the two training domains, and misleads in the "
+        "third, which is left out"
+    )
+    return Task(
+        "coloured digits", names, tuple(xs), tuple(ys), 2, (2,), best, SHIFTS, cue=cue, story=story
+    )
 
 
 def rotated(seed: int) -> Task:
@@ -90,7 +102,9 @@ def rotated(seed: int) -> Task:
     xs = [turn(images[rows].unsqueeze(1), angle) for rows, angle in zip(parts, ANGLES, strict=True)]
     names = tuple(f"{angle}°" for angle in ANGLES)
     ys = tuple(digits[rows] for rows in parts)
-    return Task("rotated digits", names, tuple(xs), ys, 10, tuple(range(len(ANGLES))))
+    story = "which digit is it? Each domain is turned by its own angle; each is left out in turn"
+    tested = tuple(range(len(ANGLES)))
+    return Task("rotated digits", names, tuple(xs), ys, 10, tested, story=story)
 
 
 def shifted(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .settings import ALGORITHMS, DEFAULT, SETTINGS
 from .training import FIELDS, train
 from .units import Told, check_names, run_units, silent
 
+SECONDS = {"coloured": 4.0, "rotated": 1.5}  # of a run with the task's own steps on one core, about
 LEAST = 3  # steps of a run: one before the penalty, one to time, one whose memory is measured
 
 
@@ -35,6 +36,12 @@ class Plan:
 
     def steps_of(self, task: str) -> int:
         return SETTINGS[task].steps if self.steps is None else self.steps
+
+    def seconds(self) -> float:
+        """Return how long all runs take one after the other, about."""
+        # Evaluations, as many whatever the steps, are some third of it
+        shares = {task: (1 + 2 * self.steps_of(task) / SETTINGS[task].steps) / 3 for task in TASKS}
+        return sum(SECONDS[task] * shares[task] for _, task, *_ in self.units())
 
     def units(self) -> Iterator[tuple[str, str, int, int, str]]:
         """``(key, task, left out, seed, algorithm)``; algorithms in turn, so that their times are

@@ -83,7 +83,7 @@ class Algorithm:
 ALGORITHMS = {
     "erm": Algorithm("ERM", default=True),
     "fishr": Algorithm("Fishr", Fishr, {"params": "head"}, default=True),
-    "fishr-all": Algorithm("Fishr, all layers", Fishr, {"params": "all"}, default=True),
+    "fishr-all": Algorithm("Fishr (all layers)", Fishr, {"params": "all"}, default=True),
     "irm": Algorithm("IRM", IRM),
     "vrex": Algorithm("VREx", VREx, default=True),
     "iga": Algorithm("IGA", IGA),

@@ -2,57 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from ...figure_style import COSINE, STYLE, save
+from ...figure_style import COSINE, PAGE, STYLE, save
 from ..data.digits import TASKS
 from ..experiments.settings import ALGORITHMS
-from .demo_figure import curves_of
+from .summary import ordered
+from .variance_figure import curves_of
+
+MOST = 5  # maps side by side
 
 
 def cosine_figure(results: dict[str, Any], path: Path) -> None:
-    """A row a task, a column an algorithm; in each map a row a pair of training domains, a column
-    an evaluation. Means over seeds; if several domains are left out in turn, with the first out."""
-    plan = results["plan"]
-    pairs = {task: _pairs(task) for task in plan["tasks"]}
-    heights = [max(2, len(names)) for names in pairs.values()]
+    """Of each task maps of all algorithms, `MOST` side by side; in each map a row a pair of
+    training domains, a column an evaluation. Means over seeds; if several domains are left out in
+    turn, with the first out."""
+    names = ordered(results["plan"]["algorithms"])
+    lines = math.ceil(len(names) / MOST)
+    tasks = results["plan"]["tasks"]
+    pairs = {task: _pairs(task) for task in tasks}
+    heights = [0.42 + 0.14 * max(3, len(pairs[task])) for task in tasks for _ in range(lines)]
     with rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        size = (1.6 + 1.5 * len(plan["algorithms"]), 1.6 + 0.2 * sum(heights))
-        figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(
-            len(heights), len(plan["algorithms"]), squeeze=False, height_ratios=heights
-        )
-        for row, (line, task) in enumerate(zip(grid, plan["tasks"], strict=True)):
-            for axes, algorithm in zip(line, plan["algorithms"], strict=True):
-                curves = curves_of(results, task, algorithm, TASKS[task](0).tested[0])
-                steps = [point["step"] for point in curves[0]]
-                values = [
-                    [
-                        statistics.fmean(curve[i]["cosine"][k] for curve in curves)
-                        for i in range(len(steps))
-                    ]
-                    for k in range(len(pairs[task]))
-                ]
-                axes.imshow(values, **COSINE, aspect="auto", interpolation="nearest")
-                axes.set_xticks([0, len(steps) - 1], [str(steps[0]), str(steps[-1])])
-                axes.set_yticks([])
-                axes.tick_params(length=0)
-                if row == 0:
-                    axes.set_title(ALGORITHMS[algorithm].title)
-            line[0].set_yticks(range(len(pairs[task])), pairs[task])
-            line[-1].set_xlabel("step")
-        figure.colorbar(ScalarMappable(**COSINE), ax=grid, label="cosine", shrink=0.8)
+        figure = Figure(figsize=(PAGE, 0.6 + sum(heights)), layout="constrained")
+        wide = min(MOST, len(names))
+        grid = figure.subplots(len(heights), wide, squeeze=False, height_ratios=heights)
+        panels = iter(grid)
+        for task in tasks:
+            for first in range(0, len(names), MOST):
+                line = next(panels)
+                for axes in line:
+                    axes.set_axis_off()
+                for axes, algorithm in zip(line, names[first : first + MOST], strict=False):
+                    axes.set_axis_on()
+                    _map(axes, results, task, algorithm, len(pairs[task]))
+                line[0].set_yticks(range(len(pairs[task])), pairs[task])
+        figure.colorbar(ScalarMappable(**COSINE), ax=grid, label="cosine", aspect=30)
         figure.suptitle(
-            "cosine between the gradients of each pair of training domains", x=0.01, ha="left"
+            "cosine between the gradients of each pair of training domains, from the first to the "
+            "last step\n(blue: they agree, red: they conflict)",
+            x=0.01,
+            ha="left",
+            fontsize=9,
         )
         save(figure, path)
+
+
+def _map(axes: Axes, results: dict[str, Any], task: str, algorithm: str, pairs: int) -> None:
+    curves: Sequence[Any] = curves_of(results, task, algorithm, TASKS[task](0).tested[0])
+    steps = [point["step"] for point in curves[0]]
+    values = [
+        [statistics.fmean(curve[i]["cosine"][k] for curve in curves) for i in range(len(steps))]
+        for k in range(pairs)
+    ]
+    axes.imshow(values, **COSINE, aspect="auto", interpolation="nearest")
+    axes.set_xticks([0, len(steps) - 1], [str(steps[0]), str(steps[-1])])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    axes.set_title(ALGORITHMS[algorithm].title, fontsize=8)
 
 
 def _pairs(task: str) -> list[str]:

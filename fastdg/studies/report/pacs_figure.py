@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ...figure_style import COLOURS, STYLE, save
+from ...figure_style import COLOURS, PAGE, STYLE, save
 from ..data.pacs import DOMAINS
 from ..experiments.pacs import ALGORITHMS
-from .summary import Estimate, difference, mean_and_error
+from .summary import Estimate, difference, mean_and_error, ordered
 
 MEAN = "mean"
 
@@ -42,9 +41,9 @@ def gain(results: dict[str, Any], algorithm: str, key: str) -> tuple[Estimate, b
 
 def pacs_figure(results: dict[str, Any], path: Path) -> None:
     """A group of points a domain, one with its standard error for each algorithm."""
-    names: Sequence[str] = results["plan"]["algorithms"]
+    names = ordered(results["plan"]["algorithms"])
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        figure = Figure(figsize=(PAGE, 3.2), layout="constrained")
         axes = figure.subplots()
         for k, name in enumerate(names):
             values = accuracies(results, name, "chosen")

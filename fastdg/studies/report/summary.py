@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,10 @@ class Row:
         last: the same after the last step.
         early: share of the runs whose chosen checkpoint lies before the full penalty.
         seconds: of a step, the median over runs of their medians.
-        ratio: to ERM's step, the median over pairs of runs that followed each other.
+        ratio: of ``seconds`` to ERM's; NaN without ERM.
         peak_bytes: of a step, the median over runs.
+        distance: between the domains' gradient variances after the last step, one value a seed,
+            the mean over the domains left out.
     """
 
     algorithm: str
@@ -44,10 +46,16 @@ class Row:
     seconds: float
     ratio: float
     peak_bytes: float
+    distance: list[float]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Plain training first, the others as they are."""
+    return sorted(names, key=lambda name: name != "erm")
 
 
 def rows(results: dict[str, Any], task: str) -> list[Row]:
-    """Return the table of one task, in the plan's order."""
+    """Return the table of one task: ERM, then the others in the plan's order."""
     plan = results["plan"]
     shape, seeds = TASKS[task](0), range(plan["seeds"])
     anneal = SETTINGS[task].anneal_steps(results["settings"][task]["steps"])
@@ -56,17 +64,18 @@ def rows(results: dict[str, Any], task: str) -> list[Row]:
     def runs_of(algorithm: str) -> dict[tuple[int, int], dict[str, Any]]:
         return {(d, s): results["runs"][f"{task}/{d}/{s}/{algorithm}"] for d, s in pairs}
 
-    def by_seed(runs: dict[tuple[int, int], dict[str, Any]], key: str) -> list[float]:
-        return [statistics.fmean(runs[d, s][key] for d in shape.tested) for s in seeds]
+    def by_seed(
+        runs: dict[tuple[int, int], dict[str, Any]], value: Callable[[dict[str, Any]], float]
+    ) -> list[float]:
+        return [statistics.fmean(value(runs[d, s]) for d in shape.tested) for s in seeds]
 
-    plain = runs_of("erm") if "erm" in plan["algorithms"] else None
+    def seconds(algorithm: str) -> float:
+        return statistics.median(run["step_seconds"] for run in runs_of(algorithm).values())
+
+    plain = seconds("erm") if "erm" in plan["algorithms"] else math.nan
     out: list[Row] = []
-    for algorithm in plan["algorithms"]:
+    for algorithm in ordered(plan["algorithms"]):
         runs = runs_of(algorithm)
-        seconds = {pair: run["step_seconds"] for pair, run in runs.items()}
-        ratio = math.nan
-        if plain is not None:
-            ratio = statistics.median(seconds[p] / plain[p]["step_seconds"] for p in pairs)
         out.append(
             Row(
                 algorithm,
@@ -75,12 +84,13 @@ def rows(results: dict[str, Any], task: str) -> list[Row]:
                     shape.domains[d]: mean_and_error([runs[d, s]["chosen"] for s in seeds])
                     for d in shape.tested
                 },
-                by_seed(runs, "chosen"),
-                by_seed(runs, "last"),
+                by_seed(runs, lambda run: run["chosen"]),
+                by_seed(runs, lambda run: run["last"]),
                 statistics.fmean(run["chosen_step"] <= anneal for run in runs.values()),
-                statistics.median(seconds.values()),
-                ratio,
+                seconds(algorithm),
+                seconds(algorithm) / plain,
                 statistics.median(run["peak_bytes"] for run in runs.values()),
+                by_seed(runs, lambda run: run["curve"][-1]["distance"]),
             )
         )
     return out
@@ -103,45 +113,53 @@ def difference(row: Sequence[float], plain: Sequence[float]) -> tuple[Estimate, 
     return found, _clear(found, len(row))
 
 
-def _against(row: list[float], plain: list[float], chance: float) -> str:
-    values = f"{statistics.fmean(row):.1f} against {statistics.fmean(plain):.1f} %"
-    if len(row) < 2:
-        return f"{values}, of one seed, which proves nothing"
-    (gain, error), clear = difference(row, plain)
-    verdict = "no clear difference"
-    if clear:
-        verdict = "better" if gain > 0 else "worse"
-    if not _clear(mean_and_error([value - chance for value in row]), len(row)):
-        verdict += f"; not clearly other than guessing, {chance:.0f} %"
-    return f"{values} ({gain:+.1f} ± {error:.1f}: {verdict})"
-
-
 def closing_words(results: dict[str, Any], task: str) -> list[str]:
     """Return sentences about the numbers, computed from them alone.
 
-    A difference is the mean over seeds of the difference to ERM with the same seed, ± its standard
-    error; it is called clear if its 95 % interval (Student's t) leaves out 0.
+    A difference is the mean over seeds of the difference to ERM with the same seed; it is called
+    clear if its 95 % interval (Student's t) leaves out 0.
     """
     table = rows(results, task)
-    shape = TASKS[task](0)
+    shape, seeds = TASKS[task](0), results["plan"]["seeds"]
     plain = next((row for row in table if row.algorithm == "erm"), None)
     others = [row for row in table if row is not plain]
     if plain is None or not others:
         return [f"{shape.name}: nothing to compare; run erm and another algorithm."]
-    chance = 100 / shape.classes
-    words = [f"{shape.name}, against ERM on the domain left out:"]
-    words += [
-        f"{row.title}: chosen checkpoint {_against(row.chosen, plain.chosen, chance)}; "
-        f"last step {_against(row.last, plain.last, chance)}."
-        for row in others
-    ]
+    words = []
+    if seeds < 2:
+        words.append("One seed, which proves nothing.")
+    else:
+        words.append(
+            _verdict("After the last step", [(r.title, r.last) for r in others], plain.last)
+        )
+        chosen = [(r.title, r.chosen) for r in others]
+        words.append(_verdict("At the chosen checkpoint", chosen, plain.chosen))
+        level = 100 / shape.classes
+        near = [r.title for r in table if not _clear(_over(r.last, level), seeds)]
+        if near:
+            words.append(f"Not clearly other than guessing ({level:.0f} %): {', '.join(near)}.")
     early = statistics.fmean(row.early for row in others)
     if early > 0.5:
         words.append(
             f"In {100 * early:.0f} % of these runs the training domains' held-out parts fared best "
             "before the full penalty, so the chosen checkpoint hardly shows it."
         )
-    if shape.best is not None:
-        words.append(f"Ignoring the misleading cue gives at most {shape.best:.0f} %.")
-    words.append(f"Penalty: {SETTINGS[task].source}.")
-    return words
+    words.append(f"Settings: {SETTINGS[task].source}.")
+    return [f"{shape.name}, against ERM:", *words]
+
+
+def _over(values: Sequence[float], level: float) -> Estimate:
+    return mean_and_error([value - level for value in values])
+
+
+def _verdict(
+    when: str, others: Sequence[tuple[str, Sequence[float]]], plain: Sequence[float]
+) -> str:
+    """Who is clearly better than plain training, who worse."""
+    found: dict[str, list[str]] = {"better": [], "worse": []}
+    for title, values in others:
+        (gain, _), clear = difference(values, plain)
+        if clear:
+            found["better" if gain > 0 else "worse"].append(title)
+    said = [f"{', '.join(names)} clearly {kind}" for kind, names in found.items() if names]
+    return f"{when}: {'; '.join(said) or 'no clear difference'}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import math
 import multiprocessing
@@ -13,18 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
 from fastdg import Fishr
-from fastdg.cli.tables import demo_tables
-from fastdg.figure_style import COLOURS
 from fastdg.studies.data.digits import TASKS
 from fastdg.studies.experiments import demo, pretraining, training
 from fastdg.studies.experiments.demo import Plan
 from fastdg.studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
-from fastdg.studies.report.summary import closing_words, mean_and_error, rows
 
 SMALL = Plan(("erm", "fishr", "pcgrad"), ("coloured",), seeds=1, steps=4)
 MEASURED = ("step_seconds", "peak_bytes")
@@ -334,98 +329,3 @@ def test_head_variances_are_those_of_per_sample_gradients() -> None:
     assert variance == pytest.approx(v.mean(1).tolist(), rel=1e-4)
     apart = ((v - middle) ** 2).sum(1).mean().sqrt() / middle.norm()
     assert distance == pytest.approx(float(apart), rel=1e-4)
-
-
-def results_of(
-    accuracies: dict[str, list[float]], chosen_step: int = 200, task: str = "coloured"
-) -> dict[str, Any]:
-    """Results with the given last accuracies of seeds 0, 1, ..., the chosen ones 1 above them."""
-    runs, seeds = {}, len(next(iter(accuracies.values())))
-    for k, (algorithm, values) in enumerate(accuracies.items()):
-        for seed, value in enumerate(values):
-            for d in TASKS[task](0).tested:
-                runs[f"{task}/{d}/{seed}/{algorithm}"] = {
-                    "chosen": value + d + 1,
-                    "last": value + d,
-                    "chosen_step": chosen_step,
-                    "step_seconds": (k + 1) * (0.01 + seed),
-                    "peak_bytes": 1000 * (k + 1),
-                }
-    plan = {"algorithms": tuple(accuracies), "tasks": (task,), "seeds": seeds}
-    return {"plan": plan, "settings": {task: {"steps": 200}}, "runs": runs}
-
-
-def test_rows_sum_up_over_domains_first_and_seeds_then() -> None:
-    table = rows(
-        results_of({"erm": [50, 53, 56], "fishr": [60, 60, 63]}, task="rotated"), "rotated"
-    )
-    plain, fishr = table
-    assert (plain.title, fishr.title) == ("ERM", "Fishr")
-    assert plain.domains["0°"] == pytest.approx((54, math.sqrt(3)))
-    assert plain.domains["75°"] == pytest.approx((59, math.sqrt(3)))
-    assert plain.chosen == pytest.approx([53.5, 56.5, 59.5])
-    assert fishr.last == pytest.approx([62.5, 62.5, 65.5])
-    assert (plain.seconds, plain.ratio) == pytest.approx((1.01, 1))
-    assert (fishr.seconds, fishr.ratio, fishr.peak_bytes) == pytest.approx((2.02, 2, 2000))
-    assert plain.early == 0
-    early = rows(results_of({"fishr": [1, 2]}, chosen_step=60), "coloured")[0]
-    assert early.early == 1 and math.isnan(early.ratio)
-
-
-@pytest.mark.parametrize("width", [80, 110])
-@pytest.mark.parametrize("task", TASKS)
-def test_tables_fit_the_terminal(task: str, width: int) -> None:
-    values = {name: [70.0, 80.0, 90.0] for name in ALGORITHMS}
-    console = Console(width=width, file=io.StringIO())
-    tables = list(demo_tables(results_of(values, task=task), task, width))
-    for table in tables:
-        console.print(table)
-    text = console.file.getvalue()
-    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
-    each = 4 if width == 80 else 6  # algorithms in a table
-    assert len(tables) == math.ceil(len(ALGORITHMS) / each)
-    for words in (*(ALGORITHMS[name].title for name in ALGORITHMS), "± 5.8", "peak memory (MB)"):
-        assert words in text
-    for domain in TASKS[task](0).tested:
-        assert TASKS[task](0).domains[domain] in text
-
-
-def test_every_algorithm_has_a_colour_of_its_own() -> None:
-    colours = [COLOURS[name] for name in ALGORITHMS]
-    assert len(set(colours)) == len(colours)
-
-
-def test_the_error_of_one_value_is_not_a_number() -> None:
-    assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
-    mean, error = mean_and_error([4.0])
-    assert mean == 4 and math.isnan(error)
-
-
-@pytest.mark.parametrize(
-    ("fishr", "words"),
-    [
-        ([65, 66, 64], "better)"),
-        ([15, 16, 14], "worse)"),
-        ([30, 31, 32], "no clear difference)"),
-        ([50, 47, 53], "better; not clearly other than guessing, 50 %)"),
-        # 4.3 standard errors make a difference of three seeds a clear one, not 2.
-        ([31, 33, 35], "no clear difference)"),
-    ],
-)
-def test_closing_words_follow_the_numbers(fishr: list[float], words: str) -> None:
-    said = closing_words(results_of({"erm": [30, 32, 31], "fishr": fishr}), "coloured")
-    line = next(line for line in said if line.startswith("Fishr"))
-    assert line.endswith(f"{words}.")
-    assert not any("before the full penalty" in line for line in said)
-    assert any("at most 75 %" in line for line in said)
-    assert said[-1] == f"Penalty: {SETTINGS['coloured'].source}."
-
-
-def test_closing_words_admit_what_proves_nothing() -> None:
-    one = closing_words(results_of({"erm": [30], "fishr-all": [70]}, chosen_step=20), "coloured")
-    assert "70.0 against 30.0 %" not in one[0]
-    assert "of one seed, which proves nothing" in one[1]
-    assert "In 100 % of these runs" in one[2]
-    for alone in ({"erm": [30, 31]}, {"fishr": [30, 31], "fishr-all": [1, 2]}):
-        (said,) = closing_words(results_of(alone), "coloured")
-        assert "nothing to compare" in said
