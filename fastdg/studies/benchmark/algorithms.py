@@ -18,12 +18,12 @@ from ...domainbed.hparams import DOMAINBED, SEARCHES, Draw
 from ..experiments import settings
 from .folds import seed_of
 
-WIDTH = 64  # of the hidden layer
+WIDTH = 32  # of the hidden layer
 DIGITS = 4  # of a hyper-parameter that was drawn
 # DomainBed's default values, to which those of its steps and learning rates are related
 DOMAINBED_STEPS, DOMAINBED_LR = 5000, 5e-5
 # All algorithms search these, in DomainBed's ranges but for the learning rate: networks this small
-# are trained in a hundred steps, not thousands
+# are trained in some 60 steps, not thousands
 SHARED: Mapping[str, tuple[Any, Draw]] = {
     "lr": (1e-2, lambda r: 10 ** r.uniform(-3, -1.5)),
     "weight_decay": (0.0, lambda r: 10 ** r.uniform(-6, -2)),

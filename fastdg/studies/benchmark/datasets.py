@@ -152,7 +152,7 @@ DATASETS = {
         False,
         "sentiment of product reviews (Blitzer et al., 2007), log(1 + count) of unigrams and "
         "bigrams",
-        columns=1000,
+        columns=500,
     ),
     "wisdm": DataSet(
         "WISDM",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .datasets import DATASETS, Rows, rows_of
 
-ROWS = 2000  # of a domain at most, drawn anew with each seed
+ROWS = 1000  # of a domain at most, drawn anew with each seed
 FIT = 0.8  # share of a domain's rows that is trained on; the others choose
 Part = tuple[Tensor, Tensor]  # features [n, F] float32 and labels [n] int64
 
@@ -42,6 +42,14 @@ class Fold:
     test: Part
     peek: Part
     classes: int
+
+    @cached_property
+    def unseen(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Features, labels and sizes of the parts that are not trained on, one after the other:
+        ``held``, ``test``, ``peek``."""
+        parts = [*self.held, self.test, self.peek]
+        x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return x, y, [len(labels) for _, labels in parts]
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from .datasets import DATASETS, missing
 from .folds import FIT, ROWS
 from .training import FIELDS, search
 
-STEPS, TRIALS, SEEDS = 100, 3, 5
+STEPS, TRIALS, SEEDS = 60, 3, 5
 
 
 @dataclass(frozen=True)

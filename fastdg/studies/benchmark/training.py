@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from ... import SWAD
 from ...averaging.averaged import Averaged
 from ..experiments.settings import EVALUATIONS
 from .algorithms import CONTENDERS, hparams_of
@@ -104,32 +105,28 @@ def _batch(fit: Sequence[Part], size: int, generator: torch.Generator) -> list[P
 
 
 def _evaluated(model: Any, fold: Fold) -> tuple[dict[str, float], float]:
-    """Return accuracies, in per cent, and the loss of the held-out parts."""
+    """Return accuracies, in per cent, and the loss of the held-out parts, of the average if there
+    is one."""
     opt, network = model.wrapper(), model.network
-    losses, _ = _measure(network, fold.held)
-    loss = statistics.fmean(losses)
     averaged: Any = nullcontext()
     if isinstance(opt, Averaged):
-        if hasattr(opt, "evaluate") and math.isfinite(loss):
+        if isinstance(opt, SWAD) and math.isfinite(loss := _measure(network, fold)[0]):
             opt.evaluate(loss)
         averaged = opt.applied()
     with averaged:
-        _, right = _measure(network, [*fold.held, fold.test, fold.peek])
+        loss, right = _measure(network, fold)
     *held, test, peek = right
-    rounded = {"validation": statistics.fmean(held), "test": test, "peek": peek}
-    return {name: round(value, 3) for name, value in rounded.items()}, loss
+    values = {"validation": statistics.fmean(held), "test": test, "peek": peek}
+    return {name: round(value, 3) for name, value in values.items()}, loss
 
 
 @torch.no_grad()
-def _measure(network: nn.Module, parts: Sequence[Part]) -> tuple[list[float], list[float]]:
-    """Return each part's mean loss, and its accuracy in per cent."""
-    sizes = [len(y) for _, y in parts]
-    logits = network(torch.cat([x for x, _ in parts]))
-    labels = torch.cat([y for _, y in parts])
+def _measure(network: nn.Module, fold: Fold) -> tuple[float, list[float]]:
+    """Return the mean of the held-out parts' losses, and each unseen part's accuracy in per
+    cent."""
+    x, labels, sizes = fold.unseen
+    logits = network(x)
     losses = F.cross_entropy(logits, labels, reduction="none")
+    loss = statistics.fmean(float(part.mean()) for part in losses.split(sizes)[: len(fold.held)])
     right = 100 * (logits.argmax(1) == labels).float()
-
-    def means(values: Tensor) -> list[float]:
-        return [float(part.mean()) for part in values.split(sizes)]
-
-    return means(losses), means(right)
+    return loss, [float(part.mean()) for part in right.split(sizes)]
