@@ -1,7 +1,6 @@
-"""Write what the result files hold into README's tables, and draw it.
+"""Write what the result files hold into the tables of the documentation and README, and draw it.
 
-python benchmarks/render.py            # after benchmarks/measure.py, or fastdg reproduce
-python benchmarks/render.py --check    # exit status 1 if README says something else
+python benchmarks/render.py    # after benchmarks/measure.py, or fastdg reproduce
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+UP = "../.."  # from a page to the root
 QUESTIONS = {
     "variance": "Variance per domain, all layers",
     "differentiable": "The same made differentiable, penalty's gradient to all parameters",
@@ -35,6 +36,15 @@ GIVEN = {
     "meta_step": "`meta_step`",
     "Fish": "Fish's meta-iteration",
 }
+# README's short table: question -> what the step is
+README_ROWS = {
+    "step": "Fishr on the head, whole step",
+    "variance": "Variances of all layers by domain, statistic alone",
+    "differentiable": "The same as a penalty, with its gradient",
+    "Agr-Sum, D=3": "Agr-Sum, whole step",
+    "AND-mask, D=3": "AND-mask, whole step",
+    "PCGrad, D=3": "PCGrad, whole step",
+}
 FLOOR = "copy of the same bytes"
 # Rows that are not another library: drawn and compared apart.
 OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal", FLOOR)
@@ -51,7 +61,7 @@ def times(ratio: float) -> str:
 
 
 def measured(results: dict[str, Any]) -> str:
-    """README's table of times and memory."""
+    """The table of times and memory."""
     machine, versions = results["machine"], results["versions"]
     lines = [
         "Time of one step as a multiple of plain training's (forward and backward of the same "
@@ -88,10 +98,10 @@ def measured(results: dict[str, Any]) -> str:
         "",
         "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
         "contenders, what was left out and why: "
-        "[`benchmarks/results/cpu.json`](benchmarks/results/cpu.json), made by "
+        f"[`benchmarks/results/cpu.json`]({UP}/benchmarks/results/cpu.json), made by "
         "`python benchmarks/measure.py`.",
         "",
-        "![Time of every contender over the plain step](benchmarks/results/cpu.png)",
+        f"![Time of every contender over the plain step]({UP}/benchmarks/results/cpu.png)",
     ]
     return "\n".join(lines)
 
@@ -167,7 +177,7 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
     lines = [
         "On two ranks (gloo, a thread each, 48 samples a rank), a step as a multiple of that of "
         "`DistributedDataParallel` alone, medians of the rounds' ratios "
-        "([`ranks.json`](benchmarks/results/ranks.json)):",
+        f"([`ranks.json`]({UP}/benchmarks/results/ranks.json)):",
         "",
         f"| | {' | '.join(models[model] for model in ranks['rows'])} |",
         "|---|" + "---:|" * len(ranks["rows"]),
@@ -190,17 +200,17 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
         "",
         f"The wrapper itself, without any statistic, costs {said['eager']} on this CPU; a "
         f"step in one graph (`fastdg.compiled`), {said['compiled']} "
-        "([`overhead.json`](benchmarks/results/overhead.json)).",
+        f"([`overhead.json`]({UP}/benchmarks/results/overhead.json)).",
         "",
         f"Over {steps:,} steps the memory of each of {len(grown)} wrappers and chains, "
         f"{min(begun):.0f} to {max(begun):.0f} MiB with all libraries, grew by {min(grown):.0f} to "
-        f"{max(grown):.0f} KiB ([`resident.json`](benchmarks/results/resident.json)).",
+        f"{max(grown):.0f} KiB ([`resident.json`]({UP}/benchmarks/results/resident.json)).",
     ]
     return "\n".join(lines)
 
 
 def left_out(results: dict[str, Any]) -> str:
-    """README's table of PACS."""
+    """The table of PACS."""
     from fastdg.studies.data.pacs import DOMAINS
     from fastdg.studies.experiments.pacs import ALGORITHMS
     from fastdg.studies.report.pacs_figure import MEAN, accuracies, gain
@@ -236,15 +246,15 @@ def left_out(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Every run: [`benchmarks/results/pacs.json`](benchmarks/results/pacs.json).",
+        f"Every run: [`benchmarks/results/pacs.json`]({UP}/benchmarks/results/pacs.json).",
         "",
-        "![Accuracy on each domain left out](benchmarks/results/pacs.png)",
+        f"![Accuracy on each domain left out]({UP}/benchmarks/results/pacs.png)",
     ]
     return "\n".join(lines)
 
 
 def reproduced(results: dict[str, Any]) -> str:
-    """README's table of the ColoredMNIST protocol."""
+    """The table of the ColoredMNIST protocol."""
     names = {"erm": "ERM", "fishr": "Fishr"}
     restarts = {len(entry["restarts"]) for entry in results["algorithms"].values()}
     lines = [
@@ -264,9 +274,9 @@ def reproduced(results: dict[str, Any]) -> str:
         "",
         "Colour is worth 85 % in training and 10 % in the test, who ignores it is right in at most "
         "75 %. Every restart's curve: "
-        "[`benchmarks/results/colored_mnist.json`](benchmarks/results/colored_mnist.json).",
+        f"[`benchmarks/results/colored_mnist.json`]({UP}/benchmarks/results/colored_mnist.json).",
         "",
-        "![Accuracy over training, and beside the paper's](benchmarks/results/colored_mnist.png)",
+        f"![Accuracy over training, and beside the paper's]({UP}/benchmarks/results/colored_mnist.png)",
     ]
     return "\n".join(lines)
 
@@ -314,32 +324,60 @@ def _short(name: str) -> str:
     return name.replace("torch.func ", "").replace(" (DomainBed, repaired)", ", repaired")
 
 
+def costs(results: dict[str, Any]) -> str:
+    """README's short table: one row a question, its first case on a ResNet-18 where there is one."""
+    machine, versions = results["machine"], results["versions"]
+    lines = [
+        f"A step over plain training's, on {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{versions['torch']}, fp32, three domains:",
+        "",
+        "| | fastdg | best other way |",
+        "|---|---:|---:|",
+    ]
+    for question, title in README_ROWS.items():
+        cases = [case for case in results["cases"].values() if case["question"] == question]
+        case = next((case for case in cases if "ResNet-18" in case["title"]), cases[0])
+        name, row = next(iter(peers(case).items()))
+        lines.append(
+            f"| {title}, {case['title'].partition(',')[0]} "
+            f"| **{times(case['contenders']['fastdg']['ratio'])}** | {times(row['ratio'])} {name} |"
+        )
+    return "\n".join(lines)
+
+
 def replaced(text: str, name: str, content: str) -> str:
     """``text`` with what stands between the markers ``name: begin`` and ``name: end`` replaced."""
     pattern = re.compile(rf"(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
     changed, count = pattern.subn(lambda m: f"{m[1]}{content}\n{m[2]}", text)
     if count != 1:
-        raise ValueError(f"README.md: expected one section {name}, found {count}")
+        raise ValueError(f"expected one section {name}, found {count}")
     return changed
 
 
-def filled(text: str) -> str:
-    """README's text with the tables that the result files make."""
-    timing = json.loads((RESULTS / "cpu.json").read_text())
-    training = json.loads((RESULTS / "colored_mnist.json").read_text())
-    text = replaced(text, "measured", measured(timing))
-    ranks, wrapper, long = (
-        json.loads((RESULTS / f"{name}.json").read_text())
-        for name in ("ranks", "overhead", "resident")
+def filled() -> dict[Path, str]:
+    """Return the text of each document with the tables that the result files make."""
+    names = ("cpu", "colored_mnist", "ranks", "overhead", "resident", "pacs")
+    cpu, mnist, ranks, wrapper, long, pacs = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
-    text = replaced(text, "loops", loops(ranks, wrapper, long))
-    text = replaced(text, "pacs", left_out(json.loads((RESULTS / "pacs.json").read_text())))
-    return replaced(text, "reproduced", reproduced(training))
+    performance, results = DOCS / "guides" / "performance.md", DOCS / "about" / "results.md"
+    sections = {
+        "costs": (ROOT / "README.md", costs(cpu)),
+        "measured": (performance, measured(cpu)),
+        "loops": (performance, loops(ranks, wrapper, long)),
+        "pacs": (results, left_out(pacs)),
+        "reproduced": (results, reproduced(mnist)),
+    }
+    texts: dict[Path, str] = {}
+    for name, (path, content) in sections.items():
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        texts[path] = replaced(text, name, content)
+    return texts
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in filled().items():
+        path.write_text(text, encoding="utf-8")
     draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.png")
 
 

@@ -1,6 +1,6 @@
-"""What works with what, and the test that says so; README's table is made of it.
+"""What works with what, and the test that says so; the table of the documentation is made of it.
 
-python tests/compatibility.py    # writes README's table; a test looks whether it is up to date
+python tests/compatibility.py    # writes the table; a test looks whether it is up to date
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "guides" / "compatibility.md"
 
 # A column of the table -> the wrappers in it, by their names in tests/optim/bases.py
 COLUMNS = {
@@ -94,23 +95,22 @@ def table() -> str:
         links = []
         for test in dict.fromkeys(filter(None, tests)):
             path, _, name = test.partition("::")
-            links.append(f"[{name.removesuffix('[*]')}](tests/{path})")
+            links.append(f"[{name.removesuffix('[*]')}](../../tests/{path})")
         lines.append(f"| {row} | {' | '.join(line)} | {', '.join(links)} |")
     caption = "Surgery and masks: " + ", ".join(COLUMNS["surgery, masks"])
     return "\n".join([f"{caption}.", "", *lines])
 
 
 def filled(text: str) -> str:
-    """README's text with the table between its markers."""
+    """The page's text with the table between its markers."""
     pattern = re.compile(
         r"(<!-- compatibility: begin[^>]*-->\n).*?(<!-- compatibility: end -->)", re.DOTALL
     )
     changed, count = pattern.subn(lambda m: f"{m[1]}{table()}\n{m[2]}", text)
     if count != 1:
-        raise ValueError(f"README.md: expected one section compatibility, found {count}")
+        raise ValueError(f"{PAGE.name}: expected one section compatibility, found {count}")
     return changed
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""README's table of what works with what is made of tests that there are."""
+"""The table of what works with what is made of tests that there are."""
 
 import importlib.util
 from collections import defaultdict
@@ -19,8 +19,8 @@ def compatibility() -> ModuleType:
     return module
 
 
-def test_readme_has_the_table(compatibility: ModuleType) -> None:
-    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_the_table(compatibility: ModuleType) -> None:
+    text = compatibility.PAGE.read_text(encoding="utf-8")
     assert compatibility.filled(text) == text, "run python tests/compatibility.py"
 
 

@@ -1,0 +1,188 @@
+"""The pages of the documentation: their Python runs, their links lead somewhere, nothing is missing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastdg
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+SHOWN = re.compile(r"^::: fastdg\.([\w.]+)$", re.MULTILINE)
+# A fenced block that is not run says so: ```{.python .fragment}
+FRAGMENT = "{.python .fragment}"
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Language and text of the fenced blocks of a document."""
+    return [(kind, text) for _, kind, text in FENCE.findall(path.read_text(encoding="utf-8"))]
+
+
+def runs(path: Path) -> bool:
+    return any(kind == "python" for kind, _ in blocks(path))
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def around() -> dict[str, Any]:
+    """Names that the blocks use without making them."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x, y, domains = torch.randn(12, 5), torch.arange(12) % 3, torch.arange(12) % 2
+    words = torch.randn(128, 8)
+    return {
+        "torch": torch,
+        "F": F,
+        "fastdg": fastdg,
+        "model": model,
+        "x": x,
+        "y": y,
+        "domains": domains,
+        "loader": [(x, y, domains)] * 2,
+        "dataset": torch.utils.data.TensorDataset(x, y, domains),
+        "batches": [(x, y)] * 2,
+        "minibatches": [(x, y)] * 2,
+        "text_encoder": lambda texts: torch.stack([words[[*map(ord, t)]].sum(0) for t in texts]),
+        "teacher": lambda x: torch.randn(len(x), 3),
+        "encoder": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8)),
+        "pairs": [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))] * 2,
+    }
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if runs(p)], ids=short)
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
+def test_python_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = [text for kind, text in blocks(path) if kind == "python"]
+    for packages in re.findall(r"^# needs: (.+)$", "\n".join(code), re.MULTILINE):
+        for package in packages.split():
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    names = around()
+    for block in code:
+        exec(compile(block, short(path), "exec"), names)
+    if path.name == "own-data.md":
+        assert re.search(r"^Fishr +(\d+\.\d +){4}\d+\.\d$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if blocks(p)], ids=short)
+def test_blocks_say_what_they_are(path: Path) -> None:
+    known = {"python", FRAGMENT, "bash", "text", "bibtex"}
+    assert {kind for kind, _ in blocks(path)} <= known
+    for kind, text in blocks(path):
+        if kind == FRAGMENT and path.name != "deepdg.md":  # whose lines are of three files
+            ast.parse(text)
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors of a page's headings, as mkdocs makes them."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in titles]
+    return {re.sub(r"[-\s]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=short)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        to = (path.parent / name).resolve() if name else path
+        if to.suffix == ".md" and to.parent == DOCS / "notebooks":
+            to = to.with_suffix(".ipynb")  # whose page is made of it
+        assert to.exists(), target
+        if anchor and to.suffix == ".md":
+            assert anchor in anchors(to), target
+
+
+def script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown() -> set[str]:
+    """Objects of the package that a page renders."""
+    return {name for path in PAGES for name in SHOWN.findall(path.read_text(encoding="utf-8"))}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    public = {name for name in fastdg.__all__ if not inspect.ismodule(getattr(fastdg, name))}
+    public |= {f"weightings.{name}" for name in fastdg.weightings.__all__}
+    public |= {f"func.{name}" for name in fastdg.func.__all__}
+    ops = {
+        name
+        for name, value in vars(fastdg.ops).items()
+        if inspect.isfunction(value) and not name.startswith("_") and name not in fastdg.__all__
+    }
+    assert public | {f"ops.{name}" for name in ops} == shown()
+
+
+def test_every_algorithm_has_a_page_and_a_row_in_both_tables() -> None:
+    tables = script(DOCS / "hooks" / "tables.py")
+    algorithms = {
+        name
+        for name in fastdg.__all__
+        if inspect.isclass(value := getattr(fastdg, name))
+        and (issubclass(value, fastdg.DomainOptimizer) or value is fastdg.ADIOS)
+    }
+    assert algorithms - {"DomainOptimizer"} == set(tables.pages())
+    for path, text in tables.filled().items():
+        assert path.read_text(encoding="utf-8") == text, "run python docs/hooks/tables.py"
+
+
+def test_every_algorithm_s_page_says_the_same_things() -> None:
+    tables = script(DOCS / "hooks" / "tables.py")
+    wanted = ("Settings that are known", "Cost", "What to watch", "When it fails")
+    for path in tables.pages().values():
+        text = path.read_text(encoding="utf-8")
+        assert [part for part in wanted if f"\n**{part}.** " not in text] == [], path
+
+
+def strings() -> str:
+    """Texts of the package's source, with `{}` in place of what a formatted one fills in."""
+    found = []
+    for path in Path(fastdg.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_messages_of_troubleshooting_are_those_of_the_package() -> None:
+    text = (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    known = strings()
+    messages = re.findall(r"^\| `([^`]+)` \|", text.partition("## No message")[0], re.MULTILINE)
+    assert len(messages) > 20
+    for message in messages:
+        for piece in message.split("..."):
+            assert piece.strip(" .:") in known, (message, piece)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 16_000
