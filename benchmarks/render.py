@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent))
+from render_training import left_out, reproduced
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -209,78 +213,6 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
     return "\n".join(lines)
 
 
-def left_out(results: dict[str, Any]) -> str:
-    """The table of PACS."""
-    from fastdg.studies.data.pacs import DOMAINS
-    from fastdg.studies.experiments.pacs import ALGORITHMS
-    from fastdg.studies.report.pacs_figure import MEAN, accuracies, gain
-    from fastdg.studies.report.summary import mean_and_error
-
-    settings, keys = results["settings"], [key.split("/") for key in results["runs"]]
-    names = [name for name in ALGORITHMS if any(name == of for _, _, of in keys)]
-    results = results | {"plan": {"algorithms": names, "seeds": len({seed for _, seed, _ in keys})}}
-    lines = [
-        f"Accuracy in per cent on the domain left out, of the checkpoint chosen on the training "
-        f"domains; mean ± standard error of {results['plan']['seeds']} seeds, "
-        f"{settings['steps']} steps of {settings['batch']} images a domain. The gain is the "
-        "mean's over ERM's with the same seed, bold where its 95 % interval leaves out 0:",
-        "",
-        f"| | {' | '.join(d.replace('_', ' ') for d in DOMAINS)} | mean | gain | last step |",
-        "|---|" + "---:|" * (len(DOMAINS) + 3),
-    ]
-
-    def shown(values: list[float]) -> str:
-        mean, error = mean_and_error(values)
-        return f"{mean:.1f} ± {error:.1f}"
-
-    for name in names:
-        chosen = accuracies(results, name, "chosen")
-        last = accuracies(results, name, "last")[MEAN]
-        more = gain(results, name, "chosen") if name != "erm" else None
-        said = ""
-        if more is not None:
-            (mean, error), clear = more
-            bold = "**" if clear else ""
-            said = f"{bold}{mean:+.1f} ± {error:.1f}{bold}"
-        cells = [ALGORITHMS[name][0], *map(shown, chosen.values()), said, shown(last)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Every run: [`benchmarks/results/pacs.json`]({UP}/benchmarks/results/pacs.json).",
-        "",
-        f"![Accuracy on each domain left out]({UP}/benchmarks/results/pacs.png)",
-    ]
-    return "\n".join(lines)
-
-
-def reproduced(results: dict[str, Any]) -> str:
-    """The table of the ColoredMNIST protocol."""
-    names = {"erm": "ERM", "fishr": "Fishr"}
-    restarts = {len(entry["restarts"]) for entry in results["algorithms"].values()}
-    lines = [
-        f"Final accuracy in per cent, mean ± standard deviation of {min(restarts)} restarts here "
-        "and of 10 in the paper:",
-        "",
-        "| | train | test, colour misleads | grey test |",
-        "|---|---:|---:|---:|",
-    ]
-    for algorithm, entry in results["algorithms"].items():
-        summary = entry["summary"]
-        here = (f"{summary[k]['mean']:.1f} ± {summary[k]['std']:.1f}" for k in summary)
-        paper = ("{:.1f} ± {:.1f}".format(*summary[k]["paper"]) for k in summary)
-        lines.append(f"| {names[algorithm]}, fastdg | {' | '.join(here)} |")
-        lines.append(f"| {names[algorithm]}, paper | {' | '.join(paper)} |")
-    lines += [
-        "",
-        "Colour is worth 85 % in training and 10 % in the test, who ignores it is right in at most "
-        "75 %. Every restart's curve: "
-        f"[`benchmarks/results/colored_mnist.json`]({UP}/benchmarks/results/colored_mnist.json).",
-        "",
-        f"![Accuracy over training, and beside the paper's]({UP}/benchmarks/results/colored_mnist.png)",
-    ]
-    return "\n".join(lines)
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
     """A panel a case: every contender's time over the plain step, and the floor."""
     from matplotlib import rc_context
@@ -325,7 +257,7 @@ def _short(name: str) -> str:
 
 
 def costs(results: dict[str, Any]) -> str:
-    """README's short table: one row a question, its first case on a ResNet-18 where there is one."""
+    """README's short table: a row a question, of its case on ResNet-18 if there is one."""
     machine, versions = results["machine"], results["versions"]
     lines = [
         f"A step over plain training's, on {machine['cpu']}, {machine['threads']} threads, torch "

@@ -48,7 +48,9 @@ def markdown(text: str) -> str:
     text = FORMULA.sub(lambda match: f"${match[1]}$", text)
     text = NAME.sub(reference, text)
     lines = text.split("\n")
-    return "\n".join(HEADINGS.get(line.strip(), line) if line in HEADINGS else line for line in lines)
+    return "\n".join(
+        HEADINGS.get(line.strip(), line) if line in HEADINGS else line for line in lines
+    )
 
 
 def parameters(signature: inspect.Signature) -> griffe.Parameters:

@@ -41,7 +41,9 @@ def page(path: Path) -> dict[str, Any]:
                 files[name] = base64.b64decode(joined(data["image/png"]))
                 parts.append(f"![output of the cell above]({name})\n")
             elif text := joined(output.get("text") or data.get("text/plain", "")):
-                parts.append('<div class="output" markdown>\n\n' + fenced(text, "text") + "\n</div>\n")
+                parts.append(
+                    '<div class="output" markdown>\n\n' + fenced(text, "text") + "\n</div>\n"
+                )
     parts.append(f"This page is the notebook `docs/notebooks/{path.name}` of the repository.\n")
     return {f"{path.stem}.md": "\n".join(parts), **files}
 

@@ -26,7 +26,9 @@ import notebooks  # noqa: E402
 RESULTS = "benchmarks/results"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 # Whatever a browser would fetch by itself
-FETCHED = re.compile(r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*(?:https?:)?//[^>]*>")
+FETCHED = re.compile(
+    r"<(?:script|img|iframe|link(?! rel=\"canonical\"))\b[^>]*(?:https?:)?//[^>]*>"
+)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
