@@ -3,13 +3,15 @@
 import tempfile
 
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fastdg
 
-from . import data
+from . import data, needs
+
+with needs("accelerate"):
+    from accelerate import Accelerator
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +11,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import fastdg
 
-from . import data
+from . import data, needs
+
+with needs("lightning"):
+    import lightning
 
 
 class Automatic(lightning.LightningModule):

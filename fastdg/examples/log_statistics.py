@@ -4,11 +4,13 @@ import tempfile
 
 import torch
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 
 import fastdg
 
-from . import data
+from . import data, needs
+
+with needs("tensorboard"):
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def main() -> None:

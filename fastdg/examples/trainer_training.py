@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from transformers import Trainer, TrainingArguments
-from transformers.modeling_outputs import ImageClassifierOutput
 
 import fastdg
 
-from . import data
+from . import data, needs
+
+with needs("transformers", "accelerate"):
+    from transformers import Trainer, TrainingArguments
+    from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class DomainTrainer(Trainer):

@@ -14,16 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from wilds import get_dataset
-from wilds.common.data_loaders import get_eval_loader, get_train_loader
-from wilds.common.grouper import CombinatorialGrouper
-from wilds.common.metrics.all_metrics import Accuracy
-from wilds.datasets.wilds_dataset import WILDSDataset
 
 import fastdg
+
+from . import needs
+
+with needs("wilds"):
+    from PIL import Image
+    from wilds import get_dataset
+    from wilds.common.data_loaders import get_eval_loader, get_train_loader
+    from wilds.common.grouper import CombinatorialGrouper
+    from wilds.common.metrics.all_metrics import Accuracy
+    from wilds.datasets.wilds_dataset import WILDSDataset
 
 STAINS = np.array([[180, 110, 160], [150, 100, 170], [190, 130, 140], [160, 140, 150]])
 

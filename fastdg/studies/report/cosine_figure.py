@@ -33,7 +33,7 @@ def cosine_figure(results: dict[str, Any], path: Path) -> None:
     pairs = {task: _pairs(task) for task in tasks}
     heights = [0.42 + 0.14 * max(3, len(pairs[task])) for task in tasks for _ in range(lines)]
     with rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(PAGE, 0.6 + sum(heights)), layout="constrained")
+        figure = Figure(figsize=(PAGE, 1.1 + sum(heights)), layout="constrained")
         wide = min(MOST, len(names))
         grid = figure.subplots(len(heights), wide, squeeze=False, height_ratios=heights)
         panels = iter(grid)
@@ -46,7 +46,14 @@ def cosine_figure(results: dict[str, Any], path: Path) -> None:
                     axes.set_axis_on()
                     _map(axes, results, task, algorithm, len(pairs[task]))
                 line[0].set_yticks(range(len(pairs[task])), pairs[task])
-        figure.colorbar(ScalarMappable(**COSINE), ax=grid, label="cosine", aspect=30)
+        figure.colorbar(
+            ScalarMappable(**COSINE),
+            ax=grid,
+            label="cosine",
+            location="bottom",
+            shrink=0.5,
+            aspect=40,
+        )
         figure.suptitle(
             "cosine between the gradients of each pair of training domains, from the first to the "
             "last step\n(blue: they agree, red: they conflict)",
