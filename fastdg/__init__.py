@@ -17,7 +17,6 @@ from .algorithms.features.coral import CORAL
 from .algorithms.features.ib_erm import IBERM
 from .algorithms.features.ib_irm import IBIRM
 from .algorithms.features.mmd import MMD
-from .algorithms.fish import Fish
 from .algorithms.fishr import Fishr
 from .algorithms.gga_l import GGAL
 from .algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
@@ -31,7 +30,6 @@ from .algorithms.iga import IGA
 from .algorithms.irm import IRM
 from .algorithms.miro import MIRO
 from .algorithms.pcgrad import PCGrad
-from .algorithms.pogm import POGM
 from .algorithms.rise import RISE
 from .algorithms.risks.eqrm import EQRM
 from .algorithms.risks.rdm import RDM
@@ -39,6 +37,9 @@ from .algorithms.risks.sd import SD
 from .algorithms.sand_mask import SANDMask
 from .algorithms.sma import SMA
 from .algorithms.swad import SWAD
+from .algorithms.trajectories.fish import Fish
+from .algorithms.trajectories.pgrad import PGrad
+from .algorithms.trajectories.pogm import POGM
 from .algorithms.vrex import VREx
 from .core.compiled import compiled
 from .core.optimizer import DomainOptimizer
@@ -125,6 +126,7 @@ __all__ = [
     "Objective",
     "Outer",
     "PCGrad",
+    "PGrad",
     "SANDMask",
     "SimCLR",
     "SimSiam",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,10 @@ class Anchored(DomainOptimizer):
     def inner_steps(self) -> int:
         """The number of inner steps of a meta-iteration."""
 
+    def order(self) -> Sequence[int]:
+        """Return the domain of each inner step, for a closure."""
+        return range(self.inner_steps())
+
     @abstractmethod
     def meta_step(self) -> None:
         """End the meta-iteration, by `interpolate`."""
@@ -121,6 +125,37 @@ class Anchored(DomainOptimizer):
         self._begun = False
         return self._ranks.sum(squares)
 
+    @torch.no_grad()
+    def follow(
+        self, rows: Mapping[Tensor, Tensor], weigh: Callable[[Tensor], Tensor], rate: float
+    ) -> dict[str, Tensor]:
+        """Add a combination of rows to the weights, and `interpolate`.
+
+        Args:
+            rows: parameter -> R rows ``[R, *shape]``.
+            weigh: Gram matrix of the rows ``[R, R]`` -> their weights ``[R]``.
+            rate: of `interpolate`.
+
+        Returns:
+            The Gram matrix, the weights, and the result of `interpolate`, as ``trajectory``.
+        """
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self._names:  # in their order, which that of a loaded dict may not be
+            if p in rows:
+                alike.setdefault((p.device, p.dtype), []).append(p)
+        several = {
+            kind: [list(row) for row in zip(*(rows[p].unbind() for p in group), strict=True)]
+            for kind, group in alike.items()
+        }
+        grams = [ops.gram(of_group) for of_group in several.values()]
+        gram = grams[0] if len(grams) == 1 else sum(g.double().to(grams[0].device) for g in grams)
+        assert isinstance(gram, Tensor)
+        weights = weigh(gram)
+        for kind, group in alike.items():
+            for p, way in zip(group, ops.combine(several[kind], weights.to(kind[0])), strict=True):
+                p.add_(way)
+        return {"gram": gram, "weights": weights, "trajectory": self.interpolate(rate)}
+
     def progress(self) -> Tensor:
         """Return the inner product of ``.grad`` with the change of the weights so far, 0-dim."""
         products: dict[Tensor, Tensor] = {}
@@ -140,7 +175,7 @@ class Anchored(DomainOptimizer):
                 f"{self.position} of the {self.inner_steps()} inner steps of this one are done. "
                 "Finish it with backward and step."
             )
-        return forward.steps(self.inner_steps())
+        return forward.steps(self.order())
 
     # -- batches of one domain --
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from .._torch import not_compiled
 from ..core.batch import Batch
-from ..core.closures import Forward, check_same
+from ..core.closures import check_same
 from ..core.declared_state import DOMAINS, PerParameter
 from ..core.nesting import chain
 from ..distributed.sharding import sharded
@@ -92,6 +91,9 @@ class Trajectories(Anchored):
     def inner_steps(self) -> int:
         return self.num_domains * self.domain_steps
 
+    def order(self) -> list[int]:
+        return [d for d in range(self.num_domains) for _ in range(self.domain_steps)]
+
     def _start(self) -> None:
         super()._start()
         # The inner optimizer's state before any domain has stepped
@@ -116,11 +118,6 @@ class Trajectories(Anchored):
         advice = "Pass its samples, or call opt.step(closure), which runs the domains in order."
         check_same(batch.domain.reshape(1), self._domain, problem, advice)
         return batch
-
-    def evaluate_closure(self, forward: Forward) -> Tensor:
-        if forward.by_domain and not self.position:
-            return forward.steps(self.num_domains, self.domain_steps)
-        return super().evaluate_closure(forward)
 
     # -- steps --
 
@@ -151,25 +148,9 @@ class Trajectories(Anchored):
             torch.sub(p, start, out=self.ways[p][d])
             p.copy_(start)
 
-    @torch.no_grad()
     def meet(self, rate: float) -> dict[str, Tensor]:
         """Go a part of the combined way; returns the Gram matrix, the weights, and the length."""
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in self._names:  # in their order, which that of a loaded dict may not be
-            if p in self.ways:
-                alike.setdefault((p.device, p.dtype), []).append(p)
-        rows = {
-            kind: [[self.ways[p][d] for p in group] for d in range(self.num_domains)]
-            for kind, group in alike.items()
-        }
-        grams = [ops.gram(of_domains) for of_domains in rows.values()]
-        gram = grams[0] if len(grams) == 1 else sum(g.double().to(grams[0].device) for g in grams)
-        assert isinstance(gram, Tensor)
-        weights = self.combined(gram)
-        for kind, group in alike.items():
-            for p, way in zip(group, ops.combine(rows[kind], weights.to(kind[0])), strict=True):
-                p.add_(way)
-        return {"gram": gram, "weights": weights, "trajectory": self.interpolate(rate)}
+        return self.follow(self.ways, self.combined, rate)
 
     # -- a state of the optimizer inside for each domain --
 

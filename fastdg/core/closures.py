@@ -97,16 +97,16 @@ class Forward:
 
     # -- a step on each domain --
 
-    def steps(self, domains: int, each: int = 1) -> Tensor:
-        """Run `backward` and a step ``each`` times on each domain, without the last step; return
+    def steps(self, order: Sequence[int]) -> Tensor:
+        """Run `backward` and a step on one domain after the other, without the last step; return
         the mean loss."""
         opt = self.opt
         seen: list[dict[str, Tensor]] = []
-        for k in range(domains * each):
-            if k:
+        for d in order:
+            if seen:
                 opt._advance()
             opt.zero_grad()
-            losses, ids, inputs = losses_of(self.closure(k // each), k // each)
+            losses, ids, inputs = losses_of(self.closure(d), d)
             opt.backward(losses, ids, **inputs)
             seen.append(opt._statistics)
         opt._statistics = {**opt._statistics, **_together(seen)}

@@ -62,6 +62,19 @@ class POGMAdapter(Adapter):
         return {"loss": float(self.wrapper().statistics["domain_loss"][-1])}
 
 
+class PGradAdapter(Adapter):
+    """Hands the next part of a domain's batch to each of its inner steps."""
+
+    def train_step(self, minibatches: Minibatches) -> dict[str, float]:
+        opt: Any = self.wrapper()
+        parts = [
+            iter([*zip(x.tensor_split(opt.splits), y.tensor_split(opt.splits), strict=True)])
+            for x, y in minibatches
+        ]
+        opt.step(lambda d: self.losses(*next(parts[d]))[0])
+        return {"loss": float(opt.statistics["loss"])}
+
+
 class SMAAdapter(Adapter):
     """Evaluates and saves the averaged network, too, under the authors' name."""
 

@@ -22,7 +22,6 @@ from ..algorithms.features.coral import CORAL
 from ..algorithms.features.ib_erm import IBERM
 from ..algorithms.features.ib_irm import IBIRM
 from ..algorithms.features.mmd import MMD
-from ..algorithms.fish import Fish
 from ..algorithms.fishr import Fishr
 from ..algorithms.gga_l import GGAL
 from ..algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
@@ -35,16 +34,25 @@ from ..algorithms.iga import IGA
 from ..algorithms.irm import IRM
 from ..algorithms.miro import MIRO
 from ..algorithms.pcgrad import PCGrad
-from ..algorithms.pogm import POGM
 from ..algorithms.risks.eqrm import EQRM
 from ..algorithms.risks.rdm import RDM
 from ..algorithms.risks.sd import SD
 from ..algorithms.sand_mask import SANDMask
 from ..algorithms.sma import SMA
+from ..algorithms.trajectories.fish import Fish
+from ..algorithms.trajectories.pgrad import PGrad
+from ..algorithms.trajectories.pogm import POGM
 from ..algorithms.vrex import VREx
 from ..core.optimizer import DomainOptimizer
 from .adapter import Entry
-from .adapters import FeatureAdapter, FishAdapter, FishrAdapter, POGMAdapter, SMAAdapter
+from .adapters import (
+    FeatureAdapter,
+    FishAdapter,
+    FishrAdapter,
+    PGradAdapter,
+    POGMAdapter,
+    SMAAdapter,
+)
 from .rise import RISEAdapter, rise
 
 # The featurizers that MIRO has no preset for -> their layers
@@ -131,6 +139,19 @@ def mldg(algorithm: Any) -> MLDG:
     )
 
 
+def pgrad(algorithm: Any) -> PGrad:
+    for group in algorithm.optimizer.param_groups:
+        group["weight_decay"] = 0.0  # of the authors' inner steps
+    return PGrad(
+        algorithm.optimizer,
+        meta_lr=algorithm.hparams["pgrad_meta_lr"],
+        weight_decay=algorithm.optimizer.defaults["weight_decay"],
+        generator=torch.Generator().manual_seed(torch.initial_seed()),
+        num_domains=algorithm.num_domains,
+        model=algorithm.network,
+    )
+
+
 def miro(algorithm: Any) -> MIRO:
     names = MIRO_LAYERS.get(type(algorithm.featurizer).__name__)
     return MIRO(
@@ -202,6 +223,7 @@ ENTRIES = {
         asks=True,
         adapter=POGMAdapter,
     ),
+    "PGrad": Entry("ERM", pgrad, {"loss": "loss"}, alone=True, asks=True, adapter=PGradAdapter),
     "SMA": Entry(
         "ERM",
         wrapped(SMA, start="sma_start"),

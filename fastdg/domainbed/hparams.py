@@ -32,6 +32,7 @@ SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
         "cagrad_c": _choice(0.5, 0.05, 0.1, 0.5),
         "cag_update": _choice(1, 1, 5, 10),
     },
+    "PGrad": {"pgrad_meta_lr": _choice(0.1, 0.05, 0.1, 0.2)},
     "MIRO": {
         "miro_lambda": _choice(0.1, 1.0, 0.1, 0.01, 0.001),
         "miro_lr_mult": (10.0, lambda r: 10.0),

@@ -54,6 +54,7 @@ RISE | teacher | the loss, and distances to a language model's embeddings of the
 Fishr | head | the loss, and distances between the domains' variances of gradients
 IGA | double | the loss, and distances between the domains' gradients
 Fish | turns | a part of the way that a step on each domain in turn leads
+PGrad | turns | the principal directions of the points on a way over all domains
 POGM | turns | a part of CAGrad's combination of the ways that the domains lead
 MLDG | turns | gradients of some domains, and of others after a step on those
 GGA-L | domains | the loss, and noise that grows as the domains' gradients disagree

@@ -121,6 +121,13 @@ class POGM(fastdg.POGM):
         return super().backward(losses, domains * 0 + self._domain, *more, **inputs)
 
 
+class PGrad(fastdg.PGrad):
+    """Takes every batch for one of a single domain."""
+
+    def backward(self, losses: Tensor, domains: Tensor, *more: Any, **inputs: Any) -> Tensor:
+        return super().backward(losses, domains * 0, *more, **inputs)
+
+
 # The other rules of the Gram matrix, which are the same on every rank
 RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "MGDA": lambda base, model: fastdg.MGDA(base),
@@ -135,6 +142,7 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "GramSurgery(drawn)": lambda base, model: fastdg.GramSurgery(base, drawn),
     "GGAL": lambda base, model: fastdg.GGAL(base, gamma=0.1, generator=seeded()),
     "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
+    "PGrad": lambda base, model: PGrad(base, num_domains=2, splits=2, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),
 }
 BASES: dict[str, Callable[[Any], Optimizer]] = {

@@ -60,7 +60,7 @@ def test_equals_one_process(pool: Pool, wrap: str, world: int, split: str) -> No
 @pytest.mark.parametrize("wrap", RULES)
 def test_rules_of_the_gram_matrix_equal_one_process(pool: Pool, wrap: str) -> None:
     """Whose weights may be large: in float64, so that rounding is not."""
-    split = "mixed" if wrap == "POGM" else "own"
+    split = "mixed" if wrap in ("PGrad", "POGM") else "own"
     check(pool, Run(wrap, split, base="adam", dtype=torch.float64), 2)
 
 

@@ -37,6 +37,7 @@ ADDED = [
     "GradVac",
     *RULES,
     "POGM",
+    "PGrad",
     "SMA",
     "MIRO",
     "RISE",
@@ -86,6 +87,7 @@ def test_settings_are_the_hparams(bed: Bed) -> None:
         "GradVac": {"beta": "gradvac_beta"},
         "NashMTL": {},
         "POGM": {"meta_lr": "meta_lr", "c": "cagrad_c", "domain_steps": "cag_update"},
+        "PGrad": {"meta_lr": "pgrad_meta_lr", "weight_decay": "weight_decay"},
         "SMA": {"start": "sma_start"},
         "MIRO": {"weight": "miro_lambda", "lr_multiplier": "miro_lr_mult"},
     }
@@ -115,7 +117,7 @@ def test_checkpoints_load_into_domainbeds_own_class(bed: Bed, tmp_path: Path) ->
 
 @pytest.mark.parametrize("algorithm", [x for x in ADDED if x not in ["RISE", *RULES[:-1]]])
 def test_added_algorithms_train(bed: Bed, algorithm: str, tmp_path: Path) -> None:
-    hparams = json.dumps({"batch_size": 2})
+    hparams = json.dumps({"batch_size": 3})
     more = ["--steps", "3", "--data_dir", "", "--output_dir", str(tmp_path), "--hparams", hparams]
     main(["--algorithm", algorithm, "--dataset", "Debug28", *more])
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

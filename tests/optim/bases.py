@@ -44,6 +44,15 @@ class Fish(fastdg.Fish):
         return super().backward(losses, domains * 0, final, **inputs)
 
 
+class PGrad(fastdg.PGrad):
+    """Takes every batch for one of a single domain."""
+
+    def backward(
+        self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
+    ) -> Tensor:
+        return super().backward(losses, domains * 0, final, **inputs)
+
+
 class POGM(fastdg.POGM):
     """Takes every batch for one of the domain whose turn it is."""
 
@@ -121,6 +130,9 @@ RULES["CausIRL"] = lambda base, **more: CausIRL(base, generator=seeded(), **more
 RULES["IBERM"] = lambda base, **more: IBERM(base, **{"anneal_steps": 2, **more})
 RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
 RULES["SMA(Fishr)"] = lambda base, **more: fastdg.SMA(wrap(base, **more), model_of(base), start=2)
+RULES["PGrad"] = lambda base, **more: PGrad(
+    base, **{"num_domains": 3, "splits": 1, "generator": seeded(), **more}
+)
 RULES["POGM"] = lambda base, **more: POGM(base, **{"num_domains": 3, **more})
 EVERY = {**WRAPS, **RULES}
 

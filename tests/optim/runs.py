@@ -185,6 +185,12 @@ RUNS: dict[str, Callable[..., Any]] = {
         alone=True,
         batch_norm=True,
     ),
+    "PGrad": partial(
+        Run,
+        lambda o, m: fastdg.PGrad(o, num_domains=3, model=m),
+        alone=True,
+        batch_norm=True,
+    ),
     "IGA": partial(Run, lambda o, m: fastdg.IGA(o, penalty_weight=0.5)),
     "IRM": partial(Run, lambda o, m: fastdg.IRM(o, anneal_steps=7)),
     "VREx": partial(Run, lambda o, m: fastdg.VREx(o, anneal_steps=7)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._torch import not_compiled
-from ..averaging.anchored import Anchored
-from ..core.hyper import argument, check_steps, check_switch, check_weight, hyper, option
-from ..core.step_batch import StepBatch
+from ..._torch import not_compiled
+from ...averaging.anchored import Anchored
+from ...core.hyper import argument, check_steps, check_switch, check_weight, hyper, option
+from ...core.step_batch import StepBatch
 
 
 class Fish(Anchored):

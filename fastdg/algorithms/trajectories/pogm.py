@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..averaging.trajectories import Trajectories
-from ..core.hyper import argument, check_one_of, check_steps, check_weight, hyper
-from ..core.step_batch import StepBatch
-from ..weightings.cagrad import CAGrad
+from ...averaging.trajectories import Trajectories
+from ...core.hyper import argument, check_one_of, check_steps, check_weight, hyper
+from ...core.step_batch import StepBatch
+from ...weightings.cagrad import CAGrad
 
 
 class POGM(Trajectories):

@@ -1,0 +1,1 @@
+"""Algorithms that look at the ways that some inner steps go."""

@@ -1,0 +1,59 @@
+"""Iterations whose weights on the way are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._torch import not_compiled
+from ..core.combine.seeded import Seeded
+from ..core.declared_state import PerParameter, Rows
+from ..distributed.sharding import sharded
+from .anchored import Anchored, _inside
+
+_STEPS = Rows("inner steps", "splits and num_domains", lambda opt, group: opt.inner_steps())
+
+
+def _zeros(opt: Walk, p: Tensor) -> Tensor:
+    return p.new_zeros((opt.inner_steps(), *p.shape))
+
+
+class Walk(Seeded, Anchored):
+    """Keeps the change of the weights after each inner step: ``splits`` turns of a step on each
+    domain."""
+
+    num_domains: int
+    splits: int
+
+    changes = PerParameter(
+        "changes",
+        "changes of the weights",
+        rows=_STEPS,
+        begin=lambda opt: {p: _zeros(opt, p) for p in opt._names},
+        needed=_inside,
+    )
+
+    def inner_steps(self) -> int:
+        return self.splits * self.num_domains
+
+    def order(self) -> list[int]:
+        """Draw the domain of each inner step: in each turn, all domains in another order."""
+        generator = self.generator_on(torch.device("cpu"))
+        turns = [torch.randperm(self.num_domains, generator=generator) for _ in range(self.splits)]
+        self._remember()
+        drawn: list[int] = torch.cat(turns).tolist()
+        return drawn
+
+    @not_compiled
+    @torch.no_grad()
+    def _commit(self) -> None:
+        for p, start in self.kept.items():
+            if sharded(p):
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: fully_shard has split the parameters, of which "
+                    "it keeps rows for each step; use DistributedDataParallel"
+                )
+            if p not in self.changes:
+                self.changes[p] = _zeros(self, p)
+            torch.sub(p, start, out=self.changes[p][self.position])
+        super()._commit()
