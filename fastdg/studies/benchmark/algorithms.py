@@ -101,7 +101,8 @@ def _contender(algorithm: settings.Algorithm) -> Contender:
     entry = ENTRIES[name]
     if algorithm.given.get("params") == "all":
         entry = _whole(entry)
-    return Contender(algorithm.title, entry, {**DOMAINBED, **SEARCHES}.get(name, {}))
+    searched = {**DOMAINBED.get(name, {}), **SEARCHES.get(name, {})}
+    return Contender(algorithm.title, entry, searched)
 
 
 # Without those that need a pre-trained network or texts

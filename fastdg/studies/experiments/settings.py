@@ -24,6 +24,7 @@ from ... import (
     IRM,
     MGDA,
     MIRO,
+    MLDG,
     MMD,
     POGM,
     RDM,
@@ -112,6 +113,7 @@ ALGORITHMS = {
     "sagm": Algorithm("SAGM", SAGM),
     "gam": Algorithm("GAM", GAM),
     "disam": Algorithm("DISAM", DISAM),
+    "mldg": Algorithm("MLDG", MLDG),
     "eqrm": Algorithm("EQRM", EQRM),
     "rdm": Algorithm("RDM", RDM),
     "sd": Algorithm("SD", SD),
@@ -188,7 +190,7 @@ class Setting:
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, PCGrad):
+        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, MLDG, PCGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
         if chosen.wrapper is SMA:
             given["start"] = self.anneal_steps(steps) + 1

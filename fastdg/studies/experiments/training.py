@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import POGM, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from ... import MLDG, POGM, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
 from ..._torch import foreach_div_
 from ...averaging.averaged import Averaged
 from ...core.term import Term
@@ -68,21 +68,24 @@ def train(
         return torch.cat(xs), torch.cat(ys)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        if isinstance(opt, (Fish, POGM)):  # a step on each domain in turn
-            each = [domains == d for d in range(len(training))]
-            return torch.stack([one(x[rows], y[rows], domains[rows]) for rows in each]).mean()
-        return one(x, y, domains)
+        if isinstance(opt, (Fish, MLDG, POGM)):  # which ask for one domain after the other
 
-    def one(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+            def closure(d: int) -> Tensor:
+                rows = domains == d
+                return F.cross_entropy(model(x[rows]), y[rows], reduction="none")
+
+            mean = opt.step(closure)
+            assert mean is not None
+            return mean
         opt.zero_grad()
         if isinstance(opt, DomainOptimizer) and not isinstance(opt, Averaged):
             losses, inputs = losses_of(model, opt, x, y)
-            loss = opt.backward(losses, ids, **inputs)
+            loss = opt.backward(losses, domains, **inputs)
             if isinstance(opt, Ascent):
                 for _ in range(1, opt.points):
                     opt.ascend()
                     losses, inputs = losses_of(model, opt, x, y)
-                    opt.backward(losses, ids, **inputs)
+                    opt.backward(losses, domains, **inputs)
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             foreach_div_(grads, setting.divisor(opt))
         else:
