@@ -76,7 +76,7 @@ def test_data_sets_that_are_missing_are_named_and_left_out(tmp_path: Path) -> No
 
 def test_units_are_every_combination_once() -> None:
     found = list(replace(SMALL, seeds=3).units())
-    assert len({key for key, *_ in found}) == len(found) == 3 * 6 * 2
+    assert len({key for key, *_ in found}) == len(found) == 3 * 4 * 2
     assert found[1] == ("digits/0/pcgrad/0", "digits", 0, "pcgrad", 0)
 
 
@@ -214,7 +214,7 @@ def plainly(fold: Fold, hparams: dict[str, Any], steps: int, seed: int) -> tuple
 
 
 def test_erm_is_plain_training() -> None:
-    fold, hparams = fold_of("digits", None, 4, 1), hparams_of("erm", 1, 30, "digits", 4, 1)
+    fold, hparams = fold_of("digits", None, 3, 1), hparams_of("erm", 1, 30, "digits", 3, 1)
     validation, test = plainly(fold, hparams, 30, 5)
     found = training.train(fold, "erm", hparams, 30, 5)
     assert found["step"] == 30 and test > 50
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, at: int) -> No
     kept = json.loads(path.read_text())["runs"]
     assert len(kept) == at
     resumed = run(SMALL, path)
-    assert timeless(resumed) == timeless(whole) and len(whole["runs"]) == 12
+    assert timeless(resumed) == timeless(whole) and len(whole["runs"]) == 8
     assert all(resumed["runs"][key] == unit for key, unit in kept.items())  # was not run again
 
 

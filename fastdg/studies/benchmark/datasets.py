@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...files import load_arrays
-from ..data.digits import ANGLES, rotated
+from ..data.digits import rotated
 
 Rows = tuple[Any, np.ndarray]  # features, an array or a sparse matrix [n, F], and labels int64 [n]
 
@@ -78,7 +78,7 @@ def _by_domain(x: Any, y: np.ndarray, d: np.ndarray, domains: int) -> list[Rows]
 
 
 def _digits(data: Path | None, seed: int) -> list[Rows]:
-    task = rotated(seed)
+    task = rotated(seed, ANGLES)
     images = [x.flatten(1).numpy() for x in task.images]
     return [(x, y.numpy()) for x, y in zip(images, task.labels, strict=True)]
 
@@ -101,7 +101,7 @@ def _pacs(data: Path | None, seed: int) -> list[Rows]:
 
 def _wisdm(data: Path | None, seed: int) -> list[Rows]:
     found = _arrays(WISDM, data, 36, 6, "x")
-    return _by_domain(_features(found, 43), found["y"], found["d"] % 6, 6)
+    return _by_domain(_features(found, 43), found["y"], found["d"] % GROUPS, GROUPS)
 
 
 def _heart(data: Path | None, seed: int) -> list[Rows]:
@@ -118,6 +118,8 @@ def _gas(data: Path | None, seed: int) -> list[Rows]:
     return _by_domain(np.sign(x) * np.log1p(np.abs(x)), found["y"], found["d"], 8)
 
 
+ANGLES = (0, 25, 50, 75)
+GROUPS = 4  # of WISDM's people
 AMAZON = "amazon_reviews/amazon_reviews.npz"
 PACS = "pacs/pacs_squeezenet.npz"
 WISDM = "wisdm/wisdm.npz"
@@ -132,7 +134,7 @@ DATASETS = {
         _digits,
         None,
         False,
-        "scikit-learn's digits, 8x8 pixels, a sixth of them turned by each angle",
+        "scikit-learn's digits, 8x8 pixels, a quarter of them turned by each angle",
     ),
     "pacs": DataSet(
         "PACS features",
@@ -156,12 +158,12 @@ DATASETS = {
     ),
     "wisdm": DataSet(
         "WISDM",
-        tuple(f"people {k + 1}, {k + 7}, ..." for k in range(6)),
+        tuple(f"people {k + 1}, {k + 1 + GROUPS}, ..." for k in range(GROUPS)),
         6,
         _wisdm,
         WISDM,
         True,
-        "activities of 36 people in six groups (Kwapisz et al., 2010), 43 statistics of a phone's "
+        "activities of 36 people in four groups (Kwapisz et al., 2010), 43 statistics of a phone's "
         "accelerometer",
     ),
     "heart": DataSet(

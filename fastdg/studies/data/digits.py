@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,16 +95,16 @@ def coloured(seed: int) -> Task:
     )
 
 
-def rotated(seed: int) -> Task:
-    """All ten digits; each domain holds a sixth of the images, turned by its own angle."""
+def rotated(seed: int, angles: Sequence[int] = ANGLES) -> Task:
+    """All ten digits; each domain holds its share of the images, turned by its own angle."""
     images, digits = _digits()
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
-    parts = [order[domain :: len(ANGLES)] for domain in range(len(ANGLES))]
-    xs = [turn(images[rows].unsqueeze(1), angle) for rows, angle in zip(parts, ANGLES, strict=True)]
-    names = tuple(f"{angle}°" for angle in ANGLES)
+    parts = [order[domain :: len(angles)] for domain in range(len(angles))]
+    xs = [turn(images[rows].unsqueeze(1), angle) for rows, angle in zip(parts, angles, strict=True)]
+    names = tuple(f"{angle}°" for angle in angles)
     ys = tuple(digits[rows] for rows in parts)
     story = "which digit is it? Each domain is turned by its own angle; each is left out in turn"
-    tested = tuple(range(len(ANGLES)))
+    tested = tuple(range(len(angles)))
     return Task("rotated digits", names, tuple(xs), ys, 10, tested, story=story)
 
 
