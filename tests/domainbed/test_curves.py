@@ -71,6 +71,9 @@ def both(bed: Bed, monkeypatch: Any, dataset: str, algorithm: str, root: Path, t
         return repaired(own(name), algorithms) if bed.clone and name == "Fishr" else own(name)
 
     own = curve_of(own_class, monkeypatch, *arguments("own"))
+    if bed.clone and algorithm.startswith("IB_"):
+        # DomainBed adds the penalties to its nll in place, and logs the sum; fastdg logs the nll
+        assert all(values.pop("nll") == values["loss"] for values in own)
     with plugged_in():
         ours = curve_of(algorithms.get_algorithm_class, monkeypatch, *arguments("fastdg"))
     return own, ours
@@ -80,6 +83,7 @@ def check(own: Any, ours: Any) -> None:
     assert len(own) == len(ours) == 50
     assert own[0]["loss"] != own[-1]["loss"]
     for step, (values, expected) in enumerate(zip(ours, own, strict=True)):
+        values = {name: value for name, value in values.items() if name in expected}
         assert values == pytest.approx(expected, abs=1e-5, rel=1e-5), step
 
 
