@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..files import replace
 from ..studies.benchmark.algorithms import CONTENDERS
 from ..studies.benchmark.datasets import DATASETS
 from ..studies.benchmark.plan import SEEDS, STEPS, TRIALS, Plan, run
@@ -56,9 +57,8 @@ def benchmark(
     DomainBed's protocol: random search, chosen on the training domains. About an hour for each
     four data sets on a core. A run that was killed goes on where it was.
     """
-    from ..studies.experiments.storage import write_json
     from ..studies.report.benchmark_figure import benchmark_figure
-    from ..studies.report.benchmark_summary import condensed, words
+    from ..studies.report.benchmark_summary import condensed, lines, words
     from ..studies.report.benchmark_table import (
         CAPTION,
         accuracies,
@@ -81,7 +81,7 @@ def benchmark(
         with _progress(plan) as show:
             results = run(plan, out / "results.json", fresh, show, processes(workers))
         summary = condensed(results)
-        write_json(summary, out / "summary.json")
+        replace(out / "summary.json", lambda file: file.write(lines(summary).encode()))
         if "erm" not in plan.algorithms:
             console.print(f"Results: {out / 'summary.json'}. Run erm, too, to compare with it.")
             return
@@ -98,7 +98,7 @@ def benchmark(
         console.print(CAPTION, style="dim", highlight=False)
         for sentence in words(summary):
             console.print(sentence, highlight=False)
-        (out / "table.md").write_text(markdown(summary), encoding="utf-8")
+        replace(out / "table.md", lambda file: file.write(markdown(summary).encode()))
         benchmark_figure(summary, out / "figure.png")
     console.print(
         f"Figure: {out / 'figure.png'}\nTable: {out / 'table.md'}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,11 +35,12 @@ def selected(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def condensed(results: Mapping[str, Any]) -> dict[str, Any]:
+def condensed(results: Mapping[str, Any], datasets: Sequence[str] = ()) -> dict[str, Any]:
     """Reduce the results of `benchmark.plan.run` to the choices of each unit.
 
-    Only data sets with every algorithm and seed on all domains are kept, so results of a run that
-    is under way can be taken, too.
+    Results of a run that is under way can be taken, too: only data sets with every algorithm and
+    seed on all domains are kept, or, of the given ``datasets``, the algorithms that are complete
+    on all of them.
 
     Returns:
         ``settings`` and ``machine``; ``algorithms``, ``datasets`` and the number of ``seeds``; and
@@ -46,30 +48,29 @@ def condensed(results: Mapping[str, Any]) -> dict[str, Any]:
         seed (see `selected`), and ``cpu_ms``, the median processor time of a step.
 
     Raises:
-        ValueError: no data set is complete.
+        ValueError: nothing is complete.
     """
     runs = results["runs"]
     keys = [key.split("/") for key in runs]
-    here = {(name, algorithm, int(seed)) for name, _, algorithm, seed in keys}
-    algorithms = [name for name in CONTENDERS if any(name == a for _, a, _ in here)]
-    seeds = sorted({seed for _, _, seed in here})
+    seeds = sorted({int(seed) for *_, seed in keys})
+    begun = {algorithm for _, _, algorithm, _ in keys}
+
+    def complete(name: str, algorithm: str) -> bool:
+        domains = range(len(DATASETS[name].domains))
+        return all(f"{name}/{d}/{algorithm}/{s}" in runs for d, s in product(domains, seeds))
+
+    kept = list(datasets) or [name for name in DATASETS if all(complete(name, a) for a in begun)]
+    algorithms = [a for a in CONTENDERS if a in begun and all(complete(name, a) for name in kept)]
+    if not kept or not algorithms:
+        raise ValueError("results: no data set is complete yet. Repeat the command to go on.")
     rows: dict[str, Any] = {}
-    kept = []
-    for name, dataset in DATASETS.items():
-        domains = range(len(dataset.domains))
-        if not all(
-            f"{name}/{d}/{a}/{s}" in runs for d, a, s in product(domains, algorithms, seeds)
-        ):
-            continue
-        kept.append(name)
-        for d, a in product(domains, algorithms):
+    for name in kept:
+        for d, a in product(range(len(DATASETS[name].domains)), algorithms):
             of = [runs[f"{name}/{d}/{a}/{s}"]["trials"] for s in seeds]
             choices = [selected(trials) for trials in of]
             cpu = statistics.median(trial["cpu"] for trials in of for trial in trials)
             row = {key: [c[key] for c in choices] for key in ("chosen", "oracle", "trial")}
             rows[f"{name}/{d}/{a}"] = {**row, "cpu_ms": round(1e3 * cpu, 2)}
-    if not kept:
-        raise ValueError("results: no data set is complete yet. Repeat the command to go on.")
     return {
         "settings": dict(results["settings"]),
         "machine": dict(results["machine"]),
@@ -78,6 +79,13 @@ def condensed(results: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": len(seeds),
         "rows": rows,
     }
+
+
+def lines(summary: Mapping[str, Any]) -> str:
+    """Return the condensed results as JSON with a line a row."""
+    rest = json.dumps({k: v for k, v in summary.items() if k != "rows"}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in summary["rows"].items())
+    return f'{rest[:-2]},\n "rows": {{\n{rows}\n }}\n}}\n'
 
 
 @dataclass(frozen=True)
