@@ -36,6 +36,7 @@ COLOURS = {
     "gradvac": "#e78ac3",
     "gga-l": "#4d4d4d",
     "pogm": "#2166ac",
+    "pgrad": "#35978f",
     "and-mask": "#e69f00",
     "sand-mask": "#f0e442",
     "rise": "#6a3d9a",

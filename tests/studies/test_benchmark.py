@@ -230,8 +230,9 @@ def test_every_algorithm_trains_and_comes_to_the_same_numbers(name: str) -> None
     assert torch.equal(torch.get_rng_state(), before)
     (trial,) = one["trials"]
     # DomainBed's default threshold of SAND-mask lets no weight move, and the default weights of
-    # IGA's and the bottlenecks' penalties are for steps by the thousand
-    assert trial["validation"] > (0 if name in ("sand-mask", "iga", "ib-erm", "ib-irm") else 15)
+    # IGA's and the bottlenecks' penalties, and PGrad's rate, are for steps by the thousand
+    slow = ("sand-mask", "iga", "ib-erm", "ib-irm", "pgrad")
+    assert trial["validation"] > (0 if name in slow else 15)
 
 
 # -- the search --

@@ -49,6 +49,7 @@ from ... import (
     GroupDRO,
     NashMTL,
     PCGrad,
+    PGrad,
     SANDMask,
     UPGrad,
     VREx,
@@ -105,6 +106,7 @@ ALGORITHMS = {
     "gradvac": Algorithm("GradVac", GradVac),
     "gga-l": Algorithm("GGA-L", GGAL),
     "pogm": Algorithm("POGM", POGM),
+    "pgrad": Algorithm("PGrad", PGrad),
     "and-mask": Algorithm("AND-mask", ANDMask),
     # With DomainBed's threshold of 1 the weights never move
     "sand-mask": Algorithm("SAND-mask", SANDMask, {"threshold": 0.5}),
@@ -190,7 +192,7 @@ class Setting:
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, MLDG, PCGrad):
+        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, MLDG, PCGrad, PGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
         if chosen.wrapper is SMA:
             given["start"] = self.anneal_steps(steps) + 1

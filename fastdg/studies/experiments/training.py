@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import MLDG, POGM, SWAD, DomainOptimizer, Fish, domain_gram, domain_moments, record
+from ... import MLDG, POGM, SWAD, DomainOptimizer, Fish, PGrad, domain_gram, domain_moments, record
 from ..._torch import foreach_div_
 from ...averaging.averaged import Averaged
 from ...core.term import Term
@@ -68,10 +69,13 @@ def train(
         return torch.cat(xs), torch.cat(ys)
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        if isinstance(opt, (Fish, MLDG, POGM)):  # which ask for one domain after the other
+        if isinstance(opt, (Fish, MLDG, PGrad, POGM)):  # which ask for one domain after the other
+            splits = opt.splits if isinstance(opt, PGrad) else 1
+            each = [(domains == d).nonzero()[:, 0] for d in range(len(training))]
+            parts = [cycle(rows.tensor_split(splits)) for rows in each]
 
             def closure(d: int) -> Tensor:
-                rows = domains == d
+                rows = next(parts[d])
                 return F.cross_entropy(model(x[rows]), y[rows], reduction="none")
 
             mean = opt.step(closure)
