@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from ..core.combine.combiner import Combined, DomainGradients
+from ..core.combine.combiner import Combined, DomainGradients, pair_cosines
 from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_one_of, check_weight, hyper
@@ -54,16 +54,10 @@ class GGAL(RandomCombiner):
     noise: Literal["normal", "uniform"] = hyper("normal", check_one_of("normal", "uniform"))
 
     def combine(self, gradients: DomainGradients) -> Combined:
-        gram = gradients.gram()
-        norm = gram.diagonal().sqrt()
-        bound = norm * norm.unsqueeze(1)
-        cosine = torch.where(bound > 0, gram / bound, 0.0)
-        present = (gradients.count > 0).to(gram.dtype)
-        pairs = present * present.unsqueeze(1)
-        pairs = pairs - torch.diag(pairs.diagonal())  # both orders of each
+        cosine, pairs = pair_cosines(gradients)
         similarity = (cosine * pairs).sum() / pairs.sum().clamp(min=1)
         sigma = self.gamma * (1 - similarity) * gradients.several
-        count = gradients.count.to(gram.dtype)
+        count = gradients.count.to(cosine.dtype)
         combined = gradients.weighted_sum(count / count.sum())
         device = self.device_of(combined)
         generator = self.generator_on(device)

@@ -29,6 +29,7 @@ COSTS = {
     "double": "a second backward, through the gradients of all layers",
     "twice": "two forwards and backwards",
     "four times": "four forwards and backwards",
+    "search": "in a window of steps, hundreds of forwards and backwards",
 }
 # Family -> title, cost, and the gradient that a step goes along
 _TABLE = {
@@ -57,6 +58,7 @@ Fish | turns | a part of the way that a step on each domain in turn leads
 PGrad | turns | the principal directions of the points on a way over all domains
 POGM | turns | a part of CAGrad's combination of the ways that the domains lead
 MLDG | turns | gradients of some domains, and of others after a step on those
+GGA | search | the loss, from weights near by at which the domains agree
 GGA-L | domains | the loss, and noise that grows as the domains' gradients disagree
 """,
     "surgery": """

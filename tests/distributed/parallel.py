@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "GramSurgery(drawn)": lambda base, model: fastdg.GramSurgery(base, drawn),
     "GGAL": lambda base, model: fastdg.GGAL(base, gamma=0.1, generator=seeded()),
     "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
+    "GGA": lambda base, model: fastdg.GGA(base, start=0, candidates=4, size=0.05),
     "PGrad": lambda base, model: PGrad(base, num_domains=2, splits=2, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),
 }
@@ -235,6 +237,10 @@ class Result:
     sent: list[dict[str, int]]
 
 
+def forward(network: nn.Module, x: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(network(x), y, reduction="none"), d
+
+
 def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
     """On one of ``world`` ranks, or in one process (None)."""
     torch.manual_seed(0)
@@ -277,9 +283,13 @@ def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
                     whole = sum(len(y) for _, y, _ in batches)
                     loss = losses.sum() * (world if rank is not None else 1) / whole
                     (loss if scaler is None else scaler.scale(loss)).backward()
+                elif run.wrap == "GGA":
+                    opt.step(partial(forward, network, *last))
                 else:
                     opt.backward(losses, d, **more, **inputs_of(run.wrap, scores, y))
-            if scaler is None:
+            if run.wrap == "GGA":
+                pass
+            elif scaler is None:
                 opt.step()
             else:
                 scaler.step(opt)

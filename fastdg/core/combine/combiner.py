@@ -269,6 +269,18 @@ class GradientCombiner(DomainOptimizer):
         return sizes
 
 
+def pair_cosines(gradients: DomainGradients) -> tuple[Tensor, Tensor]:
+    """Return the cosines of the domains' gradients ``[E, E]``, 0 for a gradient of zeros, and 1 for
+    each pair of domains with samples, in both orders, else 0, ``[E, E]``."""
+    gram = gradients.gram()
+    norm = gram.diagonal().sqrt()
+    bound = norm * norm.unsqueeze(1)
+    cosine = torch.where(bound > 0, gram / bound, 0.0)
+    present = (gradients.count > 0).to(gram.dtype)
+    pairs = present * present.unsqueeze(1)
+    return cosine, pairs - torch.diag(pairs.diagonal())
+
+
 def check_combined(combined: Any, names: Mapping[Tensor, str], name: str) -> None:
     """Raise TypeError unless ``combined`` has gradients of the optimizer's parameters."""
     expected = f"combine: {name}.combine must return parameter -> gradient, got "

@@ -13,8 +13,9 @@ from torch import nn
 
 from ... import ERM, RISE, SWAD
 from ...domainbed.adapter import Entry
-from ...domainbed.algorithms import ENTRIES, wrapped
+from ...domainbed.algorithms import ENTRIES
 from ...domainbed.hparams import DOMAINBED, SEARCHES, Draw
+from ...domainbed.makers import wrapped
 from ..experiments import settings
 from .folds import seed_of
 
