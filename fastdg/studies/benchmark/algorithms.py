@@ -30,6 +30,10 @@ SHARED: Mapping[str, tuple[Any, Draw]] = {
     "weight_decay": (0.0, lambda r: 10 ** r.uniform(-6, -2)),
     "batch_size": (32, lambda r: int(2 ** r.uniform(3, 5.5))),  # of each training domain
 }
+# Weights of penalties on gradients, losses and features, and their size here over DomainBed's: with
+# its own, which are for thousands of small steps, none of them lets a network learn in 60 steps
+WEIGHTS = ("lambda", "irm_lambda", "vrex_lambda", "penalty", "ib_lambda")
+WEIGHT = 1e-3
 AGAIN = "erm-again"
 
 
@@ -124,7 +128,8 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
 
     Steps after which a penalty or an average begins, ``..._iters`` and ``..._start``, are scaled
     from DomainBed's 5,000 to ``steps``; learning rates after that, ``..._lr``, from DomainBed's
-    5e-5 to this trial's.
+    5e-5 to this trial's. Penalties whose weights DomainBed counts in hundreds, `WEIGHTS`, have a
+    thousandth of them.
     """
     contender = CONTENDERS[algorithm]
     more = (algorithm,) if contender.again else ()
@@ -139,5 +144,7 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
             value = max(1, round(value * steps / DOMAINBED_STEPS))
         elif name.endswith("_lr") and name != "meta_lr":
             value = value / DOMAINBED_LR * found["lr"]
+        elif name in WEIGHTS:
+            value = value * WEIGHT
         found[name] = float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
     return found

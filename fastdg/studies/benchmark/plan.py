@@ -10,7 +10,7 @@ from typing import Any
 
 from ..experiments.settings import EVALUATIONS
 from ..experiments.units import Told, check_names, run_units, silent
-from .algorithms import CONTENDERS, DIGITS, WIDTH
+from .algorithms import CONTENDERS, DIGITS, WEIGHT, WIDTH
 from .datasets import DATASETS, missing
 from .folds import FIT, ROWS
 from .training import FIELDS, search
@@ -67,6 +67,7 @@ class Plan:
             "rows": ROWS,
             "fit": FIT,
             "digits": DIGITS,
+            "weight": WEIGHT,
         }
 
     def units(self) -> Iterator[tuple[str, str, int, str, int]]:
