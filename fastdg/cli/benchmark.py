@@ -54,8 +54,8 @@ def benchmark(
 ) -> None:
     """Search and train all algorithms on small data sets, each domain left out in turn.
 
-    DomainBed's protocol: random search, chosen on the training domains. About an hour for each
-    four data sets on a core. A run that was killed goes on where it was.
+    DomainBed's protocol: random search, chosen on the training domains. Half an hour of a core for
+    four data sets. A run that was killed goes on where it was.
     """
     from ..studies.report.benchmark_figure import benchmark_figure
     from ..studies.report.benchmark_summary import condensed, lines, words

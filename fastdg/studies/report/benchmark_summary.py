@@ -220,8 +220,9 @@ def words(summary: Mapping[str, Any]) -> list[str]:
 
     better = [s for s in others if s.gain[1] and s.gain[0][0] > 0]
     worse = [s for s in others if s.gain[1] and s.gain[0][0] < 0]
+    several = len(summary["datasets"])
     said = [
-        f"Averaged over {len(summary['datasets'])} data sets, {len(better)} of {len(others)} "
+        f"Averaged over {several} data set{'s' * (several > 1)}, {len(better)} of {len(others)} "
         f"algorithms are clearly better than ERM (the 95 % interval over {summary['seeds']} seeds "
         f"leaves out 0): {listed(better)}. Clearly worse are {len(worse)}: {listed(worse[::-1])}.",
         f"If all were alike, about {LEVEL * len(others) / 2:.0f} on either side would look so by "
@@ -230,10 +231,12 @@ def words(summary: Mapping[str, Any]) -> list[str]:
     again = next((s for s in table if s.algorithm == AGAIN), None)
     if again is not None:
         (gain, error), _ = again.gain
-        close = [s for s in others if abs(s.gain[0][0]) <= max(abs(gain), 2 * error)]
+        noise = max(abs(gain), 2 * error)
+        close = [s for s in others if abs(s.gain[0][0]) <= noise]
         said.append(
             f"ERM with other random numbers differs from itself by {gain:+.1f} ± {error:.1f}: "
-            f"{len(close)} of the {len(others)} are no farther from ERM than twice that error."
+            f"{len(close)} of the {len(others)} algorithms are within {noise:.1f} points of ERM, "
+            "which is noise."
         )
     signs = [s for s in others if s.chance < LEVEL / len(others)]
     counted = ", ".join(f"{s.title} ({s.better} of {s.better + s.worse})" for s in signs)
