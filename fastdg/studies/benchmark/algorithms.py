@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ... import ERM, RISE, SWAD
+from ... import ERM, GGA, RISE, SWAD
 from ...domainbed.adapter import Entry
 from ...domainbed.algorithms import ENTRIES
 from ...domainbed.hparams import DOMAINBED, SEARCHES, Draw
@@ -96,6 +96,19 @@ def _whole(entry: Entry) -> Entry:
     return replace(entry, wrap=wrap)
 
 
+# GGA's window of steps, which DomainBed's names do not have
+WINDOW = {"gga_start_iters": (100, lambda r: 100), "gga_end_iters": (200, lambda r: 200)}
+
+
+def _windowed(entry: Entry) -> Entry:
+    def wrap(adapter: Any) -> Any:
+        opt: Any = entry.wrap(adapter)
+        opt.start, opt.end = (adapter.hparams[name] for name in WINDOW)
+        return opt
+
+    return replace(entry, wrap=wrap)
+
+
 def _contender(algorithm: settings.Algorithm) -> Contender:
     wrapper = algorithm.wrapper or ERM
     if wrapper is ERM:
@@ -107,6 +120,8 @@ def _contender(algorithm: settings.Algorithm) -> Contender:
     if algorithm.given.get("params") == "all":
         entry = _whole(entry)
     searched = {**DOMAINBED.get(name, {}), **SEARCHES.get(name, {})}
+    if wrapper is GGA:
+        entry, searched = _windowed(entry), {**searched, **WINDOW}
     return Contender(algorithm.title, entry, searched)
 
 

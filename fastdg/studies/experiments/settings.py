@@ -15,6 +15,7 @@ from ... import (
     DISAM,
     EQRM,
     GAM,
+    GGA,
     GGAL,
     GSAM,
     IBERM,
@@ -104,6 +105,7 @@ ALGORITHMS = {
     "nash-mtl": Algorithm("Nash-MTL", NashMTL),
     "fairgrad": Algorithm("FairGrad", FairGrad),
     "gradvac": Algorithm("GradVac", GradVac),
+    "gga": Algorithm("GGA", GGA),
     "gga-l": Algorithm("GGA-L", GGAL),
     "pogm": Algorithm("POGM", POGM),
     "pgrad": Algorithm("PGrad", PGrad),
@@ -192,8 +194,10 @@ class Setting:
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, CausIRL, GGAL, GradVac, MLDG, PCGrad, PGrad):
+        if chosen.wrapper in (AgrRand, CausIRL, GGA, GGAL, GradVac, MLDG, PCGrad, PGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
+        if chosen.wrapper is GGA:
+            given |= {"start": 1, "end": max(1, steps // 50)}  # the authors' share of the steps
         if chosen.wrapper is SMA:
             given["start"] = self.anneal_steps(steps) + 1
         if issubclass(chosen.wrapper, Averaged):

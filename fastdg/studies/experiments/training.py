@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ... import MLDG, POGM, SWAD, DomainOptimizer, Fish, PGrad, domain_gram, domain_moments, record
+from ... import (
+    GGA,
+    MLDG,
+    POGM,
+    SWAD,
+    DomainOptimizer,
+    Fish,
+    PGrad,
+    domain_gram,
+    domain_moments,
+    record,
+)
 from ..._torch import foreach_div_
 from ...averaging.averaged import Averaged
 from ...core.term import Term
@@ -82,6 +93,10 @@ def train(
             assert mean is not None
             return mean
         opt.zero_grad()
+        if isinstance(opt, GGA):  # which runs the model as often as it likes
+            mean = opt.step(lambda: (losses_of(model, opt, x, y)[0], domains))
+            assert mean is not None
+            return mean
         if isinstance(opt, DomainOptimizer) and not isinstance(opt, Averaged):
             losses, inputs = losses_of(model, opt, x, y)
             loss = opt.backward(losses, domains, **inputs)
