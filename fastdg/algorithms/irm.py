@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -64,7 +64,7 @@ class IRM(Annealed):
 
     prefix = "irm"
     params = "head"
-    takes: tuple[str, ...] = ("logits",)
+    takes: ClassVar[tuple[str, ...]] = ("logits",)
     looks_at_logits = True
 
     penalty_weight: float = hyper(100.0, check_weight)

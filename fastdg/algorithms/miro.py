@@ -12,7 +12,7 @@ from ..capture.feature_maps import Layout, Oracle, check_layouts
 from ..capture.graph_notes import WeakHook
 from ..capture.oracle_forwards import OracleForwards
 from ..capture.variance_encoder import VarianceEncoder
-from ..core.hyper import argument, check_module, check_steepness, check_weight, hyper, option
+from ..core.hyper import argument, check_module, check_steepness, check_weight, fixed, hyper, option
 from ..core.term import VarianceTerm
 
 
@@ -79,7 +79,7 @@ class MIRO(VarianceTerm):
     """
 
     prefix = "miro"
-    check = True  # no argument of this wrapper
+    check: bool = fixed(True, init=False)
     _transient = (*VarianceTerm._transient, "_forwards")
 
     model: nn.Module = argument(check_module, kw_only=False, show=None)

@@ -78,7 +78,6 @@ class SMA(Averaged):
 
     prefix = "sma"
     penalises = False
-    check = True  # no argument of this wrapper
 
     model: nn.Module = argument(check_module, kw_only=False, show=None)
     start: int = hyper(100, check_steps)

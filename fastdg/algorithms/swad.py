@@ -89,7 +89,6 @@ class SWAD(Segmented):
 
     prefix = "swad"
     penalises = False
-    check = True  # no argument of this wrapper
 
     model: nn.Module = argument(check_module, kw_only=False, show=None)
     n_converge: int = hyper(3, check_steps)

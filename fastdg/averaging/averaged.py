@@ -16,6 +16,7 @@ from ..core import amp, errors
 from ..core.base_optimizer import check_result
 from ..core.base_state import is_new
 from ..core.checkpoint import begin
+from ..core.hyper import fixed
 from ..core.nesting import innermost
 from ..core.optimizer import Closure
 from ..distributed.sharding import reshard
@@ -43,6 +44,7 @@ class Averaged(OuterOptimizer):
 
     role = "average"
     model: nn.Module
+    check: bool = fixed(True, init=False)
     _shown = False  # whether the model has the averaged weights, inside `applied`
     _transient = (*OuterOptimizer._transient, "_shown")
 

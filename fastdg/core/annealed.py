@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base_state import renew
-from .hyper import check_count, check_switch, check_weight, hyper
+from .hyper import check_count, check_switch, check_weight, fixed, hyper
 from .nesting import chain, innermost
 from .optimizer import DomainOptimizer
 
@@ -15,7 +15,7 @@ class Annealed(DomainOptimizer):
     objective.
     """
 
-    lr_after_anneal: float | None = None  # learning rate from that step on
+    lr_after_anneal: float | None = fixed(None, init=False)  # learning rate from that step on
     penalty_weight: float
     anneal_steps: int = hyper(500, check_count)
     pre_anneal_weight: float = hyper(1.0, check_weight)

@@ -135,6 +135,14 @@ def argument(
     return Option(default, check, convert, not kw_only, show)
 
 
+def fixed(value: Any, *, init: bool) -> Any:
+    """Return ``value``: a plain attribute, in place of an argument that a base declares.
+
+    Without the ``init=False`` type checkers take it for an argument.
+    """
+    return value
+
+
 def declared(kind: type) -> dict[str, Option]:
     """Return the arguments that a class declares: its own in order, then its bases'.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,8 @@ class DomainOptimizer(Configured):
     """
 
     compares = False  # whether it compares domains: a step of one domain is then plain training
-    takes: tuple[str, ...] = ()  # names of further inputs of `backward`, passed to `_batch`
+    # Names of further inputs of `backward`, passed to `_batch`
+    takes: ClassVar[tuple[str, ...]] = ()
     looks_at_logits = False  # whether the objective asks for `StepBatch.logit_products`
     looks_at_samples = True  # whether backwards for statistics run before the step's own
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`

@@ -13,12 +13,12 @@ from .._torch import optimizer_hooks
 from . import base_state, checkpoint
 from .base_optimizer import Wrapping
 from .declared_state import DOMAINS, DeclaredState, declared_state
-from .hyper import argument
+from .hyper import argument, fixed
 from .nesting import chain
 
 
 # For type checkers, the arguments that a wrapper declares are the fields of a dataclass
-@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(argument,))
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(argument, fixed))
 class Stateful(checkpoint.HasState):
     """Keeps tensors beside the wrapped optimizer's, and settings and counters in its first group.
 

@@ -15,7 +15,7 @@ from .._torch import not_compiled
 from ..core import amp
 from ..core.backward import poison_if_nonfinite, put
 from ..core.closures import Forward
-from ..core.hyper import check_one_of, hyper
+from ..core.hyper import check_one_of, fixed, hyper
 from ..core.nesting import chain
 from ..core.optimizer import DomainOptimizer
 from ..core.rerun import Buffers
@@ -62,7 +62,7 @@ class Ascent(OuterOptimizer):
     role = "ascent"
     points = 2  # gradients of a step
     _transient = (*OuterOptimizer._transient, "_visit", "_complete")
-    _visit: Visit | None = None
+    _visit: Visit | None = fixed(None, init=False)
     _complete = False  # whether .grad holds the gradient of the step
 
     buffers: Literal["first", "all"] = hyper("first", check_one_of("first", "all"))

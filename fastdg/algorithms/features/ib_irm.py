@@ -30,7 +30,7 @@ class IBIRM(IRM):
     """
 
     prefix = "ib_irm"
-    takes: tuple[str, ...] = ("logits", "features")
+    takes = ("logits", "features")
 
     bottleneck_weight: float = hyper(100.0, check_weight)
     bottleneck_anneal_steps: int = hyper(500, check_count)

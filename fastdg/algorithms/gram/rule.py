@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, ClassVar
 
-from ...core.hyper import Hyper, declared
+from ...core.combine.weightings import Weighting
+from ...core.hyper import Hyper, declared, fixed
 from ...weightings.gram import GramWeighting
 from ..gram_surgery import GramSurgery
 
@@ -18,7 +19,9 @@ class GramRule(GramSurgery):
     """
 
     rule: ClassVar[type[GramWeighting]]
-    normalize = False  # no argument of these wrappers
+    normalize: bool = fixed(False, init=False)
+    if TYPE_CHECKING:
+        weighting: Weighting = fixed(None, init=False)
 
     def _start(self) -> None:
         super()._start()
@@ -27,7 +30,7 @@ class GramRule(GramSurgery):
         names = inspect.signature(self.rule).parameters
         self._settings = [name for name in names if isinstance(known.get(name), Hyper)]
 
-    if not TYPE_CHECKING:  # to which it stays the argument that it is for `GramSurgery`
+    if not TYPE_CHECKING:
 
         @property
         def weighting(self) -> GramWeighting:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.special import ndtr
 
 from ...core.annealed import Annealed
-from ...core.hyper import check_count, check_inside, check_one_of, check_rate, hyper
+from ...core.hyper import check_count, check_inside, check_one_of, check_rate, fixed, hyper
 from ...core.step_batch import StepBatch
 
 GRID, ROUNDS = 1025, 6  # points in the interval that holds the quantile, and its refinements
@@ -62,8 +62,8 @@ class EQRM(Annealed):
     prefix = "eqrm"
     compares = True
     looks_at_samples = False
-    penalty_weight = 1.0  # no argument of this wrapper
-    pre_anneal_weight = 0.0
+    penalty_weight: float = fixed(1.0, init=False)
+    pre_anneal_weight: float = fixed(0.0, init=False)
 
     quantile: float = hyper(0.75, check_inside)
     anneal_steps: int = hyper(2500, check_count)

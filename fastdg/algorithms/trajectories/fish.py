@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._torch import not_compiled
 from ...averaging.anchored import Anchored
-from ...core.hyper import argument, check_steps, check_switch, check_weight, hyper, option
+from ...core.hyper import argument, check_steps, check_switch, check_weight, fixed, hyper, option
 from ...core.step_batch import StepBatch
 
 
@@ -78,7 +78,7 @@ class Fish(Anchored):
 
     prefix = "fish"
     penalises = False
-    check = True  # no argument of this wrapper
+    check: bool = fixed(True, init=False)
     _transient = (*Anchored._transient, "_product")
 
     meta_lr: float = hyper(0.5, check_weight)

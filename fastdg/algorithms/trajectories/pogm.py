@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...averaging.trajectories import Trajectories
-from ...core.hyper import argument, check_one_of, check_steps, check_weight, hyper
+from ...core.hyper import argument, check_one_of, check_steps, check_weight, fixed, hyper
 from ...core.step_batch import StepBatch
 from ...weightings.cagrad import CAGrad
 
@@ -69,7 +69,7 @@ class POGM(Trajectories):
 
     prefix = "pogm"
     penalises = False
-    check = True  # no argument of this wrapper
+    check: bool = fixed(True, init=False)
 
     meta_lr: float = hyper(0.5, check_weight)
     c: float = hyper(0.5, check_weight)
