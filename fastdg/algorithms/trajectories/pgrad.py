@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...averaging.walk import Walk
-from ...core.hyper import argument, check_steps, check_weight, hyper
+from ...core.hyper import argument, check_steps, check_weight, fixed, hyper
 from ...core.step_batch import StepBatch
 
 
@@ -65,7 +65,7 @@ class PGrad(Walk):
 
     prefix = "pgrad"
     penalises = False
-    check = True  # no argument of this wrapper
+    check: bool = fixed(True, init=False)
 
     meta_lr: float = hyper(0.1, check_weight)
     splits: int = hyper(3, check_steps)
