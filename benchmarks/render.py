@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
+from figures import FLOOR, PICTURES, draw_all, peers, times
 from render_training import left_out, reproduced
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,19 +50,6 @@ README_ROWS = {
     "AND-mask, D=3": "AND-mask, whole step",
     "PCGrad, D=3": "PCGrad, whole step",
 }
-FLOOR = "copy of the same bytes"
-# Rows that are not another library: drawn and compared apart.
-OWN = ("plain", "fastdg", "fastdg, reference backend", "fastdg, before the anneal", FLOOR)
-
-
-def peers(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Contenders that were measured, other than ours; the fastest first."""
-    rows = {n: r for n, r in case["contenders"].items() if n not in OWN and "ratio" in r}
-    return dict(sorted(rows.items(), key=lambda item: item[1]["ratio"]))
-
-
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}×" if ratio < 9.95 else f"{ratio:.0f}×"
 
 
 def measured(results: dict[str, Any]) -> str:
@@ -105,9 +93,12 @@ def measured(results: dict[str, Any]) -> str:
         f"[`benchmarks/results/cpu.json`]({UP}/benchmarks/results/cpu.json), made by "
         "`python benchmarks/measure.py`.",
         "",
-        f"![Time of every contender over the plain step]({UP}/benchmarks/results/cpu.png)",
+        *(
+            f"![{picture.title}]({UP}/benchmarks/results/cpu_{name}.png)\n"
+            for name, picture in PICTURES.items()
+        ),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def given(results: dict[str, Any]) -> list[str]:
@@ -213,49 +204,6 @@ def loops(ranks: dict[str, Any], wrapper: dict[str, Any], long: dict[str, Any]) 
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """A panel a case: every contender's time over the plain step, and the floor."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from fastdg.figure_style import STYLE, save
-
-    measured = results["cases"].values()
-    order = [*QUESTIONS, *GIVEN]
-    cases = sorted(measured, key=lambda case: order.index(case["question"]))
-    columns = 3
-    with rc_context(STYLE):
-        lines = -(-len(cases) // columns)
-        figure = Figure(figsize=(5.4 * columns, 2.1 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, case in zip(panels, cases, strict=False):
-            rows = {"fastdg": case["contenders"]["fastdg"], **peers(case)}
-            rows = {name: row for name, row in rows.items() if "ratio" in row}
-            values = [row["ratio"] for row in rows.values()]
-            colours = ["#0072b2" if name == "fastdg" else "#b0b0b0" for name in rows]
-            axes.barh(range(len(rows)), values, color=colours, height=0.7)
-            for at, value in enumerate(values):
-                axes.text(value * 1.06, at, times(value), va="center", fontsize=7)
-            axes.set_xscale("log")
-            axes.set_xlim(0.8 * min(1, case["floor"], *values), max(values) * 2.6)
-            axes.set_yticks(range(len(rows)), [_short(name) for name in rows], fontsize=7)
-            axes.invert_yaxis()
-            axes.axvline(1, color="black", lw=0.8)
-            axes.axvline(case["floor"], color="#d55e00", lw=1, ls="--")
-            axes.set_title(f"{case['question']}: {case['title']}", fontsize=8)
-            axes.minorticks_off()
-        for axes in panels[len(cases) :]:
-            axes.set_visible(False)
-        figure.supxlabel(
-            "time over the plain step (black line), logarithmic; dashed: the floor", fontsize=8
-        )
-        save(figure, path)
-
-
-def _short(name: str) -> str:
-    return name.replace("torch.func ", "").replace(" (DomainBed, repaired)", ", repaired")
-
-
 def costs(results: dict[str, Any]) -> str:
     """README's short table: a row a question, of its case on ResNet-18 if there is one."""
     machine, versions = results["machine"], results["versions"]
@@ -310,7 +258,7 @@ def filled() -> dict[Path, str]:
 def main() -> None:
     for path, text in filled().items():
         path.write_text(text, encoding="utf-8")
-    draw(json.loads((RESULTS / "cpu.json").read_text()), RESULTS / "cpu.png")
+    draw_all(RESULTS)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,15 @@ from typing import Any
 UP = "../.."  # from a page to the root
 
 
+def with_plan(results: dict[str, Any]) -> dict[str, Any]:
+    """Return PACS's results with the algorithms and the number of seeds that they have."""
+    from fastdg.studies.experiments.pacs import ALGORITHMS
+
+    keys = [key.split("/") for key in results["runs"]]
+    names = [name for name in ALGORITHMS if any(name == of for _, _, of in keys)]
+    return results | {"plan": {"algorithms": names, "seeds": len({seed for _, seed, _ in keys})}}
+
+
 def left_out(results: dict[str, Any]) -> str:
     """The table of PACS."""
     from fastdg.studies.data.pacs import DOMAINS
@@ -14,9 +23,8 @@ def left_out(results: dict[str, Any]) -> str:
     from fastdg.studies.report.pacs_figure import MEAN, accuracies, gain
     from fastdg.studies.report.summary import mean_and_error
 
-    settings, keys = results["settings"], [key.split("/") for key in results["runs"]]
-    names = [name for name in ALGORITHMS if any(name == of for _, _, of in keys)]
-    results = results | {"plan": {"algorithms": names, "seeds": len({seed for _, seed, _ in keys})}}
+    results, settings = with_plan(results), results["settings"]
+    names = results["plan"]["algorithms"]
     lines = [
         f"Accuracy in per cent on the domain left out, of the checkpoint chosen on the training "
         f"domains; mean ± standard error of {results['plan']['seeds']} seeds, "
