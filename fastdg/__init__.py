@@ -18,6 +18,7 @@ from .algorithms.features.ib_erm import IBERM
 from .algorithms.features.ib_irm import IBIRM
 from .algorithms.features.mmd import MMD
 from .algorithms.fishr import Fishr
+from .algorithms.genie import GENIE
 from .algorithms.gga import GGA
 from .algorithms.gga_l import GGAL
 from .algorithms.gram.balanced import IMTLG, AlignedMTL, ConFIG
@@ -84,6 +85,7 @@ __all__ = [
     "EQRM",
     "ERM",
     "GAM",
+    "GENIE",
     "GGA",
     "GGAL",
     "GSAM",

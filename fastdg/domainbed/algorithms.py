@@ -43,7 +43,7 @@ from .adapters import (
     POGMAdapter,
     SMAAdapter,
 )
-from .makers import agr_sum, drawing, fishr, gga, miro, mldg, pgrad, wrapped
+from .makers import agr_sum, drawing, fishr, genie, gga, miro, mldg, pgrad, wrapped
 from .rise import RISEAdapter, rise
 
 PENALTY = {"loss": "objective", "nll": "loss", "penalty": "penalty"}
@@ -91,6 +91,7 @@ ENTRIES = {
     "PCGrad": Entry("ERM", drawing(PCGrad, "cpu"), CONFLICTS),
     "CAGrad": Entry("ERM", wrapped(CAGrad, c="cagrad_c"), CONFLICTS),
     "FairGrad": Entry("ERM", wrapped(FairGrad, alpha="fairgrad_alpha"), CONFLICTS),
+    "GENIE": Entry("ERM", genie, {"loss": "loss"}, together=True),
     "GGA": Entry("ERM", gga, CONFLICTS, together=True),
     "GGAL": Entry("ERM", drawing(GGAL, None, {}, gamma="gga_l_gamma"), CONFLICTS),
     "GradVac": Entry("ERM", drawing(GradVac, "cpu", beta="gradvac_beta"), CONFLICTS),

@@ -23,6 +23,10 @@ _RHO = {"sam_rho": _choice(0.05, 0.01, 0.02, 0.05, 0.1)}
 SEARCHES: dict[str, Mapping[str, tuple[Any, Draw]]] = {
     "CAGrad": {"cagrad_c": _choice(0.5, 0.2, 0.4, 0.5, 0.8)},
     "FairGrad": {"fairgrad_alpha": _choice(1.0, 0.5, 1.0, 2.0, 5.0)},
+    "GENIE": {
+        "genie_rate": _choice(0.015, 0.005, 0.015, 0.05),
+        "genie_dropped": _choice(0.4, 0.2, 0.4, 0.6),
+    },
     "GGA": {"gga_size": _choice(1e-5, 1e-6, 1e-5, 1e-4)},
     "GGAL": {"gga_l_gamma": _choice(0.001, 0.0001, 0.001, 0.01)},
     "GradVac": {"gradvac_beta": _choice(0.5, 0.01, 0.1, 0.5)},

@@ -10,6 +10,7 @@ import torch
 from ..algorithms.agr_sum import AgrSum
 from ..algorithms.ascent.mldg import MLDG
 from ..algorithms.fishr import Fishr
+from ..algorithms.genie import GENIE
 from ..algorithms.gga import GGA
 from ..algorithms.miro import MIRO
 from ..algorithms.trajectories.pgrad import PGrad
@@ -112,14 +113,33 @@ def pgrad(algorithm: Any) -> PGrad:
     )
 
 
+def genie(algorithm: Any) -> GENIE:
+    # In place of Adam, which would divide by the gradients' size again
+    rate, decay = algorithm.hparams["genie_rate"], algorithm.optimizer.defaults["weight_decay"]
+    parameters = algorithm.network.parameters()
+    algorithm.optimizer = torch.optim.SGD(parameters, lr=rate)
+    return GENIE(
+        algorithm.optimizer,
+        dropped=algorithm.hparams["genie_dropped"],
+        weight_decay=decay,
+        generator=own_generator(algorithm),
+        num_domains=algorithm.num_domains,
+        model=algorithm.network,
+    )
+
+
+def own_generator(algorithm: Any) -> torch.Generator:
+    """On the device of the network, with the seed of the run."""
+    device = next(algorithm.network.parameters()).device
+    return torch.Generator(device).manual_seed(torch.initial_seed())
+
+
 def gga(algorithm: Any) -> GGA:
     return GGA(
         algorithm.optimizer,
         size=algorithm.hparams["gga_size"],
         featurizer=algorithm.featurizer,
-        generator=torch.Generator(next(algorithm.network.parameters()).device).manual_seed(
-            torch.initial_seed()
-        ),
+        generator=own_generator(algorithm),
         num_domains=algorithm.num_domains,
         model=algorithm.network,
     )

@@ -85,6 +85,7 @@ GSAM | twice | SAM's, less the part of the gradient here that is orthogonal to i
 SAGM | twice | the mean of the gradients here and at worse weights near by
 DISAM | twice | SAM's, with an ascent that lets no domain run ahead
 GAM | four times | SAM's, at weights where the gradient's length is small near by too
+GENIE | plain | the gradient, scaled entry by entry by how sure it is, with noise where it is not
 SWAD | average | the loss, or any algorithm's gradient; weights are averaged in a valley
 SMA | average | the loss, or any algorithm's gradient; weights are averaged from a step on
 """,

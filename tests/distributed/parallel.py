@@ -143,6 +143,8 @@ RULES: dict[str, Callable[[Optimizer, Net], Any]] = {
     "GramSurgery(drawn)": lambda base, model: fastdg.GramSurgery(base, drawn),
     "GGAL": lambda base, model: fastdg.GGAL(base, gamma=0.1, generator=seeded()),
     "POGM": lambda base, model: POGM(base, num_domains=DOMAINS, model=model),
+    "GENIE": lambda base, model: fastdg.GENIE(base, variance="history"),
+    "GENIE(batch)": lambda base, model: fastdg.GENIE(base, variance="batch"),
     "GGA": lambda base, model: fastdg.GGA(base, start=0, candidates=4, size=0.05),
     "PGrad": lambda base, model: PGrad(base, num_domains=2, splits=2, model=model),
     "GradVac(global)": lambda base, model: fastdg.GradVac(base, num_domains=DOMAINS),

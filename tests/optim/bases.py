@@ -130,6 +130,7 @@ RULES["CausIRL"] = lambda base, **more: CausIRL(base, generator=seeded(), **more
 RULES["IBERM"] = lambda base, **more: IBERM(base, **{"anneal_steps": 2, **more})
 RULES["GGAL"] = lambda base, **more: fastdg.GGAL(base, generator=seeded(), **more)
 RULES["SMA(Fishr)"] = lambda base, **more: fastdg.SMA(wrap(base, **more), model_of(base), start=2)
+RULES["GENIE"] = lambda base, **more: fastdg.GENIE(base, generator=seeded(), **more)
 RULES["GGA"] = lambda base, **more: fastdg.GGA(base, generator=seeded(), **more)
 RULES["PGrad"] = lambda base, **more: PGrad(
     base, **{"num_domains": 3, "splits": 1, "generator": seeded(), **more}

@@ -197,6 +197,7 @@ RUNS: dict[str, Callable[..., Any]] = {
     "CausIRL": partial(
         Run, lambda o, m: CausIRL(o, distance="mmd", generator=seeded(), num_domains=3)
     ),
+    "GENIE": partial(Run, lambda o, m: fastdg.GENIE(o, generator=seeded())),
     "GroupDRO": partial(Run, lambda o, m: fastdg.GroupDRO(o, eta=0.1, num_domains=3)),
     "MIRO": partial(Run, miro),
     "RISE": partial(Run, rise),

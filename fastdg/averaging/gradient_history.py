@@ -1,0 +1,155 @@
+"""Gradients with their variances, over time or in a batch, that decide a step's direction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch import not_compiled
+from ..core.backward import put
+from ..core.combine.gathering import to_device_async
+from ..core.combine.seeded import Seeded
+from ..core.declared_state import PerParameter
+from ..core.step_batch import StepRecord
+from ..distributed.sharding import sharded
+from ..dtypes import to_statistics_dtype
+
+
+class Estimate(NamedTuple):
+    """A gradient, and how sure it is.
+
+    Attributes:
+        mean: the gradient, of the parameter's shape.
+        variance: of what it averages.
+        share: of the variance that the mean has, 0-dim.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    share: Tensor
+
+
+class _Number(PerParameter):
+    """A number for each parameter, whatever its shape."""
+
+    def fits(self, p: Tensor, tensor: Tensor) -> bool:
+        return tensor.dim() == 0
+
+
+def _zeros(opt: GradientHistory) -> dict[Tensor, Tensor]:
+    return {p: torch.zeros_like(to_statistics_dtype(p.detach())) for p in opt._names}
+
+
+def _over_time(opt: GradientHistory, group: object) -> bool:
+    return opt.variance == "history"
+
+
+class GradientHistory(Seeded):
+    """Base of wrappers that step along a function of the gradient and its variance.
+
+    ``.grad`` is the direction during the step, and the gradient again after it.
+    """
+
+    penalises = False
+    params = "all"
+    _reads_grad = True
+    _transient = (*Seeded._transient, "_gradients")
+
+    variance: str
+
+    mean = PerParameter("mean", "averages of gradients", begin=_zeros, needed=_over_time)
+    square = PerParameter("square", "averages of squares", begin=_zeros, needed=_over_time)
+    # Sum of the weights of all gradients in the averages, the newest with 1
+    scale = _Number(
+        "scale",
+        "scales of the averages",
+        begin=lambda opt: {p: p.new_zeros((), dtype=torch.float64) for p in opt._names},
+        needed=_over_time,
+    )
+
+    @abstractmethod
+    def estimate(self, p: Tensor, gradient: Tensor) -> Estimate | None:
+        """Judge the gradient of a parameter; None: the step goes along the gradient."""
+
+    @abstractmethod
+    def direction(self, found: Estimate, normal: Tensor, uniform: Tensor) -> Tensor:
+        """Return the direction of the step, given random numbers of its shape."""
+
+    @property
+    def looks_at_samples(self) -> bool:  # type: ignore[override]
+        return self.variance == "batch"
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._gradients: dict[Tensor, Tensor | None] = {}
+
+    @not_compiled
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._gradients = {p: p.grad for p in self._names if p.grad is not None}
+        if not self._gradients:
+            return
+        device = next(iter(self._gradients)).device
+        device = device if self.generator is None else self.generator.device
+        generator = self.generator_on(device)
+        for p, grad in self._gradients.items():
+            if grad is None:
+                continue
+            if sharded(p):
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: fully_shard has split the parameters, whose "
+                    "entries it weighs together; use DistributedDataParallel"
+                )
+            dense = to_statistics_dtype(grad.to_dense() if grad.is_sparse else grad)
+            found = self.estimate(p, dense)
+            if found is None:
+                continue
+            drawn = [
+                to_device_async(
+                    draw(p.shape, generator=generator, dtype=dense.dtype, device=device), p.device
+                )
+                for draw in (torch.randn, torch.rand)
+            ]
+            put({p: self.direction(found, *drawn).to(p.dtype)})
+        self._remember()
+
+    @not_compiled
+    def _commit(self) -> None:
+        put(self._gradients)
+        self._gradients = {}
+        super()._commit()
+
+    def over_time(self, p: Tensor, gradient: Tensor, decay: float) -> Estimate:
+        """Move the averages, and return the variance of the gradients in them."""
+        if p not in self.mean:
+            self.mean[p], self.square[p] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+            self.scale[p] = torch.zeros((), dtype=torch.float64, device=p.device)
+        scale = self.scale[p].mul_(decay).add_(1)
+        self.mean[p].mul_(decay).add_(gradient, alpha=1 - decay)
+        self.square[p].mul_(decay).add_(gradient.square(), alpha=1 - decay)
+        weight = (1 - decay) * scale
+        share = ((1 - decay) * (2 - weight) / ((1 + decay) * weight)).to(gradient.dtype)
+        weight = weight.to(gradient.dtype)
+        mean = self.mean[p] / weight
+        variance = (self.square[p] / weight - mean.square()) / (1 - share)
+        return Estimate(
+            mean, variance.where(scale > 1, 0.0), share
+        )  # of one gradient there is none
+
+    def of_batch(self, p: Tensor, gradient: Tensor) -> Estimate | None:
+        """Return the variance of the samples' gradients; None for what only a term reaches."""
+        record: StepRecord = self._pending
+        if (name := self._names[p]) not in record.variance:
+            return None
+        means, count = record.mean[name], record.counts.to(gradient.dtype)
+        rows = (len(count), *(1 for _ in p.shape))
+        shares = (count / count.sum()).view(rows)
+        apart = (means - (shares * means).sum(0)).square()
+        variance = (shares * (record.variance[name] + apart)).sum(0)
+        samples = count.sum()
+        unbiased = variance * samples / (samples - 1).clamp(min=1)
+        return Estimate(gradient, unbiased.to(gradient.dtype), 1 / samples)
