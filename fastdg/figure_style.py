@@ -34,6 +34,7 @@ COLOURS = {
     "nash-mtl": "#8a2846",
     "fairgrad": "#c51b7d",
     "gradvac": "#e78ac3",
+    "genie": "#969696",
     "gga": "#636363",
     "gga-l": "#4d4d4d",
     "pogm": "#2166ac",

@@ -229,9 +229,9 @@ def test_every_algorithm_trains_and_comes_to_the_same_numbers(name: str) -> None
     assert timeless({"runs": {"": one}}) == timeless({"runs": {"": two}})
     assert torch.equal(torch.get_rng_state(), before)
     (trial,) = one["trials"]
-    # DomainBed's default threshold of SAND-mask lets no weight move, and PGrad's rate is for steps
-    # by the thousand
-    assert trial["validation"] > (0 if name in ("sand-mask", "pgrad") else 15)
+    # DomainBed's default threshold of SAND-mask lets no weight move, and the rates of PGrad and
+    # GENIE are for steps by the thousand
+    assert trial["validation"] > (0 if name in ("sand-mask", "pgrad", "genie") else 15)
 
 
 # -- the search --
@@ -262,6 +262,7 @@ def test_learning_rates_after_the_anneal_follow_the_trials() -> None:
     assert found["eqrm_lr"] == pytest.approx(1e-6 / 5e-5 * found["lr"])
     assert found["eqrm_burnin_iters"] == 250
     assert hparams_of("sma", 0, 500, 0)["sma_start"] == 10
+    assert hparams_of("pgrad", 0, 500, 0)["pgrad_meta_lr"] == 0.1  # no such rate
 
 
 def test_all_layers_are_all_layers() -> None:

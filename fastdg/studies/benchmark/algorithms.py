@@ -34,6 +34,7 @@ SHARED: Mapping[str, tuple[Any, Draw]] = {
 # its own, which are for thousands of small steps, none of them lets a network learn in 60 steps
 WEIGHTS = ("lambda", "irm_lambda", "vrex_lambda", "penalty", "ib_lambda")
 WEIGHT = 1e-3
+RATES = ("eqrm_lr", "rdm_lr")  # learning rates after an anneal
 AGAIN = "erm-again"
 
 
@@ -157,7 +158,7 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
             value = round(value * steps / DOMAINBED_STEPS)
         elif name.endswith("_start"):
             value = max(1, round(value * steps / DOMAINBED_STEPS))
-        elif name.endswith("_lr") and name != "meta_lr":
+        elif name in RATES:
             value = value / DOMAINBED_LR * found["lr"]
         elif name in WEIGHTS:
             value = value * WEIGHT

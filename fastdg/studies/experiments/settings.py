@@ -15,6 +15,7 @@ from ... import (
     DISAM,
     EQRM,
     GAM,
+    GENIE,
     GGA,
     GGAL,
     GSAM,
@@ -60,6 +61,7 @@ from ...text import TextTables
 from ..data.numerals import coloured_texts, rotated_texts
 
 EVALUATIONS = 10  # of a run
+GENIE_LR = 0.015  # of plain SGD, its authors'
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ ALGORITHMS = {
     "nash-mtl": Algorithm("Nash-MTL", NashMTL),
     "fairgrad": Algorithm("FairGrad", FairGrad),
     "gradvac": Algorithm("GradVac", GradVac),
+    "genie": Algorithm("GENIE", GENIE),
     "gga": Algorithm("GGA", GGA),
     "gga-l": Algorithm("GGA-L", GGAL),
     "pogm": Algorithm("POGM", POGM),
@@ -187,15 +190,17 @@ class Setting:
         seed: int,
     ) -> Optimizer:
         """Return Adam in the algorithm's wrapper, if any; ``training`` are the training domains."""
-        base = torch.optim.Adam(model.parameters(), lr=self.lr)
+        base: Optimizer = torch.optim.Adam(model.parameters(), lr=self.lr)
         chosen = ALGORITHMS[algorithm]
         if chosen.wrapper is None:
             return base
         given = {**chosen.given, **self.given.get(chosen.wrapper, {})}
         if chosen.wrapper in self.given:
             given["anneal_steps"] = self.anneal_steps(steps)
-        if chosen.wrapper in (AgrRand, CausIRL, GGA, GGAL, GradVac, MLDG, PCGrad, PGrad):
+        if chosen.wrapper in (AgrRand, CausIRL, GENIE, GGA, GGAL, GradVac, MLDG, PCGrad, PGrad):
             given["generator"] = torch.Generator().manual_seed(seed)
+        if chosen.wrapper is GENIE:
+            base = torch.optim.SGD(model.parameters(), lr=GENIE_LR)
         if chosen.wrapper is GGA:
             given |= {"start": 1, "end": max(1, steps // 50)}  # the authors' share of the steps
         if chosen.wrapper is SMA:

@@ -19,7 +19,7 @@ from fastdg import Fishr
 from fastdg.studies.data.digits import TASKS
 from fastdg.studies.experiments import demo, pretraining, training
 from fastdg.studies.experiments.demo import Plan
-from fastdg.studies.experiments.settings import ALGORITHMS, DEFAULT, SETTINGS
+from fastdg.studies.experiments.settings import ALGORITHMS, DEFAULT, GENIE_LR, SETTINGS
 
 SMALL = Plan(("erm", "fishr", "pcgrad"), ("coloured",), seeds=1, steps=4)
 MEASURED = ("step_seconds", "peak_bytes")
@@ -198,7 +198,7 @@ def test_settings_give_the_optimizer_they_name(algorithm: str, task: str) -> Non
     setting, chosen = SETTINGS[task], ALGORITHMS[algorithm]
     opt = setting.optimizer(algorithm, setting.network(1, 10), range(5), 200, 0)
     assert type(opt) is (chosen.wrapper or torch.optim.Adam)
-    assert opt.param_groups[0]["lr"] == setting.lr
+    assert opt.param_groups[0]["lr"] == (GENIE_LR if algorithm == "genie" else setting.lr)
     if chosen.wrapper is None:
         return
     assert opt.num_domains == (None if algorithm in ("swad", "sma") else 5)
