@@ -21,7 +21,17 @@ class IGA(DomainOptimizer):
         \text{penalty} = \sum_d \lVert G_d - \bar G\rVert^2
 
     over all of the optimizer's parameters; a domain that does not use one has gradient 0 there.
-    The defaults are DomainBed's. There are two ways to make a step.
+    The defaults are DomainBed's.
+
+    With a linear kernel, the squared maximum mean discrepancy between the per-sample gradients of
+    domains i and j is :math:`\lVert G_i-G_j\rVert^2`, and
+
+    .. math:: \sum_{i<j}\lVert G_i-G_j\rVert^2 = D\sum_d\lVert G_d-\bar G\rVert^2,
+
+    D times this penalty. Of the losses that align gradients by an MMD this is offered, under this
+    name, and no other.
+
+    There are two ways to make a step.
 
     ``opt.backward(losses, domains)`` on a mixed batch: all G from one differentiable backward,
     and one backward through that. Batch norm in training and fused attention are refused.

@@ -229,3 +229,19 @@ def test_iga_closure_with_bad_results() -> None:
         with pytest.raises(error, match=message):
             opt.step(result)
         assert opt.steps == 0 and model.weight.grad is None
+
+
+def test_the_penalty_is_the_linear_mmd_of_per_sample_gradients() -> None:
+    """Summed over pairs, D times it, with the mean kernels between all pairs of samples."""
+    model, (batch,) = net(), batches(1, absent=False)
+    x, y, domains = batch
+    opt = wrapped("IGA", model, num_domains=3)
+    opt.backward(losses_of(model, x, y), domains)
+    between = fastdg.per_sample_gram(losses_of(model, x, y), params=model)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        for j in range(i):
+            a, b = domains == i, domains == j
+            total += between[a][:, a].mean() + between[b][:, b].mean()
+            total -= 2 * between[a][:, b].mean()
+    close(total / 3, opt.statistics["penalty"])
