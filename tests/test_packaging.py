@@ -97,6 +97,27 @@ def test_sdist_can_build_and_test_itself(distributions: tuple[set[str], set[str]
     assert not [name for name in sdist if name.endswith((".so", "_build.txt", "_sources.txt"))]
 
 
+IMPORTED = """
+import sys, torch
+before = set(sys.modules)
+import fastdg
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the Triton kernels are imported")
+def test_import_brings_nothing_but_the_package() -> None:
+    """What takes long to import (compilers of torch, triton, matplotlib) waits until it is used."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    brought = set(done.stdout.split())
+    others = {name.partition(".")[0] for name in brought} - {"fastdg"} - sys.stdlib_module_names
+    assert not others
+    heavy = ("fastdg.studies", "fastdg.cli", "fastdg.domainbed", "fastdg.examples")
+    assert not [name for name in brought if name.startswith((*heavy, "fastdg.kernels."))]
+
+
 PROBE = """
 import importlib.util, sys
 spec = importlib.util.find_spec("kernels")
