@@ -200,7 +200,7 @@ def colored_mnist(
     out: Out = Path("fastdg-colored-mnist"),
     fresh: Fresh = False,
 ) -> None:
-    """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a restart on 2 cores.
+    """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a run on 2 cores.
 
     A run that was killed goes on where it was.
     """

@@ -81,7 +81,8 @@ def errors() -> Iterator[None]:
         words = str(error)
         if isinstance(error, OSError) and error.strerror:
             words = f"{error.filename or 'error'}: {error.strerror}"
-        console.print(Text.assemble(("fastdg: ", "red"), words), soft_wrap=True)
+        said = Text.assemble(("fastdg: ", "red"), words)
+        Console(stderr=True).print(said, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -140,14 +141,16 @@ def training(
 
     try:
         with Progress(*columns, console=console) as bars:
-            bar = bars.add_task("training", total=None)
+            bar = bars.add_task("training", total=None, visible=False)  # none beside an error
 
             def show(name: str, done: int, total: int) -> None:
                 nonlocal start
                 if start < 0:
                     start = done
                     console.print(f"{_plan(done, total)}{note}", highlight=False)
-                bars.update(bar, description=name or "done", completed=done, total=total)
+                bars.update(
+                    bar, description=name or "done", completed=done, total=total, visible=True
+                )
                 if done > start and not console.is_terminal:
                     lines(done, total)
 
