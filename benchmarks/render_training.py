@@ -70,7 +70,7 @@ def reproduced(results: dict[str, Any]) -> str:
         "| | train | test, colour misleads | grey test |",
         "|---|---:|---:|---:|",
     ]
-    for algorithm, entry in results["algorithms"].items():
+    for algorithm, entry in sorted(results["algorithms"].items(), key=lambda of: of[0] != "erm"):
         summary = entry["summary"]
         here = (f"{summary[k]['mean']:.1f} ± {summary[k]['std']:.1f}" for k in summary)
         paper = ("{:.1f} ± {:.1f}".format(*summary[k]["paper"]) for k in summary)
