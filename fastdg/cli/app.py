@@ -202,7 +202,8 @@ def colored_mnist(
 ) -> None:
     """ColoredMNIST as in the Fishr paper's own script; some 10 minutes a run on 2 cores.
 
-    A run that was killed goes on where it was.
+    501 full-batch steps each, one run after the other on all cores. A run that was killed goes on
+    where it was.
     """
     from ..studies.report.colored_mnist_figure import colored_mnist_figure
 
