@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guides" / "compatibility.md"
@@ -23,25 +24,41 @@ COLUMNS = {
         "ANDMask",
         "SANDMask",
     ],
+    "Gram rules": ["CAGrad"],  # the contract alone is tested with the others
     "Fish": ["Fish"],
     "IGA": ["IGA"],
     "IRM": ["IRM"],
-    "VREx, GroupDRO": ["VREx", "GroupDRO"],
+    "VREx, GroupDRO, EQRM, RDM": ["VREx", "GroupDRO", "EQRM", "RDM"],
+    "features": ["CORAL", "IBIRM"],
     "MIRO, RISE": ["MIRO", "RISE"],
+    "SAM family": ["SAM", "GAM"],
     "SWAD": ["SWAD(Fishr)"],
 }
+# What columns stand for, where their names do not say it
+CAPTIONS = {
+    "surgery, masks": COLUMNS["surgery, masks"],
+    "Gram rules": [
+        *("CAGrad", "MGDA", "UPGrad", "DualProj", "IMTLG"),
+        *("AlignedMTL", "ConFIG", "NashMTL", "FairGrad", "GradVac"),
+    ],
+    "features": ["CORAL", "MMD", "CausIRL", "IBERM", "IBIRM"],
+    "SAM family": ["SAM", "GSAM", "SAGM", "GAM", "DISAM"],
+}
 
-# A test under tests/; with [*] it has a case for each wrapper of the column, by that name.
+# A test under tests/; with [*] it has a case for each wrapper of the column, by that name. NO: the
+# combination is not tested.
 NO = ""
 LIGHTNING = "optim/test_lightning.py::test_"
 CHECKPOINTS = "optim/test_checkpoints.py::test_"
 KILLS = "optim/test_kills.py::test_"
 RANKS = "distributed/test_ranks.py::test_"
 STATE = "optim/test_state.py::test_"
+ASCENT = "optim/test_ascent.py::test_"
+FORMULA = f"{ASCENT}steps_are_those_of_the_formula[*]"
 MICRO_BATCHES = "optim/test_loops.py::test_micro_batches_are_the_full_batch[*]"
 
 # A row of the table -> the test of each column, or one for all
-ROWS: dict[str, str | dict[str, str]] = {
+ROWS: dict[str, Any] = {
     "learning-rate schedulers": "optim/test_contract.py::test_schedulers[*]",
     "gradient clipping": (
         "optim/test_loops.py::test_the_step_is_that_of_the_optimizer_inside_on_clipped_gradients[*]"
@@ -75,13 +92,32 @@ ROWS: dict[str, str | dict[str, str]] = {
 }
 
 
+# The same of the SAM family, whose steps are made otherwise; other rows are not tested with it
+OF_SAM = {
+    "gradient accumulation": FORMULA,
+    "a forward for each domain": FORMULA,
+    "`opt.step(closure)`": FORMULA,
+    "frozen and unused parameters": f"{ASCENT}parameters_that_one_forward_does_not_use",
+    "`state_dict`, resumed bit for bit": f"{ASCENT}a_saved_run_goes_on_bit_for_bit[*]",
+    "float16 with `GradScaler`": FORMULA,
+    "`DistributedDataParallel`": ROWS["`DistributedDataParallel`"],
+    "FSDP2 (`fully_shard`)": ROWS["FSDP2 (`fully_shard`)"],
+    "DomainBed": "domainbed/test_plug.py::test_settings_are_the_hparams",
+}
+
+
+def test_of(row: str, column: str) -> str:
+    """Return the test that says yes in a cell; empty if there is none."""
+    if column == "SAM family":
+        return OF_SAM.get(row, NO)
+    tests = ROWS[row]
+    return tests if isinstance(tests, str) else tests.get(column, NO)
+
+
 def cells() -> list[tuple[str, str, str]]:
     """Row, column and test of each cell that says yes."""
     return [
-        (row, column, test)
-        for row, tests in ROWS.items()
-        for column in COLUMNS
-        if (test := tests if isinstance(tests, str) else tests.get(column, NO))
+        (row, column, test) for row in ROWS for column in COLUMNS if (test := test_of(row, column))
     ]
 
 
@@ -91,14 +127,14 @@ def table() -> str:
     lines = [f"| | {' | '.join(COLUMNS)} | tested by |", "|---|" + ":---:|" * len(COLUMNS) + "---|"]
     for row in ROWS:
         tests = [told.get((row, column), NO) for column in COLUMNS]
-        line = ["yes" if test else "no" for test in tests]
+        line = ["yes" if test else "–" for test in tests]
         links = []
         for test in dict.fromkeys(filter(None, tests)):
             path, _, name = test.partition("::")
             links.append(f"[{name.removesuffix('[*]')}](../../tests/{path})")
         lines.append(f"| {row} | {' | '.join(line)} | {', '.join(links)} |")
-    caption = "Surgery and masks: " + ", ".join(COLUMNS["surgery, masks"])
-    return "\n".join([f"{caption}.", "", *lines])
+    captions = [f"*{column}*: {', '.join(names)}" for column, names in CAPTIONS.items()]
+    return "\n".join([f"{'; '.join(captions)}.", "", *lines])
 
 
 def filled(text: str) -> str:

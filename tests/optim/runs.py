@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bases import CausIRL, even, seeded
+from bases import CORAL, IBIRM, CausIRL, even, seeded
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
@@ -177,6 +177,7 @@ RUNS: dict[str, Callable[..., Any]] = {
     "AgrRand, a generator": partial(Run, lambda o, m: fastdg.AgrRand(o, generator=seeded())),
     "PCGrad": partial(Run, lambda o, m: fastdg.PCGrad(o, generator=seeded())),
     "GramSurgery": partial(Run, lambda o, m: fastdg.GramSurgery(o, even)),
+    "CAGrad": partial(Run, lambda o, m: fastdg.CAGrad(o)),
     "ANDMask": partial(Run, lambda o, m: fastdg.ANDMask(o, threshold=0.3)),
     "SANDMask": partial(Run, lambda o, m: fastdg.SANDMask(o, threshold=0.3)),
     "Fish": partial(
@@ -194,6 +195,10 @@ RUNS: dict[str, Callable[..., Any]] = {
     "IGA": partial(Run, lambda o, m: fastdg.IGA(o, penalty_weight=0.5)),
     "IRM": partial(Run, lambda o, m: fastdg.IRM(o, anneal_steps=7)),
     "VREx": partial(Run, lambda o, m: fastdg.VREx(o, anneal_steps=7)),
+    "EQRM": partial(Run, lambda o, m: fastdg.EQRM(o, anneal_steps=7)),
+    "RDM": partial(Run, lambda o, m: fastdg.RDM(o, penalty_weight=0.1, anneal_steps=7)),
+    "CORAL": partial(Run, lambda o, m: CORAL(o)),
+    "IBIRM": partial(Run, lambda o, m: IBIRM(o, anneal_steps=7)),
     "CausIRL": partial(
         Run, lambda o, m: CausIRL(o, distance="mmd", generator=seeded(), num_domains=3)
     ),
