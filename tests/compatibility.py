@@ -33,6 +33,8 @@ COLUMNS = {
     "MIRO, RISE": ["MIRO", "RISE"],
     "SAM family": ["SAM", "GAM"],
     "SWAD": ["SWAD(Fishr)"],
+    "SD, SMA": ["SD", "SMA(Fishr)"],
+    "GGA-L, POGM, PGrad": ["GGAL", "POGM", "PGrad"],
 }
 # What columns stand for, where their names do not say it
 CAPTIONS = {
@@ -106,10 +108,29 @@ OF_SAM = {
 }
 
 
+# Rows in which columns are tested by the same tests as the others; elsewhere they are not tested
+CONTRACT = [
+    "learning-rate schedulers",
+    "`opt.step(closure)`",
+    "hooks of the optimizer",
+    "frozen and unused parameters",
+    "`copy.deepcopy`, pickle",
+    "`state_dict`, resumed bit for bit",
+    "a state of the bare optimizer",
+    "DomainBed",
+]
+ONLY = {
+    "SD, SMA": [*CONTRACT, "`DistributedDataParallel`", "FSDP2 (`fully_shard`)"],
+    "GGA-L, POGM, PGrad": CONTRACT,
+}
+
+
 def test_of(row: str, column: str) -> str:
     """Return the test that says yes in a cell; empty if there is none."""
     if column == "SAM family":
         return OF_SAM.get(row, NO)
+    if row not in ONLY.get(column, ROWS):
+        return NO
     tests = ROWS[row]
     return tests if isinstance(tests, str) else tests.get(column, NO)
 
