@@ -52,10 +52,18 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     return config
 
 
+def copied(path: Path) -> bool:
+    """Whether a result file is on the site: a page only if its pictures have been drawn."""
+    if path.suffix == ".md":
+        pictures = re.findall(r"!\[[^\]]*\]\(([\w.]+)\)", path.read_text(encoding="utf-8"))
+        return all((path.parent / name).exists() for name in pictures)
+    return path.suffix in (".json", ".png")
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the results, the changelog, and a page for each notebook."""
     for path in sorted((ROOT / RESULTS).iterdir()):
-        if path.suffix in (".json", ".png"):
+        if copied(path):
             copy = File.generated(config, f"results/{path.name}", abs_src_path=str(path))
             files.append(copy)
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -79,7 +87,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         if not path.exists():
             raise PluginError(f"{page.file.src_uri}: {target} does not exist")
         inside = path.relative_to(ROOT).as_posix()
-        if path.parent == ROOT / RESULTS and path.suffix in (".json", ".png"):
+        if path.parent == ROOT / RESULTS and copied(path):
             return f"{image}[{text}]({up}results/{path.name})"
         if inside == "CHANGELOG.md":
             return f"[{text}]({up}about/changelog.md{anchor or ''})"

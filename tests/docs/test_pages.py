@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import fastdg
+from fastdg.domainbed.algorithms import ENTRIES
 from fastdg.studies.catalogue import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,21 @@ def test_messages_of_troubleshooting_are_those_of_the_package() -> None:
         for piece in message.split("..."):
             whole = piece.strip(" .:")  # the argument's name may be filled in
             assert whole in known or (whole.partition(": ")[2] or "?!") in known, (message, piece)
+
+
+def test_numbers_of_the_guidance_are_those_of_the_results() -> None:
+    choose = (DOCS / "start" / "choose.md").read_text(encoding="utf-8")
+    results = (DOCS / "about" / "results.md").read_text(encoding="utf-8")
+    spreads = re.findall(r"\d+\.\d ± \d+\.\d", choose)
+    colours = re.findall(r"(\d+\.\d) % with (?:Fishr|plain training)", choose)
+    colours += re.findall(r"and (\d+\.\d) % with plain training", choose)
+    assert len(spreads) >= 1 and len(colours) >= 2
+    assert [number for number in [*spreads, *colours] if number not in results] == []
+
+
+def test_the_page_on_domainbed_names_every_algorithm() -> None:
+    text = (DOCS / "frameworks" / "domainbed.md").read_text(encoding="utf-8")
+    assert [name for name in ENTRIES if f"`{name}`" not in text] == []
 
 
 def test_readme_is_short() -> None:
