@@ -99,9 +99,26 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return LINK.sub(led, markdown)
 
 
+# Commands that the converter does not know -> what it knows
+COMMANDS = {
+    r"\arg": r"\operatorname{arg}",
+    r"\big\|": "‖",
+    r"\|": "‖",
+    r"\langle": "⟨",
+    r"\rangle": "⟩",
+}
+
+
 @cache
 def mathml(latex: str, display: bool) -> str:
-    return convert(latex, display="block" if display else "inline")
+    """Return a formula as MathML; a command that is not known raises ValueError."""
+    for command, known in COMMANDS.items():
+        end = r"(?![a-zA-Z])" if command[-1].isalpha() else ""
+        latex = re.sub(re.escape(command) + end, lambda _, known=known: known, latex)
+    made = convert(latex, display="block" if display else "inline")
+    if unknown := re.search(r"\\[a-zA-Z|]+", made):
+        raise ValueError(f"{unknown[0]} is not known; see COMMANDS")
+    return made
 
 
 def on_page_content(content: str, page: Page, **_: Any) -> str:

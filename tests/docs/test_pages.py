@@ -140,7 +140,8 @@ def test_every_public_name_is_in_the_reference() -> None:
         for name, value in vars(fastdg.ops).items()
         if inspect.isfunction(value) and not name.startswith("_") and name not in fastdg.__all__
     }
-    assert public | {f"ops.{name}" for name in ops} == shown()
+    # Each op is in a module of its name, which hides it from a reader of the source
+    assert public | {f"ops.{name}.{name}" for name in ops} == shown()
 
 
 def test_every_algorithm_has_a_page_and_a_row_in_both_tables() -> None:
