@@ -53,6 +53,7 @@ def cosine_figure(results: dict[str, Any], path: Path) -> None:
             location="bottom",
             shrink=0.5,
             aspect=40,
+            ticks=[-1, -0.5, 0, 0.5, 1],
         )
         figure.suptitle(
             "cosine between the gradients of each pair of training domains, from the first to the "
