@@ -82,7 +82,7 @@ def text_tables(
             to hash, so it needs ``cache=None``.
 
     Returns:
-        ``TextTables(classes, anchors)``, which unpacks: ``fastdg.RISE(opt, layer, *tables)``.
+        ``TextTables(classes, anchors)``, which unpacks in ``fastdg.RISE(opt, layer, *tables)``.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

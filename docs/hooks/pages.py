@@ -137,7 +137,10 @@ def on_page_content(content: str, page: Page, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """Refuse a page that would fetch something from elsewhere."""
+    """Refuse a page that would fetch something from elsewhere, or that shows markup."""
+    text = re.sub(r"<pre\b.*?</pre>", "", output, flags=re.DOTALL)
+    if found := re.search(r":(?:math|class|func):|.{0,40}``.{0,40}", text):
+        raise PluginError(f"{page.file.src_uri}: shows the markup {found[0]!r}")
     if found := FETCHED.search(output):
         raise PluginError(f"{page.file.src_uri}: fetches {found[0]}")
     return output
