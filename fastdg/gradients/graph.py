@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -42,13 +43,13 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("MaxBackward0", "MinBackward0", "MedianBackward1"), _DIM),
     **dict.fromkeys(("NormBackward1", "NormBackward3"), _DIM),
 }
-# Operations whose only result has the shape of the first input, or its transpose
-_KEEPS_SHAPE = frozenset(
+# Operations with one result, whose shape follows from the inputs' shapes
+_SHAPED_BY_INPUTS = frozenset(
     f"{name}Backward{number}"
     for name in (
         *("T", "Alias", "Clone", "ToCopy", "Neg", "Relu", "Gelu", "Silu", "Elu", "LeakyRelu"),
         *("Hardtanh", "Hardswish", "Hardsigmoid", "Tanh", "Sigmoid", "Softplus", "NativeDropout"),
-        *("LogSoftmax", "Softmax", "SafeSoftmax"),
+        *("LogSoftmax", "Softmax", "SafeSoftmax", "Add", "Sub", "Mul", "Div", "Mm", "Bmm", "Addmm"),
     )
     for number in range(2)
 )
@@ -58,17 +59,18 @@ class _Kind(NamedTuple):
     """Facts about all nodes of one class, for the structure of a graph.
 
     Attributes:
-        saved: saved attributes that belong to the structure.
-        keeps_shape: whether the input's shape determines the output's shape.
+        saved: node -> saved attributes that belong to the structure; None: it has none.
+        shaped: whether the inputs' shapes determine the output's shape.
     """
 
-    saved: tuple[str, ...]
-    keeps_shape: bool
+    saved: Callable[[Node], Hashable] | None
+    shaped: bool
 
     @classmethod
     def of(cls, node: Node) -> _Kind:
         name = node.name()
-        return cls(_LAYOUT.get(name, ()), name in _KEEPS_SHAPE)
+        saved = [key for key in _LAYOUT.get(name, ()) if hasattr(node, key)]
+        return cls(attrgetter(*saved) if saved else None, name in _SHAPED_BY_INPUTS)
 
 
 # By weak reference: a class made by a user or torch.compile keeps its own data alive
@@ -133,27 +135,25 @@ class Graph:
         self.leaves: dict[int, Node] = {}
         # For each node: position and output number of each node that feeds it, then _END
         self._edges: list[int] = []
-        # For each node: the shape of its leaf, or whether a node feeds its first input
+        # For each node: the shape of its leaf, or whether nodes feed all its inputs
         self._below: list[tuple[int, ...] | bool] = []
         nodes, position, edges = self.nodes, self.position, self._edges
         for node in nodes:  # grows while we walk it
             below = node.next_functions
-            if below:
-                self._below.append(below[0][0] is not None)
-            elif (variable := getattr(node, "variable", None)) is not None:
+            found: tuple[int, ...] | bool = True
+            if not below and (variable := getattr(node, "variable", None)) is not None:
                 self.leaves[id(variable)] = node
-                self._below.append(tuple(variable.shape))
-            else:
-                self._below.append(False)
+                found = variable.shape
             for child, nr in below:
                 if child is None:
-                    place = -1
+                    place, found = -1, False
                 elif (place := position.get(child, -1)) < 0:
                     place = position[child] = len(nodes)
                     nodes.append(child)
                 edges.append(place)
                 edges.append(nr)
             edges.append(_END)
+            self._below.append(found)
 
     @cached_property
     def consumers(self) -> dict[Node, list[tuple[Node, int, int]]]:
@@ -169,28 +169,26 @@ class Graph:
     @cached_property
     def structure(self) -> Key:
         """Key that is equal for graphs with the same operations, shapes and saved sizes."""
-        kinds: list[ref[type]] = []
+        kinds = tuple(map(ref, map(type, self.nodes)))
         sizes: list[Hashable] = []
-        for node, below in zip(self.nodes, self._below, strict=True):
-            kind = ref(type(node))
-            kinds.append(kind)
+        for node, kind, below in zip(self.nodes, kinds, self._below, strict=True):
             if isinstance(below, tuple):  # ten times as fast as the shapes of nodes
                 sizes.append(below)
                 continue
             if (known := _kinds.get(kind)) is None:
                 known = _kinds[kind] = _Kind.of(node)
-            if not (below and known.keeps_shape):
-                sizes += [None if m is None else tuple(m.shape) for m in metadata_of(node)]
-            if known.saved:
-                sizes += [_hashable(getattr(node, name, None)) for name in known.saved]
+            if not (below and known.shaped):
+                sizes += output_shapes(node)
+            if known.saved is not None:
+                sizes.append(known.saved(node))
             sizes.append(_END)
-        return Key(tuple(self._edges), tuple(kinds), tuple(sizes))
+        return Key(tuple(self._edges), kinds, tuple(sizes))
 
     def signature(self, parameters: Sequence[Tensor]) -> Hashable:
         """Return a key, equal for graphs of one `structure` with parameters in the same places."""
         position, leaves = self.position, self.leaves
-        nodes = (leaves.get(id(p)) for p in parameters)
-        return self.structure, tuple(-1 if node is None else position[node] for node in nodes)
+        nodes = [leaves.get(id(p)) for p in parameters]
+        return self.structure, tuple([-1 if node is None else position[node] for node in nodes])
 
     def above(self, nodes: Iterable[Node]) -> dict[Node, None]:
         """Return all nodes that the gradients at ``nodes`` depend on, in a fixed order. One of
@@ -229,7 +227,3 @@ def holds_samples(node: Node, samples: int) -> bool:
         seen.update(more)
         found += more
     return False
-
-
-def _hashable(value: Any) -> Hashable:
-    return tuple(value) if isinstance(value, (list, tuple)) else value

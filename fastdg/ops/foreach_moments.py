@@ -84,15 +84,16 @@ def check(
         if g.dim() == 0 or g.shape[0] != N:
             _refuse(f"grads[{k}]", f"{N} samples as {of}", g)
     for k, (x, d) in enumerate(zip(a, delta, strict=True)):
-        if x.dim() not in (2, 3) or x.shape[0] != N:
+        rows = x.shape[:-1]
+        if len(rows) not in (1, 2) or rows[0] != N:
             _refuse(f"a[{k}]", f"[N, I] or [N, T, I] with {N} samples as {of}", x)
-        if d.shape[:-1] != x.shape[:-1] or d.dim() != x.dim():
+        if d.shape[:-1] != rows or d.dim() != x.dim():
             _refuse(f"delta[{k}]", f"the rows of a[{k}]", d)
-        for name, size in ((f"a[{k}]", x.numel()), (f"delta[{k}]", d.numel())):
-            if size > checks.LARGEST_SIDE:
-                raise ValueError(
-                    f"{name}: expected at most 2**28 elements, got {size}. Use outer_moments."
-                )
+        if (size := max(x.numel(), d.numel())) > checks.LARGEST_SIDE:
+            name = "a" if x.numel() == size else "delta"
+            raise ValueError(
+                f"{name}[{k}]: expected at most 2**28 elements, got {size}. Use outer_moments."
+            )
     checks.partition(order, offsets, first, of)
 
 

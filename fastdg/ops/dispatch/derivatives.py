@@ -74,11 +74,15 @@ def call(name: str, *args: Any) -> Any:
                 "torch.func and outside forward-mode differentiation."
             )
         return _applied(_FUNCTIONS[name], args)
-    if _plain(args):
-        if not (torch.is_grad_enabled() and any(map(_recorded, args))):
-            return OPS[name](*args)
-        if name in _EAGER:
-            return _applied(_EAGER[name], args)
+    # Without dispatch modes and tensor subclasses only autograd watches the call
+    if not (torch.compiler.is_compiling() or _torch.dispatch_modes()):
+        flat = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+        if all(kind is Tensor or not issubclass(kind, Tensor) for kind in set(map(type, flat))):
+            tensors = [x for x in flat if isinstance(x, Tensor)] if torch.is_grad_enabled() else []
+            if True not in [x.requires_grad for x in tensors]:
+                return OPS[name](*args)
+            if name in _EAGER:
+                return _applied(_EAGER[name], args)
     op = getattr(torch.ops.fastdg, name)
     if torch.compiler.is_compiling():
         return op(*args)
@@ -87,27 +91,6 @@ def call(name: str, *args: Any) -> Any:
     except RuntimeError:  # of the schema, for one, which says less
         OPS[name].check(*args)
         raise
-
-
-def _plain(args: tuple[Any, ...]) -> bool:
-    """Return whether nothing but autograd watches the call: then it needs no dispatcher."""
-    return (
-        not torch.compiler.is_compiling()
-        and not _torch.dispatch_modes()
-        and all(_ordinary(arg) for arg in args)
-    )
-
-
-def _ordinary(arg: Any) -> bool:
-    if isinstance(arg, list):
-        return all(_ordinary(item) for item in arg)
-    return type(arg) is Tensor or not isinstance(arg, Tensor)
-
-
-def _recorded(arg: Any) -> bool:
-    if isinstance(arg, list):
-        return any(map(_recorded, arg))
-    return isinstance(arg, Tensor) and arg.requires_grad
 
 
 def _tensors(arg: Any) -> int:
