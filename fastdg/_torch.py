@@ -8,7 +8,7 @@ nodes itself; torch's notes on autograd describe these.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context
 from typing import Any
 
@@ -136,6 +136,14 @@ def hook_tables(p: Tensor) -> list[dict[int, Callable[..., Any]]]:
     The public functions add and remove hooks, but do not list them."""
     post = getattr(p, "_post_accumulate_grad_hooks", None)
     return [p._backward_hooks or {}, post or {}]
+
+
+def hooked(parameters: Iterable[Tensor]) -> bool:
+    """Whether a leaf has a hook in its `hook_tables`; a step asks this of every parameter."""
+    for p in parameters:
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            return True
+    return False
 
 
 def assert_later(condition: Tensor, message: str = "") -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _EXACT = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+_OPERANDS = (*_EXACT, *HALVES)
 
 
 def to_statistics_dtype(x: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def to_statistics_dtype(x: Tensor) -> Tensor:
 def to_operand_dtype(x: Tensor) -> Tensor:
     """Convert ``x`` to a dtype that ops read: bfloat16 and float16 stay, others as in
     `to_statistics_dtype`."""
-    return x if x.dtype in HALVES else to_statistics_dtype(x)
+    return x if x.dtype in _OPERANDS else to_statistics_dtype(x)
 
 
 def refuse_complex(x: Tensor) -> None:

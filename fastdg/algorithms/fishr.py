@@ -97,7 +97,7 @@ class Fishr(Annealed):
         variances = [*moments.variance.values()]
         penalty = variance_gap(variances, history, moments.present, decay)
         if self.reduction == "mean":
-            numel = sum(v.shape[1:].numel() for v in variances)
+            numel = sum([v.numel() for v in variances]) // variances[0].shape[0]
             penalty = penalty / (numel * moments.present.sum().clamp(min=1))
         return batch.penalised(batch.loss, weight, penalty)
 

@@ -47,9 +47,9 @@ class Averages:
 
     def of(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the current averages of these statistics ``[D, *]``, for their D domains."""
-        found = []
+        found, parameters = [], self.opt.tape.names
         for name, value in values.items():
-            own, D = self.kept.get(self.opt.tape.names[name]), value.shape[0]
+            own, D = self.kept.get(parameters[name]), value.shape[0]
             if own is None:
                 own = torch.zeros_like(value, requires_grad=False)
             found.append(own if own.shape[0] == D else pad_rows(own[:D], D))
@@ -57,8 +57,8 @@ class Averages:
 
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
         """Move the averages of the domains that are ``present`` by ``rate`` towards ``values``."""
-        opt, kept = self.opt, self.kept
-        named = {opt.tape.names[name]: value for name, value in values.items()}
+        opt, kept, parameters = self.opt, self.kept, self.opt.tape.names
+        named = {parameters[name]: value for name, value in values.items()}
         if opt._resumed and kept and (new := [p for p in named if p not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
             warn_user(

@@ -287,9 +287,10 @@ class DomainOptimizer(Configured):
         self._commit()
         self._resumed = False
         self._release_grad()
+        state = self.state
         for p, name, tensor in self._own_tensors():
             if p.grad is not None:  # the wrapped optimizer has created its own state by now
-                self.state[p][name] = tensor
+                state[p][name] = tensor
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and staged micro-batches."""

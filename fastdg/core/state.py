@@ -38,7 +38,7 @@ class Stateful(checkpoint.HasState):
     def _known_domains(self) -> int:
         """Return the number of domains in own state."""
         kept = [self._own_state[x.key] for x in self._declared.tensors if x.rows is DOMAINS]
-        return max((len(tensor) for tensors in kept for tensor in tensors.values()), default=0)
+        return max([x.shape[0] for tensors in kept for x in tensors.values()], default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict()`` with the wrapper's state in it.
@@ -155,7 +155,8 @@ class Stateful(checkpoint.HasState):
 
     def _own_tensors(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         for name, tensors in self._own_state.items():
+            key = f"{self.prefix}_{name}"
             for p, tensor in tensors.items():
-                yield p, f"{self.prefix}_{name}", tensor
+                yield p, key, tensor
         if isinstance(self.base, Stateful):  # a term
             yield from self.base._own_tensors()

@@ -324,12 +324,12 @@ class StepBatch:
         """
         moments = self._moments
         assert moments is not None and self._others is not None
-        named = {name: p for part in self.parts for name, p in part.tracked.chosen.items()}
-        groups: dict[torch.dtype, list[str]] = {}
-        for name, mean in moments.mean.items():
-            groups.setdefault(mean.dtype, []).append(name)
-        for dtype, names in groups.items():
+        named: dict[str, Tensor] = {}
+        for part in self.parts:
+            named |= part.tracked.chosen
+        for dtype in {mean.dtype: None for mean in moments.mean.values()}:
             share = moments.count.to(dtype) / self.whole.samples
+            names = [name for name, mean in moments.mean.items() if mean.dtype is dtype]
             owns = ops.combine_rows([moments.mean[name] for name in names], share)
             for name, own in zip(names, owns, strict=True):
                 p = named[name]

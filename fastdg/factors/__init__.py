@@ -1,6 +1,6 @@
 """Per-sample gradients of one parameter, in the cheapest form for its operation."""
 
-from .base import Agreement, Dense, PerSampleGrad, flat, total, weighted_sum
+from .base import Agreement, Dense, PerSampleGrad, flat, weighted_sum
 from .lookup import Lookup
 from .outer import Outer
 
@@ -11,6 +11,5 @@ __all__ = [
     "Outer",
     "PerSampleGrad",
     "flat",
-    "total",
     "weighted_sum",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 from torch import Tensor
@@ -143,11 +142,6 @@ class Dense(PerSampleGrad):
 
     def fold(self, samples: int) -> PerSampleGrad:
         return Dense(self.per_sample().unflatten(0, (samples, -1)).sum(1))
-
-
-def total(parts: Sequence[PerSampleGrad]) -> PerSampleGrad:
-    """Sum the gradients of all uses of a parameter."""
-    return reduce(lambda a, b: a.plus(b), parts)
 
 
 def weighted_sum(factor: PerSampleGrad, weights: Tensor) -> Tensor:

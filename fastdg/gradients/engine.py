@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from ..carried import continued
 from ..domains import tracing
 from ..dtypes import refuse_complex
-from ..factors import PerSampleGrad, total
+from ..factors import PerSampleGrad
 from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
 from .errors import in_words
 from .graph import Graph, Key
@@ -173,23 +173,28 @@ class _Backward:
         nodes = graph.nodes
         self.uses = {nodes[at]: uses for at, uses in route.uses.items()}
         self.waiting = dict(route.parts)
-        self.parts: dict[int, list[PerSampleGrad]] = {}
+        self.sums: dict[int, PerSampleGrad] = {}  # of a parameter's uses so far
         self.boundaries = [(nodes[b.node], b) for b in plan.boundaries if plan.by_autograd]
         self.at_boundary: dict[Node, Sequence[Tensor | None]] = {}
         self.factors: dict[Node, dict[int, PerSampleGrad]] = {n: {} for n, _ in self.boundaries}
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
         self.saved_at: dict[Node, list[tuple[Any, ...] | None]] = {}
         self.boundary_of = dict(self.boundaries)
-        self.readers: list[int] = []  # parameters whose tensors are read now
+        self.reading: Node | None = None
 
     def _read(self, node: Node) -> None:
         """Read the saved tensors of ``node`` that rules need."""
-        self.readers = self.forward.plan.by_autograd
+        self.reading = node
         if (b := self.boundary_of.get(node)) is not None:
             self.saved_at[node] = [s if s is None else s.saved(node) for s in b.rules]
-        if uses := self.uses.get(node, ()):
-            self.readers = [i for i, _ in uses]
+        if uses := self.uses.get(node):
             self.saved[node] = [use.rule.saved(node) for _, use in uses]
+
+    def _readers(self) -> list[str]:
+        """Return the names of the parameters whose tensors are read now."""
+        uses = self.uses.get(self.reading, ()) if self.reading is not None else ()
+        indices = [i for i, _ in uses] or self.forward.plan.by_autograd
+        return [self.forward.names[i] for i in indices]
 
     def run(
         self, weight: Tensor | None, retain_graph: bool, extra: Sequence[Tensor]
@@ -197,8 +202,7 @@ class _Backward:
         losses, route, nodes = self.forward.losses, self.route, self.forward.graph.nodes
         # With further tensors below, the backward may run and free the last targets
         early = [nodes[at] for at in route.last] if extra and not retain_graph else ()
-        names = self.forward.names
-        with in_words(lambda: [names[i] for i in self.readers]):
+        with in_words(self._readers):
             # A local: an attribute would close a cycle, which keeps the graph until gc runs
             reader = Reader([nodes[at] for at in route.targets], self._read, early)
         arrive = partial(self._arrive, reader)
@@ -252,13 +256,16 @@ class _Backward:
         made: dict[str, Any] = {}
         for (i, use), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
             self.waiting[i] -= 1
-            parts = self.parts.pop(i, [])
+            found = self.sums.pop(i, None)
             if delta is not None:
-                parts.append(use.rule.factor_beside(node, saved, delta, made))
+                own = use.rule.factor_beside(node, saved, delta, made)
+                found = own if found is None else found.plus(own)
+            if found is None:
+                continue
             if self.waiting[i]:
-                self.parts[i] = parts
-            elif parts:
-                self.consume(self.forward.names[i], total(parts))
+                self.sums[i] = found
+            else:
+                self.consume(self.forward.names[i], found)
 
     def _arrive_at_boundary(self, node: Node, grads: Sequence[Tensor | None]) -> None:
         boundary = self.boundary_of[node]
@@ -271,9 +278,8 @@ class _Backward:
             self.at_boundary[node] = list(grads)
 
     def _finish(self) -> None:
-        for i, parts in self.parts.items():  # some uses had no gradient
-            if parts:
-                self.consume(self.forward.names[i], total(parts))
+        for i, found in self.sums.items():  # some uses had no gradient
+            self.consume(self.forward.names[i], found)
         forward, indices = self.forward, self.forward.plan.by_autograd
         if not indices:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -113,6 +114,16 @@ class Plan:
     zero: bool = False
     silent: bool = False
     route: Route | None = None  # made by the first backward (`route_of`)
+
+    @cached_property
+    def lookups(self) -> list[tuple[int, int]]:
+        """Position of a parameter and of the node, for each use in an embedding."""
+        return [
+            (i, use.node)
+            for i, uses in self.rule_uses.items()
+            for use in uses
+            if use.operation.startswith("Embedding")
+        ]
 
     @property
     def slow(self) -> list[Boundary]:

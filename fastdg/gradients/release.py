@@ -37,7 +37,7 @@ def keeps_tensors(node: Node) -> bool:
 
 def raw_saved(node: Node) -> Iterator[Any]:
     """Yield the ``SavedTensor`` of each tensor that ``node`` has saved, without unpacking it."""
-    for name in _raw_names(node):
+    for name in _names.get(ref(type(node))) or _raw_names(node):
         try:
             value = getattr(node, name)
         except RuntimeError:  # a Python function whose tensors were freed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._torch import hook_tables
+from .._torch import hooked
 from ..domains import tracing
 from ..factors import PerSampleGrad
 from ..selection import NAMES, Selection, select
@@ -43,15 +43,12 @@ class TrackedForward:
         """The chosen parameters whose autograd gradient is sparse."""
         if self.forward is None:
             return set()
-        found: set[Tensor] = set()
-        for i, uses in self.forward.plan.rule_uses.items():
-            for use in uses:
-                if not use.operation.startswith("Embedding"):
-                    continue
-                node = self.forward.graph.nodes[use.node]
-                if getattr(node, "_saved_sparse", False):
-                    found.add(self.chosen[self.forward.names[i]])
-        return found
+        names, nodes = self.forward.names, self.forward.graph.nodes
+        return {
+            self.chosen[names[i]]
+            for i, at in self.forward.plan.lookups
+            if getattr(nodes[at], "_saved_sparse", False)
+        }
 
     @property
     def slow(self) -> bool:
@@ -61,7 +58,7 @@ class TrackedForward:
     @property
     def hooked(self) -> bool:
         """Whether a tensor that gets a ``.grad`` has hooks, which only ``backward()`` calls."""
-        return any(any(hook_tables(p)) for p in (*self.leaves.values(), *self.other_leaves))
+        return hooked((*self.leaves.values(), *self.other_leaves))
 
     def collect(
         self,

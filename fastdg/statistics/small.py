@@ -4,7 +4,7 @@ computation."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ K = TypeVar("K", bound=Hashable)
 class _Waiting(NamedTuple):
     """The factors of one dtype that wait, each with the key of its parameter."""
 
-    grads: list[tuple[Hashable, Dense]]
-    products: list[tuple[Hashable, Outer]]
+    grads: list[tuple[Any, Dense]]
+    products: list[tuple[Any, Outer]]
 
 
 class Small(Generic[K]):
@@ -46,11 +46,11 @@ class Small(Generic[K]):
     def takes(self, key: K, factor: PerSampleGrad) -> bool:
         """Return whether these gradients are small; then `results` has their moments."""
         most, waits = SMALL, WAITING
-        if isinstance(factor, Dense):
+        if type(factor) is Dense:
             size, dtype = factor.grads.numel(), factor.grads.dtype
             if not factor.grads.is_cpu:
                 most, waits = SMALL_THERE, WAITING_THERE
-        elif isinstance(factor, Outer) and factor.groups == 1 and not factor.window:
+        elif type(factor) is Outer and factor.groups == 1 and not factor.window:
             a, delta = factor.factors
             size, dtype = a.numel() + delta.numel(), a.dtype
             if a.shape[-1] * delta.shape[-1] > SMALL:
@@ -62,7 +62,10 @@ class Small(Generic[K]):
         waiting = self.waiting.get(dtype)
         if waiting is None:
             waiting = self.waiting[dtype] = _Waiting([], [])
-        (waiting.grads if isinstance(factor, Dense) else waiting.products).append((key, factor))  # type: ignore[arg-type]
+        if type(factor) is Dense:
+            waiting.grads.append((key, factor))
+        else:
+            waiting.products.append((key, factor))  # type: ignore[arg-type]
         self.entries += size
         if self.entries > waits:
             self._flush()
@@ -74,7 +77,7 @@ class Small(Generic[K]):
         return self.made
 
     def _flush(self) -> None:
-        self.entries = 0
+        self.entries, domains = 0, self.partition.num_domains
         for grads, products in self.waiting.values():
             pairs = [factor.factors for _, factor in products]
             with torch.no_grad():
@@ -87,10 +90,12 @@ class Small(Generic[K]):
                     self.variance,
                 )
             spreads: Sequence[Tensor | None] = variances or [None] * len(means)
-            whose = [*grads, *products]
-            for (key, factor), mean, spread in zip(whose, means, spreads, strict=True):
-                shape = (mean.shape[0], *factor.shape)
+            found = zip(means, spreads, strict=True)
+            self.made.update(zip([key for key, _ in (*grads, *products)], found, strict=True))
+            for key, factor in products:
+                mean, spread = self.made[key]
+                shape = (domains, *factor.shape)
                 if mean.shape != shape:  # of a convolution of one place, say
                     mean, spread = mean.view(shape), None if spread is None else spread.view(shape)
-                self.made[key] = mean, spread  # type: ignore[index]
+                    self.made[key] = mean, spread
         self.waiting = {}
