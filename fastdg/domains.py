@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -30,7 +31,7 @@ class Partition:
     def num_domains(self) -> int:
         return self.offsets.shape[0] - 1
 
-    @property
+    @cached_property
     def count(self) -> Tensor:
         """Number of samples of each domain, ``[D]`` int64."""
         return self.offsets[1:] - self.offsets[:-1]
@@ -50,9 +51,9 @@ class Partition:
 
 
 def _sorted(domains: Tensor, num_domains: int) -> Partition:
-    order = torch.argsort(domains, stable=True)
+    ascending, order = torch.sort(domains, stable=True)
     bounds = torch.arange(num_domains + 1, device=domains.device)
-    return Partition(order, torch.searchsorted(domains[order], bounds), domains)
+    return Partition(order, torch.searchsorted(ascending, bounds), domains)
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:

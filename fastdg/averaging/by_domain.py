@@ -72,6 +72,7 @@ class Averages:
                 opt.state[p].pop(f"{opt.prefix}_{self.declared.key}", None)
         moved: list[Tensor] = []
         weights: list[Tensor] = []
+        rates = {dtype: rate * present.to(dtype) for dtype in {x.dtype for x in values.values()}}
         made: dict[tuple[torch.dtype, int], Tensor] = {}  # weights by dtype and dimensions
         for p, value in named.items():
             D, kind = value.shape[0], (value.dtype, value.dim())
@@ -82,8 +83,7 @@ class Averages:
                 own = kept[p] = pad_rows(own, D)
             moved.append(own if own.shape[0] == D else own[:D])
             if (weight := made.get(kind)) is None:
-                weight = rate * present[:D].to(value.dtype)
-                weight = made[kind] = weight.view(-1, *[1] * (value.dim() - 1))
+                weight = made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
             weights.append(weight)
         if moved:
             foreach_lerp_(moved, [*named.values()], weights)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._torch import hook_tables
 from ..distributed.global_batch import GlobalBatch
-from ..distributed.sharding import like_parameter
+from ..distributed.sharding import like_parameter, sharded
 from ..gradients.plain import resting
 from .batch import Batch
 
@@ -51,7 +51,9 @@ def scaled(grad: Tensor, batches: Sequence[Batch]) -> Tensor:
 
 def accumulate(p: Tensor, grad: Tensor) -> None:
     """Add ``grad``, of which there is no other reference, to ``p.grad``; in autograd's layout."""
-    grad = like_parameter(p, grad if grad.dtype is p.dtype else grad.to(p.dtype))
+    grad = grad if grad.dtype is p.dtype else grad.to(p.dtype)
+    if sharded(p):
+        grad = like_parameter(p, grad)
     if p.grad is None:
         if grad.layout == torch.strided and grad.stride() != p.stride():
             grad = torch.empty_like(p).copy_(grad)

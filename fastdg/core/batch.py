@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -53,15 +54,14 @@ class Batch:
     retain_graph: bool = field(default=False, kw_only=True)
 
 
-def described(staged: Sequence[Batch]) -> tuple[Tensor, int, list[str]]:
-    """Return the samples of each domain ``[D]``, of all, and the names of tracked parameters."""
+def counted(staged: Sequence[Batch]) -> tuple[Tensor, int]:
+    """Return the samples of each domain ``[D]``, and of all."""
     counts = [batch.partition.count for batch in staged]
     count = counts[0]
     if len(counts) > 1:
         domains = max(map(len, counts))
         count = torch.stack([pad_rows(count, domains) for count in counts]).sum(0)
-    used = sorted({name for batch in staged for name in batch.tracked.chosen})
-    return count, sum(len(batch.losses) for batch in staged), used
+    return count, sum(batch.losses.shape[0] for batch in staged)
 
 
 def total_loss(staged: Sequence[Batch]) -> Tensor:
@@ -72,8 +72,8 @@ def total_loss(staged: Sequence[Batch]) -> Tensor:
 
 def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
     """Sum this rank's losses in each domain ``[D]``, detached."""
-    total = to_statistics_dtype(staged[0].losses.detach()).new_zeros(domains)
-    for batch in staged:
-        losses = to_statistics_dtype(batch.losses.detach())
-        total = total + group_sums(losses, batch.partition.domains, domains)
-    return total
+    sums = [
+        group_sums(to_statistics_dtype(batch.losses.detach()), batch.partition.domains, domains)
+        for batch in staged
+    ]
+    return reduce(torch.add, sums)

@@ -18,7 +18,7 @@ from ..gradients.tape import TrackedForward, check_losses
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
 from .base_state import is_new
-from .batch import Batch, described
+from .batch import Batch, counted
 from .closures import Forward
 from .configured import Configured
 from .nesting import (
@@ -194,9 +194,13 @@ class DomainOptimizer(Configured):
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:
         """Return the batch of all ranks."""
-        return self._met(*described(staged))
 
-    def _met(self, count: Tensor, samples: int, used: object) -> GlobalBatch:
+        def used() -> list[str]:
+            return sorted({name for batch in staged for name in batch.tracked.chosen})
+
+        return self._met(*counted(staged), used)
+
+    def _met(self, count: Tensor, samples: int, used: Callable[[], object]) -> GlobalBatch:
         counts, total = self._ranks.handshake(count, samples, used, lambda: settings_of(self))
         return GlobalBatch(self._ranks, counts, total)
 

@@ -28,10 +28,15 @@ class GlobalBatch:
     counts: Tensor
     samples: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether one rank trains."""
+        return self.counts.shape[0] == 1
+
     @cached_property
     def count(self) -> Tensor:
         """Number of samples of each domain, ``[D]``."""
-        return self.counts.sum(0)
+        return self.counts[0] if self.alone else self.counts.sum(0)
 
     @property
     def count_before(self) -> Tensor:
@@ -44,7 +49,7 @@ class GlobalBatch:
         Every rank computes the same objective from the sums, so the gradient at a sum is the same
         on all ranks, and it is the gradient at this rank's term.
         """
-        if self.ranks.size == 1:
+        if self.alone:
             return list(tensors)
         return list(_Total.apply(self.ranks, *tensors))
 
@@ -54,7 +59,7 @@ class GlobalBatch:
         .. math:: m = \sum_r \tfrac{n_r}{n} m_r, \qquad v = \sum_r \tfrac{n_r}{n}\left(v_r + (m_r -
                   m)^2\right)
         """
-        if self.ranks.size == 1:
+        if self.alone:
             return own
         means = self.means(own)
         # The derivatives of v with respect to m sum to 0
@@ -67,7 +72,7 @@ class GlobalBatch:
 
     def means(self, own: DomainMoments) -> dict[str, Tensor]:
         """Compute the means of `moments` alone."""
-        if self.ranks.size == 1:
+        if self.alone:
             return own.mean
         shared = self.total([self._shared(mean, own.count) for mean in own.mean.values()])
         return dict(zip(own.mean, shared, strict=True))
@@ -81,7 +86,7 @@ class GlobalBatch:
         """Sum the gradients of parameters outside the optimizer over the ranks; gradients of
         other tensors stay."""
         shared = [p for p in sums if isinstance(p, nn.Parameter)]
-        if self.ranks.size == 1 or not shared:
+        if self.alone or not shared:
             return sums
         totals = self.ranks.all_reduce([sums[p] for p in shared])
         return {**sums, **dict(zip(shared, totals, strict=True))}

@@ -186,14 +186,18 @@ class Ranks:
             self.modules.pause_sync()
 
     def handshake(
-        self, count: Tensor, samples: int, used: object, settings: Callable[[], dict[str, str]]
+        self,
+        count: Tensor,
+        samples: int,
+        used: Callable[[], object],
+        settings: Callable[[], dict[str, str]],
     ) -> tuple[Tensor, int]:
         """Exchange the number of samples of each domain, and compare the ranks' runs.
 
         Args:
             count: samples of each domain, ``[D]``.
             samples: their sum.
-            used: the parameters of the forward; the ``repr`` must be the same on all ranks.
+            used: returns the parameters of the forward; the ``repr`` must be the same on all ranks.
             settings: returns the training's settings as text, which must be the same on all ranks.
 
         Returns:
@@ -208,7 +212,7 @@ class Ranks:
         self.met = True
         first = count[:INLINE].to(self.meeting_place(count.device))
         own = settings()
-        sums = [zlib.crc32(repr(value).encode()) for value in (used, own)]
+        sums = [zlib.crc32(repr(value).encode()) for value in (used(), own)]
         headers = self._tell([0, *self._place(), sums[0], len(count), samples, sums[1]], first)
         codes, extent = headers[:, 0].tolist(), int(headers[:, 4].max())
         if any(codes):

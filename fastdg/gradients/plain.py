@@ -47,6 +47,8 @@ def gradients_of(
 
 def without_autocast(losses: Any) -> AbstractContextManager[Any]:
     """Disable autocast on the losses' device: a backward has the dtypes of its graph."""
-    if isinstance(losses, Tensor) and torch.amp.is_autocast_available(losses.device.type):
-        return torch.autocast(losses.device.type, enabled=False)
-    return nullcontext()
+    device = losses.device.type if isinstance(losses, Tensor) else None
+    if device is None or not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -40,7 +40,7 @@ def check(parameters: Sequence[Tensor], kept: Sequence[Tensor], rate: float) -> 
     checks.floating("parameters[0]", parameters[0])
     checks.alike("parameters", parameters, parameters[0], "parameters[0]")
     checks.alike("kept", kept, parameters[0], "parameters[0]")
-    checks.shaped("kept", kept, parameters, "parameters")
+    checks.shaped("kept", kept, [x.shape for x in parameters], "parameters")
     checks.finite("rate", rate)
     checks.written(parameters=parameters, kept=kept)
 

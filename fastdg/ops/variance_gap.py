@@ -75,15 +75,16 @@ def check(
     checks.alike("variance", variance, first, "variance[0]")
     checks.vector("present", present, torch.bool, first, "variance[0]")
     D = present.shape[0]
-    for k, v in enumerate(variance):
-        if v.dim() == 0 or v.shape[0] != D:
+    shapes = [v.shape for v in variance]
+    for k, shape in enumerate(shapes):
+        if not shape or shape[0] != D:
             raise ValueError(
                 f"variance[{k}]: expected a row for each of the {D} domains of present, got shape "
-                f"{tuple(v.shape)}. Pass variances [D, *]."
+                f"{tuple(shape)}. Pass variances [D, *]."
             )
     if ema:
         checks.alike("ema", ema, first, "variance[0]")
-        checks.shaped("ema", ema, variance, "variance")
+        checks.shaped("ema", ema, shapes, "variance")
     checks.finite("history", history)
 
 

@@ -78,13 +78,10 @@ def moments_of(
     rest = tracked.collect(
         use, create_graph=create_graph, retain_graph=retain_graph, extra=extra, scale=scale
     )
-    with torch.no_grad():
-        found.update(small.results())  # type: ignore[arg-type]
-    names = [name for name in tracked.chosen if name in found]
-    moments = DomainMoments(
-        {n: found[n][0] for n in names}, {n: found[n][1] for n in names}, parts.count
-    )
-    return moments, rest
+    found.update(small.results())  # type: ignore[arg-type]
+    mean = {name: found[name][0] for name in tracked.chosen if name in found}
+    variance = {name: found[name][1] for name in mean}
+    return DomainMoments(mean, variance, parts.count), rest
 
 
 def domain_moments(

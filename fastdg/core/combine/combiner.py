@@ -222,7 +222,7 @@ class GradientCombiner(DomainOptimizer):
             domains = max(len(count), len(before))
             count = pad_rows(count, domains) + pad_rows(before, domains)
         others = [p.shape for p in batch.tracked.other_leaves]
-        return self._met(count, samples, others)
+        return self._met(count, samples, lambda: others)
 
     def _on_micro_batch(self) -> None:
         *earlier, batch = self._micro_batches

@@ -67,11 +67,11 @@ def alike(name: str, tensors: Sequence[Tensor], first: Tensor, of: str) -> None:
             floating(f"{name}[{k}]", x, first, of)
 
 
-def shaped(name: str, tensors: Sequence[Tensor], likes: Sequence[Tensor], of: str) -> None:
-    """Check that the tensors of two lists have the same shapes."""
-    for k, (x, like) in enumerate(zip(tensors, likes, strict=True)):
-        if x.shape != like.shape:
-            shape(f"{name}[{k}]", x, like.shape, f"as {of}[{k}]")
+def shaped(name: str, tensors: Sequence[Tensor], expected: Sequence[Any], of: str) -> None:
+    """Check that the tensors of a list have the shapes of the tensors of another."""
+    if [x.shape for x in tensors] != expected:
+        for k, (x, like) in enumerate(zip(tensors, expected, strict=True)):
+            shape(f"{name}[{k}]", x, like, f"as {of}[{k}]")
 
 
 def written(**lists: Sequence[Tensor]) -> None:
