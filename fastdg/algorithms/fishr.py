@@ -92,8 +92,8 @@ class Fishr(Annealed):
             differentiable=weight > 0, loss_only=weight == 0, ever=self.penalty_weight > 0
         )
         history, decay = [], 0.0
-        if self.ema is not None:
-            history, decay = self.variances.of(moments.variance), self.ema / (1 - self.ema)
+        if (ema := self.ema) is not None:
+            history, decay = self.variances.of(moments.variance), ema / (1 - ema)
         variances = [*moments.variance.values()]
         penalty = variance_gap(variances, history, moments.present, decay)
         if self.reduction == "mean":
@@ -102,5 +102,5 @@ class Fishr(Annealed):
         return batch.penalised(batch.loss, weight, penalty)
 
     def after_step(self, record: StepRecord) -> None:
-        if self.ema is not None:
-            self.variances.move(record.variance, 1 - self.ema, record.present)
+        if (ema := self.ema) is not None:
+            self.variances.move(record.variance, 1 - ema, record.present)

@@ -82,9 +82,9 @@ class Averages:
             elif own.shape[0] < D:
                 own = kept[p] = pad_rows(own, D)
             moved.append(own if own.shape[0] == D else own[:D])
-            if (weight := made.get(kind)) is None:
-                weight = made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
-            weights.append(weight)
+            if kind not in made:
+                made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
+            weights.append(made[kind])
         if moved:
             foreach_lerp_(moved, [*named.values()], weights)
 

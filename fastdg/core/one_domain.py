@@ -83,9 +83,9 @@ class OneDomain:
 
 
 def _copied(count: Tensor) -> tuple[Tensor, Any]:
-    """Copy ``count`` to the CPU; return the copy, and the event of its arrival or None."""
+    """Return ``count`` on the CPU, and the event of its arrival or None."""
     if readable(count):
-        return count.clone(), None
+        return count, None
     copy = count.to("cpu", non_blocking=True)
     event = torch.Event(count.device)
     event.record()

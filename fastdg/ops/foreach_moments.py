@@ -87,7 +87,7 @@ def check(
         rows = x.shape[:-1]
         if len(rows) not in (1, 2) or rows[0] != N:
             _refuse(f"a[{k}]", f"[N, I] or [N, T, I] with {N} samples as {of}", x)
-        if d.shape[:-1] != rows or d.dim() != x.dim():
+        if d.shape[:-1] != rows:
             _refuse(f"delta[{k}]", f"the rows of a[{k}]", d)
         if (size := max(x.numel(), d.numel())) > checks.LARGEST_SIDE:
             name = "a" if x.numel() == size else "delta"

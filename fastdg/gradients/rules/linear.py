@@ -60,12 +60,10 @@ class Summed(BoundRule):
         return ()
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
-        total = self.layout.shortest(delta)
+        total, shape = self.layout.shortest(delta), (self.layout.samples, *self.parameter)
         if total.dim() > 2:
             total = total.squeeze(1) if total.shape[1] == 1 else total.sum(1)
-        if total.shape[1:] != self.parameter:
-            total = total.reshape(self.layout.samples, *self.parameter)
-        return Dense(total)
+        return Dense(total if total.shape == shape else total.reshape(shape))
 
 
 def _transposed(use: Use) -> bool | None:
