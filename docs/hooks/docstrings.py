@@ -18,6 +18,7 @@ import fastdg
 FORMULA = re.compile(r":math:`([^`]+)`")
 BLOCK = re.compile(r"^( *)\.\. math::[ ]*(.*)\n((?:(?:\1[ ]+.*)?\n)*)", re.MULTILINE)
 NAME = re.compile(r"(?<![`\w])`([A-Za-z_][\w.]*)`(?!`)")
+RETURNED = re.compile(r"(Returns:\n +)(.*)")
 HEADINGS = {"Example:": "Examples:"}
 
 
@@ -42,9 +43,17 @@ def reference(match: re.Match[str]) -> str:
     return f"`{name}`"
 
 
+def returned(match: re.Match[str]) -> str:
+    """Hide colons outside code, of which griffe takes the first for the end of a type."""
+    parts = match[2].split("``")
+    parts[::2] = [part.replace(":", "&#58;") for part in parts[::2]]
+    return match[1] + "``".join(parts)
+
+
 def markdown(text: str) -> str:
     """Return a docstring in Markdown, with the sections that griffe knows."""
     text = BLOCK.sub(block, text + "\n").rstrip("\n")
+    text = RETURNED.sub(returned, text)
     text = FORMULA.sub(lambda match: f"${match[1]}$", text)
     text = NAME.sub(reference, text)
     lines = text.split("\n")
