@@ -49,10 +49,13 @@ class Averages:
         """Return the current averages of these statistics ``[D, *]``, for their D domains."""
         found, parameters = [], self.opt.tape.names
         for name, value in values.items():
-            own, D = self.kept.get(parameters[name]), value.shape[0]
+            own = self.kept.get(parameters[name])
             if own is None:
                 own = torch.zeros_like(value, requires_grad=False)
-            found.append(own if own.shape[0] == D else pad_rows(own[:D], D))
+            elif own.shape != value.shape:
+                D = value.shape[0]
+                own = pad_rows(own[:D], D)
+            found.append(own)
         return found
 
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
@@ -79,9 +82,11 @@ class Averages:
             own = kept.get(p)
             if own is None:
                 own = kept[p] = torch.zeros_like(value)
-            elif own.shape[0] < D:
+            elif (rows := own.shape[0]) < D:
                 own = kept[p] = pad_rows(own, D)
-            moved.append(own if own.shape[0] == D else own[:D])
+            elif rows > D:
+                own = own[:D]
+            moved.append(own)
             if kind not in made:
                 made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
             weights.append(made[kind])
