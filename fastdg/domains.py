@@ -131,7 +131,7 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
     """
     if not isinstance(losses, (list, tuple)):
         return losses, domains
-    if domains is not None:
+    if domains is not None and all(isinstance(x, Tensor) for x in losses):
         raise ValueError(
             "domains: expected none with the losses of several tasks, as each task is a domain. "
             "Pass one tensor of losses to give domains."
@@ -139,7 +139,15 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
     for k, x in enumerate(losses):
         if not isinstance(x, Tensor) or x.dim() > 1:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"losses: expected tensors (N,) or 0-dim, got {got} for task {k}.")
+            raise TypeError(
+                f"losses: expected tensors (N,) or 0-dim, got {got} for task {k}. Reduce to one "
+                "loss per sample, such as losses.flatten(1).mean(1), or to their mean."
+            )
+        if not x.requires_grad:
+            raise ValueError(
+                f"losses: expected losses with their graph, got those of task {k} without. Compute "
+                "them outside torch.no_grad and without detach, or leave them out."
+            )
     if not losses:
         raise ValueError("losses: expected the losses of at least one task, got an empty list.")
     rows = [x.reshape(-1) for x in losses]
@@ -158,7 +166,8 @@ def as_ids(domains: Any, samples: int | None = None) -> Tensor:
     if domains is None:
         raise TypeError(
             "domains: expected the domain of each sample, an integer tensor (N,), got none. Call "
-            "opt.backward(losses, domains)."
+            "opt.backward(losses, domains); for the losses of several tasks pass a list, "
+            "opt.backward([loss_a, loss_b])."
         )
     if not isinstance(domains, Tensor):
         kind = type(domains).__name__
@@ -206,7 +215,9 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
     domains = as_ids(domains, losses.shape[0])
     if domains.shape != losses.shape:
         rows = domains.dim() == 2 and domains.shape[0] == losses.shape[0]
-        advice = " Use domains.squeeze(1)." if rows and domains.shape[1] == 1 else ""
+        advice = " Pass the id of each sample of this batch."
+        if rows and domains.shape[1] == 1:
+            advice = " Use domains.squeeze(1)."
         if rows and domains.shape[1] > 1:
             advice = " For one-hot rows, use domains.argmax(1)."
         raise ValueError(

@@ -110,6 +110,7 @@ class SWAD(Segmented):
             segments = self._segments()
             segments.push(loss)
             segments.apply_rule(self.n_converge, self.n_tolerance, self.tolerance_ratio)
+            self._warn_if_rising(loss)
 
     def _segments(self) -> Segments:
         return Segments(self, RULES[self.rule])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.declared_state import PerParameter, Rows, RunValue
+from ..warn import warn_user
 from .averaged import WAY, Averaged, zeros
 from .averages import Segments, finite
 
@@ -44,6 +45,18 @@ class Segmented(Averaged):
     threshold = RunValue[float | None](None)  # of a valley
     early = RunValue(0)
     finished = RunValue(False)  # whether the valley has ended: the average changes no more
+
+    _last_loss, _always_rose = -math.inf, True  # of the evaluations in this process
+
+    def _warn_if_rising(self, loss: float) -> None:
+        """Warn at the end of a valley if no loss was below the one before: an accuracy looks so."""
+        self._always_rose = self._always_rose and loss > self._last_loss
+        self._last_loss = loss
+        if self.finished and self._always_rose:
+            warn_user(
+                "validation_loss: expected losses, which fall as the model gets better, got values "
+                "that rose at every evaluation. Of an accuracy a pass 1 - a, or better the loss."
+            )
 
     @property
     def started(self) -> bool:

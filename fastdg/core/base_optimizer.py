@@ -189,10 +189,13 @@ def check_base(base: Any, name: str) -> None:
 
 
 def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Check a closure's result: ``(losses, domains)`` or ``(losses, domains, inputs)``.
+    """Check a closure's result: ``(losses, domains)``, ``(losses, domains, inputs)``, or a list
+    with the losses of each task.
 
     ``inputs`` is a dict, or the value itself for an algorithm that ``takes`` one input.
     """
+    if isinstance(result, list):
+        return result, None, {}  # type: ignore[return-value]
     if isinstance(result, tuple) and len(result) == 3:
         if isinstance(result[2], dict):
             return result
@@ -202,6 +205,11 @@ def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor
         raise TypeError(
             "closure: expected it to return (losses, domains), or to call opt.backward(losses, "
             f"domains) itself and return the loss, got {type(result).__name__}."
+        )
+    if isinstance(result[1], Tensor) and result[1].requires_grad:
+        raise TypeError(
+            "closure: expected (losses, domains), got two tensors with a graph. Return the losses "
+            "of several tasks as a list, [loss_a, loss_b]."
         )
     return *result, {}
 

@@ -63,6 +63,7 @@ class DomainOptimizer(Configured):
     takes: ClassVar[tuple[str, ...]] = ()
     looks_at_logits = False  # whether the objective asks for `StepBatch.logit_products`
     looks_at_samples = True  # whether backwards for statistics run before the step's own
+    _of_tasks = False  # whether the last losses were a list, one entry for each task
     _step_supports_amp_scaling = True  # torch.amp.GradScaler shows itself to `step`
 
     # -- training --
@@ -103,9 +104,11 @@ class DomainOptimizer(Configured):
                 on these losses; another rank failed; staged micro-batches or ``.grad`` have another
                 ``scaler``.
 
-        Autocast is off and gradients are on inside, so this may also be called in an autocast block
-        or under ``torch.no_grad``. After an error ``.grad`` is as it was, and nothing is staged. A
-        second final call before `step` adds to ``.grad``, as ``loss.backward()`` does.
+        Parameters outside the optimizer get a gradient, too, as by ``loss.backward()``: of the
+        objective, or of the mean loss where gradients are combined. Autocast is off and gradients
+        are on inside, so this may also be called in an autocast block or under ``torch.no_grad``.
+        After an error ``.grad`` is as it was, and nothing is staged. A second final call before
+        `step` adds to ``.grad``, as ``loss.backward()`` does.
         """
         again = self._grad_is_owned()
         try:
@@ -113,6 +116,7 @@ class DomainOptimizer(Configured):
             with torch.enable_grad():
                 values, ids = of_tasks(losses, domains)
             tasks = list(losses) if values is not losses else []
+            self._of_tasks = bool(tasks)
             self._refuse_used(tasks)
             with torch.enable_grad(), without_autocast(values):
                 self._add_micro_batch(values, ids, scaler, inputs, retain_graph)
@@ -169,6 +173,11 @@ class DomainOptimizer(Configured):
         if added is not None:
             self._term_statistics.append(term_statistics(added))
 
+    def _warn_of_slow(self, tracked: TrackedForward, more: str = "") -> None:
+        """Warn once of slow parameters, but not of those that the losses of tasks share."""
+        if not self._of_tasks:
+            self._tape.warn(tracked, more)
+
     def _refuse_used(self, losses: Sequence[Tensor]) -> None:
         if any(_note(x).get(_USED) for x in losses):
             raise errors.used_twice(type(self).__name__)
@@ -182,7 +191,7 @@ class DomainOptimizer(Configured):
             tracked = seen or UNSEEN
         elif self.looks_at_samples:
             tracked = self._tape.resolve(losses, warn=False)
-            self._tape.warn(tracked, _advice(type(self)))
+            self._warn_of_slow(tracked, _advice(type(self)))
         if tracked is UNSEEN:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         scale = self._loss_scale.scale

@@ -249,19 +249,19 @@ class Tape:
         where = sorted({b.operation.removesuffix("0") for b in plan.slow})
         mixed = any(boundary.mixed for boundary in plan.slow)
         reason = (
-            f"the samples are mixed below {', '.join(where)}"
+            f"{', '.join(where)} mix the samples, as batch norm does in training mode"
             if mixed
             else f"no rule supports {', '.join(where)}"
         )
         advice = (
-            "For gradients of domains, run one forward per domain with final=False; if a batch "
-            "norm in training mode mixes the samples, call eval() on the norms, for variances too"
+            "Faster: call eval() on the batch norms; or, for gradients of domains, run one forward "
+            "per domain with final=False"
             if mixed
             else "fastdg.explain(losses, params=...) shows the cost of each parameter"
         )
         warn_user(
             f"params: {listed(names)} take one call of autograd for each domain "
-            f"(each sample, for variances), since {reason}. The result is exact. {advice}."
+            f"(each sample, for variances), which is exact but slow, since {reason}. {advice}."
             + (f" {NAMES}." if any(name.startswith("param_groups[") for name in names) else "")
             + more
         )
@@ -281,7 +281,10 @@ def check_losses(losses: Tensor) -> None:
     if losses.numel() == 0:
         raise ValueError("losses: expected at least one sample, got an empty batch.")
     if not losses.is_floating_point():
-        raise TypeError(f"losses: expected a floating dtype, got {losses.dtype}.")
+        raise TypeError(
+            f"losses: expected a floating dtype, got {losses.dtype}. Pass the losses first, the "
+            "domains second."
+        )
     if losses.grad_fn is None:
         raise ValueError(
             "losses: they have no graph (no grad_fn). Compute them outside torch.no_grad and "

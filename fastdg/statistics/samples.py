@@ -52,6 +52,12 @@ def per_sample_products(
         >>> fastdg.per_sample_products(losses, domain, params=model)  # (N, D)
     """
     check_losses(losses)
+    if not isinstance(directions, Mapping):
+        raise TypeError(
+            "directions: expected a mapping from parameters' names to tensors [K, *shape], got "
+            f"{type(directions).__name__}. Pass fastdg.domain_gradients(...), or {{name: "
+            "grad.unsqueeze(0)} of a single gradient."
+        )
     sizes = {len(v) for v in directions.values() if isinstance(v, Tensor) and v.dim()}
     if len(sizes) != 1:
         raise ValueError(

@@ -19,13 +19,13 @@ class AlignedMTL(GramWeighting):
         K = V \Lambda V^\top, \qquad
         w = \sqrt{\lambda_{\min}}\; V \Lambda^{-1/2} V^\top \tfrac1D \mathbf{1}
 
-    Components whose eigenvalue is zero to rounding are left out of both. Without any gradient the
-    weights are even.
+    With as many components as gradients that are linearly independent, to the rounding of their
+    cosines: short gradients beside long ones count. Without any gradient the weights are even.
 
     Args:
         reduction: ``"mean"``, as above and in TorchJD, or ``"sum"``: D times that, as in LibMTL.
 
-    `torch.linalg.eigh` waits for a CUDA device once.
+    `torch.linalg.eigh` waits for a CUDA device.
 
     Reference:
         Senushkin, Patakin, Kuznetsov, Konushin: Independent Component Alignment for Multi-Task
@@ -38,7 +38,10 @@ class AlignedMTL(GramWeighting):
 
     def weights(self, gram: Gram) -> Tensor:
         values, vectors = torch.linalg.eigh(gram.products)
-        kept = values > gram.noise * values[-1]
+        alike = torch.linalg.eigvalsh(gram.cosines)
+        rank = (alike > gram.noise * alike[-1]).sum() - (~gram.present).sum()
+        place = torch.arange(len(gram) - 1, -1, -1, device=values.device)
+        kept = (place < rank) & (values > 0)
         smallest = values.where(kept, torch.inf).amin()
         share = torch.where(kept, (smallest / values.where(kept, 1.0)).sqrt(), 0.0)
         # Without any gradient nothing is to be aligned

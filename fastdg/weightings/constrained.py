@@ -12,6 +12,7 @@ from torch import Tensor
 from .gram import stops
 
 ENUMERATED = 6  # domains whose 2^D supports are all tried
+NEAR = 6  # an interior point leaves no more weights than this in doubt, on either side
 ROUNDS = 40  # about 20 suffice
 
 
@@ -22,10 +23,16 @@ def every_support(domains: int, device: torch.device) -> Tensor:
 
 
 def nested_supports(weights: Tensor, slack: Tensor) -> Tensor:
-    """For weights ``[*, D]`` near the solution: the k that are positive most clearly, for k from 0
-    to D, ``[*, D + 1, D]`` bool. ``slack`` is the multiplier of each weight's own bound."""
-    place = (weights / slack).argsort(-1, descending=True).argsort(-1)
-    counts = torch.arange(weights.shape[-1] + 1, device=weights.device)
+    """For weights ``[*, D]`` near the solution: no domain, and the k that are positive most
+    clearly, for each k near the number of weights above their multiplier, ``[*, M, D]`` bool.
+    ``slack`` is the multiplier of each weight's own bound."""
+    ratio, domains = weights / slack, weights.shape[-1]
+    place = ratio.argsort(-1, descending=True).argsort(-1)
+    counts = torch.arange(domains + 1, device=weights.device)
+    if domains > 2 * NEAR:
+        positive = (ratio > 1).sum(-1, keepdim=True)
+        near = torch.arange(-NEAR, NEAR + 1, device=weights.device) + positive
+        counts = torch.cat([torch.zeros_like(positive), near.clamp(1, domains)], -1)
     return place.unsqueeze(-2) < counts.unsqueeze(-1)
 
 

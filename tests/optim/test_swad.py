@@ -297,3 +297,21 @@ def test_an_average_without_evaluations_is_warned_of() -> None:
     assert [w.filename for w in caught] == [__file__]
     opt.evaluate(torch.tensor([1.0]))
     opt.apply()
+
+
+def test_accuracies_are_noticed() -> None:
+    model = nn.Linear(2, 2)
+    opt = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
+    opt.zero_grad()
+    with pytest.warns(UserWarning, match=r"^validation_loss: .*rose at every evaluation"):
+        for value in range(50, 90, 2):
+            opt.step()
+            opt.evaluate(value)
+            if opt.finished:
+                break
+    other = fastdg.SWAD(SGD(model.parameters(), lr=0.1), model)
+    for value in [3.0, 1.0, *range(2, 20)]:  # a valley, and overfitting
+        if not other.finished:
+            other.step()
+            other.evaluate(value)
+    assert other.finished

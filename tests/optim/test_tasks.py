@@ -45,8 +45,7 @@ def rows(model: Tasks) -> Tensor:
 
 def step(opt: Any, losses: Any, model: Tasks) -> Tensor:
     opt.zero_grad()
-    with pytest.warns(UserWarning, match=r"^params: .*one call of autograd for each domain"):
-        opt.backward(losses)
+    opt.backward(losses)  # without a warning that the tasks share layers
     zeros = ((p, torch.zeros_like(p)) for p in model.parameters())
     return torch.cat([(z if p.grad is None else p.grad).flatten() for p, z in zeros])
 
@@ -110,3 +109,36 @@ def test_bad_tasks_are_told() -> None:
         opt.backward([a.unsqueeze(1), b])
     with pytest.raises(ValueError, match=r"^losses: .*empty list"):
         opt.backward([])
+
+
+def test_a_closure_returns_the_losses_of_tasks() -> None:
+    model, twin = Tasks(), Tasks()
+    opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1), generator=torch.Generator())
+    other = fastdg.PCGrad(SGD(twin.parameters(), lr=0.1), generator=torch.Generator())
+
+    def closure() -> list[Tensor]:
+        opt.zero_grad()
+        return list(model())
+
+    opt.step(closure)
+    other.backward(list(twin()))
+    other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"^closure: .*two tensors with a graph.*as a list"):
+        opt.step(lambda: tuple(loss.mean() for loss in model()))
+
+
+def test_what_is_no_list_of_losses_is_said() -> None:
+    model = Tasks()
+    opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))
+    a, b = model()
+    for losses, kind, words in (
+        ([a.detach(), b], ValueError, r"^losses: expected losses with their graph.* task 0"),
+        ([a, b.unsqueeze(1)], TypeError, r"^losses: .*task 1\. Reduce to one loss per sample"),
+        (torch.stack([a.mean(), b.mean()]), TypeError, r"^domains: .*pass a list"),
+    ):
+        with pytest.raises(kind, match=words):
+            opt.backward(losses)
+    with pytest.raises(TypeError, match=r"^losses: .*got float for task 0"):
+        opt.backward(a.tolist(), torch.zeros(6).long())

@@ -196,7 +196,7 @@ def test_losses_over_pairs() -> None:
         z = F.normalize(m(x), dim=1)
         return -F.log_softmax(z @ z.t(), 1).diagonal()
 
-    warned(model, losses, "the samples are mixed")
+    warned(model, losses, "mix the samples")
 
 
 BATCH_NORMS = {

@@ -210,7 +210,7 @@ class GradientCombiner(DomainOptimizer):
             return made(parts, self._tape.reached(total), ids)
         if tracked is None:
             tracked = self._tape.resolve(total, warn=False)
-        self._tape.warn(tracked)
+        self._warn_of_slow(tracked)
         return made(parts, tracked, ids)
 
     def _meet(self, staged: Sequence[Any]) -> GlobalBatch:

@@ -90,7 +90,7 @@ class WeightedCombiner(GradientCombiner):
         elif not self._warned and not tracing():
             self._check_trace(gram)
         before = None if self.keeps_state or tracing() else stamp(self.weighting)
-        weights = self.weighting(gram)
+        weights = self.weighting(gram.clone())  # it may write there
         if before is not None and stamp(self.weighting) != before:
             self._moves = True
         if not isinstance(weights, Tensor) or not weights.is_floating_point():

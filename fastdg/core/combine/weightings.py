@@ -33,7 +33,8 @@ def of_gram(weighting: Any) -> Weighting:
         if inner is None:
             raise TypeError(
                 f"weighting: expected a function of the Gram matrix, got the aggregator {name}, "
-                "which needs the Jacobian. Pass a weighting, such as PCGradWeighting()."
+                "which has none. Pass a weighting, such as PCGradWeighting(), or take fastdg's own "
+                "algorithm of this name, if there is one."
             )
         return of_gram(inner)
     if getattr(getattr(weighting, "fn", None), "__name__", None) == "compute_gramian":
