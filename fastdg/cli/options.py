@@ -123,7 +123,7 @@ def training(
         if done:
             words += f", {done} of them done before"
         if seconds is not None and done < total:
-            words += f": {duration(seconds * (total - done) / total)} on an idle machine"
+            words += f": {duration(seconds * (total - done) / total)}, if nothing else runs"
         return words
 
     began, start = 0.0, -1

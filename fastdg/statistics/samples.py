@@ -139,7 +139,8 @@ class GradientNoise(NamedTuple):
     Attributes:
         trace: :math:`\operatorname{tr}\Sigma_d`, the variance of a sample's gradient, summed over
             its entries; NaN for a domain with fewer than two samples.
-        square: :math:`\lVert G_d\rVert^2` of the expected gradient; may be negative.
+        square: :math:`\lVert G_d\rVert^2` of the expected gradient. A negative one, with a negative
+            scale, means that the samples are too few to tell the gradient from zero.
         scale: trace / square, the simple noise scale: the batch size at which noise and gradient
             are as large.
     """

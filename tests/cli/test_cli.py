@@ -54,7 +54,7 @@ def test_demo_trains_prints_and_writes(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     done = len(experiment.DEFAULT)
     spoken = ("Fishr (all layers)", "PCGrad", "× ERM", "peak memory", "proves nothing")
-    told = f"{done} runs: less than a minute on an idle machine"
+    told = f"{done} runs: less than a minute, if nothing else runs"
     for words in (*spoken, told, f"1 of {done} runs done", f"{done} of {done} runs done"):
         assert words in result.output
     results = json.loads((output / "results.json").read_text())
@@ -147,7 +147,7 @@ def test_progress_is_told_at_once_in_a_pipe(
     with options.training("runs", 1200.0, ", 2 side by side") as show:
         show("first", 4, 24)
         assert capsys.readouterr().out.splitlines()[0] == (
-            "24 runs, 4 of them done before: about 17 minutes on an idle machine, 2 side by side"
+            "24 runs, 4 of them done before: about 17 minutes, if nothing else runs, 2 side by side"
         )
         said = []
         for done in range(5, 25):

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from ...figure_style import COLOURS, PAGE, STYLE, save
 from ..data.digits import TASKS
@@ -83,6 +84,8 @@ def _distances(axes: Axes, table: Sequence[Row]) -> None:
     _dots(axes, table, [row.distance for row in table], "o")
     axes.grid(axis="y", color="0.9", lw=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlim(left=0)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10])
+    axes.xaxis.set_major_locator(ticks)
+    axes.set_xlim(0, ticks.tick_values(0, 1.05 * axes.dataLim.x1)[-1])  # a tick beyond all dots
     axes.set_xlabel("relative to their mean")
     axes.set_title("distance of the domains'\ngradient variances")

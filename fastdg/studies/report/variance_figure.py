@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..experiments.settings import ALGORITHMS, SETTINGS
 from .summary import Estimate, mean_and_error, ordered
 
 MOST = 4  # algorithms whose curves can be told apart
+DASHES: list[Any] = ["-", (0, (5, 2)), (0, (2, 2)), (0, (1, 2))]  # so that none covers another
 
 
 def variance_figure(results: dict[str, Any], path: Path) -> None:
@@ -59,7 +61,7 @@ def _variances(axes: Axes, results: dict[str, Any], task: str, drawn: Sequence[s
     """If several domains are left out in turn, with the first out."""
     shape = TASKS[task](0)
     left_out = shape.tested[0]
-    for algorithm in drawn:
+    for algorithm, dashes in zip(drawn, cycle(DASHES), strict=False):
         curves = curves_of(results, task, algorithm, left_out)
         steps = [point["step"] for point in curves[0]]
         for d in range(len(shape.domains) - 1):
@@ -67,12 +69,12 @@ def _variances(axes: Axes, results: dict[str, Any], task: str, drawn: Sequence[s
                 statistics.fmean(curve[i]["variance"][d] for curve in curves)
                 for i in range(len(steps))
             ]
-            axes.plot(steps, values, color=COLOURS[algorithm], lw=1.1, alpha=0.9)
+            axes.plot(steps, values, color=COLOURS[algorithm], lw=1.1, ls=dashes)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("a line a training domain")
+    axes.set_ylabel("variance of each domain")
     title = f"{shape.name}: gradient variance of the head"
     if len(shape.tested) > 1:
         title += f"\n({shape.domains[left_out]} left out)"
@@ -83,7 +85,7 @@ def _variances(axes: Axes, results: dict[str, Any], task: str, drawn: Sequence[s
 def _distances(axes: Axes, results: dict[str, Any], task: str, drawn: Sequence[str]) -> None:
     """Mean and standard error over seeds of the mean over domains left out."""
     tested = TASKS[task](0).tested
-    for algorithm in drawn:
+    for algorithm, dashes in zip(drawn, cycle(DASHES), strict=False):
         curves = [curves_of(results, task, algorithm, d) for d in tested]
         steps = [point["step"] for point in curves[0][0]]
         band = [
@@ -93,9 +95,8 @@ def _distances(axes: Axes, results: dict[str, Any], task: str, drawn: Sequence[s
             for i in range(len(steps))
         ]
         colour = COLOURS[algorithm]
-        axes.plot(
-            steps, [mean for mean, _ in band], color=colour, label=ALGORITHMS[algorithm].title
-        )
+        means = [mean for mean, _ in band]
+        axes.plot(steps, means, color=colour, ls=dashes, label=ALGORITHMS[algorithm].title)
         low = [mean - error for mean, error in band]
         high = [mean + error for mean, error in band]
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
