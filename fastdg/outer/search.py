@@ -89,9 +89,9 @@ class Search(RandomCombiner):
         own = None if self.featurizer is None else {*self.featurizer.parameters()}
         searched = [p for p in self._names if p.requires_grad and (own is None or p in own)]
         device = searched[0].device if self.generator is None else self.generator.device
-        generator = self.generator_on(device)
         while True:
-            found = []
+            # Anew for each: on rank 0 a forward may have moved torch's stream, as dropout does
+            generator, found = self.generator_on(device), []
             for p in searched:
                 drawn = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=device)
                 drawn = to_device_async(own_part(p, (drawn * 2 - 1) * self.size), p.device)

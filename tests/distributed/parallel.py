@@ -26,8 +26,9 @@ DOMAINS = 3
 class Net(nn.Module):
     """Convolutions, norms and two linear layers."""
 
-    def __init__(self, batch_norm: bool = False) -> None:
+    def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.conv = nn.Conv2d(2, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4) if batch_norm else nn.GroupNorm(2, 4)
         self.body = nn.Linear(4 * 9, 5)
@@ -35,7 +36,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.max_pool2d(torch.tanh(self.norm(self.conv(x))), 2)
-        return self.head(torch.tanh(self.body(h.flatten(1))))
+        return self.head(F.dropout(torch.tanh(self.body(h.flatten(1))), self.dropout))
 
 
 def even(gram: Tensor) -> Tensor:
@@ -186,6 +187,7 @@ class Run:
     dtype: torch.dtype = torch.float32
     micro: bool = False
     batch_norm: bool = False
+    dropout: float = 0.0
     steps: int = 5
     counted: bool = False
     scale: float | None = None
@@ -246,7 +248,7 @@ def forward(network: nn.Module, x: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor
 def train(run: Run, rank: int | None = None, world: int = 2) -> Result:
     """On one of ``world`` ranks, or in one process (None)."""
     torch.manual_seed(0)
-    model = Net(run.batch_norm).to(run.dtype)
+    model = Net(run.batch_norm, run.dropout).to(run.dtype)
     network: nn.Module = model
     sent: dict[str, int] = {}
     if rank is not None and run.engine == "fsdp":

@@ -64,6 +64,16 @@ def test_rules_of_the_gram_matrix_equal_one_process(pool: Pool, wrap: str) -> No
     check(pool, Run(wrap, split, base="adam", dtype=torch.float64), 2)
 
 
+@pytest.mark.parametrize("wrap", ["GGA", "GENIE", "AgrRand(global)"])
+def test_dropout_draws_other_numbers_on_each_rank(pool: Pool, wrap: str) -> None:
+    """From the stream that the algorithm draws from on rank 0."""
+    first, other = pool.run(2, train, Run(wrap, dropout=0.5))
+    assert not isinstance(first, str), first
+    alike(other.weights, first.weights, 0)
+    if wrap == "GGA":
+        assert sum(seen["accepted"] for seen in first.statistics)
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
     check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
