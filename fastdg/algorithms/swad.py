@@ -41,6 +41,7 @@ class SWAD(Segmented):
     ``opt.apply()`` for good; ``opt.averaged()`` is a copy of the model with them. Buffers stay the
     model's own, so batch norm in training needs another pass over the training data:
     ``opt.apply()`` and ``torch.optim.swa_utils.update_bn(loader, model)``, or the same with a copy.
+    Frozen norms need none: `update_bn` would overwrite their statistics.
 
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure, or a wrapper.
@@ -98,8 +99,8 @@ class SWAD(Segmented):
 
     @torch.no_grad()
     def evaluate(self, validation_loss: float | Tensor) -> None:
-        """End a segment with the validation loss of the model as it is; of several ranks, all of
-        which call this, with the mean of theirs.
+        """End a segment with the validation loss of the model as it is, lower is better; of several
+        ranks, all of which call this, with the mean of theirs.
 
         Raises:
             TypeError, ValueError: the loss is not a finite number, on this rank or another.
