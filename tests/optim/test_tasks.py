@@ -142,3 +142,26 @@ def test_what_is_no_list_of_losses_is_said() -> None:
             opt.backward(losses)
     with pytest.raises(TypeError, match=r"^losses: .*got float for task 0"):
         opt.backward(a.tolist(), torch.zeros(6).long())
+
+
+def test_a_wrapped_body_has_the_gradient_of_torchjd_s_mtl_backward() -> None:
+    autojac = pytest.importorskip("torchjd.autojac", reason="torchjd is not installed")
+    from torchjd.aggregation import IMTLG
+
+    model = Tasks()
+    heads = [*model.classes.parameters(), *model.number.parameters()]
+    x = torch.randn(6, 4, dtype=torch.float64)
+    grads = []
+    for ours in (True, False):
+        model.zero_grad()
+        z = model.body(x)
+        tasks = [F.cross_entropy(model.classes(z), torch.arange(6) % 3), model.number(z).mean()]
+        if ours:
+            fastdg.IMTLG(SGD(model.body.parameters(), lr=0.1)).backward(tasks)
+        else:
+            autojac.mtl_backward(tasks, features=z)
+            autojac.jac_to_grad(model.body.parameters(), IMTLG())
+        grads.append([[p.grad.clone() for p in of] for of in (model.body.parameters(), heads)])
+    (body, head), (expected, alone) = grads
+    torch.testing.assert_close(body, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close([len(tasks) * g for g in head], alone, rtol=1e-10, atol=1e-12)
