@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..averaging.gradient_history import Estimate, GradientHistory
-from ..core.hyper import check_decay, check_one_of, check_share, check_weight, hyper, option
+from ..core.hyper import check_one_of, check_part, check_weight, hyper, option
 from ..core.step_batch import StepBatch
 
 TINY = 1e-8
@@ -40,8 +41,8 @@ class GENIE(GradientHistory):
         base: the optimizer, whose learning rate is the authors' ``convergence_rate``, 0.015:
             ``torch.optim.SGD(model.parameters(), lr=0.015)``. Others step along the same vector.
         variance: ``"history"`` or ``"batch"``.
-        decay: b.
-        dropped: p, the share of the entries that stay where they are in a step.
+        decay: b, in [0, 1).
+        dropped: p, the share of the entries that stay where they are in a step, in [0, 1).
         weight_decay: w; :math:`w\theta` is added to each gradient, before it enters m.
         generator: where :math:`\xi` and :math:`\beta` come from; on the device of the parameters,
             or it costs a copy. Its state is kept in ``state_dict`` and restored by loading.
@@ -50,8 +51,9 @@ class GENIE(GradientHistory):
 
     Defaults are the authors'. In a parameter's first step v is :math:`10^{-8}`; the authors divide
     0 by 0 there, and rounding decides. They keep a copy of the weights, and undo what others change
-    (``load_state_dict``, clipped weights); this steps from the weights. What only a term reaches
-    has plain steps. ``.grad`` is the gradient again after the step. Not for ``fully_shard``.
+    (``load_state_dict``, clipped weights); this steps from the weights. With ``"batch"``, a weight
+    that only a term reaches has plain steps. ``.grad`` is the gradient again after the step. Not
+    for ``fully_shard``.
 
     ``statistics`` holds ``loss``, ``domain_loss`` and ``domain_count``. The averages are in
     ``state_dict``, two of the parameter's size.
@@ -67,8 +69,8 @@ class GENIE(GradientHistory):
     prefix = "genie"
 
     variance: Literal["history", "batch"] = option("history", check_one_of("history", "batch"))
-    decay: float = hyper(0.95, check_decay)
-    dropped: float = hyper(0.4, check_share)
+    decay: float = hyper(0.95, check_part)
+    dropped: float = hyper(0.4, check_part)
     weight_decay: float = hyper(0.0, check_weight)
 
     def objective(self, batch: StepBatch) -> Tensor:
@@ -84,11 +86,13 @@ class GENIE(GradientHistory):
 
     def direction(self, found: Estimate, normal: Tensor, uniform: Tensor) -> Tensor:
         mean = found.mean
-        variance = found.variance.where(found.variance > 0, TINY)
+        # Squares of finite gradients may overflow: nothing is then sure
+        variance = found.variance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        variance = variance.where(variance > 0, TINY)
         sure = (1 / variance).clamp(max=10.0).tanh()
         spread = found.share * variance
-        fit = 1 / (1 + spread / (mean.square() + TINY))
-        size = (sure * mean.abs() * fit).sum() / sure.sum()
+        fit = (1 / (1 + spread / (mean.square() + TINY))).where(spread < torch.inf, 0.0)
+        size = (sure * mean.abs() * fit).sum() / sure.sum().clamp(min=torch.finfo(sure.dtype).tiny)
         noise = normal * size * (1 - sure)
         kept = (uniform > self.dropped).to(mean.dtype) / (1 - self.dropped)
         return (mean * fit * sure + noise) * kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class GradientHistory(Seeded):
 
     def _clear(self) -> None:
         super()._clear()
-        self._gradients: dict[Tensor, Tensor | None] = {}
+        self._gradients: dict[Tensor, Tensor] = {}
 
     @not_compiled
     @torch.no_grad()
@@ -97,9 +97,8 @@ class GradientHistory(Seeded):
         device = device if self.generator is None else self.generator.device
         generator = self.generator_on(device)
         for p, grad in self._gradients.items():
-            if grad is None:
-                continue
             if sharded(p):
+                self._put_back()
                 raise RuntimeError(
                     f"{type(self).__name__}.step: fully_shard has split the parameters, whose "
                     "entries it weighs together; use DistributedDataParallel"
@@ -117,11 +116,22 @@ class GradientHistory(Seeded):
             put({p: self.direction(found, *drawn).to(p.dtype)})
         self._remember()
 
+    def _step_base(self, *args: Any) -> Any:
+        try:
+            return super()._step_base(*args)
+        except BaseException:
+            self._put_back()
+            raise
+
     @not_compiled
     def _commit(self) -> None:
+        self._put_back()
+        super()._commit()
+
+    def _put_back(self) -> None:
+        """Let ``.grad`` be the gradient."""
         put(self._gradients)
         self._gradients = {}
-        super()._commit()
 
     def over_time(self, p: Tensor, gradient: Tensor, decay: float) -> Estimate:
         """Move the averages, and return the variance of the gradients in them."""
@@ -136,9 +146,8 @@ class GradientHistory(Seeded):
         weight = weight.to(gradient.dtype)
         mean = self.mean[p] / weight
         variance = (self.square[p] / weight - mean.square()) / (1 - share)
-        return Estimate(
-            mean, variance.where(scale > 1, 0.0), share
-        )  # of one gradient there is none
+        # One gradient has no variance
+        return Estimate(mean, variance.where(scale > 1, 0.0), share)
 
     def of_batch(self, p: Tensor, gradient: Tensor) -> Estimate | None:
         """Return the variance of the samples' gradients; None for what only a term reaches."""

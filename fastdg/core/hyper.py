@@ -290,6 +290,11 @@ def check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}.")
 
 
+def check_part(name: str, value: Any) -> None:
+    if not (_number(value) and 0 <= value < 1):
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}.")
+
+
 def check_inside(name: str, value: Any) -> None:
     if not (_number(value) and 0 < value < 1):
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")

@@ -148,6 +148,45 @@ def test_the_gradient_is_there_after_the_step() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
+def test_the_gradient_is_there_after_a_step_that_failed() -> None:
+    class Fails(SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise KeyError("disk")
+
+    model, (batch,) = net(), batches(1)
+    opt = fastdg.GENIE(Fails(model.parameters(), lr=0.1))
+    opt.backward(losses_of(model, *batch[:2]), batch[2])
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(KeyError, match="disk"):
+        opt.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("size", [3e19, 1e20, 1e25])
+@pytest.mark.parametrize("variance", TRUTH)
+def test_squares_that_overflow(variance: str, size: float) -> None:
+    """Gradients in float32 that are finite: a step in that direction, or none, but no NaN."""
+    model = nn.Linear(4, 1, bias=False)
+    opt = fastdg.GENIE(SGD(model.parameters(), lr=1e-20), variance=variance, dropped=0.0)
+    for sign in (1.0, 0.9, -1.0):
+        opt.zero_grad()
+        x = torch.tensor([[1.0], [-1.0], [0.5]]) * torch.tensor([size, 1.0, -1.0, 0.0])
+        opt.backward(model(x * sign).flatten(), 0)
+        opt.step()
+        assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("variance", TRUTH)
+def test_nan_comes_through(variance: str) -> None:
+    model = nn.Linear(4, 1, bias=False)
+    opt = fastdg.GENIE(SGD(model.parameters(), lr=0.1), variance=variance, dropped=0.0)
+    for factor in (1.0, torch.nan):
+        opt.zero_grad()
+        opt.backward(model(torch.randn(3, 4) * factor).flatten(), 0)
+        opt.step()
+    assert model.weight.isnan().all()
+
+
 @pytest.mark.parametrize("variance", TRUTH)
 def test_goes_on_bit_for_bit(variance: str) -> None:
     data = batches(6)
@@ -208,7 +247,13 @@ def test_one_sample_has_no_variance() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("variance", "true"), ("decay", 1.0), ("dropped", 2), ("weight_decay", -1)],
+    [
+        ("variance", "true"),
+        ("decay", 1.0),
+        ("decay", None),
+        ("dropped", 1.0),
+        ("weight_decay", -1),
+    ],
 )
 def test_arguments(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{argument}: .*got "):
