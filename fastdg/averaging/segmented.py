@@ -46,11 +46,12 @@ class Segmented(Averaged):
     early = RunValue(0)
     finished = RunValue(False)  # whether the valley has ended: the average changes no more
 
-    _last_loss, _always_rose = -math.inf, True  # of the evaluations in this process
+    _last_loss, _always_rose = -math.inf, False  # of a run that was not resumed
 
     def _warn_if_rising(self, loss: float) -> None:
         """Warn at the end of a valley if no loss was below the one before: an accuracy looks so."""
-        self._always_rose = self._always_rose and loss > self._last_loss
+        first = self._last_loss == -math.inf and len(self.losses) <= 1 and not self.started
+        self._always_rose = first or (self._always_rose and loss > self._last_loss)
         self._last_loss = loss
         if self.finished and self._always_rose:
             warn_user(

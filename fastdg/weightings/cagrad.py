@@ -80,7 +80,8 @@ class CAGrad(GramWeighting):
         for _ in range(3):
             share = torch.linspace(0, 1, 16, dtype=mean.dtype, device=mean.device)
             t = low * (high / low) ** share
-            w, slack = interior_point(gram.products, with_mean / t.unsqueeze(-1), simplex=True)
+            linear = with_mean / t.unsqueeze(-1)
+            w, slack = interior_point(gram.products, linear, torch.ones_like(mean))
             place = (t * gram.square(w).sqrt() < radius).cumprod(0).sum().clamp(1, len(t) - 1)
             pair = torch.stack([place - 1, place])
             low, high = t[pair].unbind()

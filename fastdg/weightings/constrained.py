@@ -12,7 +12,8 @@ from torch import Tensor
 from .gram import stops
 
 ENUMERATED = 6  # domains whose 2^D supports are all tried
-NEAR = 6  # an interior point leaves no more weights than this in doubt, on either side
+SYSTEMS = 1024  # supports of all problems together up to which every count of weights is tried
+NEAR = 6  # beyond, counts so near the interior point's: each projection's own support is clear
 ROUNDS = 40  # about 20 suffice
 
 
@@ -24,25 +25,25 @@ def every_support(domains: int, device: torch.device) -> Tensor:
 
 def nested_supports(weights: Tensor, slack: Tensor) -> Tensor:
     """For weights ``[*, D]`` near the solution: no domain, and the k that are positive most
-    clearly, for each k near the number of weights above their multiplier, ``[*, M, D]`` bool.
-    ``slack`` is the multiplier of each weight's own bound."""
+    clearly, for each k up to D, ``[*, M, D]`` bool; of many problems for each k near the number of
+    weights above their multipliers. ``slack`` is the multiplier of each weight's own bound."""
     ratio, domains = weights / slack, weights.shape[-1]
     place = ratio.argsort(-1, descending=True).argsort(-1)
     counts = torch.arange(domains + 1, device=weights.device)
-    if domains > 2 * NEAR:
+    if weights.numel() > SYSTEMS:
         positive = (ratio > 1).sum(-1, keepdim=True)
         near = torch.arange(-NEAR, NEAR + 1, device=weights.device) + positive
         counts = torch.cat([torch.zeros_like(positive), near.clamp(1, domains)], -1)
     return place.unsqueeze(-2) < counts.unsqueeze(-1)
 
 
-def proposed(matrix: Tensor, linear: Tensor, simplex: bool) -> tuple[Tensor, Tensor]:
+def proposed(matrix: Tensor, linear: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """Supports ``[*, M, D]``, the first of them empty, and solutions that are nearly exact, if
     any, ``[*, 0 or 1, D]``: where gradients depend on each other these may be all there is.
     Arguments as of `interior_point`."""
     if len(matrix) <= ENUMERATED:
         return every_support(len(matrix), matrix.device), linear.unsqueeze(-2)[..., :0, :]
-    y, slack = interior_point(matrix, linear, simplex)
+    y, slack = interior_point(matrix, linear, sums)
     return nested_supports(y, slack), y.unsqueeze(-2)
 
 
@@ -87,34 +88,35 @@ def nonnegative(matrix: Tensor, right: Tensor) -> Tensor:
         y ``[R, D]``.
     """
     rows = right.unsqueeze(-2)
-    supports, near = proposed(matrix, -right, simplex=False)
+    supports, near = proposed(matrix, -right, None)
     made = on_supports(matrix, rows.unsqueeze(-1), supports).squeeze(-1).clamp(min=0)
     made = torch.cat([made, near], -2)
     return least(made, ((made @ matrix / 2 - rows) * made).sum(-1))
 
 
-def interior_point(matrix: Tensor, linear: Tensor, simplex: bool) -> tuple[Tensor, Tensor]:
+def interior_point(matrix: Tensor, linear: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Minimise :math:`\tfrac12 y^\top A y + l^\top y` over :math:`y \ge 0` by a primal-dual
     interior-point method, to about 1e-13.
 
     Args:
         matrix: A ``[D, D]``, positive semidefinite.
         linear: l ``[*, D]``, a problem in each row.
-        simplex: whether also :math:`\sum_d y_d = 1`.
+        sums: a ``[D]``, positive, of a further condition :math:`a^\top y = 1`.
 
     Returns:
         y, and the multipliers of its bounds, ``[*, D]``; both positive.
     """
     ones = torch.ones_like(linear)
-    y, slack = ones / len(matrix) if simplex else ones, ones
+    a = ones if sums is None else sums.expand_as(ones)
+    y, slack = ones if sums is None else ones / a.sum(-1, keepdim=True), ones
     for _ in range(ROUNDS):
         target = 0.1 * (y * slack).mean(-1, keepdim=True)
-        right = torch.stack([target / y - y @ matrix - linear, ones], -1)
+        right = torch.stack([target / y - y @ matrix - linear, a], -1)
         system = matrix + torch.diag_embed(slack / y)
         step, along = torch.linalg.solve_ex(system, right)[0].unbind(-1)
-        if simplex:
-            rest = 1 - (y + step).sum(-1, keepdim=True)
-            step = step + rest / along.sum(-1, keepdim=True) * along
+        if sums is not None:
+            rest = 1 - (a * (y + step)).sum(-1, keepdim=True)
+            step = step + rest / (a * along).sum(-1, keepdim=True) * along
         change = target / y - slack - slack / y * step
         ratios = torch.cat([-step / y, -change / slack], -1).amax(-1, keepdim=True)
         rate = (0.99 / ratios.clamp(min=1e-300)).clamp(max=1)

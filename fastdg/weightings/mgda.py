@@ -28,9 +28,10 @@ class MGDA(GramWeighting):
     """
 
     def weights(self, gram: Gram) -> Tensor:
-        inverse = (1 / gram.norms).unsqueeze(-1)
-        supports, near = proposed(gram.products, torch.zeros_like(gram.norms), simplex=True)
+        # As y = w n, of gradients of length 1, so that short ones are found beside long ones
+        inverse = gram.norms.amin() / gram.norms
+        supports, near = proposed(gram.firm(), torch.zeros_like(inverse), inverse)
         supports = supports[1:]
-        found = on_supports(gram.firm(), inverse, supports) * inverse
-        made = torch.cat([to_simplex(found.squeeze(-1), supports), near])
+        found = on_supports(gram.firm(), inverse.unsqueeze(-1), supports).squeeze(-1) * inverse
+        made = torch.cat([to_simplex(found, supports), near * inverse])
         return least(made, gram.square(made))

@@ -315,3 +315,18 @@ def test_accuracies_are_noticed() -> None:
             other.step()
             other.evaluate(value)
     assert other.finished
+
+
+def test_losses_of_a_resumed_run_may_rise() -> None:
+    model = nn.Linear(2, 2)
+    opt, other = (fastdg.SWAD(SGD(model.parameters(), lr=0.1), model) for _ in range(2))
+    opt.zero_grad()
+    for value in (3.0, 1.0):
+        opt.step()
+        opt.evaluate(value)
+    other.load_state_dict(opt.state_dict())
+    for value in range(2, 20):
+        if not other.finished:
+            other.step()
+            other.evaluate(value)
+    assert other.finished

@@ -214,10 +214,10 @@ def plainly(fold: Fold, hparams: dict[str, Any], steps: int, seed: int) -> tuple
 
 
 def test_erm_is_plain_training() -> None:
-    fold, hparams = fold_of("digits", None, 3, 1), hparams_of("erm", 1, 30, "digits", 3, 1)
-    validation, test = plainly(fold, hparams, 30, 5)
-    found = training.train(fold, "erm", hparams, 30, 5)
-    assert found["step"] == 30 and test > 50
+    fold, hparams = fold_of("digits", None, 2, 1), hparams_of("erm", 1, 60, "digits", 2, 1)
+    validation, test = plainly(fold, hparams, 60, 5)
+    found = training.train(fold, "erm", hparams, 60, 5)
+    assert found["step"] == 60 and test > 50
     assert found["validation"] == pytest.approx(validation, abs=0.5)
     assert found["test"] == pytest.approx(test, abs=0.5)
 
@@ -225,13 +225,14 @@ def test_erm_is_plain_training() -> None:
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_every_algorithm_trains_and_comes_to_the_same_numbers(name: str) -> None:
     before = torch.get_rng_state()
-    one, two = (training.search(None, "digits", 3, name, 0, 1, 20) for _ in range(2))
+    steps = 60 if name == "pgrad" else 20
+    one, two = (training.search(None, "digits", 3, name, 0, 1, steps) for _ in range(2))
     assert timeless({"runs": {"": one}}) == timeless({"runs": {"": two}})
     assert torch.equal(torch.get_rng_state(), before)
     (trial,) = one["trials"]
-    # DomainBed's default threshold of SAND-mask lets no weight move, and the rates of PGrad and
-    # GENIE are for steps by the thousand
-    assert trial["validation"] > (0 if name in ("sand-mask", "pgrad", "genie") else 15)
+    # DomainBed's default threshold of SAND-mask lets no weight move, and GENIE's rate is for steps
+    # by the thousand
+    assert trial["validation"] > (0 if name in ("sand-mask", "genie") else 15)
 
 
 # -- the search --

@@ -52,3 +52,17 @@ def test_short_gradients_count_in_aligned_mtl(ratio: float) -> None:
     values = torch.linalg.svdvals(rows.double())
     combined = weights.double() @ rows.double()
     assert combined.norm() == pytest.approx(float(values[-1]) / 3**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("domains", [16, 60])
+@pytest.mark.parametrize("seed", range(4))
+def test_mgda_of_many_domains_of_unequal_lengths(domains: int, seed: int) -> None:
+    r"""The shortest combination: :math:`\langle g_d, g_w\rangle \ge |g_w|^2` for all d."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = 10 ** (6 * torch.rand(domains, 1, generator=generator, dtype=torch.float64) - 3)
+    rows = torch.randn(domains, 2 * domains, generator=generator, dtype=torch.float64) * lengths
+    gram = (rows.float() @ rows.float().t()).double()
+    weights = weightings.MGDA()(gram)
+    assert weights.min() >= 0 and float(weights.sum()) == pytest.approx(1)
+    slope, square = gram @ weights, weights @ gram @ weights
+    assert bool((slope >= square * (1 - 1e-6)).all())
