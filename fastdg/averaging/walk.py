@@ -7,11 +7,17 @@ from torch import Tensor
 
 from .._torch import not_compiled
 from ..core.combine.seeded import Seeded
-from ..core.declared_state import PerParameter, Rows
+from ..core.declared_state import Group, PerParameter, Rows, RunValue
 from ..distributed.sharding import sharded
 from .anchored import Anchored, _inside
 
-_STEPS = Rows("inner steps", "splits and num_domains", lambda opt, group: opt.inner_steps())
+
+def _saved_steps(opt: Walk, group: Group) -> int:
+    key = f"{opt.prefix}_turns"
+    return int(group.get(key) or opt.splits) * opt.num_domains
+
+
+_STEPS = Rows("inner steps", "its splits, and num_domains", _saved_steps)
 
 
 def _zeros(opt: Walk, p: Tensor) -> Tensor:
@@ -20,10 +26,11 @@ def _zeros(opt: Walk, p: Tensor) -> Tensor:
 
 class Walk(Seeded, Anchored):
     """Keeps the change of the weights after each inner step: ``splits`` turns of a step on each
-    domain."""
+    domain. Others from the next iteration on, if ``splits`` changes."""
 
     num_domains: int
     splits: int
+    turns = RunValue(0)  # splits of this iteration, or of the last one; 0: none has begun
 
     changes = PerParameter(
         "changes",
@@ -34,7 +41,13 @@ class Walk(Seeded, Anchored):
     )
 
     def inner_steps(self) -> int:
-        return self.splits * self.num_domains
+        return (self.turns if self.position else self.splits) * self.num_domains
+
+    def begin_iteration(self) -> None:
+        super().begin_iteration()
+        self.turns = self.splits
+        steps = self.inner_steps()
+        self.changes = {p: rows for p, rows in self.changes.items() if len(rows) == steps}
 
     def order(self) -> list[int]:
         """Draw the domain of each inner step: in each turn, all domains in another order."""

@@ -48,9 +48,10 @@ def pgrad(
     splits: int = 3,
     count: int = 4,
     decay: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """The squared length of each meta step's gradient, as the definition has it."""
-    generator, state, found = seeded(), None, []
+    generator, state, found = generator or seeded(), None, []
     for domains in data:
         inner, theta = copy.deepcopy(model), flat(model)
         opt = make(inner)
@@ -116,6 +117,78 @@ def test_definition(make: str, splits: int, count: int, way: str) -> None:
         close(opt.statistics["trajectory"], square)
         assert opt.position == 0
     alike(model, twin, 1e-11)
+
+
+@pytest.mark.parametrize("way", ["closure", "loop"])
+@pytest.mark.parametrize("turns", [(3, 1, 2), (1, 3, 2), (1, 1, 2)])
+def test_other_splits_from_the_next_round_on(turns: tuple[int, ...], way: str) -> None:
+    model, data = net(), large(3)
+    twin = copy.deepcopy(model)
+    opt = fastdg.PGrad(
+        SGD(model.parameters(), 0.1), num_domains=3, splits=turns[0], generator=seeded()
+    )
+    generator = seeded()
+    for splits, domains in zip(turns, data, strict=True):
+        opt.splits = splits
+        pgrad(twin, lambda m: SGD(m.parameters(), 0.1), [domains], splits, generator=generator)
+        round_of(opt, model, domains, way)
+        assert opt.position == 0 and opt.statistics["gram"].shape == (3 * splits, 3 * splits)
+        alike(model, twin, 1e-11)
+
+
+def test_other_splits_within_a_round_wait_for_the_next() -> None:
+    models = []
+    for change in (False, True):
+        torch.manual_seed(3)
+        model = net()
+        opt = fastdg.PGrad(MAKES["adam"](model), num_domains=3, splits=2)
+        for k, pair in enumerate(large(2)[0] * 2):
+            if change and k == 3:
+                opt.splits = 1
+            opt.zero_grad()
+            opt.backward(losses_of(model, *pair), k % 3)
+            opt.step()
+        assert opt.position == 0
+        models.append(model)
+    alike(models[1], models[0], 0)
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_state_with_other_splits_goes_on(steps: int) -> None:
+    """In a round, and between two: with those that it has."""
+    made, models = [], []
+    for splits in (2, 3):
+        torch.manual_seed(2)
+        model = net()
+        made.append(fastdg.PGrad(MAKES["adam"](model), num_domains=3, splits=splits))
+        models.append(model)
+    data = [pair for domains in large(5) for pair in domains]
+
+    def go(of: int, first: int, last: int) -> None:
+        for k in range(first, last):
+            made[of].zero_grad()
+            made[of].backward(losses_of(models[of], *data[k]), k % 3)
+            made[of].step()
+
+    go(0, 0, steps)
+    models[1].load_state_dict(models[0].state_dict())
+    made[1].load_state_dict(copy.deepcopy(made[0].state_dict()))
+    assert made[1].splits == 2
+    go(0, steps, 14)
+    go(1, steps, 14)
+    alike(models[0], models[1], 0)
+
+
+def test_a_state_of_other_domains_is_refused() -> None:
+    made = []
+    for domains in (2, 3):
+        model = net()
+        opt = fastdg.PGrad(SGD(model.parameters(), 0.1), num_domains=domains)
+        opt.backward(losses_of(model, *large(1)[0][0]), 0)
+        opt.step()
+        made.append(opt)
+    with pytest.raises(ValueError, match=r"^state_dict: pgrad_changes must have 9 inner steps"):
+        made[1].load_state_dict(made[0].state_dict())
 
 
 def test_one_domain_has_as_many_points_as_parts() -> None:

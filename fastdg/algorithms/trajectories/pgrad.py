@@ -39,7 +39,7 @@ class PGrad(Walk):
     Args:
         base: any ``torch.optim.Optimizer`` that steps without a closure.
         num_domains: number of training domains D.
-        splits: parts of each domain's batch.
+        splits: parts of each domain's batch. A change holds from the next round on.
         meta_lr: :math:`\eta`, in the authors' code that of a plain SGD.
         directions: K.
         weight_decay: w, of the meta step. (The authors' inner optimizer has none.)
