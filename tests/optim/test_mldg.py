@@ -33,9 +33,10 @@ def mldg(
     tests: int,
     rate: Callable[[Optimizer], float],
     beta: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """The objective of each step, as the definition has it."""
-    opt, generator, found = make(model), seeded(), []
+    opt, generator, found = make(model), generator or seeded(), []
     for domains in data:
         opt.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -161,6 +162,47 @@ def test_goes_on_bit_for_bit() -> None:
     for pair in ((model, opt), (again, other), third):
         go(*pair, data[3:])
         alike(model, pair[0], 0)
+
+
+@pytest.mark.parametrize("way", ["closure", "loop"])
+def test_other_test_domains_from_a_step_on(way: str) -> None:
+    model, data = net(), rounds(2)
+    twin = copy.deepcopy(model)
+    opt = fastdg.MLDG(SGD(model.parameters(), 0.1), num_domains=3, generator=seeded())
+    generator = seeded()
+    for tests, domains in zip((2, 1), data, strict=True):
+        opt.meta_test = tests
+        expected = mldg(
+            twin,
+            lambda m: SGD(m.parameters(), 0.1),
+            [domains],
+            tests,
+            lambda _: 0.1,
+            generator=generator,
+        )
+        if way == "closure":
+            close(opt.step(lambda d, domains=domains: losses_of(model, *domains[d])), expected[0])
+            continue
+        opt.zero_grad()
+        for k, d in enumerate(opt.order()):
+            if k:
+                opt.ascend()
+            opt.backward(losses_of(model, *domains[d]), d)
+        opt.step()
+    alike(model, twin, 1e-11)
+    opt.meta_test = 3
+    with pytest.raises(ValueError, match=r"^meta_test: expected less than num_domains=3, got 3"):
+        opt.order()
+
+
+def test_a_copy_holds_no_tensor_of_a_step() -> None:
+    model, (domains,) = net(), rounds(1)
+    opt = fastdg.MLDG(MAKES["adam"](model), num_domains=3)
+    opt.step(lambda d: losses_of(model, *domains[d]))
+    assert not [k for k, x in opt.__getstate__().items() if isinstance(x, Tensor)]
+    copied, other = copy.deepcopy((model, opt))
+    other.step(lambda d: losses_of(copied, *domains[d]))
+    assert other.statistics["objective"].isfinite()
 
 
 def test_a_scaler_leaves_no_trace() -> None:

@@ -61,6 +61,7 @@ class MLDG(Seeded, Ascent):
     """
 
     prefix = "mldg"
+    _transient = (*Ascent._transient, "_objective")
 
     beta: float = hyper(1.0, check_weight)
     inner_lr: float | None = hyper(None, check_rate)
@@ -69,17 +70,21 @@ class MLDG(Seeded, Ascent):
 
     def _start(self) -> None:
         super()._start()
+        _ = self.points  # checks meta_test
+
+    @property
+    def points(self) -> int:  # type: ignore[override]
         if self.meta_test >= self.num_domains:
             expected = f"expected less than num_domains={self.num_domains}"
             raise ValueError(f"meta_test: {expected}, got {self.meta_test}. Pass less.")
-        self.points = 2 * (self.num_domains - self.meta_test)
+        return 2 * (self.num_domains - self.meta_test)  # two for each pair
 
     def order(self) -> list[int]:
         """Draw the domains of a step's gradients: a train domain, its test domain, and so on."""
-        generator = self.generator_on(torch.device("cpu"))
+        pairs, generator = self.points // 2, self.generator_on(torch.device("cpu"))
         drawn: list[int] = torch.randperm(self.num_domains, generator=generator).tolist()
         self._remember()
-        train, test = drawn[: -self.meta_test], drawn[-self.meta_test :]
+        train, test = drawn[:pairs], drawn[pairs:]
         return [d for k, i in enumerate(train) for d in (i, test[k % len(test)])]
 
     def evaluate_closure(self, forward: Forward) -> Tensor:

@@ -54,7 +54,8 @@ class PGrad(Walk):
     ``statistics`` holds ``loss``, ``domain_loss`` and ``domain_count`` of the inner step, and from
     the first meta step on those of the last one: ``gram`` of the changes of the weights
     :math:`\theta_k-\theta_0` ``[T, T]``, their ``weights`` ``[T]`` in the direction, and
-    ``trajectory``, its squared length.
+    ``trajectory``, the squared length of the direction plus :math:`w\theta_0`. On CUDA the
+    decomposition waits for the device, once in a round.
 
     Raises:
         TypeError, ValueError: an argument is not as described; a batch has several domains.
@@ -90,7 +91,8 @@ class PGrad(Walk):
         # The first point is no change
         products = F.pad(gram.double().where(finite, 0.0), (1, 0, 1, 0))
         noise = len(products) * torch.finfo(gram.dtype).eps
-        centring = torch.eye(len(products)).to(products) - 1 / len(products)
+        one = torch.eye(len(products), dtype=products.dtype, device=products.device)
+        centring = one - 1 / len(products)
         values, vectors = torch.linalg.eigh(centring @ products @ centring)
         values, vectors = values[-self.directions :].clamp(min=0), vectors[:, -self.directions :]
         kept = values > noise * values[-1]
