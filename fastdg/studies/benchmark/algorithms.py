@@ -143,8 +143,8 @@ def hparams_of(algorithm: str, trial: int, steps: int, *of: Any) -> dict[str, An
     hyper-parameter draw the same values, so that they are compared at the same learning rates.
 
     Steps after which a penalty or an average begins, ``..._iters`` and ``..._start``, are scaled
-    from DomainBed's 5,000 to ``steps``; learning rates after that, ``..._lr``, from DomainBed's
-    5e-5 to this trial's. Penalties whose weights DomainBed counts in hundreds, `WEIGHTS`, have a
+    from DomainBed's 5,000 to ``steps``; learning rates after that, `RATES`, from DomainBed's 5e-5
+    to this trial's. Penalties whose weights DomainBed counts in hundreds, `WEIGHTS`, have a
     thousandth of them.
     """
     contender = CONTENDERS[algorithm]
