@@ -63,15 +63,20 @@ def _panel(
         reach = 2 * again[0][1]
         axes.axvspan(-reach, reach, color=BAND, lw=0, zorder=0)
     axes.axvline(0, color="black", lw=0.7, zorder=1)
-    near = [gain for (gain, _), _ in gains if gain >= -FAR]
+    near = [
+        gain + sign * (0 if math.isnan(error) else error)
+        for (gain, error), _ in gains
+        for sign in (-1, 1)
+        if gain >= -FAR
+    ]
     low, high = min([*near, -1.0]), max([*near, 1.0])
-    room = 0.12 * (high - low)
+    room = 0.06 * (high - low)
     low, high = low - room, high + room
     for k, ((gain, error), clear) in enumerate(gains):
         colour = (BETTER if gain > 0 else WORSE) if clear else UNCLEAR
         if gain < -FAR:
             axes.annotate(
-                f"◂ {gain:.0f}",
+                f"◂ −{-gain:.0f}",
                 (low, k),
                 xytext=(1, 0),
                 textcoords="offset points",
