@@ -82,7 +82,7 @@ STYLE: Any = {
 COSINE: Any = {"norm": Normalize(-1, 1), "cmap": "RdBu"}
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """As a PNG, whole or not at all."""
     FigureCanvasAgg(figure)
-    replace(path, lambda file: figure.savefig(file, format="png", dpi=200))
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=dpi))

@@ -50,7 +50,7 @@ def benchmark_figure(summary: Mapping[str, Any], path: Path) -> None:
             "filled: the 95 % interval leaves out 0; grey: ERM drawn anew, ± 2 standard errors",
             fontsize=7.5,
         )
-        save(figure, path)
+        save(figure, path, dpi=150)
 
 
 def _panel(

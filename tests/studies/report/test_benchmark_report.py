@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fastdg.cli import benchmark as command
 from fastdg.cli.app import app
+from fastdg.studies.benchmark.datasets import DATASETS
 from fastdg.studies.report import benchmark_summary as summary
 from fastdg.studies.report.benchmark_figure import benchmark_figure
 from fastdg.studies.report.benchmark_table import accuracies, comparison, markdown
@@ -193,3 +194,12 @@ def test_the_command_refuses_in_words(tmp_path: Path) -> None:
     ):
         result = call(*given, "--out", str(tmp_path))
         assert result.exit_code == 2 and said in result.output
+
+
+def test_committed_results_are_in_the_committed_table() -> None:
+    folder = Path(__file__).parents[3] / "benchmarks" / "results"
+    found = json.loads((folder / "domains.json").read_text())
+    assert len(found["datasets"]) >= 4 and len(found["algorithms"]) >= 20 and found["seeds"] >= 5
+    domains = sum(len(DATASETS[name].domains) for name in found["datasets"])
+    assert len(found["rows"]) == domains * len(found["algorithms"])
+    assert markdown(found) in (folder / "domains.md").read_text(encoding="utf-8")
