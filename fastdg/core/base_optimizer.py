@@ -40,6 +40,7 @@ class Wrapping(Optimizer):
     # Or "term", inside of others; "ascent", around algorithms; "average", outermost
     role = "algorithm"
     around_algorithms = True  # of a wrapper of role "ascent"
+    steps_without_closure = True  # one that does not cannot be in a wrapper of role "ascent"
     # Neither copied nor pickled: state of one forward or one model, and schedulers' patches on the
     # instance
     _transient: tuple[str, ...] = (

@@ -68,7 +68,8 @@ def check_order(outer: Wrapping, base: Any) -> None:
         return
     if outer.role == "average" and base.role in ("algorithm", "ascent"):
         return
-    if outer.role == "ascent" and base.role == "algorithm" and outer.around_algorithms:
+    ascends = outer.role == "ascent" and base.role == "algorithm"
+    if ascends and outer.around_algorithms and base.steps_without_closure:
         return
     name, inner = type(outer).__name__, type(base).__name__
     if outer.role == base.role == "average":
@@ -80,9 +81,13 @@ def check_order(outer: Wrapping, base: Any) -> None:
     elif base.role == "ascent":
         advice = f"{inner} takes the gradient of other wrappers at several weights"
         shown = f"Use fastdg.{inner}(fastdg.{name}(optimizer, ...))"
-        if outer.role == "ascent" or (not base.around_algorithms and outer.role == "algorithm"):
+        could = base.around_algorithms and outer.steps_without_closure
+        if outer.role == "ascent" or (outer.role == "algorithm" and not could):
             advice = f"{inner} moves the weights too"
             shown = f"Pass its base to {name}"
+    elif outer.role == "ascent" and not base.steps_without_closure:
+        advice = f"{inner} runs the closure itself, at weights of its own"
+        shown = f"Pass the optimizer inside to {name}"
     elif outer.role == "ascent":
         advice = f"{name} has an objective of its own"
         shown = f"Pass the optimizer inside to {name}, or use fastdg.SAM"

@@ -29,6 +29,8 @@ class Search(RandomCombiner):
     An algorithm says when it ``searches``, and which candidate is `better`.
     """
 
+    steps_without_closure = False
+
     size: float = hyper(1e-5, check_weight)
     candidates: int = hyper(250, check_count)
     featurizer: nn.Module | None = option(None, check_model, show=None)

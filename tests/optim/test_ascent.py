@@ -508,6 +508,10 @@ def test_swad_goes_around_it() -> None:
     assert "ascended_loss" in opt.statistics
 
 
+def mldg(base: Optimizer) -> fastdg.MLDG:
+    return fastdg.MLDG(base, num_domains=3)
+
+
 def test_what_it_goes_around() -> None:
     model = network()
     base = SGD(model.parameters(), lr=0.1)
@@ -518,11 +522,49 @@ def test_what_it_goes_around() -> None:
         (fastdg.DISAM, fastdg.Fishr),
         (fastdg.SAM, lambda base: fastdg.SWAD(base, model)),
         (lambda base: fastdg.MIRO(base, model, layers=["0"]), fastdg.SAM),
+        (fastdg.SAM, fastdg.GGA),
+        (fastdg.GAM, fastdg.GGA),
+        (mldg, fastdg.GGA),
+        (mldg, fastdg.VREx),
+        (mldg, lambda base: fastdg.PGrad(base, num_domains=3)),
+        (fastdg.SAM, mldg),
+        (fastdg.Fishr, mldg),
     ]:
         with pytest.raises(TypeError, match=r"^base: \w+ cannot go around (another )?\w+: "):
             outer(inner(base))
     with pytest.raises(ValueError, match=r"^num_domains: expected 3"):
         fastdg.SAM(fishr(base), num_domains=4)
+
+
+@pytest.mark.parametrize("inner", ["Fish", "PGrad"])
+def test_inside_iterations_each_step_is_an_ascent(inner: str) -> None:
+    """Against a step on the gradient at the worst weights, taken by hand."""
+    kinds = {
+        "Fish": lambda base: fastdg.Fish(base, num_domains=2),
+        "PGrad": lambda base: fastdg.PGrad(base, num_domains=2, splits=2),
+    }
+    model = network()
+    twin = copy.deepcopy(model)
+    opt = fastdg.SAM(kinds[inner](SGD(model.parameters(), lr=0.1)))
+    alone = kinds[inner](SGD(twin.parameters(), lr=0.1))
+    for k in range(8):
+        x, y, _ = batch(k)
+        opt.zero_grad()
+        opt.step(lambda d=k % 2, x=x, y=y: (losses_of(model, x, y), d))
+        moved = copy.deepcopy(twin)
+        first = torch.autograd.grad(losses_of(twin, x, y).mean(), [*twin.parameters()])
+        norm = torch.cat([g.flatten() for g in first]).norm()
+        with torch.no_grad():
+            for p, g in zip(moved.parameters(), first, strict=True):
+                p.add_(0.05 * g / norm)
+        worst = torch.autograd.grad(losses_of(moved, x, y).mean(), [*moved.parameters()])
+        alone.zero_grad()
+        alone.backward(losses_of(twin, x, y), k % 2)
+        for p, g in zip(twin.parameters(), worst, strict=True):
+            p.grad.copy_(g)
+        alone.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 def test_a_term_inside_is_ascended_too() -> None:

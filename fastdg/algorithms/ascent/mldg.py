@@ -40,7 +40,7 @@ class MLDG(Seeded, Ascent):
         >>> opt.step()
 
     Args:
-        base: any ``torch.optim.Optimizer`` that steps without a closure, a term, or an algorithm.
+        base: any ``torch.optim.Optimizer`` that steps without a closure, or a term.
         num_domains, beta: D and :math:`\beta`.
         meta_test: number of test domains of a step, less than D.
         inner_lr: :math:`\alpha`; default: the learning rate of the parameter's group, as in
@@ -61,6 +61,7 @@ class MLDG(Seeded, Ascent):
     """
 
     prefix = "mldg"
+    around_algorithms = False
     _transient = (*Ascent._transient, "_objective")
 
     beta: float = hyper(1.0, check_weight)
