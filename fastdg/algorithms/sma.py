@@ -58,7 +58,8 @@ class SMA(Averaged):
 
     ``start`` lives in ``param_groups[0]`` as ``sma_start``, the averages and their number of steps
     in ``state_dict``: a run that is resumed goes on bit for bit. One copy of weights and buffers,
-    in float32 for weights in half precision. One fused update a step.
+    in float32 for weights in half precision. A step has a fused update of the weights, for each
+    device and dtype, and one of the buffers, put together on one device.
 
     Raises:
         TypeError, ValueError: an argument is not as described.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ KINDS: dict[str, Callable[[Tensor], bool]] = {
 class Buffers:
     """Buffers in ``model.state_dict()`` by kind: floating ``"buffers"``, integer ``"counters"``.
 
-    Other dtypes are skipped: they cannot be interpolated.
+    Other dtypes are skipped: they cannot be interpolated. So are buffers on ``meta``, which have
+    no values.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -34,12 +35,15 @@ class Buffers:
     def tensors(self, kind: str) -> list[Tensor]:
         """Return the current buffers of a kind: some modules replace theirs."""
         now = [module._buffers[name] for module, name in self.places]
-        return [buffer for buffer in now if buffer is not None and KINDS[kind](buffer)]
+        return [b for b in now if b is not None and not b.is_meta and KINDS[kind](b)]
 
     def now(self) -> dict[str, Tensor]:
-        """Concatenate the current buffers of each kind; kinds without buffers are omitted."""
+        """Concatenate the current buffers of each kind; kinds without buffers are omitted.
+
+        Buffers on several devices come to one of these, an accelerator.
+        """
         found = {kind: self.tensors(kind) for kind in KINDS}
-        return {kind: torch.cat([b.reshape(-1) for b in bs]) for kind, bs in found.items() if bs}
+        return {kind: _joined(buffers) for kind, buffers in found.items() if buffers}
 
     @torch.no_grad()
     def interpolate(self, kept: dict[str, Tensor], rate: float) -> None:
@@ -55,7 +59,17 @@ class Buffers:
         tensors = self.tensors(kind)
         pieces = value.split([b.numel() for b in tensors])
         views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
-        foreach_copy_(tensors, views)
+        if all(b.device == value.device for b in tensors):
+            foreach_copy_(tensors, views)
+            return
+        for b, view in zip(tensors, views, strict=True):
+            b.copy_(view)
+
+
+def _joined(buffers: Sequence[Tensor]) -> Tensor:
+    devices = [b.device for b in buffers]
+    place = next((device for device in devices if device.type != "cpu"), devices[0])
+    return torch.cat([b.reshape(-1).to(place) for b in buffers])
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from bases import wrap
 from definitions import MAKES, alike, batches, close, losses_of, net
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Adam
 
 import fastdg
+from fastdg.averaging.buffers import Buffers
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -134,6 +136,27 @@ def test_half_precision_is_averaged_in_float32() -> None:
         opt.step()
         seen.append(model.weight.detach().double())
     close(opt.average[model.weight].double(), torch.stack(seen).mean(0), 1e-6)
+
+
+def test_buffers_without_values_stay() -> None:
+    model = net(batch_norm=True)
+    model.register_buffer("far", torch.zeros(3, device="meta"))
+    opt = fastdg.SMA(MAKES["adam"](model), model, start=1)
+    seen = [x["norm.running_mean"] for x in train(opt, model, batches(3))]
+    with opt.applied():
+        close(model.norm.running_mean, torch.stack(seen).mean(0))
+    assert model.far.is_meta
+
+
+def test_buffers_on_two_devices() -> None:
+    """On tensors without memory: there need be no second device."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(5, device="cuda"))
+        now = Buffers(model).now()
+    assert {kind: (len(x), x.device.type) for kind, x in now.items()} == {
+        "buffers": (16, "cuda"),
+        "counters": (2, "cuda"),
+    }
 
 
 def test_a_state_without_its_averages_is_refused() -> None:
