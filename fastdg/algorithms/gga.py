@@ -39,14 +39,15 @@ class GGA(Search):
         candidates: number of candidates.
         tolerance: how far above the best one's a loss may be.
         featurizer: its parameters alone get noise, as in the authors' code: the network but its
-            last layer. Default: all parameters of the optimizer.
+            last layer. The optimizer has to train some. Default: all parameters of the optimizer.
         generator: where the noise comes from; on the device of the parameters, or it costs a copy.
             Its state is kept in ``state_dict`` and restored by loading. Default: torch's own.
         num_domains, model, check: as in `AgrSum`.
 
     Defaults are the authors'. Each candidate waits for the device once. Buffers (running
     statistics) move in every forward, as in the authors' code; three copies of the weights are
-    kept during a search. A ``GradScaler`` takes no closures.
+    kept during a search. A ``GradScaler`` takes no closures. Weights in half precision
+    are too coarse for such noise, of which it warns: keep them in float32 and use autocast.
 
     ``statistics`` as in `GramSurgery`, with ``similarity`` s, of the best candidate, and
     ``accepted``, the number of candidates that were (0-dim).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..core.hyper import check_count, check_model, check_weight, hyper, option
 from ..core.nesting import chain
 from ..core.optimizer import Closure
 from ..distributed.sharding import local, own_part
+from ..warn import warn_user
 
 Judged = tuple[Mapping[str, Tensor], dict[Tensor, Tensor | None]]  # statistics, gradient
 
@@ -30,10 +31,15 @@ class Search(RandomCombiner):
     """
 
     steps_without_closure = False
+    _noise_seen = False  # whether a candidate was compared with the weights it began with
 
     size: float = hyper(1e-5, check_weight)
     candidates: int = hyper(250, check_count)
     featurizer: nn.Module | None = option(None, check_model, show=None)
+
+    def _start(self) -> None:
+        super()._start()
+        self._searched(p for group in self.param_groups for p in group["params"])
 
     @property
     @abstractmethod
@@ -68,7 +74,10 @@ class Search(RandomCombiner):
         best, (seen, gradient), accepted = first, self._judge(forward), 0
         noise = self._noise()
         for _ in range(self.candidates):
-            for w, added in next(noise):
+            drawn = next(noise)
+            if not self._noise_seen:
+                self._warn_of_lost(drawn)
+            for w, added in drawn:
                 w.add_(added)
             now, new = self._judge(forward)
             if bool(self.better(now, seen)):
@@ -88,8 +97,7 @@ class Search(RandomCombiner):
 
     def _noise(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield noise for each of the parameters that get some."""
-        own = None if self.featurizer is None else {*self.featurizer.parameters()}
-        searched = [p for p in self._names if p.requires_grad and (own is None or p in own)]
+        searched = self._searched(p for p in self._names if p.requires_grad)
         device = searched[0].device if self.generator is None else self.generator.device
         while True:
             # Anew for each: on rank 0 a forward may have moved torch's stream, as dropout does
@@ -99,6 +107,32 @@ class Search(RandomCombiner):
                 drawn = to_device_async(own_part(p, (drawn * 2 - 1) * self.size), p.device)
                 found.append((local(p).detach(), drawn))
             yield found
+
+    def _searched(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Choose the parameters that get noise, or raise ValueError if there are none."""
+        if self.featurizer is None:
+            return [*parameters]
+        own = {*self.featurizer.parameters()}
+        if not (found := [p for p in parameters if p in own]):
+            raise ValueError(
+                f"featurizer: expected a part of the model that the optimizer trains, got a "
+                f"{type(self.featurizer).__name__} none of whose parameters it does. Pass another "
+                "part, add its parameters to the optimizer, or let them require gradients."
+            )
+        return found
+
+    def _warn_of_lost(self, drawn: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Warn once of noise that rounding swallows."""
+        self._noise_seen = True
+        changed = sum(int((w + added != w).count_nonzero()) for w, added in drawn)
+        entries = sum(w.numel() for w, _ in drawn)
+        if self.size and changed < entries / 2:
+            dtypes = ", ".join(sorted({str(w.dtype) for w, _ in drawn}))
+            warn_user(
+                f"size: noise of {self.size:g} changes {changed} of {entries} weights in {dtypes}; "
+                "rounding swallows the rest, so the candidates hardly differ. Keep the weights in "
+                "float32 (autocast computes in half precision), or pass a larger size."
+            )
 
     def _step(self, closure: Closure | None) -> Tensor | None:
         if closure is None and self._ready and self.searches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +203,35 @@ def test_a_step_of_the_window_needs_a_closure() -> None:
         else:
             with pytest.raises(RuntimeError, match=r"^GGA\.step\(\): step 1 looks for weights"):
                 opt.step()
+
+
+def test_a_featurizer_that_is_not_trained() -> None:
+    model, (batch,) = net(), batches(1)
+    with pytest.raises(ValueError, match=r"^featurizer: .*got a Linear none of whose"):
+        fastdg.GGA(MAKES["adam"](model), featurizer=nn.Linear(2, 2))
+    opt = fastdg.GGA(MAKES["adam"](model), start=0, candidates=1, featurizer=model.scale)
+    model.scale.requires_grad_(False)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"^featurizer: .*let them require gradients"):
+        step_of(opt, model, batch)
+    alike(model, before, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_noise_that_rounding_swallows(dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 3).to(dtype)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+        model.bias.fill_(0.5)
+    opt = fastdg.GGA(SGD(model.parameters(), 0.0), start=0, candidates=2)
+    x, y, domains = torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) % 2
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step_of(opt, lambda x: model(x.to(dtype)).float(), (x, y, domains))
+    said = ["size: noise of 1e-05 changes 0 of 15 weights in torch.bfloat16"]
+    found = [str(w.message).split(";")[0] for w in told]
+    assert found == (said if dtype == torch.bfloat16 else [])
 
 
 @pytest.mark.parametrize(
