@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._torch import not_compiled, version_of
+from .._torch import not_compiled
 from ..capture.graph_notes import hook_on
 from ..core.batch import Batch
 from ..core.closures import Forward, check_same
@@ -61,12 +61,12 @@ class Anchored(DomainOptimizer):
     """Keeps the initial weights and buffers of a meta-iteration of `inner_steps` steps.
 
     Weights are copied at the first step; buffers of ``model``, which a forward may change, before
-    the first forward. If weights were changed since the last meta-iteration, the next one begins
-    with the changed ones.
+    the first forward. Weights that were changed since the last meta-iteration, in whatever way,
+    begin the next one.
     """
 
     looks_at_samples = False
-    _fleeting = ("_buffers", "_noted", "_stamps", "_begun", "_meta")
+    _fleeting = ("_buffers", "_noted", "_begun", "_meta")
     _transient = (*DomainOptimizer._transient, *_fleeting)
 
     model: nn.Module | None = option(None, check_model, show=None)
@@ -82,8 +82,6 @@ class Anchored(DomainOptimizer):
     def _clear(self) -> None:
         super()._clear()
         self._noted: dict[str, Tensor] = {}  # buffers at the start of this meta-iteration
-        # Versions of the weights after the last meta step
-        self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._begun = False
         self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
 
@@ -121,7 +119,6 @@ class Anchored(DomainOptimizer):
             for tensors in alike.values()
         }
         self._buffers.interpolate(self._noted, rate)
-        self._stamps = {p: _stamp(p) for p in kept}
         self._begun = False
         return self._ranks.sum(squares)
 
@@ -206,8 +203,7 @@ class Anchored(DomainOptimizer):
         kept = self.kept
         if self.position == 0:
             for p, start in kept.items():
-                if self._stamps.get(p) != _stamp(p):  # changed since the last meta step
-                    kept[p] = stored(p.detach(), start)
+                kept[p] = stored(p.detach(), start)
             for kind, value in self._noted.items():
                 owner = next(iter(self._own_state[kind]), None)
                 self._own_state[kind][self._owner() if owner is None else owner] = value
@@ -274,8 +270,3 @@ class Anchored(DomainOptimizer):
             for kind, value in self._buffers.now().items():
                 start = next(iter(self._own_state[kind].values()), value)
                 self._noted[kind] = start.to(value.dtype)
-
-
-def _stamp(p: Tensor) -> tuple[int, int]:
-    """Return a value that changes if the tensor is changed in place or gets other memory."""
-    return version_of(p), p.data_ptr()

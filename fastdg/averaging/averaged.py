@@ -101,11 +101,11 @@ class Averaged(OuterOptimizer):
         tensors = [*self.model.parameters(), *self.model.buffers()]
         before = [tensor.detach().clone() for tensor in tensors]
         self.apply()
-        self._shown = True
+        outer, self._shown = self._shown, True
         try:
             yield self.model
         finally:
-            self._shown = False
+            self._shown = outer
             reshard(self.model)
             with torch.no_grad():
                 for tensor, value in zip(tensors, before, strict=True):

@@ -83,6 +83,8 @@ def benchmark(
         summary = condensed(results)
         replace(out / "summary.json", lambda file: file.write(lines(summary).encode()))
         if "erm" not in plan.algorithms:
+            for name in ("table.md", "figure.png"):  # of an earlier summary
+                (out / name).unlink(missing_ok=True)
             console.print(f"Results: {out / 'summary.json'}. Run erm, too, to compare with it.")
             return
         for heading, (head, rows) in (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from definitions import MAKES, alike, close, fish, losses_of, net
 from fishes import Round, inner, linear, one, rounds, run, wrapped
 from torch import nn
@@ -259,3 +260,30 @@ def test_compiled_models(which: str) -> None:
     run(other, compiled, data)
     alike(model, twin, 1e-6)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", ["data", "numpy", "in place"])
+def test_weights_changed_between_iterations_begin_the_next(change: str) -> None:
+    """Also where the change leaves no trace in autograd's version of the weights."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    opt = fastdg.Fish(SGD(model.parameters(), lr=0.1), num_domains=2)
+    x, y = torch.randn(2, 5, 3), torch.arange(5) % 2
+
+    def iterate(model: nn.Module, opt: Any) -> None:
+        opt.step(lambda d: F.cross_entropy(model(x[d]), y, reduction="none"))
+
+    iterate(model, opt)
+    for p in model.parameters():
+        if change == "data":
+            p.data.mul_(0.5)
+        elif change == "numpy":
+            p.detach().numpy()[...] *= 0.5
+        else:
+            with torch.no_grad():
+                p.mul_(0.5)
+    twin = copy.deepcopy(model)
+    iterate(twin, fastdg.Fish(SGD(twin.parameters(), lr=0.1), num_domains=2))
+    iterate(model, opt)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)

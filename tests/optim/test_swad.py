@@ -330,3 +330,16 @@ def test_losses_of_a_resumed_run_may_rise() -> None:
             other.step()
             other.evaluate(value)
     assert other.finished
+
+
+def test_averages_shown_inside_averages_still_refuse_a_step() -> None:
+    model = nn.Linear(2, 2)
+    opt = fastdg.SMA(SGD(model.parameters(), lr=0.1), model, start=1)
+    opt.zero_grad()
+    opt.step()
+    with opt.applied():
+        with opt.applied():
+            pass
+        with pytest.raises(RuntimeError, match="averaged weights inside `applied`"):
+            opt.step()
+    opt.step()
