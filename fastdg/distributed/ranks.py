@@ -12,22 +12,30 @@ ranks. The ranks exchange
 
 Numbers of 4 bytes that a rank sends in a step beside the counts, up to the factor (W - 1)/W. The
 network has P parameters in L tensors; the variances of K of them (the head's) are compared; there
-are D domains, E of them in the rank's batch, and T statistics of penalties:
+are D domains, E of them in the rank's batch, N samples on all ranks with F features, and T
+statistics of penalties; g.s. is a generator's state:
 
 =============================== ============================== =============================
 algorithm                       beside the gradient            gradient
 =============================== ============================== =============================
 plain DDP, for comparison       0                              2P
-VREx, GroupDRO, Fish            2 (D + 1)                      2P
+VREx, GroupDRO, Fish, POGM      2 (D + 1)                      2P
+PGrad, GENIE                    the same, a g.s.               2P
+CORAL, MMD                      2 (D + 1) + 2N (F + D)         2P
+CausIRL                         2 (D + 1) + 2N (F + 1), a g.s. 2P
 MIRO, RISE (alone or inside)    2 (D + 1) + 2 (T + 1)          2P
 IRM                             2 (5D + 1)                     2P
 IGA                             2 (D + 1) + 2DP                2P
 Fishr                           2 (D + 1) + 4DK                2P
 Fishr(params="all"), w = 0      2 (D + 1) + 4DP                0: it is the mean of the moments
+GENIE(variance="batch")         2 (D + 1) + 4DP, a g.s.        0, for the same reason
 AgrSum, ANDMask, SANDMask       2D + 6L + 2W                   (E + 1) P
-AgrRand                         the same, a generator's state  (E + 1) P
+AgrRand                         the same, a g.s.               (E + 1) P
 PCGrad, GramSurgery, its rules  2 (D + DD + L + W) of 8 bytes  (E + 1) P
 =============================== ============================== =============================
+
+SAM and its relatives, MLDG and GGA send this, and the counts, in each backward of a step; GGA, for
+each candidate, what PCGrad sends.
 
 With one domain on each rank, E = 1, and gradient surgery sends as much as plain training. SWAD
 adds one number per evaluation and none per step. FSDP2 only scatters the gradient: it sends P, or

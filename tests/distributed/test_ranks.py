@@ -79,6 +79,16 @@ def test_fsdp_equals_one_process(pool: Pool, wrap: str) -> None:
     check(pool, Run(wrap, engine="fsdp", base="adam"), 3)
 
 
+def test_fsdp_and_a_search(pool: Pool) -> None:
+    check(pool, Run("GGA", engine="fsdp", base="adam", dtype=torch.float64), 2)
+
+
+@pytest.mark.parametrize("wrap", ["GENIE", "PGrad", "POGM"])
+def test_fsdp_is_refused(pool: Pool, wrap: str) -> None:
+    for answer in pool.run(2, train, Run(wrap, engine="fsdp")):
+        assert f"{wrap}.step: fully_shard has split the parameters" in str(answer)
+
+
 @pytest.mark.parametrize("wrap", ["Fishr", "PCGrad", "SWAD(Fishr)"])
 def test_fsdp_and_forwards_without_a_backward(pool: Pool, wrap: str) -> None:
     """After which the outermost module has all of its parameters, not this rank's part."""
@@ -147,6 +157,7 @@ TENSORS = len(list(Net().parameters()))
 D, W = DOMAINS, 3
 OTHERS = -(-P // W) * (W - 1)  # of P in W pieces of one length, those of other ranks
 LOSSES = 2 * (D + 1)
+N, F = 8 * W, 3  # samples of a step on all ranks, features
 # What rank 0 gives to each kind of collective in a step: the table in `fastdg.distributed.ranks`
 NUMBERS = {
     ("VREx", "mixed"): {"all_reduce": LOSSES, "reducer": 2 * P},
@@ -156,6 +167,12 @@ NUMBERS = {
     ("IGA", "mixed"): {"all_reduce": LOSSES + 2 * D * P, "reducer": 2 * P},
     ("Fishr", "mixed"): {"all_reduce": LOSSES + 4 * D * K, "reducer": 2 * P},
     ("Fishr(all)", "own"): {"all_reduce": LOSSES + 4 * D * P},
+    ("CORAL", "mixed"): {"all_reduce": LOSSES + 2 * N * (F + D), "reducer": 2 * P},
+    ("CausIRL", "mixed"): {"all_reduce": LOSSES + 2 * N * (F + 1), "reducer": 2 * P},
+    ("PGrad", "mixed"): {"all_reduce": 2 * (2 + 1), "reducer": 2 * P},  # it has two domains
+    ("POGM", "mixed"): {"all_reduce": LOSSES, "reducer": 2 * P},
+    ("GENIE", "mixed"): {"all_reduce": LOSSES, "reducer": 2 * P},
+    ("GENIE(batch)", "mixed"): {"all_reduce": LOSSES + 4 * D * P},
     ("AgrSum", "mixed"): {"all_reduce": 2 * D + 6 * TENSORS + 2 * W, "to_one": (D + 1) * OTHERS},
     ("ANDMask", "own"): {"all_reduce": 2 * D + 6 * TENSORS + 2 * W, "to_one": 2 * OTHERS},
     ("PCGrad", "mixed"): {
@@ -163,12 +180,25 @@ NUMBERS = {
         "to_one": (D + 1) * OTHERS,
     },
 }
+# Algorithms whose steps have several backwards: how many, and what each sends
+BACKWARDS = {
+    "MLDG": (4, {"all_reduce": LOSSES, "reducer": 2 * P}),
+    "GGA": (5, NUMBERS["PCGrad", "mixed"]),
+}
 
 
 @pytest.mark.parametrize(("wrap", "split"), NUMBERS)
 def test_what_is_sent(pool: Pool, wrap: str, split: str) -> None:
     sent = pool.run(W, train, Run(wrap, split, counted=True, steps=3))[0].sent
     assert sent[1] == {"counts": 2 * 71 * W, **NUMBERS[wrap, split]}
+
+
+@pytest.mark.parametrize("wrap", BACKWARDS)
+def test_each_backward_of_a_step_sends_alike(pool: Pool, wrap: str) -> None:
+    sent = pool.run(W, train, Run(wrap, counted=True, steps=3))[0].sent
+    times, numbers = BACKWARDS[wrap]
+    each = {"counts": 2 * 71 * W, **numbers}
+    assert sent[1] == {kind: times * number for kind, number in each.items()}
 
 
 def test_a_rank_fails(pool: Pool) -> None:
