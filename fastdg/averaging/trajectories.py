@@ -148,10 +148,6 @@ class Trajectories(Anchored):
             torch.sub(p, start, out=self.ways[p][d])
             p.copy_(start)
 
-    def meet(self, rate: float) -> dict[str, Tensor]:
-        """Go a part of the combined way; returns the Gram matrix, the weights, and the length."""
-        return self.follow(self.ways, self.combined, rate)
-
     # -- a state of the optimizer inside for each domain --
 
     def _stepping_parameters(self) -> Iterator[Tensor]:

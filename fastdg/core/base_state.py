@@ -162,9 +162,8 @@ def carried(x: Any) -> Any:
     own_way = kind.__getstate__ is not Optimizer.__getstate__
     if own_way and kind.__setstate__ is not Optimizer.__setstate__:
         return x
-    if kind.__module__.startswith(
-        "torch.optim."
-    ):  # these recreate the entries that PyTorch does not copy
+    # Those of torch recreate the entries that PyTorch does not copy
+    if kind.__module__.startswith("torch.optim."):
         return x
     return Portable(x) if _carried_names(x) - x.__getstate__().keys() else x
 

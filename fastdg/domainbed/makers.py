@@ -38,6 +38,12 @@ def wrapped(wrapper: Callable[..., DomainOptimizer], **settings: str) -> Callabl
     return wrap
 
 
+def own_generator(algorithm: Any, device: str | None = None) -> torch.Generator:
+    """With the seed of the run; on the device of the network by default."""
+    where = device or next(algorithm.network.parameters()).device
+    return torch.Generator(where).manual_seed(torch.initial_seed())
+
+
 def drawing(
     wrapper: Callable[..., DomainOptimizer], device: str | None, fixed: Any = None, **settings: str
 ) -> Callable[[Any], Any]:
@@ -51,10 +57,9 @@ def drawing(
     """
 
     def wrap(algorithm: Any) -> DomainOptimizer:
-        where = device or next(algorithm.network.parameters()).device
         return wrapper(
             algorithm.optimizer,
-            generator=torch.Generator(where).manual_seed(torch.initial_seed()),
+            generator=own_generator(algorithm, device),
             num_domains=algorithm.num_domains,
             model=algorithm.network,
             **({"reduction": "sum"} if fixed is None else fixed),
@@ -107,7 +112,7 @@ def pgrad(algorithm: Any) -> PGrad:
         algorithm.optimizer,
         meta_lr=algorithm.hparams["pgrad_meta_lr"],
         weight_decay=algorithm.optimizer.defaults["weight_decay"],
-        generator=torch.Generator().manual_seed(torch.initial_seed()),
+        generator=own_generator(algorithm, "cpu"),
         num_domains=algorithm.num_domains,
         model=algorithm.network,
     )
@@ -126,12 +131,6 @@ def genie(algorithm: Any) -> GENIE:
         num_domains=algorithm.num_domains,
         model=algorithm.network,
     )
-
-
-def own_generator(algorithm: Any) -> torch.Generator:
-    """On the device of the network, with the seed of the run."""
-    device = next(algorithm.network.parameters()).device
-    return torch.Generator(device).manual_seed(torch.initial_seed())
 
 
 def gga(algorithm: Any) -> GGA:

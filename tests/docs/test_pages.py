@@ -121,9 +121,15 @@ def script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:  # where its dataclasses look for it
+        patch.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
     return module
+
+
+def test_a_script_is_no_module_afterwards() -> None:
+    assert script(DOCS / "hooks" / "tables.py").__name__ == "tables"
+    assert "tables" not in sys.modules
 
 
 def shown() -> set[str]:

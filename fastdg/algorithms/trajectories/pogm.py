@@ -87,7 +87,7 @@ class POGM(Trajectories):
         return CAGrad(self.c, rescale=1)(gram)
 
     def meta_step(self) -> None:
-        self._meta = self.meet(self.meta_lr)
+        self._meta = self.follow(self.ways, self.combined, self.meta_lr)
         self._statistics = {**self._statistics, **self._meta}
 
 
