@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..averaging.gradient_history import Estimate, GradientHistory
-from ..core.hyper import check_one_of, check_part, check_weight, hyper, option
+from ..core.hyper import check_part, check_weight, hyper
 from ..core.step_batch import StepBatch
 
 TINY = 1e-8
@@ -68,7 +66,6 @@ class GENIE(GradientHistory):
 
     prefix = "genie"
 
-    variance: Literal["history", "batch"] = option("history", check_one_of("history", "batch"))
     decay: float = hyper(0.95, check_part)
     dropped: float = hyper(0.4, check_part)
     weight_decay: float = hyper(0.0, check_weight)

@@ -28,8 +28,8 @@ class IGA(DomainOptimizer):
 
     .. math:: \sum_{i<j}\lVert G_i-G_j\rVert^2 = D\sum_d\lVert G_d-\bar G\rVert^2,
 
-    D times this penalty. Of the losses that align gradients by an MMD this is offered, under this
-    name, and no other.
+    D times this penalty: IGA aligns gradients by an MMD with a linear kernel. Other kernels are not
+    offered.
 
     There are two ways to make a step.
 

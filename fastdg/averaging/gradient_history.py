@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..core.backward import put
 from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import Seeded
 from ..core.declared_state import PerParameter
+from ..core.hyper import check_one_of, option
 from ..core.step_batch import StepRecord
 from ..distributed.sharding import sharded
 from ..dtypes import to_statistics_dtype
@@ -58,7 +59,7 @@ class GradientHistory(Seeded):
     _reads_grad = True
     _transient = (*Seeded._transient, "_gradients")
 
-    variance: str
+    variance: Literal["history", "batch"] = option("history", check_one_of("history", "batch"))
 
     mean = PerParameter("mean", "averages of gradients", begin=_zeros, needed=_over_time)
     square = PerParameter("square", "averages of squares", begin=_zeros, needed=_over_time)
