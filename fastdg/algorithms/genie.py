@@ -76,7 +76,12 @@ class GENIE(GradientHistory):
         return batch.loss
 
     def estimate(self, p: Tensor, gradient: Tensor) -> Estimate | None:
-        gradient = gradient + self.weight_decay * p
+        if self.weight_decay:
+            upwards = any(
+                group.get("maximize") and any(q is p for q in group["params"])
+                for group in self.param_groups
+            )
+            gradient = gradient + (-1 if upwards else 1) * self.weight_decay * p
         if self.variance == "batch":
             return self.of_batch(p, gradient)
         return self.over_time(p, gradient, self.decay)

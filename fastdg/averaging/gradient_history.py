@@ -124,6 +124,12 @@ class GradientHistory(Seeded):
             self._put_back()
             raise
 
+    def _finish_load(self) -> None:
+        super()._finish_load()
+        if self.variance == "batch":  # averages of another run's steps would stay as they are
+            for averages in (self.mean, self.square, self.scale):
+                averages.clear()
+
     @not_compiled
     def _commit(self) -> None:
         self._put_back()

@@ -20,8 +20,8 @@ class UPGrad(GramWeighting):
     with any gradient, and so their mean has none. A gradient of zeros is counted in the mean.
 
     Args:
-        reg_eps: added to the diagonal of the matrix over its trace. TorchJD has 1e-4 there; the
-            paper, and the default here, nothing. (TorchJD also takes a matrix of small trace for
+        reg_eps: added to the diagonal of the matrix over its trace. TorchJD's default projector
+            has 1e-4 there; the paper, and the default here, nothing. (It also takes a matrix of small trace for
             zeros, and so leaves conflicts of small gradients; here the size does not matter.)
 
     Reference:

@@ -258,3 +258,24 @@ def test_one_sample_has_no_variance() -> None:
 def test_arguments(argument: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{argument}: .*got "):
         fastdg.GENIE(SGD(nn.Linear(2, 2).parameters(), 0.1), **{argument: value})
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_weight_decay_shrinks_the_weights(maximize: bool) -> None:
+    p = nn.Parameter(torch.full((3,), 2.0))
+    base = SGD([p], lr=0.5, maximize=maximize)
+    opt = fastdg.GENIE(base, weight_decay=1.0, dropped=0.0, generator=torch.Generator())
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward((p * 0).sum().unsqueeze(0), 0)
+        opt.step()
+    assert bool((p.detach() < 2).all())
+
+
+def test_a_state_of_the_other_variance_leaves_no_old_averages() -> None:
+    p = nn.Parameter(torch.ones(3))
+    history, batch = (fastdg.GENIE(SGD([p], lr=0.1), variance=v) for v in ("history", "batch"))
+    history.backward(p.square().sum().unsqueeze(0), 0)
+    history.step()
+    batch.load_state_dict(history.state_dict())
+    assert not any("genie_mean" in entry for entry in batch.state_dict()["state"].values())
