@@ -21,8 +21,9 @@ class UPGrad(GramWeighting):
 
     Args:
         reg_eps: added to the diagonal of the matrix over its trace. TorchJD's default projector
-            has 1e-4 there; the paper, and the default here, nothing. (It also takes a matrix of small trace for
-            zeros, and so leaves conflicts of small gradients; here the size does not matter.)
+            has 1e-4 there; the paper, and the default here, nothing. (It also takes a matrix of
+            small trace for zeros, and so leaves conflicts of small gradients; here the size does
+            not matter.)
 
     Reference:
         Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232.

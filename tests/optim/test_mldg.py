@@ -249,3 +249,10 @@ def test_arguments(argument: str, value: Any) -> None:
     base = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match=rf"^{argument}: .*got "):
         fastdg.MLDG(base, **{"num_domains": 3, argument: value})
+
+
+def test_a_closure_takes_a_domain() -> None:
+    model = nn.Linear(2, 2)
+    opt = fastdg.MLDG(torch.optim.SGD(model.parameters(), lr=0.1), num_domains=3)
+    with pytest.raises(TypeError, match=r"^closure: MLDG calls it with a domain"):
+        opt.step(lambda: (model(torch.ones(3, 2)).sum(1), torch.arange(3)))

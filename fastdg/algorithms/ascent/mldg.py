@@ -90,7 +90,10 @@ class MLDG(Seeded, Ascent):
 
     def evaluate_closure(self, forward: Forward) -> Tensor:
         if not forward.by_domain:
-            return super().evaluate_closure(forward)
+            raise TypeError(
+                "closure: MLDG calls it with a domain, got one without a parameter. Take the "
+                "domain, and return the losses of its batch."
+            )
         domains = iter(self.order())
 
         def closure() -> Tensor:
