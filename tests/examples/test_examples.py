@@ -15,6 +15,7 @@ SAYS = {
     "accelerate_training": "8 steps",
     "accumulation": "micro-batches of 7",
     "adios_miro": "MIRO: its term is",
+    "choose_data": "weight",
     "domain_forwards": "cosines between the domains' gradients",
     "fish": "on a new camera",
     "fishr": "epoch 3",
@@ -47,6 +48,11 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "quickstart":
         plain, fishr = map(int, re.findall(r"(\d+) % on a new one", said))
         assert fishr > plain + 20
+    if name == "choose_data":
+        everything, half, best = map(int, re.findall(r"(\d+) % on the new camera", said))
+        assert best > max(everything, half) + 30
+        weights = [float(w) for w in re.findall(r"weight (0\.\d+)", said)]
+        assert weights == sorted(weights) and weights[0] < weights[-1]
     if name == "mislabelled":
         found, chance = map(int, re.findall(r"(\d+) %", said))
         assert found > 2 * chance
