@@ -250,7 +250,7 @@ def test_samples_that_meet_cost_more_and_are_right(kind: str) -> None:
     torch.manual_seed(0)
     model = MIXING[kind]().double()
     opt = wrap(SGD(model.named_parameters(), lr=0.1), params="all", anneal_steps=0)
-    with pytest.warns(UserWarning, match=r"^params: .*mixed.*exact") as told:
+    with pytest.warns(UserWarning, match=r"^params: .*exact.* mix the samples") as told:
         losses, domains = pairs(model)
         opt.backward(losses, domains)
     assert [one.filename for one in told] == [__file__]
