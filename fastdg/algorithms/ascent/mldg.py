@@ -90,10 +90,7 @@ class MLDG(Seeded, Ascent):
 
     def evaluate_closure(self, forward: Forward) -> Tensor:
         if not forward.by_domain:
-            raise TypeError(
-                "closure: MLDG calls it with a domain, got one without a parameter. Take the "
-                "domain, and return the losses of its batch."
-            )
+            raise TypeError("closure: MLDG calls it with a domain, got no parameter. Take one, d.")
         domains = iter(self.order())
 
         def closure() -> Tensor:
