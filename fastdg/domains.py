@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -21,20 +20,17 @@ class Partition:
         order: sample numbers sorted by domain, stable, ``[N]`` int64.
         offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
         domains: domain of each sample, ``[N]`` int64.
+        count: number of samples of each domain, ``[D]`` int64.
     """
 
     order: Tensor
     offsets: Tensor
     domains: Tensor
+    count: Tensor
 
     @property
     def num_domains(self) -> int:
         return self.offsets.shape[0] - 1
-
-    @cached_property
-    def count(self) -> Tensor:
-        """Number of samples of each domain, ``[D]`` int64."""
-        return self.offsets[1:] - self.offsets[:-1]
 
     def take(self, number: slice) -> Partition:
         """Partition some of the samples."""
@@ -53,7 +49,8 @@ class Partition:
 def _sorted(domains: Tensor, num_domains: int) -> Partition:
     ascending, order = torch.sort(domains, stable=True)
     bounds = torch.arange(num_domains + 1, device=domains.device)
-    return Partition(order, torch.searchsorted(ascending, bounds), domains)
+    offsets = torch.searchsorted(ascending, bounds)
+    return Partition(order, offsets, domains, offsets[1:] - offsets[:-1])
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -69,6 +66,7 @@ def single(samples: int, device: torch.device) -> Partition:
         torch.arange(samples, device=device),
         torch.tensor([0, samples], device=device),
         torch.zeros(samples, dtype=torch.int64, device=device),
+        torch.tensor([samples], device=device),
     )
 
 
@@ -247,7 +245,7 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
         result = Partition(
             *(
                 t.pin_memory().to(losses.device, non_blocking=True)
-                for t in (result.order, result.offsets, result.domains)
+                for t in (result.order, result.offsets, result.domains, result.count)
             )
         )
     return result

@@ -143,7 +143,7 @@ def test_permissions_are_those_of_the_old_file_or_of_any_new_one(tmp_path: Path)
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (errno.EACCES, "permission denied. Change its rights or those of its folder"),
+        (errno.EACCES, "permission denied. Change its rights or its folder's"),
         (errno.EROFS, "the file system is read-only. Choose another folder"),
         (errno.EDQUOT, "the quota of the disk is used up. Free some space"),
     ],

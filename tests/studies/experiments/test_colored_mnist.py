@@ -229,6 +229,6 @@ def test_too_few_images_and_unknown_algorithms_are_refused(mnist: Path, tmp_path
         experiment.run("erm", 0, mnist, tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"^algorithms: .*got irm"):
         experiment.run_all(("irm",), 1, mnist, tmp_path)
-    with pytest.raises(ValueError, match=r"^restarts: .*got 0"):
+    with pytest.raises(ValueError, match=r"^seeds: .*got 0"):
         experiment.run_all(("erm",), 0, mnist, tmp_path)
     assert not list(tmp_path.iterdir())
