@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,13 +77,10 @@ class GENIE(GradientHistory):
             batch.moments(differentiable=False, loss_only=True, ever=False)
         return batch.loss
 
-    def estimate(self, p: Tensor, gradient: Tensor) -> Estimate | None:
+    def estimate(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Estimate | None:
         if self.weight_decay:
-            upwards = any(
-                group.get("maximize") and any(q is p for q in group["params"])
-                for group in self.param_groups
-            )
-            gradient = gradient + (-1 if upwards else 1) * self.weight_decay * p
+            decay = -self.weight_decay if group.get("maximize") else self.weight_decay
+            gradient = gradient + decay * p
         if self.variance == "batch":
             return self.of_batch(p, gradient)
         return self.over_time(p, gradient, self.decay)

@@ -15,7 +15,7 @@ from ..core.combine.seeded import Seeded
 from ..core.declared_state import PerParameter
 from ..core.hyper import check_one_of, option
 from ..core.step_batch import StepRecord
-from ..distributed.sharding import sharded
+from ..distributed.sharding import refuse_sharded
 from ..dtypes import to_statistics_dtype
 
 
@@ -72,8 +72,9 @@ class GradientHistory(Seeded):
     )
 
     @abstractmethod
-    def estimate(self, p: Tensor, gradient: Tensor) -> Estimate | None:
-        """Judge the gradient of a parameter; None: the step goes along the gradient."""
+    def estimate(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Estimate | None:
+        """Judge the gradient of a parameter in a group of the optimizer; None: the step goes along
+        the gradient."""
 
     @abstractmethod
     def direction(self, found: Estimate, normal: Tensor, uniform: Tensor) -> Tensor:
@@ -91,21 +92,19 @@ class GradientHistory(Seeded):
     @torch.no_grad()
     def _prepare(self) -> None:
         super()._prepare()
-        self._gradients = {p: p.grad for p in self._names if p.grad is not None}
-        if not self._gradients:
+        gradients = {p: p.grad for p in self._names if p.grad is not None}
+        if not gradients:
             return
+        for p in gradients:
+            refuse_sharded(p, type(self).__name__, "whose entries it weighs together")
+        self._gradients = gradients
         device = next(iter(self._gradients)).device
         device = device if self.generator is None else self.generator.device
         generator = self.generator_on(device)
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, grad in self._gradients.items():
-            if sharded(p):
-                self._put_back()
-                raise RuntimeError(
-                    f"{type(self).__name__}.step: fully_shard has split the parameters, whose "
-                    "entries it weighs together; use DistributedDataParallel"
-                )
             dense = to_statistics_dtype(grad.to_dense() if grad.is_sparse else grad)
-            found = self.estimate(p, dense)
+            found = self.estimate(p, dense, groups[p])
             if found is None:
                 continue
             drawn = [

@@ -15,7 +15,7 @@ from ..core.batch import Batch
 from ..core.closures import check_same
 from ..core.declared_state import DOMAINS, PerParameter
 from ..core.nesting import chain
-from ..distributed.sharding import sharded
+from ..distributed.sharding import refuse_sharded
 from .anchored import Anchored, _inside
 
 ORDER = (
@@ -153,11 +153,7 @@ class Trajectories(Anchored):
     def _stepping_parameters(self) -> Iterator[Tensor]:
         for p in self._names:
             if p.grad is not None:
-                if sharded(p):
-                    raise RuntimeError(
-                        f"{type(self).__name__}.step: fully_shard has split the parameters, of "
-                        "which it keeps rows for each domain; use DistributedDataParallel"
-                    )
+                refuse_sharded(p, type(self).__name__, "of which it keeps rows for each domain")
                 yield p
 
     def _entry(self, p: Tensor) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._torch import not_compiled
 from ..core.combine.seeded import Seeded
 from ..core.declared_state import Group, PerParameter, Rows, RunValue
-from ..distributed.sharding import sharded
+from ..distributed.sharding import refuse_sharded
 from .anchored import Anchored, _inside
 
 
@@ -61,11 +61,7 @@ class Walk(Seeded, Anchored):
     @torch.no_grad()
     def _commit(self) -> None:
         for p, start in self.kept.items():
-            if sharded(p):
-                raise RuntimeError(
-                    f"{type(self).__name__}.step: fully_shard has split the parameters, of which "
-                    "it keeps rows for each step; use DistributedDataParallel"
-                )
+            refuse_sharded(p, type(self).__name__, "of which it keeps rows for each step")
             if p not in self.changes:
                 self.changes[p] = _zeros(self, p)
             torch.sub(p, start, out=self.changes[p][self.position])

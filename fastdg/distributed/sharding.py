@@ -12,6 +12,15 @@ def sharded(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
+def refuse_sharded(p: Tensor, name: str, reason: str) -> None:
+    """Raise RuntimeError if a parameter is sharded, in a wrapper's step that needs it whole."""
+    if sharded(p):
+        raise RuntimeError(
+            f"{name}.step: fully_shard has split the parameters, {reason}; use "
+            "DistributedDataParallel"
+        )
+
+
 def local(p: Any) -> Tensor:
     """Return this rank's shard of a parameter, in the same memory; an unsharded one as it is."""
     return p.to_local() if sharded(p) else p

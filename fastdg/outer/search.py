@@ -64,8 +64,8 @@ class Search(RandomCombiner):
         put(gradient)
         for link in chain(self):
             link._mark_grad_owned()
-        accepted_ = statistics["loss"].new_tensor(accepted, dtype=torch.int64)
-        self._statistics = {**statistics, "accepted": accepted_}
+        count = statistics["loss"].new_tensor(accepted, dtype=torch.int64)
+        self._statistics = {**statistics, "accepted": count}
         return statistics["loss"]
 
     def _search(
