@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,18 @@ BASES: dict[str, Make] = {
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(5)
+
+
+def through_a_file(made: Callable[[], tuple[Any, Any]], model: Any, opt: Any) -> tuple[Any, Any]:
+    """Save the states of a model and its optimizer, and load them into a new pair."""
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again, other = made()
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["opt"])
+    return again, other
 
 
 def wrap(base: Optimizer, **settings: Any) -> fastdg.Fishr:

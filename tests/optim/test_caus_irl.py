@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from bases import seeded
+from bases import seeded, through_a_file
 from test_features import batch, coral_of, forward, mmd_of, network
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -129,13 +128,7 @@ def test_goes_on_bit_for_bit() -> None:
     model, opt = made()
     for step in range(3):
         one(opt, model, step)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again, other = made()
-    again.load_state_dict(saved["model"])
-    other.load_state_dict(saved["opt"])
+    again, other = through_a_file(made, model, opt)
     for step in range(3, 6):
         one(opt, model, step)
         one(other, again, step)

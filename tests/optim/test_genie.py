@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from bases import seeded
+from bases import seeded, through_a_file
 from definitions import Batch, alike, batches, close, losses_of, net
 from on_device import DEVICE
 from torch import Tensor, nn
@@ -198,13 +197,7 @@ def test_goes_on_bit_for_bit(variance: str) -> None:
 
     model, opt = made()
     go(opt, model, data[:3])
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    again, other = made()
-    saved = torch.load(file, weights_only=True)
-    again.load_state_dict(saved["model"])
-    other.load_state_dict(saved["opt"])
+    again, other = through_a_file(made, model, opt)
     third = copy.deepcopy((model, opt))
     go(opt, model, data[3:])
     for m, o in ((again, other), third):

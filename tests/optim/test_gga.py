@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import seeded
+from bases import seeded, through_a_file
 from definitions import MAKES, Batch, alike, batches, close, losses_of, net
 from surgeries import rows_of
 from torch import Tensor, nn
@@ -162,13 +161,7 @@ def test_goes_on_bit_for_bit() -> None:
     model, opt = made()
     for batch in data[:3]:
         step_of(opt, model, batch)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    again, other = made()
-    saved = torch.load(file, weights_only=True)
-    again.load_state_dict(saved["model"])
-    other.load_state_dict(saved["opt"])
+    again, other = through_a_file(made, model, opt)
     for m, o in ((model, opt), (again, other)):
         for batch in data[3:]:
             step_of(o, m, batch)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bases import seeded
+from bases import seeded, through_a_file
 from definitions import MAKES, alike, close, losses_of, net
 from fishes import Round, rounds
 from on_device import DEVICE
@@ -255,13 +254,7 @@ def test_goes_on_bit_for_bit(way: str, steps: int) -> None:
     model, opt = made()
     go(model, opt, 0, steps)
     if way == "file":
-        again, other = made()
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        again.load_state_dict(saved["model"])
-        other.load_state_dict(saved["opt"])
+        again, other = through_a_file(made, model, opt)
     else:
         again, other = copy.deepcopy((model, opt))
     go(model, opt, steps, 20)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from bases import through_a_file
 from definitions import MAKES, alike, close, losses_of, net
 from fishes import Round, rounds
 from on_device import DEVICE
@@ -257,13 +257,7 @@ def test_goes_on_bit_for_bit(make: str, way: str, steps: int) -> None:
     model, opt = made()
     steps_of(model, opt, 0, steps)
     if way == "file":
-        again, other = made()
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        again.load_state_dict(saved["model"])
-        other.load_state_dict(saved["opt"])
+        again, other = through_a_file(made, model, opt)
     else:
         again, other = copy.deepcopy((model, opt))
     steps_of(model, opt, steps, 18)

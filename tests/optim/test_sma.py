@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import wrap
+from bases import through_a_file, wrap
 from definitions import MAKES, alike, batches, close, losses_of, net
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,13 +112,7 @@ def test_goes_on_bit_for_bit(steps: int) -> None:
 
     model, opt = made()
     train(opt, model, data[:steps])
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    again, other = made()
-    saved = torch.load(file, weights_only=True)
-    again.load_state_dict(saved["model"])
-    other.load_state_dict(saved["opt"])
+    again, other = through_a_file(made, model, opt)
     for m, o in ((model, opt), (again, other)):
         train(o, m, data[steps:])
         o.apply()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bases import network, wrap
+from bases import network, through_a_file, wrap
 from definitions import MAKES, alike, batches, close, net
 from on_device import DEVICE
 from torch import Tensor, nn
@@ -147,18 +146,14 @@ def test_parameters_that_come_later_were_there_all_the_time() -> None:
 
 @pytest.mark.parametrize("at", [2, 5, 11])
 def test_resumes_bit_for_bit(at: int) -> None:
+    def made() -> tuple[nn.Module, Any]:
+        model = network()
+        return model, fastdg.SWAD(Adam(model.parameters(), lr=1e-2), model)
+
     losses = CASES["its end"]
-    model = network()
-    opt = fastdg.SWAD(Adam(model.parameters(), lr=1e-2), model)
+    model, opt = made()
     train(opt, model, losses[:at])
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again = network()
-    again.load_state_dict(saved["model"])
-    resumed = fastdg.SWAD(Adam(again.parameters(), lr=1e-2), again)
-    resumed.load_state_dict(saved["opt"])
+    again, resumed = through_a_file(made, model, opt)
     third = copy.deepcopy((again, resumed))
     train(opt, model, losses[at:], seed=1)
     for other, optimizer in ((again, resumed), third):
