@@ -15,8 +15,6 @@ other. Optimizers do not move the weights.
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import statistics
 import sys
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Run, environment, summary, timed
+from harness import Run, environment, summary, timed, told, turns
 from head_peers import still
 from models import DOMAINS, Problem, problem
+from surgery_cases import ours
 from torch import Tensor, nn
 
 import fastdg
-from fastdg.files import replace
 
 RULES = ("MGDA", "CAGrad", "UPGrad", "DualProj", "IMTLG", "AlignedMTL", "ConFIG", "NashMTL")
 RULES += ("FairGrad", "GradVac")
@@ -68,20 +66,6 @@ def two_backwards(on: Problem) -> Run:
         base.step()
 
     return run
-
-
-def gram_rule(rule: str) -> Callable[[Problem], Run]:
-    def make(on: Problem) -> Run:
-        opt = getattr(fastdg, rule)(still(on), num_domains=DOMAINS)
-
-        def run() -> None:
-            opt.zero_grad()
-            opt.backward(on.losses(), on.domains)
-            opt.step()
-
-        return run
-
-    return make
 
 
 def directions(on: Problem) -> dict[str, Tensor]:
@@ -141,7 +125,11 @@ Makers = dict[str, Callable[[Problem], Run]]
 CASES: dict[str, tuple[str, int, Makers]] = {
     "sam, MLP": ("mlp", 96, {"two backwards": two_backwards, "SAM": sam}),
     "sam, MNIST_CNN": ("mnist_cnn", 96, {"two backwards": two_backwards, "SAM": sam}),
-    "gram, MNIST_CNN": ("mnist_cnn", 96, {k: gram_rule(k) for k in ("PCGrad", *RULES)}),
+    "gram, MNIST_CNN": (
+        "mnist_cnn",
+        96,
+        {k: ours(getattr(fastdg, k), DOMAINS, still) for k in ("PCGrad", *RULES)},
+    ),
     "products, MLP": (
         "mlp",
         96,
@@ -154,23 +142,13 @@ CASES: dict[str, tuple[str, int, Makers]] = {
 }
 
 
-def turns(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Seconds of the runs, which take turns."""
+def warm(runs: dict[str, Run]) -> float:
+    """Return the seconds of all runs, called once each after the steps in which graphs are
+    probed."""
     for run in runs.values():
-        for _ in range(4):  # the graph is probed in the first steps
+        for _ in range(4):
             run()
-    cost = sum(timed(run) for run in runs.values())
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(max(5, int(seconds / cost))):
-            for name, run in runs.items():
-                times[name].append(timed(run))
-            gc.collect()
-    finally:
-        gc.enable()
-    return times
+    return sum(timed(run) for run in runs.values())
 
 
 def measured(times: dict[str, list[float]]) -> dict[str, Any]:
@@ -205,16 +183,14 @@ def main() -> None:
         model, samples, makers = CASES[case]
         samples = arguments.samples or samples
         runs = {name: make(problem(model, samples)) for name, make in makers.items()}
-        rows = measured(turns(runs, arguments.seconds))
+        rounds = max(5, int(arguments.seconds / warm(runs)))
+        rows = measured(turns(runs, rounds))
         found["cases"][case] = {"model": model, "samples": samples, "rows": rows}
         for name, row in rows.items():
             print(
                 f"{case}: {name} {1e3 * row['median']:.2f} ms, {row['ratio']:.3f}x", file=sys.stderr
             )
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    if arguments.out:
-        replace(arguments.out, lambda file: file.write(text.encode()))
-    print(text)
+    told(found, arguments.out)
 
 
 if __name__ == "__main__":

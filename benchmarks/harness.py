@@ -69,6 +69,21 @@ def interleave(
     return times
 
 
+def turns(runs: Mapping[str, Run], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of a call, the median of so many in a row; all ``runs`` take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(statistics.median(timed(run) for _ in range(calls)))
+            gc.collect()
+    finally:
+        gc.enable()
+    return times
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Median, quartiles, minimum in seconds, and how many."""
     low, middle, high = (
@@ -124,6 +139,16 @@ def _trim() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def told(found: Mapping[str, Any], out: Path | None) -> None:
+    """Print the results as JSON, and write them to ``out``, if given."""
+    from fastdg.files import replace
+
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if out:
+        replace(out, lambda file: file.write(text.encode()))
+    print(text)
 
 
 def environment(command: str) -> dict[str, Any]:

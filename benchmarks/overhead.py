@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import environment
+from harness import environment, told
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +37,6 @@ import fastdg
 from fastdg.core.batch import Batch
 from fastdg.core.optimizer import DomainOptimizer
 from fastdg.factors import PerSampleGrad
-from fastdg.files import replace
 
 Run = Callable[[], None]
 MODULES = (1, 10, 50, 100)
@@ -186,10 +184,7 @@ def main() -> None:
     for name, make in ways.items():
         if arguments.only in (None, name):
             found[name] = measure(make)
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    if arguments.out:
-        replace(arguments.out, lambda file: file.write(text.encode()))
-    print(text)
+    told(found, arguments.out)
 
 
 if __name__ == "__main__":

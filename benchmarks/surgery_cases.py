@@ -29,10 +29,12 @@ def spread(problem: Problem, domains: int) -> Problem:
     return problem
 
 
-def ours(wrapper: Wrapper, domains: int) -> Callable[[Problem], Run]:
+def ours(
+    wrapper: Wrapper, domains: int, optimizer: Callable[[Problem], Any] = adam
+) -> Callable[[Problem], Run]:
     def make(on: Problem) -> Run:
         spread(on, domains)
-        opt = wrapper(adam(on), num_domains=domains, check=False)
+        opt = wrapper(optimizer(on), num_domains=domains, check=False)
 
         def run() -> None:
             opt.zero_grad()

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import json
 import os
 import statistics
 import subprocess
@@ -26,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import Run, environment, summary, timed
+from harness import Run, environment, summary, told, turns
 from head_peers import adam
 from models import Problem, problem
 from surgery_cases import ours
@@ -35,7 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastdg
-from fastdg.files import replace
 
 SAMPLES, DOMAINS = 96, 3
 BUSY = (0, 1, 2)
@@ -107,28 +104,13 @@ def peak(run: Run) -> int:
     return alive.peak
 
 
-def turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step, a turn of each after the other."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, run in runs.items():
-                times[name].append(statistics.median(timed(run) for _ in range(STEPS)))
-            gc.collect()
-    finally:
-        gc.enable()
-    return times
-
-
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, Any]:
     """Rows by the number of busy processes."""
     rows: dict[str, Any] = {}
     for count in BUSY:
         with busy(count):
-            turns(runs, 2)  # the processes have started then
-            times = turns(runs, rounds)
+            turns(runs, 2, STEPS)  # the processes have started then
+            times = turns(runs, rounds, STEPS)
         ratios = [o / p for o, p in zip(times["ours"], times["plain"], strict=True)]
         found = {
             name: {k: v if k == "runs" else round(v, 5) for k, v in summary(each).items()}
@@ -164,10 +146,7 @@ def main() -> None:
     }
     found["peak_bytes"] = {name: peak(run) for name, run in runs.items()}
     found["busy"] = measure(runs, arguments.rounds)
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    if arguments.out:
-        replace(arguments.out, lambda file: file.write(text.encode()))
-    print(text)
+    told(found, arguments.out)
 
 
 if __name__ == "__main__":
