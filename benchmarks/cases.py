@@ -182,7 +182,7 @@ def _penalty_case(model: str, samples: int, reach: float, chunks: tuple[int, ...
     )
 
 
-def _head_case() -> Case:
+def _head_case(model: str, reach: float) -> Case:
     def floor(on: Problem) -> float:
         w = work(on)
         return w.head() / w.plain()
@@ -190,7 +190,7 @@ def _head_case() -> Case:
     still = head_peers.still
     return Case(
         "head",
-        "head",
+        model,
         96,
         {
             PLAIN: Contender(lambda on: head_peers.plain(on, still(on)), result=None),
@@ -199,7 +199,7 @@ def _head_case() -> Case:
         },
         head_peers.truth,
         floor,
-        4.0,
+        reach,
         features_given=True,
     )
 
@@ -286,15 +286,17 @@ def _surgery_case(question: str, model: str, domains: int, reach: float) -> Case
 CASES = {
     case.key: case
     for case in (
-        _variance_case("mlp", 1.6, (2, 8, 32)),
-        _variance_case("mnist_cnn", 1.2, (4, 8, 32)),
-        _variance_case("vit", 1.2, (4, 8, 32)),
-        _variance_case("resnet18", 1.5, (2, 8, 32)),
-        _penalty_case("mlp", 96, 4.8, (2, 8, 32)),
-        _penalty_case("mnist_cnn", 96, 4.5, (4, 8, 32)),
-        _penalty_case("vit", 96, 4.2, (4, 8, 32)),
-        _penalty_case("resnet18", 24, 5.0, (2, 8)),
-        _head_case(),
+        _variance_case("mlp", 1.5, (2, 8, 32)),
+        _variance_case("mnist_cnn", 1.0, (4, 8, 32)),
+        _variance_case("vit", 1.1, (4, 8, 32)),
+        _variance_case("resnet18", 1.1, (2, 8, 32)),
+        _penalty_case("mlp", 96, 4.4, (2, 8, 32)),
+        _penalty_case("mnist_cnn", 96, 4.0, (4, 8, 32)),
+        _penalty_case("vit", 96, 3.8, (4, 8, 32)),
+        _penalty_case("resnet18", 24, 4.0, (2, 8)),
+        _head_case("head7", 4.0),
+        _head_case("head65", 4.5),
+        _head_case("head345", 4.0),
         _step_case(),
         _surgery_case("Agr-Sum", "resnet18", 3, 1.10),
         _surgery_case("Agr-Sum", "resnet18", 6, 1.10),
@@ -302,7 +304,7 @@ CASES = {
         _surgery_case("PCGrad", "resnet18", 3, 1.15),
         _surgery_case("PCGrad", "resnet18", 6, 1.15),
         _surgery_case("Agr-Sum", "mnist_cnn", 3, 1.10),
-        _surgery_case("PCGrad", "mnist_cnn", 3, 1.10),
+        _surgery_case("PCGrad", "mnist_cnn", 3, 1.05),
         _surgery_case("Agr-Sum", "vit", 3, 1.10),
         _surgery_case("PCGrad", "vit", 3, 1.10),
         *COLUMNS,
@@ -316,7 +318,7 @@ SAMPLE = (
     "variance/mlp",
     "variance/mnist_cnn",
     "differentiable/mlp",
-    "head/head",
+    "head/head345",
     "step/resnet18",
     "Agr-Sum, D=3/mnist_cnn",
     "PCGrad, D=3/mnist_cnn",

@@ -51,7 +51,7 @@ PICTURES = {
         {
             "variance": "variances, all layers",
             "differentiable": "the same as a penalty, with its gradient",
-            "head": "Fishr's penalty on a large head",
+            "head": "Fishr's penalty on the head",
         },
     ),
     "steps": Picture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -145,11 +146,11 @@ class ResNet18(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer of a ResNet-50 for DomainNet's 345 classes; its input are the features."""
+    """The last layer of a ResNet-50; its input are the features."""
 
-    def __init__(self, features: int = 2048, classes: int = 345) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        self.head = nn.Linear(features, classes)
+        self.head = nn.Linear(2048, classes)
 
     def features(self, x: Tensor) -> Tensor:
         return x
@@ -187,7 +188,12 @@ SPECS = {
     "mnist_cnn": Spec("MNIST_CNN, 2×28×28", MNISTCNN, (2, 28, 28), 2),
     "vit": Spec("ViT-like, dim 192, depth 4, 64 tokens", ViT, (3, 32, 32), 10),
     "resnet18": Spec("ResNet-18, frozen BN, 3×64×64", ResNet18, (3, 64, 64), 65),
-    "head": Spec("head 2048→345, features given", Head, (2048,), 345),
+    **{
+        f"head{classes}": Spec(
+            f"head 2048→{classes}, features given", partial(Head, classes), (2048,), classes
+        )
+        for classes in (7, 65, 345)  # of PACS, OfficeHome, DomainNet
+    },
     "tiny": Spec("one layer of each kind", Tiny, (1, 6, 6), 3),
 }
 
@@ -231,7 +237,7 @@ def problem(name: str, samples: int, dtype: torch.dtype = torch.float32) -> Prob
         model = spec.build()
         # Features are what a ReLU leaves; images are noise around zero.
         x = torch.randn(samples, *spec.shape)
-        x = x.relu_() if name == "head" else x
+        x = x.relu_() if name.startswith("head") else x
         y = torch.randint(spec.classes, (samples,))
     found = Problem(name, model.to(dtype), x.to(dtype), y, torch.empty(samples, dtype=torch.int64))
     for domain, (span,) in enumerate(found.spans()):
