@@ -83,7 +83,7 @@ class GENIE(GradientHistory):
             gradient = gradient + decay * p
         if self.variance == "batch":
             return self.of_batch(p, gradient)
-        return self.over_time(p, gradient, self.decay)
+        return self.over_time(p, gradient)
 
     def direction(self, found: Estimate, normal: Tensor, uniform: Tensor) -> Tensor:
         mean = found.mean

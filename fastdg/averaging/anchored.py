@@ -97,9 +97,6 @@ class Anchored(DomainOptimizer):
     def meta_step(self) -> None:
         """End the meta-iteration, by `interpolate`."""
 
-    def begin_iteration(self) -> None:
-        """Act before the first step of a meta-iteration."""
-
     def interpolate(self, rate: float) -> Tensor:
         """Set weights and buffers to ``kept + rate * (now - kept)``, in place.
 
@@ -207,7 +204,6 @@ class Anchored(DomainOptimizer):
             for kind, value in self._noted.items():
                 owner = next(iter(self._own_state[kind]), None)
                 self._own_state[kind][self._owner() if owner is None else owner] = value
-            self.begin_iteration()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p not in kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,8 +58,9 @@ class GradientHistory(Seeded):
     penalises = False
     params = "all"
     _reads_grad = True
-    _transient = (*Seeded._transient, "_gradients")
+    _transient = (*Seeded._transient, "_gradients", "_entering")
 
+    decay: float  # of the averages
     variance: Literal["history", "batch"] = option("history", check_one_of("history", "batch"))
 
     mean = PerParameter("mean", "averages of gradients", begin=_zeros, needed=_over_time)
@@ -86,7 +88,8 @@ class GradientHistory(Seeded):
 
     def _clear(self) -> None:
         super()._clear()
-        self._gradients: dict[Tensor, Tensor] = {}
+        self._gradients: dict[Tensor, Tensor] = {}  # .grad before the step
+        self._entering: dict[Tensor, Tensor] = {}  # gradients that join the averages after it
 
     @not_compiled
     @torch.no_grad()
@@ -98,6 +101,7 @@ class GradientHistory(Seeded):
         for p in gradients:
             refuse_sharded(p, type(self).__name__, "whose entries it weighs together")
         self._gradients = gradients
+        self._drawn_before = self._generator_state()
         device = next(iter(self._gradients)).device
         device = device if self.generator is None else self.generator.device
         generator = self.generator_on(device)
@@ -116,12 +120,10 @@ class GradientHistory(Seeded):
             put({p: self.direction(found, *drawn).to(p.dtype)})
         self._remember()
 
-    def _step_base(self, *args: Any) -> Any:
-        try:
-            return super()._step_base(*args)
-        except BaseException:
-            self._put_back()
-            raise
+    def _undo(self) -> None:
+        super()._undo()
+        self._put_back()
+        self._entering = {}
 
     def _finish_load(self) -> None:
         super()._finish_load()
@@ -130,8 +132,14 @@ class GradientHistory(Seeded):
                 averages.clear()
 
     @not_compiled
+    @torch.no_grad()
     def _commit(self) -> None:
         self._put_back()
+        for p, gradient in self._entering.items():
+            averages = self._averages(p, gradient)
+            joined(averages, gradient, self.decay, averages)
+            self.mean[p], self.square[p], self.scale[p] = averages
+        self._entering = {}
         super()._commit()
 
     def _put_back(self) -> None:
@@ -139,19 +147,25 @@ class GradientHistory(Seeded):
         put(self._gradients)
         self._gradients = {}
 
-    def over_time(self, p: Tensor, gradient: Tensor, decay: float) -> Estimate:
-        """Move the averages, and return the variance of the gradients in them."""
-        if p not in self.mean:
-            self.mean[p], self.square[p] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-            self.scale[p] = torch.zeros((), dtype=torch.float64, device=p.device)
-        scale = self.scale[p].mul_(decay).add_(1)
-        self.mean[p].mul_(decay).add_(gradient, alpha=1 - decay)
-        self.square[p].mul_(decay).add_(gradient.square(), alpha=1 - decay)
+    def _averages(self, p: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Return a parameter's averages of gradients and squares, and their scale."""
+        if p in self.mean:
+            return [self.mean[p], self.square[p], self.scale[p]]
+        scale = torch.zeros((), dtype=torch.float64, device=p.device)
+        return [torch.zeros_like(gradient), torch.zeros_like(gradient), scale]
+
+    def over_time(self, p: Tensor, gradient: Tensor) -> Estimate:
+        """Return the variance of the gradients in the averages and of this one, which joins them
+        after the step."""
+        self._entering[p] = gradient
+        averages, decay = self._averages(p, gradient), self.decay
+        made = [torch.empty_like(average) for average in averages]
+        mean, square, scale = joined(averages, gradient, decay, made)
         weight = (1 - decay) * scale
         share = ((1 - decay) * (2 - weight) / ((1 + decay) * weight)).to(gradient.dtype)
         weight = weight.to(gradient.dtype)
-        mean = self.mean[p] / weight
-        variance = (self.square[p] / weight - mean.square()) / (1 - share)
+        mean = mean / weight
+        variance = (square / weight - mean.square()) / (1 - share)
         # One gradient has no variance
         return Estimate(mean, variance.where(scale > 1, 0.0), share)
 
@@ -168,3 +182,13 @@ class GradientHistory(Seeded):
         samples = count.sum()
         unbiased = variance * samples / (samples - 1).clamp(min=1)
         return Estimate(gradient, unbiased.to(gradient.dtype), 1 / samples)
+
+
+def joined(
+    averages: Sequence[Tensor], gradient: Tensor, decay: float, into: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Write averages with another gradient in them into tensors, which may be the same."""
+    for average, value, place in zip(averages, (gradient, gradient.square()), into, strict=False):
+        torch.mul(average, decay, out=place).add_(value, alpha=1 - decay)
+    torch.mul(averages[2], decay, out=into[2]).add_(1)
+    return into

@@ -100,7 +100,7 @@ class Trajectories(Anchored):
         self._born: dict[Tensor, dict[str, Any]] = {
             p: copy.deepcopy(self._entry(p)) for p in self.state
         }
-        self._stepped = False
+        self._present: dict[Tensor, dict[str, Any]] = {}  # its entries before this step
 
     @abstractmethod
     def combined(self, gram: Tensor) -> Tensor:
@@ -124,17 +124,24 @@ class Trajectories(Anchored):
     @not_compiled
     def _prepare(self) -> None:
         super()._prepare()
+        self._present = {}
         for p in self._stepping_parameters():
+            self._present[p] = dict(self.state[p])
             self._bring(p, self._domain)
-        self._stepped = True
+
+    def _undo(self) -> None:
+        super()._undo()
+        for p, entry in self._present.items():
+            self.state[p].clear()
+            self.state[p].update(entry)
+        self._present = {}
 
     @not_compiled
     def _commit(self) -> None:
         d = self._domain
-        if self._stepped:
-            for p in self._stepping_parameters():
-                self._take(p, d)
-        self._stepped = False
+        for p in self._present:  # none after a step that was skipped
+            self._take(p, d)
+        self._present = {}
         if (self.position + 1) % self.domain_steps == 0:
             self._end_way(d)
         super()._commit()

@@ -43,12 +43,6 @@ class Walk(Seeded, Anchored):
     def inner_steps(self) -> int:
         return (self.turns if self.position else self.splits) * self.num_domains
 
-    def begin_iteration(self) -> None:
-        super().begin_iteration()
-        self.turns = self.splits
-        steps = self.inner_steps()
-        self.changes = {p: rows for p, rows in self.changes.items() if len(rows) == steps}
-
     def order(self) -> list[int]:
         """Draw the domain of each inner step: in each turn, all domains in another order."""
         generator = self.generator_on(torch.device("cpu"))
@@ -60,6 +54,10 @@ class Walk(Seeded, Anchored):
     @not_compiled
     @torch.no_grad()
     def _commit(self) -> None:
+        if self.position == 0:
+            self.turns = self.splits
+            steps = self.inner_steps()
+            self.changes = {p: rows for p, rows in self.changes.items() if len(rows) == steps}
         for p, start in self.kept.items():
             refuse_sharded(p, type(self).__name__, "of which it keeps rows for each step")
             if p not in self.changes:

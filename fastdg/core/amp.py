@@ -84,12 +84,13 @@ def step(opt: Wrapping, closure: Any) -> None:
 
     If the scaler has found an infinity, nothing moves. A fused optimizer inside unscales the
     gradients itself; otherwise the step waits for the device once, as with every optimizer that is
-    not fused.
+    not fused. After an error it may be called again.
     """
+    links = list(chain(opt))
+    before = [link._loss_scale for link in links]
     try:
         scaler = _calling_scaler(opt, closure)
         scale, found = (getattr(opt, key) for key in _SET_BY_SCALER)
-        links = list(chain(opt))
         if bool(found):
             for link in links:
                 link._skip()
@@ -110,6 +111,8 @@ def step(opt: Wrapping, closure: Any) -> None:
             if fused:
                 del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
     except BaseException:
+        for link, known in zip(links, before, strict=True):
+            link._loss_scale = known
         for key in _SET_BY_SCALER:  # the scaler does not clear them after an error
             opt.__dict__.pop(key, None)
         raise

@@ -135,6 +135,12 @@ class Wrapping(Optimizer):
         """`step`, unless a GradScaler has called it."""
         raise NotImplementedError
 
+    def _prepare(self) -> None:
+        """Act right before the wrapped optimizer's step; own state changes after it."""
+
+    def _undo(self) -> None:
+        """Restore everything that `_prepare` has changed, after a step that raised."""
+
     def _skip(self) -> None:
         """Restore own state where a GradScaler skips the step."""
 

@@ -243,9 +243,6 @@ class DomainOptimizer(Configured):
         self._pending, self._statistics = batch.record(), batch.statistics
         return batch.statistics["loss"]
 
-    def _prepare(self) -> None:
-        """Act right before the wrapped optimizer's step."""
-
     def _commit(self) -> None:
         """Update own state after a step."""
         if self._pending is not None:  # set where the gradient came from an objective
@@ -294,8 +291,12 @@ class DomainOptimizer(Configured):
     def _advance(self) -> None:
         """Step with the gradient in ``.grad``, then update own state."""
         amp.refuse_scaled(self)
-        self._prepare()
-        self._step_base()
+        try:
+            self._prepare()
+            self._step_base()
+        except BaseException:
+            self._undo()
+            raise
         self.steps += 1
         self._commit()
         self._resumed = False

@@ -12,7 +12,7 @@ from ..core.backward import put
 from ..core.closures import Forward
 from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
-from ..core.hyper import check_count, check_model, check_weight, hyper, option
+from ..core.hyper import check_count, check_model, check_weight, fixed, hyper, option
 from ..core.nesting import chain
 from ..core.optimizer import Closure
 from ..distributed.sharding import local, own_part
@@ -32,6 +32,9 @@ class Search(RandomCombiner):
 
     steps_without_closure = False
     _noise_seen = False  # whether a candidate was compared with the weights it began with
+
+    _first: Sequence[Tensor] | None = fixed(None, init=False)  # weights before a search
+    _transient = (*RandomCombiner._transient, "_first")
 
     size: float = hyper(1e-5, check_weight)
     candidates: int = hyper(250, check_count)
@@ -55,11 +58,14 @@ class Search(RandomCombiner):
             return super().evaluate_closure(forward)
         weights = [local(p).detach() for p in self._names]
         first = [w.clone() for w in weights]
+        drawn = self._generator_state()
         try:
             best, statistics, gradient, accepted = self._search(forward, weights, first)
         except BaseException:
-            _copy(first, weights)
+            self._first, self._drawn_before = first, drawn
+            self._undo()
             raise
+        self._first, self._drawn_before = first, drawn
         _copy(best, weights)
         put(gradient)
         for link in chain(self):
@@ -142,6 +148,17 @@ class Search(RandomCombiner):
                 "(losses, domains)."
             )
         return super()._step(closure)
+
+    def _undo(self) -> None:
+        """Go back to the weights that the search began with."""
+        super()._undo()
+        if self._first is not None:
+            _copy(self._first, [local(p).detach() for p in self._names])
+            self.zero_grad()  # a gradient at other weights
+
+    def _release_grad(self) -> None:
+        super()._release_grad()
+        self._first = None
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class Fish(Anchored):
     prefix = "fish"
     penalises = False
     check: bool = fixed(True, init=False)
-    _transient = (*Anchored._transient, "_product")
+    _transient = (*Anchored._transient, "_product", "_gain")
 
     meta_lr: float = hyper(0.5, check_weight)
     meta_steps: int = hyper(None, check_steps, fill=lambda opt: opt.num_domains)
@@ -88,7 +88,8 @@ class Fish(Anchored):
 
     def _clear(self) -> None:
         super()._clear()
-        self._product: Tensor | None = None
+        self._product: Tensor | None = None  # None of a resumed run: the steps before are unknown
+        self._gain: Tensor | None = None  # of this step
 
     def objective(self, batch: StepBatch) -> Tensor:
         batch.log(**self._meta)
@@ -97,16 +98,25 @@ class Fish(Anchored):
     def inner_steps(self) -> int:
         return self.meta_steps
 
-    def begin_iteration(self) -> None:
-        self._product = self._statistics["loss"].new_zeros(()) if self.inner_product else None
-
     @not_compiled
     def _prepare(self) -> None:
         super()._prepare()
-        if self.position and self.inner_product:
-            if self._product is None:  # resumed: of the steps before nothing is known
-                self._product = self._statistics["loss"].new_full((), torch.nan)
-            self._product = self._product - self.progress()
+        self._gain = self.progress() if self.position and self.inner_product else None
+
+    def _undo(self) -> None:
+        super()._undo()
+        self._gain = None
+
+    @not_compiled
+    def _commit(self) -> None:
+        if self.position == 0:
+            zero = self._statistics["loss"].new_zeros(())
+            self._product = zero if self.inner_product else None
+        elif self._gain is not None:
+            before = self._gain.new_full((), torch.nan) if self._product is None else self._product
+            self._product = before - self._gain
+        self._gain = None
+        super()._commit()
 
     def meta_step(self) -> None:
         self._meta = {"trajectory": self.interpolate(self.meta_lr)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..declared_state import Group, ObjectState
-from ..hyper import check_generator, option
+from ..hyper import check_generator, fixed, option
 from ..optimizer import DomainOptimizer
 from .combiner import Combined, GradientCombiner
 
@@ -55,6 +55,7 @@ class Seeded(DomainOptimizer):
     generator: torch.Generator | None = option(None, check_generator, show=None)
 
     drawn = random_state("generator")
+    _drawn_before: Tensor | None = fixed(None, init=False)  # the generator's state before a step
 
     def generator_on(self, device: torch.device) -> torch.Generator | None:
         """Return the generator on ``device``; on several ranks all draw the numbers of rank 0."""
@@ -69,6 +70,20 @@ class Seeded(DomainOptimizer):
         source = own or torch.Generator(device)
         source.set_state(state)
         return source
+
+    def _generator_state(self) -> Tensor | None:
+        """Return the state for `_drawn_before`, where a step draws numbers outside `backward`."""
+        return None if self.generator is None else self.generator.get_state()
+
+    def _undo(self) -> None:
+        super()._undo()
+        if self.generator is not None and self._drawn_before is not None:
+            self.generator.set_state(self._drawn_before)
+            self._remember()
+
+    def _release_grad(self) -> None:
+        super()._release_grad()
+        self._drawn_before = None
 
     def _gradient(self, staged: Sequence[Any]) -> Tensor:
         loss = super()._gradient(staged)
