@@ -66,7 +66,7 @@ class Anchored(DomainOptimizer):
     """
 
     looks_at_samples = False
-    _fleeting = ("_buffers", "_noted", "_begun", "_meta")
+    _fleeting = ("_buffers", "_noted", "_begun", "_meta", "_gain", "_gains")
     _transient = (*DomainOptimizer._transient, *_fleeting)
 
     model: nn.Module | None = option(None, check_model, show=None)
@@ -84,6 +84,8 @@ class Anchored(DomainOptimizer):
         self._noted: dict[str, Tensor] = {}  # buffers at the start of this meta-iteration
         self._begun = False
         self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
+        self._gain: Tensor | None = None  # of this inner step, if `_reads_grad`
+        self._gains: Tensor | None = None  # of all so far; None after a load: unknown
 
     @abstractmethod
     def inner_steps(self) -> int:
@@ -195,6 +197,11 @@ class Anchored(DomainOptimizer):
     @not_compiled
     def _prepare(self) -> None:
         self._keep()
+        self._gain = -self.progress() if self.position and self._reads_grad else None
+
+    def _undo(self) -> None:
+        super()._undo()
+        self._gain = None
 
     def _keep(self) -> None:
         kept = self.kept
@@ -216,6 +223,11 @@ class Anchored(DomainOptimizer):
 
     @not_compiled
     def _commit(self) -> None:
+        if self.position == 0:
+            self._gains = self._statistics["loss"].new_zeros(()) if self._reads_grad else None
+        elif self._gain is not None:  # None: this step was skipped
+            before = self._gain.new_full((), torch.nan) if self._gains is None else self._gains
+            self._gains, self._gain = before + self._gain, None
         position = self.position + 1
         if position >= self.inner_steps():
             self.meta_step()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..._torch import not_compiled
 from ...averaging.anchored import Anchored
 from ...core.hyper import argument, check_steps, check_switch, check_weight, fixed, hyper, option
 from ...core.step_batch import StepBatch
@@ -79,17 +77,11 @@ class Fish(Anchored):
     prefix = "fish"
     penalises = False
     check: bool = fixed(True, init=False)
-    _transient = (*Anchored._transient, "_product", "_gain")
 
     meta_lr: float = hyper(0.5, check_weight)
     meta_steps: int = hyper(None, check_steps, fill=lambda opt: opt.num_domains)
     inner_product: bool = option(False, check_switch)
     num_domains: int = argument(check_steps, kw_only=True)
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._product: Tensor | None = None  # None of a resumed run: the steps before are unknown
-        self._gain: Tensor | None = None  # of this step
 
     def objective(self, batch: StepBatch) -> Tensor:
         batch.log(**self._meta)
@@ -98,30 +90,10 @@ class Fish(Anchored):
     def inner_steps(self) -> int:
         return self.meta_steps
 
-    @not_compiled
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._gain = self.progress() if self.position and self.inner_product else None
-
-    def _undo(self) -> None:
-        super()._undo()
-        self._gain = None
-
-    @not_compiled
-    def _commit(self) -> None:
-        if self.position == 0:
-            zero = self._statistics["loss"].new_zeros(())
-            self._product = zero if self.inner_product else None
-        elif self._gain is not None:
-            before = self._gain.new_full((), torch.nan) if self._product is None else self._product
-            self._product = before - self._gain
-        self._gain = None
-        super()._commit()
-
     def meta_step(self) -> None:
         self._meta = {"trajectory": self.interpolate(self.meta_lr)}
-        if self._product is not None:
-            self._meta["inner_product"] = self._product
+        if self._gains is not None:
+            self._meta["inner_product"] = self._gains
         self._statistics = {**self._statistics, **self._meta}
 
     @property
