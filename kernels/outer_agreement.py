@@ -2,7 +2,7 @@
 
 A program keeps one tile of a weight and goes through the domains: each domain's mean is summed in
 registers, counted and forgotten. Weights of too few tiles for the device are summed by
-``outer_domain``, which shares out domains and samples too, and combined afterwards.
+``outer_domain``, which shares out domains and samples too, and combined by ``agreement``.
 """
 
 # ruff: noqa: E741  (O and I are shapes)
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.agreement import UNDEFINED as _UNDEFINED
 from ..ops.window import sizes
+from .agreement import agreement, count_domain, store_agreed
 from .launch import (
     by_taps,
     columns,
@@ -36,53 +36,6 @@ from .launch import (
 from .launch import supports as plain
 from .outer_domain import grouped_product
 from .tiles import columns_at, load_pairs, result_at, tile_of
-
-UNDEFINED = tl.constexpr(_UNDEFINED)
-
-
-@triton.jit
-def _count(g, weight, count, balance, total, mean, second, SOFT: tl.constexpr):
-    """One more domain present: signs, weighted sum and, for the soft mask, Welford's moments."""
-    sign = (g > 0).to(tl.float32) - (g < 0).to(tl.float32)
-    balance += tl.where(g == g, sign, g)  # NaN stays
-    total += weight * g
-    count += 1.0
-    if SOFT:
-        change = g - mean
-        mean += change / count
-        second += change * (g - mean)
-    return count, balance, total, mean, second
-
-
-@triton.jit
-def _tanh(x):
-    """tanh for x >= 0, and NaN; the exponentials would cancel where x is small."""
-    square = x * x
-    series = x * (1 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315))))
-    decay = tl.exp(-2 * x)
-    return tl.where(x < 0.2, series, (1 - decay) / (1 + decay))
-
-
-@triton.jit
-def _store(
-    combined, agreeing, magnitude, at, inside, count, balance, total, second, threshold, steepness,
-    SOFT: tl.constexpr,
-):  # fmt: skip
-    """The mask and the combination of one tile, and its part of both sums."""
-    common = tl.abs(tl.div_rn(balance, count))  # 3 of 5 is 0.6, exactly as rounded
-    if SOFT:
-        spread = second / (count - 1)
-        variance = tl.where(spread == spread, spread, UNDEFINED)
-        slope = steepness / variance * (common - threshold)
-        mask = _tanh(tl.maximum(slope, 0.0, propagate_nan=tl.PropagateNan.ALL))
-        mask = tl.where(mask == mask, mask, UNDEFINED)
-    else:
-        mask = (common >= threshold).to(tl.float32)
-    mask = tl.where(inside, tl.where(count > 0, mask, 0.0), 0.0)
-    result = tl.where(inside, mask * total, 0.0)  # beyond the edge 0 * inf may have come in
-    tl.store(combined + at, result, mask=inside)
-    tl.store(agreeing + tl.program_id(0), tl.sum(mask))
-    tl.store(magnitude + tl.program_id(0), tl.sum(tl.abs(result)))
 
 
 @triton.jit(do_not_specialize=["taps"])
@@ -116,40 +69,12 @@ def _outer_agreement_kernel(
                 )  # fmt: skip
                 g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
             g = g / tl.maximum(samples, 1).to(tl.float32)
-            count, balance, total, mean, second = _count(
+            count, balance, total, mean, second = count_domain(
                 g, weight, count, balance, total, mean, second, SOFT
             )
     inside = (o < O)[:, None] & (i < I)[None, :]
-    _store(
+    store_agreed(
         combined, agreeing, magnitude, result_at(o, i, tap, I, taps, WINDOW), inside,
-        count, balance, total, second, threshold, steepness, SOFT,
-    )  # fmt: skip
-
-
-@triton.jit
-def _given_kernel(
-    gradients, weights, combined, agreeing, magnitude, threshold, steepness, domains, size,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The same from gradients ``[D, size]`` that are there."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    start = gradients + at
-    count = 0.0
-    balance = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    mean = tl.zeros((BLOCK,), tl.float32)
-    second = tl.zeros((BLOCK,), tl.float32)
-    for domain in range(domains):
-        weight = tl.load(weights + domain).to(tl.float32)
-        if weight != 0:
-            g = tl.load(start, mask=inside, other=0.0).to(tl.float32)
-            count, balance, total, mean, second = _count(
-                g, weight, count, balance, total, mean, second, SOFT
-            )
-        start += size
-    _store(
-        combined, agreeing, magnitude, at, inside,
         count, balance, total, second, threshold, steepness, SOFT,
     )  # fmt: skip
 
@@ -159,44 +84,40 @@ def outer_agreement(
     threshold: float, steepness: float, window: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fastdg.ops.outer_agreement`."""
-    precise, samples = precision(a, window), (order, offsets)
+    precise = precision(a, window)
     rows, places = pointwise(a, window)
     outputs, inputs, domains = delta.shape[2], sizes(a.shape, window)[1], offsets.numel() - 1
-    combined = a.new_empty((outputs, inputs), dtype=torch.float32)
     soft = not math.isinf(steepness)
     width, taps = columns(rows, places)
     gathered = places and not by_taps(rows, places)
     block_o, block_i, block_k = tile(outputs, width, precise, rows, places)
     if soft or (gathered and block_i > 64):  # two more accumulators; where each position is
         block_o = min(block_o, 64)
+    elif gathered:
+        block_k = 16
     if by_taps(rows, places) or (soft and gathered):  # no two columns of a tap lie side by side
         block_i = min(block_i, 64)
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(width, block_i) * taps
-
-    def run(
-        kernel: Any, programs: int, of: Sequence[Tensor], numbers: Sequence[int], **meta: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch it with its results, and add up the sums of its programs."""
-        sums = a.new_empty((2, programs), dtype=torch.float32)
-        launch(
-            kernel, programs, *of, weights, combined, *sums.unbind(),
-            threshold, steepness if soft else 0.0, domains, *numbers, SOFT=soft, **meta,
-        )  # fmt: skip
-        agreeing, magnitude = sums.sum(1).unbind()  # of terms >= 0: pairwise in fp32 is enough
-        return combined, agreeing, magnitude
-
     if not fills(tiles, a.device):
-        means, _ = grouped_product(a, delta, *samples, window, squares=False)
-        size = combined.numel()
-        return run(_given_kernel, triton.cdiv(size, 1024), (means,), (size,), BLOCK=1024)
+        means, _ = grouped_product(a, delta, order, offsets, window, squares=False)
+        (combined,), *of_one = agreement(means.unbind(), weights, threshold, steepness)
+        agreeing, magnitude = (total.squeeze(0) for total in of_one)
+        return combined, agreeing, magnitude
+    combined = a.new_empty((outputs, inputs), dtype=torch.float32)
+    sums = a.new_empty((2, tiles), dtype=torch.float32)
     (x, row, column, *strides, read), delta, T = paired(rows, delta, places)
-    return run(
-        _outer_agreement_kernel, tiles, (x, delta, *samples, row, column),
-        (T, outputs, width, *strides, *delta.stride()), WINDOW=read, PRECISION=precise,
+    launch(
+        _outer_agreement_kernel, tiles,
+        x, delta, order, offsets, row, column, weights, combined, *sums.unbind(),
+        threshold, steepness if soft else 0.0, domains, T, outputs, width,
+        *strides, *delta.stride(),
+        WINDOW=read, SOFT=soft, PRECISION=precise,
         BLOCK_O=block_o, BLOCK_I=block_i, BLOCK_K=block_k,
         num_warps=8 if soft else warps(block_o, block_i),
         num_stages=stages(a.device, bool(gathered)),
     )  # fmt: skip
+    agreeing, magnitude = sums.sum(1).unbind()  # of terms >= 0: pairwise in fp32 is enough
+    return combined, agreeing, magnitude
 
 
 def supports(

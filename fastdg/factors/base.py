@@ -94,6 +94,10 @@ class PerSampleGrad(ABC):
         rows = flat(to_statistics_dtype(self.per_sample()))
         return rows @ rows.t()
 
+    def forms_domains(self, domains: int) -> bool:
+        """Return whether `agreement` computes the gradients of all ``domains`` first."""
+        return True
+
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:

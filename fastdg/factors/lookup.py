@@ -77,6 +77,9 @@ class Lookup(PerSampleGrad):
         samples = partition.count.clamp(min=1)[(cell // self.rows).clamp(max=last)]
         return reads, cell, (reads.count.to(reads.mean.dtype) / samples).unsqueeze(1)
 
+    def forms_domains(self, domains: int) -> bool:
+        return False
+
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:

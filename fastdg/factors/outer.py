@@ -15,6 +15,7 @@ from ..ops.window import unfold
 from .base import Agreement, Dense, PerSampleGrad
 
 CACHED = 1 << 15  # entries that stay in a core's cache
+FEW_TILES = 1 << 21  # entries of a weight whose tiles are too few for a GPU
 
 
 class Outer(PerSampleGrad):
@@ -83,13 +84,17 @@ class Outer(PerSampleGrad):
             return super().gram(partition)
         return ops.outer_gram(self.a, self.delta, partition.order, partition.offsets, self.window)
 
+    def forms_domains(self, domains: int) -> bool:
+        # On the CPU, for small D * numel, forming all domains first is up to three times faster
+        # with thousands of samples. With many groups, the weight is small
+        entries = math.prod(self.shape)
+        few = domains * entries <= CACHED if self.delta.is_cpu else entries <= FEW_TILES
+        return few or self.groups > domains
+
     def agreement(
         self, partition: Partition, weights: Tensor, threshold: float, steepness: float
     ) -> Agreement:
-        # On the CPU, for small D * numel, forming all domains first is up to three times faster
-        # with thousands of samples. With many groups, the weight is small
-        entries = partition.num_domains * math.prod(self.shape)
-        if self.groups > partition.num_domains or (self.delta.is_cpu and entries <= CACHED):
+        if self.forms_domains(partition.num_domains):
             return super().agreement(partition, weights, threshold, steepness)
         where = partition.order, partition.offsets
         parts = [

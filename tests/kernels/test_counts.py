@@ -20,18 +20,16 @@ STEPS = ("AgrSum", "PCGrad", STATISTIC)
 # The aim is 1.3 times the ops of the plain step. Where it is missed, what a step has today.
 AIM = 1.3
 TODAY = {
-    ("resnet50", "bf16", "AgrSum"): 1.35,
-    ("resnet50", "bf16", "PCGrad"): 1.31,
-    ("resnet50", "fp32", "AgrSum"): 1.61,
+    ("resnet50", "fp32", "AgrSum"): 1.46,
     ("resnet50", "fp32", "PCGrad"): 1.55,
     ("resnet50", "fp32", STATISTIC): 1.47,
 }
 # Kernels of fastdg's own: its products, their transposes and second stages
 LAUNCHES = {
-    ("resnet50", "bf16"): {"AgrSum": 267, "PCGrad": 217, STATISTIC: 211},
-    ("resnet50", "fp32"): {"AgrSum": 244, "PCGrad": 194, STATISTIC: 202},
-    ("vit_b16", "bf16"): {"AgrSum": 120, "PCGrad": 93, STATISTIC: 95},
-    ("vit_b16", "fp32"): {"AgrSum": 193, "PCGrad": 178, STATISTIC: 179},
+    ("resnet50", "bf16"): {"AgrSum": 220, "PCGrad": 217, STATISTIC: 211},
+    ("resnet50", "fp32"): {"AgrSum": 197, "PCGrad": 194, STATISTIC: 202},
+    ("vit_b16", "bf16"): {"AgrSum": 100, "PCGrad": 93, STATISTIC: 95},
+    ("vit_b16", "fp32"): {"AgrSum": 185, "PCGrad": 178, STATISTIC: 179},
 }
 GB = {"resnet50": 25, "vit_b16": 40}
 

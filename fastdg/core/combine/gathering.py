@@ -16,7 +16,7 @@ from ...dtypes import to_statistics_dtype
 from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
 from ...gradients.scale import backward_scale, pow2_scale, unscaled
-from ...statistics.small import Small
+from ...statistics.small import WAITING_THERE, Small
 from ..batch import Batch
 
 T = TypeVar("T")
@@ -163,15 +163,22 @@ class SingleBackward(Own):
         self, weights: Tensor, threshold: float, steepness: float
     ) -> dict[Tensor, Agreement]:
         parts, small = self.batch.partition, self._small()
+        made: dict[Tensor, Agreement] = {}
+        waiting: dict[Tensor, list[Tensor]] = {}  # on a GPU, for one launch with others
 
-        def combined(p: Tensor, factor: PerSampleGrad) -> Agreement | None:
+        def combine(p: Tensor, factor: PerSampleGrad) -> None:
             if small.takes(p, factor):
-                return None
-            return factor.agreement(parts, weights, threshold, steepness)
+                return
+            if weights.is_cpu or not factor.forms_domains(parts.num_domains):
+                made[p] = factor.agreement(parts, weights, threshold, steepness)
+                return
+            waiting[p] = list(factor.domain(parts).unbind())
+            if sum(len(rows) * rows[0].numel() for rows in waiting.values()) > WAITING_THERE:
+                made.update(_agreements(waiting, weights, threshold, steepness))
+                waiting.clear()
 
-        found = self._each(combined)
-        made = {p: part for p, part in found.items() if part is not None}
-        return made | _agreements(_rows(small), weights, threshold, steepness)
+        self._each(combine)
+        return made | _agreements(waiting | _rows(small), weights, threshold, steepness)
 
     def _small(self) -> Small[Tensor]:
         """Batch the means of small parameters: each call starts torch's threads several times,
