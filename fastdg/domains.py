@@ -149,8 +149,10 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
     if not losses:
         raise ValueError("losses: expected the losses of at least one task, got an empty list.")
     rows = [x.reshape(-1) for x in losses]
-    sizes = torch.tensor([len(x) for x in rows])
-    return torch.cat(rows), torch.arange(len(rows)).repeat_interleave(sizes)
+    home = rows[0].device if tracing() else None  # on the CPU a check of them waits for no device
+    return torch.cat(rows), torch.cat(
+        [torch.full(x.shape, k, device=home) for k, x in enumerate(rows)]
+    )
 
 
 def as_ids(domains: Any, samples: int | None = None) -> Tensor:

@@ -35,12 +35,14 @@ def compiled(opt: DomainOptimizer, forward: Callable[..., Any], **options: Any) 
         opt: wrapper with ``num_domains``. Its ``step``, ``statistics``, ``state_dict`` and
             schedulers work as before, and eager steps may come in between.
         forward: ``forward(*batch)`` runs the model, itself not compiled, and returns the losses
-            ``[N]``, or ``(losses, inputs)`` with the further inputs of ``opt.backward``.
+            ``[N]``, or a list with those of each task, or ``(losses, inputs)`` with a dict of
+            further inputs of ``opt.backward``.
         options: options of `torch.compile` (``backend``, ``mode``, ``options``).
 
     Returns:
         ``backward(*batch, domains=domains)``, in place of ``opt.backward(forward(*batch),
-        domains)``: adds to ``.grad`` and returns the mean loss.
+        domains)``: adds to ``.grad`` and returns the mean loss. Without ``domains=`` where
+        ``forward`` returns a list, since each task is a domain.
 
     The first batch of each kind runs eagerly, with all checks; the second is traced; the third is
     compiled. A kind is given by the batch's shapes, the modules in training mode, the trained
@@ -104,7 +106,7 @@ class CompiledBackward:
         self.graphs: dict[Any, _Graph] = {}  # kind of batch -> its graph
         self.warned = False
 
-    def __call__(self, *batch: Any, domains: Tensor) -> Tensor:
+    def __call__(self, *batch: Any, domains: Tensor | None = None) -> Tensor:
         """Add the gradient of a batch to ``.grad``; return the mean loss, 0-dim, detached."""
         check_single_rank()
         if any(link._micro_batches for link in self.links):
@@ -117,22 +119,21 @@ class CompiledBackward:
                 "compiled: .grad has the scale of a GradScaler, but a graph adds unscaled "
                 "gradients. Call scaler.step(opt) or opt.zero_grad() before."
             )
-        leaves, spec = pytree.tree_flatten(batch)
-        ids = self._ids(domains)
-        key = self._kind(leaves, spec, ids)
+        leaves, spec = pytree.tree_flatten((batch, self._ids(domains)))
+        key = self._kind(leaves, spec)
         graph = self.graphs.get(key)
         if graph is not None:
-            return graph.replay([ids, *(x for x in leaves if isinstance(x, Tensor))])
+            return graph.replay([x for x in leaves if isinstance(x, Tensor)])
         if key in self.seen and len(self.graphs) < MOST:
             del self.seen[key]
             self._refuse_state()  # which a weighting may have shown by now
-            graph = _Graph(self, leaves, spec, ids)
-            self.graphs[self._kind(leaves, spec, ids)] = graph
+            graph = _Graph(self, leaves, spec)
+            self.graphs[self._kind(leaves, spec)] = graph
             return graph.loss
         with self._noting():
-            loss = self._eager(batch, ids)
+            loss = self._eager(leaves, spec)
         # The modules that ran are a part of the kind, and known only now
-        self.seen[self._kind(leaves, spec, ids)] = None
+        self.seen[self._kind(leaves, spec)] = None
         if len(self.seen) > MOST:
             del self.seen[next(iter(self.seen))]
             if not self.warned:
@@ -153,13 +154,29 @@ class CompiledBackward:
                     "which a graph would leave as it was traced. Call opt.backward instead."
                 )
 
-    def _eager(self, batch: tuple[Any, ...], ids: Tensor) -> Tensor:
+    def _eager(self, leaves: list[Any], spec: pytree.TreeSpec) -> Tensor:
+        batch, ids = pytree.tree_unflatten(leaves, spec)
         made = self.forward(*batch)
-        losses, inputs = made if isinstance(made, tuple) else (made, {})
+        losses, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, {})
+        if isinstance(losses, tuple) or not isinstance(inputs, dict):
+            got = ", ".join(type(x).__name__ for x in made)
+            raise TypeError(
+                "forward: expected losses (N,), a list with the losses of each task, or (losses, "
+                f"inputs) with a dict of inputs, got the tuple ({got}). Return losses of several "
+                "tasks as a list, [loss_a, loss_b]."
+            )
+        if isinstance(losses, Tensor) and ids is None:
+            raise TypeError(
+                "domains: expected the domain of each sample, an integer tensor (N,), got none. "
+                "Call backward(*batch, domains=domains), or return a list of the losses of each "
+                "task from forward."
+            )
         return self.opt.backward(losses, ids, **inputs)
 
-    def _ids(self, domains: Tensor) -> Tensor:
+    def _ids(self, domains: Tensor | None) -> Tensor | None:
         """Move ``domains`` to the parameters' device, and check them if this needs no wait."""
+        if domains is None:
+            return None
         domains = as_ids(domains)
         if domains.device.type == "cpu":
             check_ids(domains, self.num_domains)
@@ -169,9 +186,10 @@ class CompiledBackward:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.opt.param_groups for p in group["params"]]
 
-    def _kind(self, leaves: list[Any], spec: pytree.TreeSpec, ids: Tensor) -> Any:
+    def _kind(self, leaves: list[Any], spec: pytree.TreeSpec) -> Any:
         """Return the kind of a batch: all that a graph depends on."""
-        device, parameters = ids.device.type, self._parameters()
+        parameters = self._parameters()
+        device = parameters[0].device.type
         for p in parameters:
             if any(hook_tables(p)):
                 raise RuntimeError(
@@ -180,7 +198,7 @@ class CompiledBackward:
                 )
         return (
             spec,
-            *(_shown(leaf) for leaf in (ids, *leaves)),
+            *map(_shown, leaves),
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
             *(setting for link in self.links for setting in _settings(link)),
             *map(id, parameters),
@@ -205,19 +223,17 @@ class CompiledBackward:
 class _Graph:
     """A traced step, compiled when it is first replayed."""
 
-    def __init__(
-        self, owner: CompiledBackward, leaves: list[Any], spec: pytree.TreeSpec, ids: Tensor
-    ) -> None:
+    def __init__(self, owner: CompiledBackward, leaves: list[Any], spec: pytree.TreeSpec) -> None:
         self.links = owner.links
         modules = (p for module in owner.modules for p in module.parameters(recurse=False))
         self.targets = list(dict.fromkeys([*owner._parameters(), *modules]))
         constant = {id(p) for p in self.targets}
         where = [isinstance(leaf, Tensor) for leaf in leaves]
 
-        def run(ids: Tensor, *tensors: Tensor) -> list[Tensor]:
+        def run(*tensors: Tensor) -> list[Tensor]:
             following = iter(tensors)
             full = [next(following) if t else x for t, x in zip(where, leaves, strict=True)]
-            self.loss = owner._eager(pytree.tree_unflatten(full, spec), ids)
+            self.loss = owner._eager(full, spec)
             left = [(link._statistics, link._pending, link._ready) for link in self.links]
             rest, self.spec = pytree.tree_flatten((self.loss, left))
             flat = [*(p.grad for p in self.targets), *rest]
@@ -232,7 +248,7 @@ class _Graph:
         try:
             with owner._noting(), torch.autograd.set_multithreading_enabled(False):
                 tensors = [x for x in leaves if isinstance(x, Tensor)]
-                module = make_fx(run)(ids, *tensors)
+                module = make_fx(run)(*tensors)
         except RuntimeError as error:
             reason = (str(error).splitlines() or [""])[0]
             raise RuntimeError(

@@ -23,12 +23,16 @@ class Tasks(nn.Module):
         self.classes, self.number = nn.Linear(8, 3), nn.Linear(8, 1)
         self.double()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = samples(1) if x is None else x
         z = self.body(x)
         labels, value = torch.arange(6) % 3, self.number(z).squeeze(1)
         return F.cross_entropy(self.classes(z), labels, reduction="none"), (value - x[:, 0]) ** 2
+
+
+def samples(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 4, generator=generator, dtype=torch.float64)
 
 
 def rows(model: Tasks) -> Tensor:
@@ -165,3 +169,38 @@ def test_a_wrapped_body_has_the_gradient_of_torchjd_s_mtl_backward() -> None:
     (body, head), (expected, alone) = grads
     torch.testing.assert_close(body, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close([len(tasks) * g for g in head], alone, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["of samples", "0-dim"])
+@pytest.mark.parametrize("kind", [fastdg.ERM, fastdg.PCGrad, fastdg.Fishr])
+def test_a_graph_is_the_eager_step(kind: Any, mean: bool) -> None:
+    model, twin = Tasks(), Tasks()
+    opt, other = (kind(SGD(m.parameters(), lr=0.1), num_domains=2) for m in (model, twin))
+
+    def losses(m: Tasks, x: Tensor) -> list[Tensor]:
+        return [loss.mean() if mean else loss for loss in m(x)]
+
+    backward = fastdg.compiled(opt, lambda x: losses(model, x), backend="aot_eager")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        opt.zero_grad()
+        loss = backward(samples(seed))
+        opt.step()
+        torch.manual_seed(seed)
+        other.zero_grad()
+        assert torch.equal(loss, other.backward(losses(twin, samples(seed))))
+        other.step()
+        torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert len(backward.graphs) == 1
+
+
+def test_a_graph_says_what_its_forward_has_to_return() -> None:
+    model = Tasks()
+    opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1), num_domains=2)
+    with pytest.raises(ValueError, match=r"^domains: expected none with the losses of several"):
+        fastdg.compiled(opt, lambda: list(model()))(domains=torch.zeros(6).long())
+    for result in (model, lambda: (list(model()), model()[0]), lambda: (*model(), model()[0])):
+        with pytest.raises(TypeError, match=r"^forward: .*got the tuple \(.*as a list"):
+            fastdg.compiled(opt, lambda result=result: result())()
+    with pytest.raises(TypeError, match=r"^domains: .*got none.*domains=domains"):
+        fastdg.compiled(opt, lambda: model()[0])()
