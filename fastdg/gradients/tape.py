@@ -253,12 +253,11 @@ class Tape:
             if mixed
             else f"no rule supports {', '.join(where)}"
         )
-        advice = (
-            "Faster: call eval() on the batch norms; or, for gradients of domains, run one forward "
-            "per domain with final=False"
-            if mixed
-            else "fastdg.explain(losses, params=...) shows the cost of each parameter"
-        )
+        advice = "fastdg.explain(losses, params=...) shows the cost of each parameter"
+        if mixed:
+            norms = any("BatchNorm" in name for name in where)
+            advice = "Faster: " + "call eval() on the batch norms; or, " * norms
+            advice += "for gradients of domains, run one forward per domain with final=False"
         warn_user(
             f"params: {listed(names)} take one call of autograd for each domain "
             f"(each sample, for variances), which is exact but slow, since {reason}. {advice}."

@@ -254,6 +254,7 @@ def test_samples_that_meet_cost_more_and_are_right(kind: str) -> None:
         losses, domains = pairs(model)
         opt.backward(losses, domains)
     assert [one.filename for one in told] == [__file__]
+    assert "eval()" not in str(told[0].message)  # the pairs of the loss would still meet
     twin = copy.deepcopy(model)
     losses, domains = pairs(twin)
     parameters = list(twin.parameters())
