@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..averaging.averaged import WAY, Averaged, zeros
-from ..averaging.buffers import Buffers
+from ..averaging.buffers import Buffers, check_same_size, size_of
 from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import argument, check_module, check_steps, hyper
 from ..dtypes import to_statistics_dtype
@@ -19,7 +19,7 @@ def _buffers(opt: SMA) -> Tensor | None:
 
 
 def _size(opt: SMA, group: Group) -> int:
-    return 0 if (found := _buffers(opt)) is None else len(found)
+    return size_of(_buffers(opt))
 
 
 def _begun(opt: SMA, group: Group) -> Any:
@@ -97,8 +97,10 @@ class SMA(Averaged):
     def _add(self) -> None:
         if self.steps < self.start - 1:
             return
-        self._join(self.average, self.averaged_steps)
         now, kept = _buffers(self), self.buffers
+        if self.averaged_steps:
+            check_same_size(size_of(kept), size_of(now))
+        self._join(self.average, self.averaged_steps)
         if now is not None and kept is not None and self.averaged_steps:
             kept.lerp_(now, 1 / (self.averaged_steps + 1))
         elif now is not None:

@@ -19,7 +19,7 @@ from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import check_model, option
 from ..core.optimizer import DomainOptimizer
 from ..distributed.sharding import local, sharded
-from .buffers import Buffers, stored
+from .buffers import Buffers, size_of, stored
 
 ONE_DOMAIN = (
     "domains: {} steps on one domain after the other, so a batch must have samples of one domain"
@@ -46,7 +46,7 @@ def _buffers(kind: str) -> PerRun:
         return opt._buffers.now().get(kind)
 
     def count(opt: Anchored, group: Group) -> int:
-        return 0 if (value := now(opt)) is None else len(value)
+        return size_of(now(opt))
 
     return PerRun(
         kind,

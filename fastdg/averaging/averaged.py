@@ -86,9 +86,10 @@ class Averaged(OuterOptimizer):
             RuntimeError: no step was made yet.
         """
         reshard(self.model)
-        for p, weight in self._mean()[0].items():
+        weights, _ = self._mean()
+        self._put_buffers(self.model)  # or an error, before anything has changed
+        for p, weight in weights.items():
             p.copy_(weight)
-        self._put_buffers(self.model)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:

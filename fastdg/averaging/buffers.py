@@ -34,7 +34,7 @@ class Buffers:
 
     def tensors(self, kind: str) -> list[Tensor]:
         """Return the current buffers of a kind: some modules replace theirs."""
-        now = [module._buffers[name] for module, name in self.places]
+        now = [module._buffers.get(name) for module, name in self.places]
         return [b for b in now if b is not None and not b.is_meta and KINDS[kind](b)]
 
     def now(self) -> dict[str, Tensor]:
@@ -48,7 +48,10 @@ class Buffers:
     @torch.no_grad()
     def interpolate(self, kept: dict[str, Tensor], rate: float) -> None:
         """Set buffers and ``kept`` to ``kept + rate * (now - kept)``; integers are truncated."""
-        for kind, end in self.now().items():
+        ends = self.now()
+        for kind in KINDS:
+            check_same_size(size_of(kept.get(kind)), size_of(ends.get(kind)))
+        for kind, end in ends.items():
             start = kept[kind]
             start.copy_(start + rate * (end - start))
             self.put(kind, start)
@@ -57,7 +60,9 @@ class Buffers:
     def put(self, kind: str, value: Tensor) -> None:
         """Set the buffers of a kind, given as `now` returns them."""
         tensors = self.tensors(kind)
-        pieces = value.split([b.numel() for b in tensors])
+        sizes = [b.numel() for b in tensors]
+        check_same_size(len(value), sum(sizes))
+        pieces = value.split(sizes)
         views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
         if all(b.device == value.device for b in tensors):
             foreach_copy_(tensors, views)
@@ -70,6 +75,23 @@ def _joined(buffers: Sequence[Tensor]) -> Tensor:
     devices = [b.device for b in buffers]
     place = next((device for device in devices if device.type != "cpu"), devices[0])
     return torch.cat([b.reshape(-1).to(place) for b in buffers])
+
+
+def size_of(flat: Tensor | None) -> int:
+    return 0 if flat is None else len(flat)
+
+
+def check_same_size(before: int, now: int) -> None:
+    """Raise ValueError unless flat buffers have as many numbers as before.
+
+    One number would be broadcast without a word.
+    """
+    if before != now:
+        raise ValueError(
+            f"model: expected {before} numbers in its buffers, as before, got {now}. Buffers in "
+            "its state_dict must not come, go or change their size during a run. Register such "
+            "ones with persistent=False, or make the wrapper anew."
+        )
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,21 @@ class Forward:
             seen.append(opt._statistics)
         opt._statistics = {**opt._statistics, **_together(seen)}
         return opt._statistics["loss"]
+
+    # -- one domain after the other --
+
+    def of_each(self, order: Iterable[int]) -> Forward:
+        """Return a closure without a parameter, which runs this one on the next domain."""
+        domains = iter(order)
+
+        def closure() -> Tensor:
+            d = next(domains)
+            losses, ids, inputs = losses_of(self.closure(d), d)
+            check_same(ids, d, f"closure: expected losses of domain {d}", "Draw its batch.")
+            loss: Tensor = self.opt.backward(losses, ids, **inputs)
+            return loss
+
+        return Forward(self.opt, closure)
 
     # -- two passes over all domains --
 

@@ -73,6 +73,11 @@ class Ascent(OuterOptimizer):
         inner = super().inner
         return None if inner is None or inner.role == "term" else inner
 
+    @property
+    def _made(self) -> int:
+        """Number of gradients of this step, at the weights before the present ones."""
+        return 0 if self._visit is None else self._visit.gradients
+
     @abstractmethod
     def trajectory(self, gradient: Vector) -> Trajectory:
         """Yield offsets from the model's weights, receive the gradient there, and return the
@@ -247,10 +252,10 @@ class Ascent(OuterOptimizer):
     def _step(self, closure: Any) -> Tensor | None:
         name = type(self).__name__
         if closure is None and (self._visit is not None or (self._ready and not self._complete)):
-            made = 1 if self._visit is None else self._visit.gradients
             raise RuntimeError(
-                f"{name}.step(): needs {self.points} gradients, got {made}. Call opt.ascend() and "
-                "opt.backward(losses, domains) on a new forward first, or opt.step(closure)."
+                f"{name}.step(): needs {self.points} gradients, got {self._made or 1}. Call "
+                "opt.ascend() and opt.backward(losses, domains) on a new forward first, or "
+                "opt.step(closure)."
             )
         return super()._step(closure)
 

@@ -234,6 +234,44 @@ def test_another_domain_than_the_next_is_refused() -> None:
     alike(model, start, 0)
 
 
+def loop(opt: Any, model: nn.Module, domains: Round, order: Sequence[Any]) -> None:
+    for k, d in enumerate(order):
+        if k:
+            opt.ascend()
+        x, y = domains[d if isinstance(d, int) else int(d[0])]
+        opt.backward(losses_of(model, x, y), d if isinstance(d, int) else d[: len(y)])
+    opt.step()
+
+
+@pytest.mark.parametrize(
+    ("order", "problem"),
+    [
+        ([0, 0], "gradient 1 of MLDG's step needs a test domain, not a train domain, got domain 0"),
+        ([0, 2, 0, 2], "gradient 2 .* that no earlier one has had, got domain 0"),
+        ([0, 2, 2, 1], "gradient 2 .* that no earlier one has had, got domain 2"),
+        ([torch.tensor([0, 1] * 9)], r"MLDG takes batches of one domain, got domains \[0, 1\]"),
+    ],
+)
+def test_domains_that_are_no_pairs_are_refused_in_a_loop(order: Any, problem: str) -> None:
+    model, (domains,) = net(), rounds(1)
+    opt = fastdg.MLDG(MAKES["adam"](model), num_domains=3, meta_test=1)
+    with pytest.raises(ValueError, match=rf"^domains: {problem}\. Take the domains in the order"):
+        loop(opt, model, domains, order)
+    opt.restore()
+    opt.zero_grad()
+    for own in (opt.order(), [2, 1, 0, 1]):  # any order of pairs
+        opt.zero_grad()
+        loop(opt, model, domains, own)
+
+
+def test_micro_batches_of_a_gradient_are_of_one_domain() -> None:
+    model, (domains,) = net(), rounds(1)
+    opt = fastdg.MLDG(MAKES["adam"](model), num_domains=3, meta_test=1)
+    opt.backward(losses_of(model, *domains[0]), 0, final=False)
+    with pytest.raises(ValueError, match=r"^domains: MLDG takes the micro-batches .*domains \[1\]"):
+        opt.backward(losses_of(model, *domains[1]), 1)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("beta", -1), ("inner_lr", -1), ("meta_test", 0), ("meta_test", 3), ("num_domains", 0)],

@@ -36,7 +36,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
     "SMA": None,  # takes the model
     "SWAD": None,
 }
-ONE_DOMAIN = {"Fish", "PGrad"}
+ONE_DOMAIN = {"Fish", "PGrad", "MLDG"}
 ASCENTS = {"SAM", "MLDG"}  # the first backward of a step
 
 

@@ -141,6 +141,47 @@ def test_buffers_without_values_stay() -> None:
     assert model.far.is_meta
 
 
+CHANGES = {
+    "another": lambda model: model.register_buffer("more", torch.zeros(2)),
+    "smaller": lambda model: setattr(model, "scale", torch.zeros(1)),  # it would be broadcast
+    "gone": lambda model: delattr(model, "scale"),
+}
+
+
+@pytest.mark.parametrize("when", ["step", "applied"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_buffers_that_change_their_number_are_refused(change: str, when: str) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("scale", torch.ones(4))
+    opt = fastdg.SMA(SGD(model.parameters(), lr=0.1), model, start=1)
+
+    def step() -> None:
+        opt.backward(model(torch.randn(4, 3)).square().sum(1), 0)
+        opt.step()
+
+    step()
+    step()
+    CHANGES[change](model)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"^model: expected 4 numbers in its buffers.* got [016]"):
+        step() if when == "step" else opt.apply()
+    assert opt.averaged_steps == 2
+    assert when == "step" or torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("change", ["smaller", "gone"])
+def test_buffers_of_a_meta_iteration_too(change: str) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("scale", torch.ones(4))
+    opt = fastdg.Fish(SGD(model.parameters(), lr=0.1), num_domains=2, model=model)
+    opt.backward(model(torch.randn(4, 3)).square().sum(1), 0)
+    opt.step()
+    CHANGES[change](model)
+    opt.backward(model(torch.randn(4, 3)).square().sum(1), 1)
+    with pytest.raises(ValueError, match=r"^model: expected 4 numbers in its buffers"):
+        opt.step()
+
+
 def test_buffers_on_two_devices() -> None:
     """On tensors without memory: there need be no second device."""
     with FakeTensorMode():

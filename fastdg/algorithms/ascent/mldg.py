@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.closures import Forward, check_same, losses_of
+from ...core.batch import Batch
+from ...core.closures import Forward
 from ...core.combine.seeded import Seeded
 from ...core.hyper import argument, check_rate, check_steps, check_weight, hyper, option
 from ...outer.adam_step import first_adam_step
 from ...outer.ascent import Ascent, Trajectory, Visit
+from ...outer.pairs import check_pairs, in_pairs
 from ...outer.vector import Vector
 
 
@@ -45,15 +47,14 @@ class MLDG(Seeded, Ascent):
         meta_test: number of test domains of a step, less than D.
         inner_lr: :math:`\alpha`; default: the learning rate of the parameter's group, as in
             DomainBed. :math:`\lambda` is the group's ``weight_decay``, if it has one.
-        generator: draws the order of the domains. Its state is kept in ``state_dict`` and restored
-            by loading. Default: torch's own.
+        generator: draws the order; its state is in ``state_dict``. Default: torch's own.
         buffers, model: as in `SAM`; the first forward is that of the first i.
 
     Defaults are DomainBed's. ``statistics`` holds those of the first backward, ``ascended_loss``
     (the last j's), ``gradient_norm``, and ``objective``, the losses in place of the gradients.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the closure returns another domain.
+        TypeError, ValueError: an argument is not as described; a batch is of another domain.
 
     Reference:
         Li, Yang, Song, Hospedales: Learning to Generalize: Meta-Learning for Domain Generalization,
@@ -62,7 +63,7 @@ class MLDG(Seeded, Ascent):
 
     prefix = "mldg"
     around_algorithms = False
-    _transient = (*Ascent._transient, "_objective")
+    _transient = (*Ascent._transient, "_objective", "_domains")
 
     beta: float = hyper(1.0, check_weight)
     inner_lr: float | None = hyper(None, check_rate)
@@ -85,23 +86,22 @@ class MLDG(Seeded, Ascent):
         pairs, generator = self.points // 2, self.generator_on(torch.device("cpu"))
         drawn: list[int] = torch.randperm(self.num_domains, generator=generator).tolist()
         self._remember()
-        train, test = drawn[:pairs], drawn[pairs:]
-        return [d for k, i in enumerate(train) for d in (i, test[k % len(test)])]
+        return in_pairs(drawn[:pairs], drawn[pairs:])
 
     def evaluate_closure(self, forward: Forward) -> Tensor:
         if not forward.by_domain:
             raise TypeError("closure: MLDG calls it with a domain, got no parameter. Take one, d.")
-        domains = iter(self.order())
-
-        def closure() -> Tensor:
-            d = next(domains)
-            losses, ids, inputs = losses_of(forward.closure(d), d)
-            check_same(ids, d, f"closure: expected losses of domain {d}", "Draw its batch.")
-            return self.backward(losses, ids, **inputs)
-
         self.zero_grad()
-        super().evaluate_closure(Forward(self, closure))
+        super().evaluate_closure(forward.of_each(self.order()))
         return self._statistics["objective"]
+
+    def _batch(self, losses: Tensor, domains: Tensor, terms: Tensor | None, **own: Tensor) -> Batch:
+        batch = super()._batch(losses, domains, terms, **own)
+        if not (self._made or self._ready or self._micro_batches):
+            self._domains: list[Tensor] = []  # of each gradient of this step
+        ids = domains if domains.device.type == "cpu" else batch.partition.domains
+        check_pairs(self._domains, self._made, ids)
+        return batch
 
     def trajectory(self, gradient: Vector) -> Trajectory:
         share, total = 1 / self.num_domains, Vector({}, gradient.ranks)
