@@ -31,7 +31,7 @@ import zoo_oracle  # noqa: E402
 import zoo_report  # noqa: E402
 from torchvision_ops import fit_torchvision  # noqa: E402
 
-LIMIT = 180  # seconds of the processor for a case
+LIMIT = 900  # seconds of the processor for a case
 
 
 def row_of(case: Case, training: bool, commit: str, fishr: bool) -> dict[str, Any]:
