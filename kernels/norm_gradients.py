@@ -1,6 +1,11 @@
-"""``norm_gradients``: a norm's weight and bias, by tiles of channels and positions."""
+"""``norm_gradients``: a norm's weight and bias, by tiles of channels and positions.
+
+``foreach_norm_gradients``: those of many norms, one launch for all whose maps lie alike.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,21 +18,32 @@ from .launch import block, launch, parts
 from .launch import supports as plain
 
 TILE = 1024  # elements of a tile
+_Maps = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, delta, mean, rstd
 
 
 @triton.jit
 def _norm_sums_kernel(
-    x, delta, mean, rstd, weight, bias,
-    T, C, S, size, splits, chunk, eps,
+    x, delta, mean, rstd, table, weight, bias,
+    N, T, C, S, size, splits, chunk, eps,
     x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
     m_sample, m_row, m_group, r_sample, r_row, r_group,
-    MEAN: tl.constexpr, RSTD: tl.constexpr, VARIANCE: tl.constexpr,
+    MANY: tl.constexpr, MEAN: tl.constexpr, RSTD: tl.constexpr, VARIANCE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One sample's block of channels over one chunk of all rows' positions."""
+    """One sample's block of channels over one chunk of all rows' positions; with MANY of the norm
+    whose maps a row of the table points to."""
     blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
-    sample = (program // (blocks * splits)).to(tl.int64)
+    row = (program // (blocks * splits)).to(tl.int64)  # sample after sample, norm after norm
+    sample = row
+    if MANY:
+        sample = row % N
+        place = table + row // N * 4
+        x = tl.multiple_of(tl.load(place).to(tl.pointer_type(x.dtype.element_ty)), 16)
+        delta = tl.load(place + 1).to(tl.pointer_type(delta.dtype.element_ty))
+        delta = tl.multiple_of(delta, 16)
+        mean = tl.load(place + 2).to(tl.pointer_type(mean.dtype.element_ty))
+        rstd = tl.load(place + 3).to(tl.pointer_type(rstd.dtype.element_ty))
     split = program // blocks % splits
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel, group = c.to(tl.int64)[:, None], (c // size)[:, None]
@@ -54,7 +70,7 @@ def _norm_sums_kernel(
                 h *= tl.load(at, mask=inside, other=0.0)
         of_weight += d * h
         of_bias += d
-    at = (sample * splits + split) * C + c
+    at = (row * splits + split) * C + c
     tl.store(weight + at, tl.sum(of_weight, 1), mask=c < C)
     tl.store(bias + at, tl.sum(of_bias, 1), mask=c < C)
 
@@ -143,25 +159,66 @@ def norm_gradients(
     eps: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `fastdg.ops.norm_gradients`. Accumulates in fp32, in one pass over both maps."""
-    N, T, C, S = x.shape
+    weight, bias = _alike([(x, delta, mean, rstd)], eps)
+    return weight[0], bias[0]
+
+
+def _alike(maps: Sequence[_Maps], eps: float | None) -> tuple[Tensor, Tensor]:
+    """The gradients ``[K, N, C]`` of K norms whose maps lie alike, in one launch."""
+    x, delta, mean, rstd = maps[0]
+    K, (N, T, C, S) = len(maps), x.shape
     tile = _tile(C, T * S, S == 1 or by_rows(x, delta))
     blocks, steps = cdiv(C, tile["BLOCK_C"]), max(1, cdiv(T * S, tile["BLOCK_P"]))
-    splits = parts(N * blocks, steps, N * C, x.device)
+    splits = parts(K * N * blocks, steps, K * N * C, x.device)
     chunk = cdiv(steps, splits) * tile["BLOCK_P"]
-    weight = x.new_empty((N, splits, C), dtype=torch.float32)
+    weight = x.new_empty((K, N, splits, C), dtype=torch.float32)
     bias = weight.new_empty(weight.shape)
     groups = 1 if rstd is None else rstd.shape[2]
     (m, *m_strides), (r, *r_strides) = _strides(x, mean), _strides(x, rstd)
     launch(
-        _norm_sums_kernel, N * splits * blocks,
-        x, delta, m, r, weight, bias,
-        T, C, max(1, S), max(1, C // groups), splits, chunk, eps or 0.0,
+        _norm_sums_kernel, K * N * splits * blocks,
+        x, delta, m, r, _table(maps) if K > 1 else x, weight, bias,
+        N, T, C, max(1, S), max(1, C // groups), splits, chunk, eps or 0.0,
         *x.stride(), *delta.stride(), *m_strides, *r_strides,
-        MEAN=mean is not None, RSTD=rstd is not None, VARIANCE=eps is not None, **tile,
+        MANY=K > 1, MEAN=mean is not None, RSTD=rstd is not None, VARIANCE=eps is not None, **tile,
     )  # fmt: skip
     if splits == 1:
-        return weight.squeeze(1), bias.squeeze(1)
-    return weight.sum(1), bias.sum(1)
+        return weight.squeeze(2), bias.squeeze(2)
+    return weight.sum(2), bias.sum(2)
+
+
+def _table(maps: Sequence[_Maps]) -> Tensor:
+    """Where the tensors of each norm are, ``[K, 4]``."""
+    places = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in maps]
+    table, device = torch.tensor(places, dtype=torch.int64), maps[0][0].device
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)  # the CPU does not wait for the copy
+
+
+def foreach_norm_gradients(
+    x: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    rstd: Sequence[Tensor],
+    eps: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `fastdg.ops.foreach_norm_gradients`."""
+    alike: dict[object, list[int]] = {}
+    maps: list[_Maps] = []
+    for k, (h, d, r) in enumerate(zip(x, delta, rstd, strict=True)):
+        m = mean[k] if mean else None
+        key = h.shape, h.stride(), d.stride(), r.shape, r.stride(), m is None or m.stride()
+        wide = (h.data_ptr() | d.data_ptr()) % 16 == 0  # else its loads are not those of others
+        alike.setdefault((*key, eps[k] if eps else None, wide or k), []).append(k)
+        maps.append((h, d, m, r))
+    found: list[tuple[Tensor, Tensor]] = [(x[0], x[0])] * len(x)
+    for numbers in alike.values():
+        sums = _alike([maps[k] for k in numbers], eps[numbers[0]] if eps else None)
+        for k, weight, bias in zip(numbers, *(s.unbind() for s in sums), strict=True):
+            found[k] = weight, bias
+    weights, biases = zip(*found, strict=True)
+    return list(weights), list(biases)
 
 
 def norm_gradients_backward(
@@ -193,6 +250,9 @@ def norm_gradients_backward(
     return of_x, of_delta
 
 
-def supports(*args: Tensor | bool | None) -> str | None:
+def supports(
+    *args: Tensor | Sequence[Tensor] | Sequence[float] | bool | float | None,
+) -> str | None:
     """`launch.supports` of each tensor: maps may have two dtypes, and statistics are in fp32."""
-    return next(filter(None, map(plain, args)), None)
+    flat = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    return next(filter(None, map(plain, flat)), None)

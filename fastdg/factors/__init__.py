@@ -2,12 +2,15 @@
 
 from .base import Agreement, Dense, PerSampleGrad, flat, weighted_sum
 from .lookup import Lookup
+from .norm import NormCall, OfNorm
 from .outer import Outer
 
 __all__ = [
     "Agreement",
     "Dense",
     "Lookup",
+    "NormCall",
+    "OfNorm",
     "Outer",
     "PerSampleGrad",
     "flat",

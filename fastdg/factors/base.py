@@ -104,6 +104,10 @@ class PerSampleGrad(ABC):
         """Combine the domains' mean gradients where their signs agree, as `ops.agreement` does."""
         return agreement_of(self.domain(partition).unbind(), weights, threshold, steepness)
 
+    def computed(self) -> PerSampleGrad:
+        """Return the gradients in a form that holds no maps of an op that has yet to run."""
+        return self
+
     def plus(self, other: PerSampleGrad) -> PerSampleGrad:
         """Add the gradients of another use of the parameter."""
         return Dense(self.per_sample() + other.per_sample())

@@ -273,7 +273,8 @@ class _Backward:
         made: dict[str, Any] = {}
         for slot, rule, given in zip(boundary.slots, boundary.rules, saved, strict=True):
             if rule is not None and given is not None and grads[0] is not None:
-                self.factors[node][slot] = rule.factor_beside(node, given, grads[0], made)
+                found = rule.factor_beside(node, given, grads[0], made)
+                self.factors[node][slot] = found.computed()
         if any(rule is None for rule in boundary.rules):
             self.at_boundary[node] = list(grads)
 

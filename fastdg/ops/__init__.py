@@ -4,6 +4,7 @@ from .agreement import agreement as agreement
 from .combine import combine as combine
 from .combine_rows import combine_rows as combine_rows
 from .foreach_moments import foreach_moments as foreach_moments
+from .foreach_norm_gradients import foreach_norm_gradients as foreach_norm_gradients
 from .gram import gram as gram
 from .meta_step import meta_step as meta_step
 from .moments import moments as moments

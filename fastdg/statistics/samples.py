@@ -126,8 +126,12 @@ def clipped_gradient(
     if not (number and math.isfinite(max_norm) and max_norm > 0):
         raise ValueError(f"max_norm: expected a finite number > 0, got {max_norm!r}.")
     factors: dict[str, PerSampleGrad] = {}
+
+    def use(name: str, factor: PerSampleGrad) -> None:
+        factors[name] = factor.computed()
+
     with torch.no_grad():
-        tape_of(params).resolve(losses).collect(factors.__setitem__, retain_graph=retain_graph)
+        tape_of(params).resolve(losses).collect(use, retain_graph=retain_graph)
         norm = torch.stack([factor.norms() for factor in factors.values()]).sum(0).sqrt()
         weights = (max_norm / norm).clamp(max=1)  # of a gradient of 0 the weight is 1
         return {name: weighted_sum(factor, weights) for name, factor in factors.items()}

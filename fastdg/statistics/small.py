@@ -11,13 +11,16 @@ from torch import Tensor
 
 from .. import ops
 from ..domains import Partition
-from ..factors import Dense, Outer, PerSampleGrad
+from ..factors import Dense, NormCall, OfNorm, Outer, PerSampleGrad
+from ..factors.norm import compute
 
 SMALL = 1 << 16  # entries of a factor's tensors, and of a parameter, that may wait for others
 WAITING = 1 << 18  # entries of all factors that wait
 # On a GPU a launch takes as long as some MB of memory: per-sample gradients of biases and norms
 # wait there, and no product, whose kernel for many has no tensor cores.
 SMALL_THERE, WAITING_THERE = 1 << 22, 1 << 24
+# Bytes of the maps of norms that wait; of other layers, nearly as many are freed meanwhile
+MAPS_THERE = 1 << 29
 
 K = TypeVar("K", bound=Hashable)
 
@@ -41,6 +44,8 @@ class Small(Generic[K]):
         self.partition, self.variance = partition, variance
         self.waiting: dict[torch.dtype, _Waiting] = {}
         self.entries = 0
+        self.norms: list[NormCall] = []
+        self.held = 0  # bytes of their maps
         self.made: dict[K, tuple[Tensor, Tensor | None]] = {}
 
     def takes(self, key: K, factor: PerSampleGrad) -> bool:
@@ -50,6 +55,9 @@ class Small(Generic[K]):
             size, dtype = factor.grads.numel(), factor.grads.dtype
             if not factor.grads.is_cpu:
                 most, waits = SMALL_THERE, WAITING_THERE
+        elif type(factor) is OfNorm:
+            size, dtype = factor.entries, factor.call.dtype
+            most, waits = SMALL_THERE, WAITING_THERE
         elif type(factor) is Outer and factor.groups == 1 and not factor.window:
             a, delta = factor.factors
             size, dtype = a.numel() + delta.numel(), a.dtype
@@ -62,14 +70,28 @@ class Small(Generic[K]):
         waiting = self.waiting.get(dtype)
         if waiting is None:
             waiting = self.waiting[dtype] = _Waiting([], [])
-        if type(factor) is Dense:
+        if isinstance(factor, Dense):
             waiting.grads.append((key, factor))
         else:
-            waiting.products.append((key, factor))  # type: ignore[arg-type]
+            waiting.products.append((key, factor))
+        if type(factor) is OfNorm:
+            self._hold(factor.call)
         self.entries += size
         if self.entries > waits:
             self._flush()
         return True
+
+    def _hold(self, call: NormCall) -> None:
+        if call.made is not None or (self.norms and self.norms[-1] is call):
+            return  # computed, or held by the norm's weight
+        if self.norms and self.held + call.bytes > MAPS_THERE:
+            self._compute()
+        self.norms.append(call)
+        self.held += call.bytes
+
+    def _compute(self) -> None:
+        compute(self.norms)
+        self.norms, self.held = [], 0
 
     def results(self) -> dict[K, tuple[Tensor, Tensor | None]]:
         """Return key -> mean and variance, each ``[D, *shape]``."""
@@ -78,6 +100,7 @@ class Small(Generic[K]):
 
     def _flush(self) -> None:
         self.entries, domains = 0, self.partition.num_domains
+        self._compute()
         for grads, products in self.waiting.values():
             pairs = [factor.factors for _, factor in products]
             with torch.no_grad():

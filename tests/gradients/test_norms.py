@@ -73,3 +73,26 @@ def test_weight_and_bias_of_a_norm_take_one_read(
     assert len(calls) == 1
     copied = name == "layer norm" and order is torch.contiguous_format  # by torch's own forward
     assert copied or calls[0].data_ptr() == inputs[0].data_ptr()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_that_wait_are_those_computed_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; a norm that is used twice, too."""
+    w = [nn.Parameter(torch.rand(8)) for _ in range(4)]
+    x, model = torch.randn(N, 4), nn.Linear(4, 120)
+    named = {str(k): p for k, p in enumerate(w)}
+
+    def results() -> list[Any]:
+        h = NORMS[name](model(x).view(N, 8, 3, 5), *w[:2]).sin()
+        h = NORMS[name](NORMS[name](h, *w[2:]).sin(), *w[2:])
+        losses = h.square().flatten(1).sum(1)
+        more = {"params": named, "retain_graph": True}
+        moments = fastdg.domain_moments(losses, DOMAINS, num_domains=NUM_DOMAINS, **more)
+        clipped = fastdg.clipped_gradient(losses, 0.5, **more)
+        return [moments.mean, moments.variance, clipped]
+
+    expected = results()
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    torch.testing.assert_close(results(), expected)

@@ -226,6 +226,8 @@ def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool
     x = x.mT.contiguous().mT if last else x
     args = x, x, meta(N, T, G), meta(N, T, G), True, None
     kernels.norm_gradients.norm_gradients(*args)
+    lists = [[tensor] * 2 for tensor in args[:4]]
+    kernels.norm_gradients.foreach_norm_gradients(*lists, [])
     kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args)
 
 

@@ -108,3 +108,30 @@ def test_a_variance_without_eps() -> None:
         norm_gradients.norm_gradients(*args), reference.reference(*double(*args)), strict=True
     ):
         torch.testing.assert_close(actual.cpu().double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["norm", "rms", "variance"])
+def test_many_norms_take_a_launch_for_each_layout(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(2, 3, 6, 8, 3), (2, 1, 4, 8, 2), (2, 3, 6, 8, 3), (0, 1, 4, 8, 2)]
+    given = [arguments(shape, "plain", kind) for shape in shapes]
+    x, delta, mean, rstd, _, eps = (list(parts) for parts in zip(*given, strict=True))
+    delta[1] = torch.cat([delta[1], delta[1]], 3)[..., 5:13]  # starts at no multiple of 16 bytes
+    launched: list[int] = []
+
+    def count(kernel: object, programs: int, *args: object, **meta: object) -> None:
+        launched.append(programs)
+        launch(kernel, programs, *args, **meta)
+
+    launch = norm_gradients.launch
+    monkeypatch.setattr(norm_gradients, "launch", count)
+    means = [] if mean[0] is None else mean
+    got = norm_gradients.foreach_norm_gradients(
+        x, delta, means, rstd, [] if eps[0] is None else eps
+    )
+    assert len(launched) == 3
+    for k, found in enumerate(zip(*got, strict=True)):
+        want = reference.reference(*double(x[k], delta[k], mean[k], rstd[k]), False, eps[k])
+        for actual, one in zip(found, want, strict=True):
+            torch.testing.assert_close(actual.cpu().double(), one, rtol=1e-4, atol=1e-4)

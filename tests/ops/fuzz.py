@@ -198,6 +198,14 @@ class Draw:
     def _norm_gradients(self) -> Any:
         return self.norm()
 
+    def _foreach_norm_gradients(self) -> Any:
+        x, delta, mean, rstd, _, eps = self.norm()
+        if rstd is None:
+            rstd = x.new_ones((*x.shape[:2], 1))
+        many = range(3)
+        means, all_eps = [mean for _ in many if mean is not None], [eps for _ in many if eps]
+        return [x for _ in many], [delta for _ in many], means, [rstd for _ in many], all_eps
+
     def _norm_gradients_backward(self) -> Any:
         x, *rest = self.norm()
         up = [self.tensor(x.shape[0], x.shape[2]) for _ in range(2)]

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdg
+from fastdg import ops
 from fastdg.domains import partition
-from fastdg.factors import Dense, Outer
+from fastdg.factors import Dense, NormCall, OfNorm, Outer
 from fastdg.gradients import engine, route
 from fastdg.statistics import small
 from fastdg.statistics.small import Small
@@ -191,3 +192,41 @@ def test_gradients_that_wait_for_the_end_are_those_that_arrive(
             own = rows[domains == d]
             torch.testing.assert_close(found.mean[name][d], own.mean(0))
             torch.testing.assert_close(found.variance[name][d], own.var(0, correction=0))
+
+
+def norm_calls() -> list[NormCall]:
+    """Of batch norms, with the variance in place of its root, and of a layer norm."""
+    calls = []
+    for C, S in ((3, 5), (4, 2), (3, 5)):
+        x, delta = torch.randn(2, N, 1, C, S)
+        mean, variance = torch.randn(N, 1, C), torch.rand(N, 1, C)
+        calls.append(NormCall(x, delta, mean, variance, False, 0.1))
+    x, delta = torch.randn(2, N, 2, 4, 1)
+    return [*calls, NormCall(x, delta, torch.randn(N, 2, 1), torch.rand(N, 2, 1), True, None)]
+
+
+@pytest.mark.parametrize("most", [0, 500, 1 << 20])
+def test_norms_wait_for_others_until_their_maps_are_many(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    run, run_many = ops.norm_gradients, ops.foreach_norm_gradients
+    monkeypatch.setattr(ops, "norm_gradients", lambda *a, **k: (ran.append(1), run(*a, **k))[1])
+    monkeypatch.setattr(
+        ops, "foreach_norm_gradients", lambda x, *a: (ran.append(len(x)), run_many(x, *a))[1]
+    )
+    monkeypatch.setattr(small, "MAPS_THERE", most)
+    parts = partition(torch.arange(N) % D, torch.ones(N), D)
+    waiting: Small[Any] = Small(parts, variance=True)
+    calls = norm_calls()
+    expected = [run(*call.maps, *call.statistics, own=call.own, eps=call.eps) for call in calls]
+    for k, call in enumerate(calls):
+        for bias in (False, True):
+            assert waiting.takes((k, bias), OfNorm(call, bias, (N, call.maps[0].shape[2])))
+            assert waiting.held <= max(most, call.bytes)
+    found = waiting.results()
+    assert ran == {0: [1, 1, 1, 1], 500: [1, 1, 1, 1], 1 << 20: [3, 1]}[most]
+    for (k, bias), got in found.items():
+        for one, want in zip(got, Dense(expected[k][bias]).moments(parts), strict=True):
+            torch.testing.assert_close(one, want)
+    assert not any(hasattr(call, "maps") for call in calls)  # nothing holds them any more

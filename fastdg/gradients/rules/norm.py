@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from ... import ops
-from ...factors import Dense, PerSampleGrad
+from ...factors import Dense, NormCall, OfNorm, PerSampleGrad
 from ...ops.gradients import statistic_dtype
 from ...ops.norm_gradients import dtype_of
 from ..ownership.layout import Layout, lead
@@ -51,24 +52,37 @@ class Affine(BoundRule):
     def factor_beside(
         self, node: Node, saved: tuple[Any, ...], delta: Tensor, made: dict[str, Any]
     ) -> PerSampleGrad:
+        shape = self.layout.samples, *self.parameter
         if self.weight:
-            grads, made["bias"] = self._both(node, saved, delta)
+            made["bias"] = both = self._both(node, saved, delta)
         elif "bias" in made:  # computed with the weight's
-            grads = made.pop("bias")
+            both = made.pop("bias")
         else:
-            grads = self._rows(delta).sum((1, 3), dtype=statistic_dtype(delta.dtype))
-        return Dense(grads.reshape(self.layout.samples, *self.parameter))
+            return Dense(
+                self._rows(delta).sum((1, 3), dtype=statistic_dtype(delta.dtype)).reshape(shape)
+            )
+        if isinstance(both, NormCall):
+            return OfNorm(both, not self.weight, shape)
+        return Dense(both[not self.weight].reshape(shape))
 
-    def _both(self, node: Any, saved: tuple[Any, ...], delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, node: Any, saved: tuple[Any, ...], delta: Tensor
+    ) -> tuple[Tensor, Tensor] | NormCall:
+        """Compute the gradients of weight and bias; on a GPU, where a launch takes long, later."""
         x, *statistics = saved
-        dtype = dtype_of(x, delta)
+        dtype, eps = dtype_of(x, delta), None
         x, delta = self._rows(x), self._rows(delta)
+        mean: Tensor | None = None
         if self.kind == "batch":
-            mean, variance = (s.to(dtype).expand(*x.shape[:3]) for s in statistics)
-            return ops.norm_gradients(x, delta, mean, variance, eps=node._saved_eps)
-        mean, rstd = (None, *statistics) if self.kind == "rms" else statistics
-        given = [None if s is None else self._lines(s.to(dtype)) for s in (mean, rstd)]
-        return ops.norm_gradients(x, delta, *given, own=True)
+            mean, rstd = (s.to(dtype).expand(*x.shape[:3]) for s in statistics)
+            eps = node._saved_eps
+        else:
+            *means, rstd = (self._lines(s.to(dtype)) for s in statistics)
+            mean = means[0] if means else None
+        own = self.kind != "batch"
+        if delta.is_cpu or torch.is_grad_enabled():
+            return ops.norm_gradients(x, delta, mean, rstd, own=own, eps=eps)
+        return NormCall(x, delta, mean, rstd, own, eps)
 
     def _lines(self, statistic: Tensor) -> Tensor:
         """Rearrange mean or rstd of each row to ``[N, T, G]``."""
