@@ -20,7 +20,7 @@ from ..distributed.sharding import sharded
 from ..gradients.scale import UNSCALED, LossScale
 from . import errors
 from .base_optimizer import Wrapping
-from .nesting import chain, innermost
+from .nesting import around, chain, innermost
 
 _SET_BY_SCALER = ("grad_scale", "found_inf")  # attributes of an optimizer during `scaler.step`
 
@@ -56,7 +56,7 @@ def loss_scale(opt: Wrapping, scaler: Any, losses: Tensor) -> LossScale:
         )
     if opt._ready and is_unscaled(scaler, opt):
         raise RuntimeError(
-            f"scaler: scaler.unscale_(opt) has already unscaled .grad, so {name}.backward cannot "
+            f"scaler: scaler.unscale_ has already unscaled .grad, so {name}.backward cannot "
             "add to it. Call unscale_ after the last backward of the step."
         )
     scale = scaler.scale(torch.ones((), device=losses.device))
@@ -151,9 +151,11 @@ def _calling_scaler(opt: Wrapping, closure: Any) -> GradScaler:
     return scaler
 
 
-def is_unscaled(scaler: GradScaler, opt: Optimizer) -> bool:
-    """Whether ``scaler.unscale_(opt)`` was called since the last update."""
-    return _stage(scaler, opt) is OptState.UNSCALED
+def is_unscaled(scaler: GradScaler, opt: Wrapping) -> bool:
+    """Whether ``scaler.unscale_`` was called since the last update: on ``opt``, a wrapper around
+    it, or an optimizer inside."""
+    links = (*around(opt), *chain(opt), innermost(opt))
+    return any(_stage(scaler, link) is OptState.UNSCALED for link in links)
 
 
 def _stage(scaler: GradScaler, opt: Optimizer) -> OptState:

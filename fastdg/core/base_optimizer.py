@@ -23,6 +23,7 @@ class Wrapping(Optimizer):
     prefix: str  # of the wrapper's own keys in ``state`` and ``param_groups``
     _ready: bool  # whether .grad holds this wrapper's gradient, which no step has used yet
     _loss_scale = UNSCALED  # of .grad, and of the staged micro-batches
+    _outer: weakref.ref[Wrapping] | None = None  # the wrapper around this one
     _micro_batches: list[Any]  # results of `_batch`, or of `_on_micro_batch`
     _pending: Any  # kept from `_gradient` for `_commit`
     _before: dict[str, Any] | None = None  # states of objects before a step that may be skipped
@@ -56,6 +57,7 @@ class Wrapping(Optimizer):
         "_statistics",
         "_loss_scale",
         "_model",
+        "_outer",
         "_loaded",
         "_loaded_groups",
         "_group",

@@ -147,6 +147,8 @@ class Configured(Stateful):
     def _look(self, model: nn.Module | None) -> None:
         """Track the optimizer's parameters; ``model`` gives some of them their names."""
         self._model = weakref.ref(model) if model is not None else None
+        if isinstance(self.base, Configured):
+            self.base._outer = weakref.ref(self)
         if "_one_domain" not in self.__dict__:
             self._one_domain: OneDomain = OneDomain()
         if "_ranks" not in self.__dict__:

@@ -36,6 +36,14 @@ def chain(opt: Optimizer) -> Iterator[Wrapping]:
         opt = opt.base
 
 
+def around(opt: Wrapping) -> Iterator[Wrapping]:
+    """Yield every wrapper around ``opt``, innermost first."""
+    outer = opt._outer
+    while outer is not None and (link := outer()) is not None:
+        yield link
+        outer = link._outer
+
+
 def innermost(opt: Optimizer) -> Optimizer:
     """Return the plain optimizer inside all wrappers."""
     while isinstance(opt, Wrapping):

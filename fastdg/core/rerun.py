@@ -18,11 +18,18 @@ from ..statistics.random_state import restore as restore_random
 
 
 class Buffers:
-    """Snapshot of the buffers of modules."""
+    """Snapshot of the buffers of modules.
+
+    With ``torch.func.functional_call`` a module has other buffers during a forward: these are
+    restored, and the module keeps its own.
+    """
 
     def __init__(self) -> None:
-        self.saved: dict[tuple[int, str], tuple[nn.Module, Tensor, Tensor]] = {}
-        self._seen: set[int] = set()
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}  # id -> buffer, its values
+        self._present: dict[tuple[nn.Module, str], Tensor] = {}  # before a module's last forward
+        self._origins: dict[int, tuple[Tensor, Tensor]] = {}  # id -> made by a forward, first
+        self._seen: set[nn.Module] = set()  # modules whose buffers are saved
+        self._outermost: set[nn.Module] = set()  # those that called a hook first
         self._handles: list[RemovableHandle] = []
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -37,35 +44,59 @@ class Buffers:
         if model is not None:
             self._save(model)
             return
-        hook = WeakHook(self, "_on_forward")
+        before, after = WeakHook(self, "_before_forward"), WeakHook(self, "_after_forward")
         self.owned = None if owned is None else {id(p) for p in owned}
-        self._handles.append(torch_module.register_module_forward_pre_hook(hook))
+        self._handles += [
+            torch_module.register_module_forward_pre_hook(before),
+            torch_module.register_module_forward_hook(after),
+        ]
 
     def stop(self) -> None:
         _remove(self._handles)
 
-    def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self._seen:
-            return
-        if self.owned is None or any(id(p) in self.owned for p in module.parameters()):
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if module in self._seen and module not in self._outermost:
+            self._save_own(module)
+        elif self.owned is None or any(id(p) in self.owned for p in module.parameters()):
+            self._outermost.add(module)
             self._save(module)
 
     def _save(self, model: nn.Module) -> None:
         # With all modules inside, as the modules of a compiled module call no hook
         for module in model.modules():
-            self._seen.add(id(module))
-            for name, buffer in module._buffers.items():
-                key = id(module), name
-                if buffer is not None and key not in self.saved:
-                    self.saved[key] = module, buffer, buffer.clone()
+            self._seen.add(module)
+            self._save_own(module)
+
+    def _save_own(self, module: nn.Module) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            self._present[module, name] = buffer
+            if id(buffer) not in self._origins and id(buffer) not in self.saved:
+                self.saved[id(buffer)] = buffer, buffer.clone()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note buffers that a forward has replaced, as some modules do."""
+        for place in module.modules() if module in self._outermost else (module,):
+            for name, buffer in place._buffers.items():
+                before = self._present.get((place, name))
+                if buffer is None or before is None or buffer is before:
+                    continue
+                _, first = self._origins.get(id(before), (before, before))
+                self._origins[id(buffer)] = buffer, first
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the buffers."""
         self.stop()
-        for (_, name), (module, buffer, value) in self.saved.items():
+        for buffer, value in self.saved.values():
             buffer.copy_(value)
-            module._buffers[name] = buffer  # some modules replace theirs
+        for (module, name), before in self._present.items():
+            now = module._buffers.get(name)
+            if not self._outermost:  # of a given model, whose forwards call no hook
+                module._buffers[name] = before
+            elif id(now) in self._origins:
+                module._buffers[name] = self._origins[id(now)][1]
 
 
 class RngAndBuffers:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from on_device import DEVICE
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.func import functional_call
 from torch.nn.modules import module as torch_module
 from torch.optim import SGD, Adam, Optimizer
 
@@ -380,6 +381,53 @@ def test_without_the_model_its_buffers_are_found_and_no_others() -> None:
     assert int(model[1].num_batches_tracked) == int(teacher[1].num_batches_tracked) == 1
 
 
+def test_buffers_of_functional_call() -> None:
+    """The first forward alone moves each set of them, and the model keeps its own."""
+    model = network(norm=True)
+    own = dict(model.named_buffers())
+    sets = [{name: b.clone() for name, b in own.items()} for _ in range(2)]
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    x, y, domains = batch(0)
+
+    def losses() -> Tensor:
+        called = [functional_call(model, buffers, (x[k::2],)) for k, buffers in enumerate(sets)]
+        losses = [F.cross_entropy(z, y[k::2], reduction="none") for k, z in enumerate(called)]
+        return torch.cat([*losses, losses_of(model, x, y)])
+
+    opt.backward(losses(), domains.repeat(2))
+    after = [{name: b.clone() for name, b in buffers.items()} for buffers in (own, *sets)]
+    opt.ascend()
+    opt.backward(losses(), domains.repeat(2))
+    torch.testing.assert_close([own, *sets], after, rtol=0, atol=0)
+    assert all(model.get_buffer(name) is buffer for name, buffer in own.items())
+
+
+class Replaces(nn.Linear):
+    """Puts a new buffer in the place of the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_buffers_that_a_forward_replaces(known: bool) -> None:
+    model = nn.Sequential(Replaces(), nn.Tanh()).double()
+    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1), model=model if known else None)
+    x, y, domains = batch(0)
+    opt.backward(losses_of(model, x, y), domains)
+    first = model[0].calls
+    opt.ascend()
+    opt.backward(losses_of(model, x, y), domains, final=False)  # two forwards
+    opt.backward(losses_of(model, x, y), domains)
+    assert model[0].calls is first
+    assert int(first) == 1
+
+
 def test_an_optimizer_that_is_dropped_leaves_no_hook() -> None:
     hooks = torch_module._global_forward_pre_hooks
     before = len(hooks)
@@ -397,9 +445,16 @@ def test_an_optimizer_that_is_dropped_leaves_no_hook() -> None:
 # -- GradScaler --
 
 
-def test_gradients_that_were_unscaled_before_the_ascent_are_told() -> None:
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_gradients_that_were_unscaled_before_the_ascent_are_told(
+    average: bool, copied: bool
+) -> None:
     model = network(dtype=torch.float32)
-    opt = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    opt: Any = fastdg.SAM(SGD(model.parameters(), lr=0.1))
+    opt = fastdg.SWAD(opt, model) if average else opt
+    if copied:
+        model, opt = copy.deepcopy((model, opt))
     scaler = GradScaler("cpu", init_scale=2.0**10)
     x, y, domains = batch(0, torch.float32)
     opt.backward(losses_of(model, x, y), domains, scaler=scaler)
@@ -408,7 +463,8 @@ def test_gradients_that_were_unscaled_before_the_ascent_are_told() -> None:
         opt.ascend()
     opt.zero_grad()
     scaler.update()
-    by_scaler(opt, model.double(), 0)
+    if not average:
+        by_scaler(opt, model.double(), 0)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

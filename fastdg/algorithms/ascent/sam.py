@@ -47,8 +47,8 @@ class SAM(Ascent):
             the running statistics of batch norm; ``"all"``: every forward does.
         num_domains: D, for the algorithm inside, or for ``statistics``.
         model: the buffers that ``"first"`` is about; its parameters' names are used in messages.
-            Without it they are found by a hook on all modules that run between two gradients,
-            which ``torch.compile`` warns of.
+            Without it they are found by hooks on all modules that run between two gradients, which
+            ``torch.compile`` warns of; so are those of ``torch.func.functional_call``.
 
     ``statistics`` holds the entries of the algorithm inside (or of `ERM`) at :math:`\theta`,
     ``ascended_loss``, the mean loss at :math:`\theta + e`, and ``gradient_norm``,
