@@ -238,11 +238,11 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
         )
     ids = domains.detach().to(torch.int64)
     if num_domains is None or readable(ids):
-        num_domains = check_ids(ids, num_domains)
+        result = _sorted(ids, check_ids(ids, num_domains))
     else:
-        there = ((ids >= 0) & (ids < num_domains)).all()
+        result = _sorted(ids, num_domains)
+        there = result.count.sum() == ids.shape[0]
         assert_later(there, f"domains: expected ids from 0 to {num_domains - 1}")
-    result = _sorted(ids, num_domains)
     if ids.device != losses.device:
         result = Partition(
             *(

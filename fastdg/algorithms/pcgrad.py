@@ -83,16 +83,15 @@ def projected(gram: Tensor, order: Tensor) -> Tensor:
         The coefficients c, ``[D, D]`` float64, on the device of ``gram``.
     """
     domains = len(gram)
-    own = torch.arange(domains, device=gram.device)
     # Row j: the products of g_j, and g_j itself as a combination of all. Row i of the second one:
     # the same of p_i, which begins as g_i.
     table = torch.cat([gram.double(), torch.eye(domains, device=gram.device)], 1)
-    state = table.clone()
+    state, zero = table.clone(), table.new_zeros(())
     steps = order.t()  # in each, one j for every i
-    squares = gram.double().diagonal()[steps]
-    divisors = torch.where((squares > 0) & (steps != own), squares, torch.inf)
-    for j, divisor in zip(steps, divisors, strict=True):
-        product = state[own, j]
-        rate = torch.where(product < 0, product / divisor, 0)
-        state.addcmul_(rate.unsqueeze(1), table[j], value=-1)
+    squares = table.diagonal()[steps]
+    others = steps != torch.arange(domains, device=gram.device)
+    divisors = torch.where((squares > 0) & others, squares, torch.inf)
+    for j, divisor in zip(steps.unsqueeze(2), divisors.unsqueeze(2), strict=True):
+        rate = torch.fmin(state.gather(1, j), zero) / divisor  # of a product of NaN it is 0
+        state.addcmul_(rate, table[j.squeeze(1)], value=-1)
     return state[:, domains:]

@@ -15,7 +15,7 @@ from ..ops.window import unfold
 from .base import Agreement, Dense, PerSampleGrad
 
 CACHED = 1 << 15  # entries that stay in a core's cache
-FEW_TILES = 1 << 21  # entries of a weight whose tiles are too few for a GPU
+FEW_TILES = 1 << 22  # entries of a weight whose tiles fill no GPU well; those of D weights do
 
 
 class Outer(PerSampleGrad):

@@ -20,16 +20,16 @@ STEPS = ("AgrSum", "PCGrad", STATISTIC)
 # The aim is 1.3 times the ops of the plain step. Where it is missed, what a step has today.
 AIM = 1.3
 TODAY = {
-    ("resnet50", "fp32", "AgrSum"): 1.36,
-    ("resnet50", "fp32", "PCGrad"): 1.45,
-    ("resnet50", "fp32", STATISTIC): 1.35,
+    ("resnet50", "fp32", "AgrSum"): 1.34,
+    ("resnet50", "fp32", "PCGrad"): 1.42,
+    ("resnet50", "fp32", STATISTIC): 1.34,
 }
 # Kernels of fastdg's own: its products, their transposes and second stages
 LAUNCHES = {
     ("resnet50", "bf16"): {"AgrSum": 190, "PCGrad": 187, STATISTIC: 181},
     ("resnet50", "fp32"): {"AgrSum": 174, "PCGrad": 171, STATISTIC: 179},
-    ("vit_b16", "bf16"): {"AgrSum": 82, "PCGrad": 75, STATISTIC: 76},
-    ("vit_b16", "fp32"): {"AgrSum": 167, "PCGrad": 160, STATISTIC: 161},
+    ("vit_b16", "bf16"): {"AgrSum": 88, "PCGrad": 75, STATISTIC: 76},
+    ("vit_b16", "fp32"): {"AgrSum": 173, "PCGrad": 160, STATISTIC: 161},
 }
 GB = {"resnet50": 25, "vit_b16": 40}
 

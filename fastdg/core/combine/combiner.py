@@ -97,8 +97,6 @@ class DomainGradients:
         gram, scatter = self.gram(), self.source.scatter_rows
         self._used = "weighted_sum"
         norm = gram.diagonal().sqrt()
-        place = torch.arange(len(gram), device=gram.device)
-        pairs = place.unsqueeze(1) < place  # triu would start torch's threads for a few numbers
 
         def matrix(values: Tensor, fill: float) -> Tensor:
             return scatter(scatter(values, fill).t(), fill).t()
@@ -106,7 +104,7 @@ class DomainGradients:
         self.log(
             gram=matrix(gram, 0),
             cosine=matrix(gram / norm / norm.unsqueeze(1), torch.nan),
-            conflicts=((gram < 0) & pairs).sum(),
+            conflicts=(gram < 0).sum() // 2,  # no square on the diagonal is negative
             weights=scatter(weights.detach(), 0),
         )
         return self.source.combined(weights)
@@ -125,18 +123,18 @@ class DomainGradients:
             threshold, steepness = 0.0, torch.inf
         found = self.source.agreement(self.domain_weights(reduction), threshold, steepness)
         order = [p for p in self.names if p in found]
-        agreeing, magnitude = (
-            torch.stack([getattr(found[p], name) for p in order]).to(self.source.losses.dtype)
-            for name in ("agreeing", "magnitude")
-        )
+        sums = [getattr(found[p], name) for name in ("agreeing", "magnitude") for p in order]
+        both = torch.stack(sums).to(self.source.losses.dtype).view(2, -1)
+        agreeing, _ = both.unbind()
+        agree, magnitude = both.sum(1).unbind()
         numel = self.sizes(order, agreeing)
         mean = agreeing / numel
         places = [i for i, p in enumerate(self.names) if p in found]
         self.log(
-            agreeing=agreeing.sum() / numel.sum(),
+            agreeing=agree / numel.sum(),
             agreeing_by_parameter=scatter_rows(mean, places, len(self.names), torch.nan),
         )
-        size = magnitude.sum() / agreeing.sum().clamp(min=1)
+        size = magnitude / agree.clamp(min=1)
         return Agreed({p: found[p].combined for p in order}, mean, size)
 
     def log(self, **statistics: Tensor) -> None:

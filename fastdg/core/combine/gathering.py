@@ -16,10 +16,11 @@ from ...dtypes import to_statistics_dtype
 from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
 from ...gradients.scale import backward_scale, pow2_scale, unscaled
-from ...statistics.small import WAITING_THERE, Small
+from ...statistics.small import Small
 from ..batch import Batch
 
 T = TypeVar("T")
+ROWS_THERE = 1 << 25  # entries of the domains' gradients that wait for one launch on a GPU
 
 
 @dataclass
@@ -164,7 +165,7 @@ class SingleBackward(Own):
     ) -> dict[Tensor, Agreement]:
         parts, small = self.batch.partition, self._small()
         made: dict[Tensor, Agreement] = {}
-        waiting: dict[Tensor, list[Tensor]] = {}  # on a GPU, for one launch with others
+        waiting: dict[Tensor, list[Tensor]] = {}  # see `ROWS_THERE`
 
         def combine(p: Tensor, factor: PerSampleGrad) -> None:
             if small.takes(p, factor):
@@ -173,7 +174,7 @@ class SingleBackward(Own):
                 made[p] = factor.agreement(parts, weights, threshold, steepness)
                 return
             waiting[p] = list(factor.domain(parts).unbind())
-            if sum(len(rows) * rows[0].numel() for rows in waiting.values()) > WAITING_THERE:
+            if sum(len(rows) * rows[0].numel() for rows in waiting.values()) > ROWS_THERE:
                 made.update(_agreements(waiting, weights, threshold, steepness))
                 waiting.clear()
 
