@@ -71,6 +71,7 @@ def test_every_damage_of_a_result_file_is_said(
         '{"settings": {}, "machine": {}, "runs": {"a": 3}}',
         '{"settings": {}, "machine": {}, "runs": {"a": {}}}',
         '{"settings": {}, "machine": {}, "runs": {}, "more": 1}',
+        '{"settings": {}, "machine": {}, "runs": {}, "data": 1}',
     ],
 )
 def test_what_is_no_result_file_is_refused(tmp_path: Path, content: str) -> None:
@@ -93,6 +94,27 @@ def test_a_result_file_without_a_checksum_is_taken_and_one_changed_by_hand_is_no
     del changed["sha256"]
     path.write_text(json.dumps(changed))
     assert run_units({"a": partial(value, 1)}, SETTINGS, path)["runs"] == {"a": {"value": 5}}
+
+
+def test_a_result_file_says_which_data_it_was_made_from(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run_units({"a": partial(value, 1)}, SETTINGS, path, data={"digits": "ab"})
+    found = run_units({"b": partial(value, 2)}, SETTINGS, path, data={"heart": "cd"})
+    assert found["data"] == {"digits": "ab", "heart": "cd"}
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(data\.digits was 'ab', now 'ef'\)"):
+        run_units({"a": partial(value, 1)}, SETTINGS, path, data={"digits": "ef"})
+    assert path.read_bytes() == before
+    run_units({"a": partial(value, 1)}, SETTINGS, path, fresh=True, data={"digits": "ef"})
+    assert json.loads(path.read_text())["data"] == {"digits": "ef"}
+
+
+def test_a_result_file_without_fingerprints_goes_on_without(tmp_path: Path) -> None:
+    """Of a version before: nobody knows what its results were made from."""
+    path = tmp_path / "results.json"
+    run_units({"a": partial(value, 1)}, SETTINGS, path)
+    found = run_units({"b": partial(value, 2)}, SETTINGS, path, data={"heart": "cd"})
+    assert "data" not in found and found["runs"] == {"b": {"value": 2}}
 
 
 def test_every_damage_of_a_checkpoint_is_said(tmp_path: Path) -> None:

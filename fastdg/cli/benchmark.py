@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +24,8 @@ from .options import (
     processes,
     several,
     steps_option,
+    training,
 )
-
-EVERY = 15.0  # seconds between two lines of progress
-FIRST = 40  # units after which the duration is told, at the latest
 
 
 def benchmark(
@@ -78,8 +73,16 @@ def benchmark(
         )
         for said in plan.skipped():
             console.print(said, soft_wrap=True, highlight=False)
-        with _progress(plan) as show:
-            results = run(plan, out / "results.json", fresh, show, processes(workers))
+        side_by_side = processes(workers)
+        console.print(
+            f"{len(plan.present())} data sets ({', '.join(plan.present())}), "
+            f"{len(plan.algorithms)} algorithms, {plan.seeds} seeds; a search is {plan.trials} "
+            f"settings of {plan.steps} steps",
+            highlight=False,
+        )
+        note = f", {side_by_side} side by side" if side_by_side > 1 else ""
+        with training("searches", note=note) as show:
+            results = run(plan, out / "results.json", fresh, show, side_by_side)
         summary = condensed(results)
         replace(out / "summary.json", lambda file: file.write(lines(summary).encode()))
         if "erm" not in plan.algorithms:
@@ -106,47 +109,3 @@ def benchmark(
         f"Figure: {out / 'figure.png'}\nTable: {out / 'table.md'}\n"
         f"Results: {out / 'summary.json'}, of each run {out / 'results.json'}"
     )
-
-
-@contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[str, int, int], None]]:
-    """Print a line from time to time; yield a function that takes the unit, the number done and the
-    total."""
-    console.print(
-        f"{len(plan.present())} data sets ({', '.join(plan.present())}), {len(plan.algorithms)} "
-        f"algorithms, {plan.seeds} seeds, {plan.trials} settings of {plan.steps} steps",
-        highlight=False,
-    )
-    began = told = time.monotonic()
-    start = -1
-
-    def show(name: str, done: int, total: int) -> None:
-        nonlocal told, start
-        now = time.monotonic()
-        if start < 0:
-            start = done
-            before = f", {done} of them before" if done else ""
-            console.print(f"{total} units{before}; began", highlight=False)
-            return
-        first = done - start == min(FIRST, len(plan.algorithms), total - start)
-        if not first and now - told < EVERY and done < total:
-            return
-        told = now
-        left = (now - began) / (done - start) * (total - done)
-        console.print(
-            f"{done} of {total} after {_clock(now - began)}, about {_clock(left)} left: {name}",
-            highlight=False,
-        )
-
-    try:
-        yield show
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from here.")
-        raise typer.Exit(130) from None
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 100 else f"{minutes} min"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...files import load_arrays
-from ..data.digits import rotated
+from ..data import digits
+from ..data.fingerprint import of_files
 
 Rows = tuple[Any, np.ndarray]  # features, an array or a sparse matrix [n, F], and labels int64 [n]
 
@@ -78,7 +79,7 @@ def _by_domain(x: Any, y: np.ndarray, d: np.ndarray, domains: int) -> list[Rows]
 
 
 def _digits(data: Path | None, seed: int) -> list[Rows]:
-    task = rotated(seed, ANGLES)
+    task = digits.rotated(seed, ANGLES)
     images = [x.flatten(1).numpy() for x in task.images]
     return [(x, y.numpy()) for x, y in zip(images, task.labels, strict=True)]
 
@@ -197,6 +198,19 @@ def rows_of(name: str, data: Path | None, seed: int) -> list[Rows]:
         ValueError: the file is damaged, or not as described.
     """
     return DATASETS[name].read(data, seed)
+
+
+def fingerprint(name: str, data: Path | None) -> str:
+    """Return the fingerprint of a data set that is there.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    file = DATASETS[name].file
+    if file is None:
+        return digits.fingerprint()
+    assert data is not None
+    return of_files([data / file])
 
 
 def missing(name: str, data: Path | None) -> str | None:

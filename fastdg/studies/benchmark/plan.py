@@ -11,7 +11,7 @@ from typing import Any
 from ..experiments.settings import EVALUATIONS
 from ..experiments.units import Told, check_names, run_units, silent
 from .algorithms import CONTENDERS, DIGITS, WEIGHT, WIDTH
-from .datasets import DATASETS, missing
+from .datasets import DATASETS, fingerprint, missing
 from .folds import FIT, ROWS
 from .training import FIELDS, search
 
@@ -90,4 +90,5 @@ def run(
         key: partial(search, plan.data, name, left_out, algorithm, seed, plan.trials, plan.steps)
         for key, name, left_out, algorithm, seed in plan.units()
     }
-    return run_units(units, plan.settings(), path, fresh, progress, workers, FIELDS)
+    data = {name: fingerprint(name, plan.data) for name in plan.present()}
+    return run_units(units, plan.settings(), path, fresh, progress, workers, FIELDS, data)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .fingerprint import of_arrays
+
 ANGLES = (0, 15, 30, 45, 60, 75)
 COLOUR_FLIPS = (0.1, 0.2, 0.9)  # of the training domains and, last, of the test domain
 LABEL_FLIP = 0.25
@@ -59,6 +61,11 @@ def _digits() -> tuple[Tensor, Tensor]:
     bunch = load_digits()
     images = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32)) / 16
     return images, torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+
+
+def fingerprint() -> str:
+    """Return the fingerprint of the images and their labels."""
+    return of_arrays(x.numpy() for x in _digits())
 
 
 def coloured(seed: int) -> Task:

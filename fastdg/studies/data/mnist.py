@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fingerprint import of_files
+
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
@@ -36,6 +38,11 @@ def read_train(folder: Path) -> tuple[Tensor, Tensor]:
             f"{folder}: expected labels 0 to 9, got {labels.max()}. Download it again."
         )
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the fingerprint of the training set's files; arguments as of `read_train`."""
+    return of_files([_find(folder, IMAGES), _find(folder, LABELS)])
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...files import load_arrays
 from ...models.resnet20 import DEVIATION, MEAN
 from .digits import Task
+from .fingerprint import of_files
 
 DOMAINS = ("art_painting", "cartoon", "photo", "sketch")
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
@@ -55,6 +56,13 @@ def check(folder: Path) -> None:
         for domain in DOMAINS:
             for name in CLASSES:
                 _paths(folder / domain / name)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the fingerprint of the images' files; arguments as of `check`."""
+    if (folder / ARRAYS).exists():
+        return of_files([folder / ARRAYS])
+    return of_files(p for d in DOMAINS for name in CLASSES for p in _paths(folder / d / name))
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,9 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import Fishr
-from ..data.mnist import read_train
+from ..data.mnist import fingerprint, read_train
 from .machine import machine
-from .storage import load_checkpoint, load_results, save_atomically, update_results
+from .storage import (
+    DATA,
+    load_checkpoint,
+    load_results,
+    save_atomically,
+    update_results,
+    with_data,
+)
 from .units import check_names
 
 ALGORITHMS = ("erm", "fishr")
@@ -245,6 +252,7 @@ def run_all(
     if restarts < 1:
         raise ValueError(f"seeds: expected >= 1, got {restarts}. Pass a larger number.")
     read_train(data_dir)  # missing or damaged files before anything is written
+    data = {"mnist": fingerprint(data_dir)}
     path = output / "results.json"
     made: dict[str, list[dict[str, Any]]] = {name: [] for name in algorithms}
 
@@ -264,6 +272,7 @@ def run_all(
             "command": f"fastdg reproduce colored-mnist --seeds {restarts}",
             "machine": machine(),
             "protocol": asdict(protocol),
+            **with_data(path, found, data),
             "algorithms": {n: entries[n] for n in (*algorithms, *entries) if n in entries},
         }
 
@@ -294,7 +303,7 @@ def _valid(results: dict[str, Any]) -> bool:
     names = {"command", "machine", "protocol", "algorithms"}
     restarts = [r for entry in results["algorithms"].values() for r in entry["restarts"]]
     return (
-        results.keys() == names
+        results.keys() - {DATA} == names
         and results["algorithms"].keys() <= set(ALGORITHMS)
         and all(r.keys() == set(Restart.__dataclass_fields__) for r in restarts)
         and all(r["final"].keys() >= {"train", "test", "grey"} for r in restarts)

@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..data.digits import TASKS, Task
+from ..data.digits import TASKS, Task, fingerprint
 from .settings import ALGORITHMS, DEFAULT, SETTINGS
 from .training import FIELDS, train
 from .units import Told, check_names, run_units, silent
@@ -78,4 +78,6 @@ def run(
         for key, name, left_out, seed, algorithm in plan.units()
     }
     asked = {"algorithms": plan.algorithms, "tasks": plan.tasks, "seeds": plan.seeds}
-    return run_units(units, settings, path, fresh, progress, workers, FIELDS) | {"plan": asked}
+    data = {"digits": fingerprint()}
+    results = run_units(units, settings, path, fresh, progress, workers, FIELDS, data)
+    return results | {"plan": asked}

@@ -19,7 +19,8 @@ from torch.optim import Adam, Optimizer
 
 from ... import MIRO, SWAD, AgrSum, DomainOptimizer, Fishr
 from ...models.resnet20 import ResNet20
-from ..data.pacs import CLASSES, DOMAINS, check, read
+from ..data.fingerprint import of_files
+from ..data.pacs import CLASSES, DOMAINS, check, fingerprint, read
 from .training import Part, domain_ids, split
 from .units import Told, check_names, run_units, silent
 
@@ -122,7 +123,9 @@ def run(
         for name in plan.algorithms
     }
     asked = {"algorithms": plan.algorithms, "seeds": plan.seeds}
-    return run_units(units, plan.settings(), path, fresh, progress, workers) | {"plan": asked}
+    data = {"pacs": fingerprint(plan.data / "pacs"), "weights": of_files([plan.weights()])}
+    results = run_units(units, plan.settings(), path, fresh, progress, workers, data=data)
+    return results | {"plan": asked}
 
 
 def train(plan: Plan, algorithm: str, left_out: int, seed: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from ...files import explained, load_torch, locked, replace
 
 CHECKSUM = "sha256"  # of the rest, in a result file
+DATA = "data"  # fingerprints of the data sets, in a result file
 Load = Callable[[Path], dict[str, Any] | None]
 Change = Callable[[dict[str, Any] | None], dict[str, Any]]
 
@@ -70,6 +71,28 @@ def refuse_other(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> 
             f"{path}: it has results of other settings ({'; '.join(changes)}). Keep the settings, "
             "choose another output folder, or start afresh."
         )
+
+
+def with_data(
+    path: Path, found: Mapping[str, Any] | None, data: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the entry of result files that says which data they were made from.
+
+    Args:
+        path: of the result file.
+        found: the results in it, or None. Of a version that kept no fingerprints they get none.
+        data: data set -> its fingerprint, now.
+
+    Raises:
+        ValueError: a data set was another.
+    """
+    if not data or (found is not None and DATA not in found):
+        return {}
+    before = {} if found is None else found[DATA]
+    both = before.keys() & data.keys()
+    then, now = ({DATA: {name: of[name] for name in both}} for of in (before, data))
+    refuse_other(path, then, now)
+    return {DATA: {**before, **data}}
 
 
 def load_checkpoint(

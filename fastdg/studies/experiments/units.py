@@ -18,7 +18,7 @@ import torch
 
 from ..catalogue import nearest
 from .machine import machine
-from .storage import load_results, update_results
+from .storage import DATA, load_results, update_results, with_data
 
 Unit = Callable[[], dict[str, Any]]  # one run; it can be pickled, and is deterministic
 Told = Callable[[str, int, int], None]
@@ -125,6 +125,7 @@ def run_units(
     progress: Told = silent,
     workers: int = 1,
     fields: Collection[str] = (),
+    data: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run the units that ``path`` does not hold yet, and write it after each.
 
@@ -139,17 +140,18 @@ def run_units(
         units: key -> the function to run, in this order.
         settings: of the runs; results depend on them.
         path: of the results, JSON. ``settings``; ``machine``: where it was run last; ``runs``:
-            key -> the result of its unit; a checksum.
+            key -> the result of its unit; ``data``, if given; a checksum.
         fresh: ignore the results that are there at the beginning.
         progress: called with the last unit's key, the number of units done, and of all.
         workers: processes that train side by side, each a unit on one thread.
         fields: entries that every result has.
+        data: data set -> fingerprint of the data that the runs read.
 
     Returns:
         The same, with only these units' runs.
 
     Raises:
-        ValueError: ``path`` holds results of other settings, or is not a result file.
+        ValueError: ``path`` holds results of other settings or data, or is not a result file.
         OSError: ``path`` cannot be read or written.
         ChildProcessError: a worker was killed.
     """
@@ -158,7 +160,8 @@ def run_units(
 
     def valid(results: dict[str, Any]) -> bool:
         runs = results["runs"].values()
-        whole = results.keys() == {"settings", "machine", "runs"}
+        whole = isinstance(results.get(DATA, {}), dict)
+        whole = whole and results.keys() - {DATA} == {"settings", "machine", "runs"}
         return whole and all(isinstance(run, dict) and run.keys() >= set(fields) for run in runs)
 
     def load(path: Path) -> dict[str, Any] | None:
@@ -167,7 +170,8 @@ def run_units(
     def change(found: dict[str, Any] | None) -> dict[str, Any]:
         known.update(made | found["runs"] if found else made)
         runs = dict(known) if found is None else {**found["runs"], **made, **found["runs"]}
-        return {"settings": settings, "machine": where, "runs": runs}
+        of_data = with_data(path, found, data or {})
+        return {"settings": settings, "machine": where, **of_data, "runs": runs}
 
     where = machine()
     results = update_results(path, (lambda path: None) if fresh else load, change)

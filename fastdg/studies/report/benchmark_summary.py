@@ -43,9 +43,10 @@ def condensed(results: Mapping[str, Any], datasets: Sequence[str] = ()) -> dict[
     on all of them.
 
     Returns:
-        ``settings`` and ``machine``; ``algorithms``, ``datasets`` and the number of ``seeds``; and
-        ``rows``: ``data set/domain/algorithm`` -> ``chosen``, ``oracle`` and ``trial``, a value a
-        seed (see `selected`), and ``cpu_ms``, the median processor time of a step.
+        ``settings``, ``machine`` and, if known, ``data``; ``algorithms``, ``datasets`` and the
+        number of ``seeds``; and ``rows``: ``data set/domain/algorithm`` -> ``chosen``, ``oracle``
+        and ``trial``, a value a seed (see `selected`), and ``cpu_ms``, the median processor time of
+        a step.
 
     Raises:
         ValueError: nothing is complete.
@@ -71,9 +72,11 @@ def condensed(results: Mapping[str, Any], datasets: Sequence[str] = ()) -> dict[
             cpu = statistics.median(trial["cpu"] for trials in of for trial in trials)
             row = {key: [c[key] for c in choices] for key in ("chosen", "oracle", "trial")}
             rows[f"{name}/{d}/{a}"] = {**row, "cpu_ms": round(1e3 * cpu, 2)}
+    data = results.get("data")  # versions before kept none
     return {
         "settings": dict(results["settings"]),
         "machine": dict(results["machine"]),
+        **({"data": {name: data[name] for name in kept}} if data else {}),
         "algorithms": algorithms,
         "datasets": kept,
         "seeds": len(seeds),

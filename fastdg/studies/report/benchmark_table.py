@@ -72,4 +72,6 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines += [a + b[1:] for a, b in zip(left, right, strict=True)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     said = "\n".join(f"- {sentence}" for sentence in words(summary))
-    return f"{said}\n\n{title(summary)}.\n\n{table}\n\n{CAPTION}.\n"
+    made = ", ".join(f"{name} {digest}" for name, digest in summary.get("data", {}).items())
+    made = f"\nFingerprints of the data: {made}.\n" if made else ""
+    return f"{said}\n\n{title(summary)}.\n\n{table}\n\n{CAPTION}.\n{made}"

@@ -104,7 +104,7 @@ def test_the_file_says_what_was_run_where_and_to_what_end(tmp_path: Path) -> Non
     results = demo.run(SMALL, path, progress=lambda *now: told.append(now))
     assert torch.get_num_threads() == threads
     written = json.loads(path.read_text())
-    assert set(written) == {"settings", "machine", "runs", "sha256"}
+    assert set(written) == {"settings", "machine", "data", "runs", "sha256"}
     assert written["machine"]["threads"] == 1
     assert written["settings"]["rotated"] == SETTINGS["rotated"].identity(4)
     assert [now[1:] for now in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]

@@ -14,8 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastdg.cli import benchmark as command
+from fastdg.cli import options
 from fastdg.cli.app import app
 from fastdg.studies.benchmark.datasets import DATASETS
+from fastdg.studies.data import digits
 from fastdg.studies.report import benchmark_summary as summary
 from fastdg.studies.report.benchmark_figure import benchmark_figure
 from fastdg.studies.report.benchmark_table import accuracies, comparison, markdown
@@ -162,21 +164,33 @@ def test_the_command_runs_tells_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FASTDG_DATA", raising=False)
-    monkeypatch.setattr(command, "console", Console(width=110))
-    monkeypatch.setattr(command, "EVERY", 0.0)
+    for module in (command, options):
+        monkeypatch.setattr(module, "console", Console(width=110))
     tiny = ["--algorithms", "erm,SAM", "--seeds", "1", "--trials", "1", "--steps", "10"]
     given = [*tiny, "--datasets", "digits,wisdm", "--out", str(tmp_path)]
     result = call(*given)
     assert result.exit_code == 0, result.output
-    for said in ("wisdm: skipped, FASTDG_DATA is not set", "8 units; began", "8 of 8 after"):
+    for said in (
+        "wisdm: skipped, FASTDG_DATA is not set",
+        "\n8 searches\n",
+        "1 of 8 searches done\n",
+    ):
         assert said in result.output
-    for said in ("rotated digits", "Against ERM", "One seed proves nothing", "about 0 s left"):
+    for said in (
+        "rotated digits",
+        "Against ERM",
+        "One seed proves nothing",
+        "8 of 8 searches done\n",
+    ):
         assert said in result.output
     written = {"results.json", "summary.json", "table.md", "figure.png"}
     assert {file.name for file in tmp_path.iterdir()} == written
-    assert len(json.loads((tmp_path / "summary.json").read_text())["rows"]) == 8
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert len(written["rows"]) == 8
+    assert written["data"] == {"digits": digits.fingerprint()}
+    assert f"data: digits {digits.fingerprint()}." in (tmp_path / "table.md").read_text()
     again = call(*given)
-    assert "8 units, 8 of them before" in again.output
+    assert "8 searches, 8 of them done before" in again.output
 
     def interrupt(*arguments: Any) -> Any:
         raise KeyboardInterrupt
