@@ -29,6 +29,9 @@ from .algorithms.gram.vaccine import GradVac
 from .algorithms.gram_surgery import GramSurgery
 from .algorithms.group_dro import GroupDRO
 from .algorithms.iga import IGA
+from .algorithms.inner_loops.fish import Fish
+from .algorithms.inner_loops.pgrad import PGrad
+from .algorithms.inner_loops.pogm import POGM
 from .algorithms.irm import IRM
 from .algorithms.miro import MIRO
 from .algorithms.pcgrad import PCGrad
@@ -39,9 +42,6 @@ from .algorithms.risks.sd import SD
 from .algorithms.sand_mask import SANDMask
 from .algorithms.sma import SMA
 from .algorithms.swad import SWAD
-from .algorithms.trajectories.fish import Fish
-from .algorithms.trajectories.pgrad import PGrad
-from .algorithms.trajectories.pogm import POGM
 from .algorithms.vrex import VREx
 from .core.compiled import compiled
 from .core.optimizer import DomainOptimizer

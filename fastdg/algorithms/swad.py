@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..averaging.averages import Segments
 from ..averaging.segmented import Segmented
 from ..averaging.valley import RULES
 from ..core.hyper import argument, check_module, check_one_of, check_steps, check_weight, hyper
@@ -108,10 +107,6 @@ class SWAD(Segmented):
         """
         loss = self.loss_of_ranks("validation_loss", validation_loss)
         if not self.finished:
-            segments = self._segments()
-            segments.push(loss)
-            segments.apply_rule(self.n_converge, self.n_tolerance, self.tolerance_ratio)
+            self._end_segment(loss)
+            self._apply_rule()
             self._warn_if_rising(loss)
-
-    def _segments(self) -> Segments:
-        return Segments(self, RULES[self.rule])

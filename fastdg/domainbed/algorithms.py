@@ -24,6 +24,8 @@ from ..algorithms.gram.hull import MGDA, CAGrad
 from ..algorithms.gram.vaccine import GradVac
 from ..algorithms.group_dro import GroupDRO
 from ..algorithms.iga import IGA
+from ..algorithms.inner_loops.fish import Fish
+from ..algorithms.inner_loops.pogm import POGM
 from ..algorithms.irm import IRM
 from ..algorithms.pcgrad import PCGrad
 from ..algorithms.risks.eqrm import EQRM
@@ -31,8 +33,6 @@ from ..algorithms.risks.rdm import RDM
 from ..algorithms.risks.sd import SD
 from ..algorithms.sand_mask import SANDMask
 from ..algorithms.sma import SMA
-from ..algorithms.trajectories.fish import Fish
-from ..algorithms.trajectories.pogm import POGM
 from ..algorithms.vrex import VREx
 from .adapter import Entry
 from .adapters import (

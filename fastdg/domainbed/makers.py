@@ -12,8 +12,8 @@ from ..algorithms.ascent.mldg import MLDG
 from ..algorithms.fishr import Fishr
 from ..algorithms.genie import GENIE
 from ..algorithms.gga import GGA
+from ..algorithms.inner_loops.pgrad import PGrad
 from ..algorithms.miro import MIRO
-from ..algorithms.trajectories.pgrad import PGrad
 from ..core.optimizer import DomainOptimizer
 
 # The featurizers that MIRO has no preset for -> their layers

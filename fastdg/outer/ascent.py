@@ -23,7 +23,7 @@ from ..distributed.sharding import like_parameter, local
 from .outer import OuterOptimizer
 from .vector import Vector
 
-Trajectory = Generator[Vector, Vector, Vector]
+Offsets = Generator[Vector, Vector, Vector]
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Visit:
     """The visits to other weights of one step.
 
     Attributes:
-        trajectory: the algorithm's generator, which waits for the next gradient.
+        offsets: the algorithm's generator, which waits for the next gradient.
         weights: parameter -> weights of the model.
         buffers: buffers of the modules that run.
         statistics: statistics of the gradient at the model's weights.
@@ -40,7 +40,7 @@ class Visit:
         gradients: number of gradients so far.
     """
 
-    trajectory: Trajectory
+    offsets: Offsets
     weights: dict[Tensor, Tensor]
     buffers: Buffers
     statistics: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Ascent(OuterOptimizer):
     calls of `backward` with `ascend` between two of them, and then `step`. The last `backward`
     puts the model's weights back, bit for bit.
 
-    An algorithm implements `trajectory`.
+    An algorithm implements `offsets`.
     """
 
     role = "ascent"
@@ -79,7 +79,7 @@ class Ascent(OuterOptimizer):
         return 0 if self._visit is None else self._visit.gradients
 
     @abstractmethod
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         """Yield offsets from the model's weights, receive the gradient there, and return the
         gradient of the step.
 
@@ -161,10 +161,10 @@ class Ascent(OuterOptimizer):
             )
         gradient = self._take_gradient()
         if self._visit is None:
-            trajectory = self.trajectory(gradient)
-            offset = next(trajectory)
+            offsets = self.offsets(gradient)
+            offset = next(offsets)
             self._visit = Visit(
-                trajectory,
+                offsets,
                 {},
                 Buffers(),
                 dict(self._statistics),
@@ -175,7 +175,7 @@ class Ascent(OuterOptimizer):
                 model = None if self._model is None else self._model()
                 self._visit.buffers.record(model, self._names)
         else:
-            offset = self._visit.trajectory.send(gradient)
+            offset = self._visit.offsets.send(gradient)
             self._visit.gradients += 1
         weights = self._visit.weights
         for p in offset.parts:
@@ -204,7 +204,7 @@ class Ascent(OuterOptimizer):
         gradient = self._unscaled_gradient()
         self.restore()
         try:
-            visit.trajectory.send(gradient)
+            visit.offsets.send(gradient)
         except StopIteration as end:
             combined: Vector = end.value
         if (scale := self._loss_scale.scale) is not None:

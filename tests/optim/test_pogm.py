@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adafactor, Adagrad, Adam, Optimizer, RMSprop
 
 import fastdg
-from fastdg.algorithms.trajectories.pogm import official_weights
+from fastdg.algorithms.inner_loops.pogm import official_weights
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     **MAKES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.hyper import check_weight, hyper
-from ...outer.ascent import Ascent, Trajectory
+from ...outer.ascent import Ascent, Offsets
 from ...outer.vector import Vector
 
 
@@ -46,7 +46,7 @@ class GAM(Ascent):
     beta3: float = hyper(1.0, check_weight)
     gamma: float = hyper(0.03, check_weight)
 
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         first = yield self.grad_rho * gradient.unit()
         there = self.grad_norm_rho * (first - gradient).unit()
         second = yield there

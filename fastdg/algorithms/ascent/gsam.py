@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.hyper import check_weight, hyper
-from ...outer.ascent import Trajectory
+from ...outer.ascent import Offsets
 from ...outer.vector import Vector
 from .sam import SAM
 
@@ -33,6 +33,6 @@ class GSAM(SAM):
 
     alpha: float = hyper(0.2, check_weight)
 
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         ascended = yield self.worst(gradient)
         return ascended - self.alpha * gradient.beside(ascended)

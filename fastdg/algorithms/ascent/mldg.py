@@ -10,7 +10,7 @@ from ...core.closures import Forward
 from ...core.combine.seeded import Seeded
 from ...core.hyper import argument, check_rate, check_steps, check_weight, hyper, option
 from ...outer.adam_step import first_adam_step
-from ...outer.ascent import Ascent, Trajectory, Visit
+from ...outer.ascent import Ascent, Offsets, Visit
 from ...outer.pairs import check_pairs, in_pairs
 from ...outer.vector import Vector
 
@@ -103,7 +103,7 @@ class MLDG(Seeded, Ascent):
         check_pairs(self._domains, self._made, ids)
         return batch
 
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         share, total = 1 / self.num_domains, Vector({}, gradient.ranks)
         self._objective = torch.zeros_like(self._statistics["loss"])
         for k in range(self.points // 2):

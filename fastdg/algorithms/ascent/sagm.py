@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...core.hyper import check_weight, hyper
-from ...outer.ascent import Ascent, Trajectory
+from ...outer.ascent import Ascent, Offsets
 from ...outer.vector import TINY, Vector
 
 
@@ -37,6 +37,6 @@ class SAGM(Ascent):
     rho: float = hyper(0.05, check_weight)
     alpha: float = hyper(0.001, check_weight)
 
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         ascended = yield (self.rho / (gradient.norm() + TINY) - self.alpha) * gradient
         return 0.5 * (gradient + ascended)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...core.hyper import check_switch, check_weight, hyper
-from ...outer.ascent import Ascent, Trajectory
+from ...outer.ascent import Ascent, Offsets
 from ...outer.vector import TINY, Vector
 
 
@@ -74,7 +74,7 @@ class SAM(Ascent):
     rho: float = hyper(0.05, check_weight)
     adaptive: bool = hyper(False, check_switch)
 
-    def trajectory(self, gradient: Vector) -> Trajectory:
+    def offsets(self, gradient: Vector) -> Offsets:
         return (yield self.worst(gradient))
 
     def worst(self, gradient: Vector) -> Vector:

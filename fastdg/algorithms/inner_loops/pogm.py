@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...averaging.trajectories import Trajectories
+from ...averaging.domain_ways import DomainWays
 from ...core.hyper import argument, check_one_of, check_steps, check_weight, fixed, hyper
 from ...core.step_batch import StepBatch
 from ...weightings.cagrad import CAGrad
 
 
-class POGM(Trajectories):
+class POGM(DomainWays):
     r"""Pareto optimality gradient matching: Fish with a way for each domain, and CAGrad of these.
 
     .. math::

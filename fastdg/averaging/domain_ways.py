@@ -31,7 +31,7 @@ class _Flat(PerParameter):
         return tensor.dim() == 2
 
 
-def _known(opt: Trajectories) -> dict[Tensor, Tensor]:
+def _known(opt: DomainWays) -> dict[Tensor, Tensor]:
     """Room for the states of the optimizer inside, where it has made one already."""
     entries = {p: opt._entry(p) for p in opt._names if opt.state.get(p)}
     return {
@@ -41,13 +41,13 @@ def _known(opt: Trajectories) -> dict[Tensor, Tensor]:
     }
 
 
-def _past_first(opt: Trajectories, group: Any) -> bool:
+def _past_first(opt: DomainWays, group: Any) -> bool:
     """Whether the first domain has gone its way: before, no way is kept."""
     steps = group.get(f"{opt.prefix}_domain_steps", opt.domain_steps)
     return bool(_inside(opt, group)) and group.get(f"{opt.prefix}_position", 0) >= steps
 
 
-class Trajectories(Anchored):
+class DomainWays(Anchored):
     """Keeps the way that each domain has gone in this iteration, and the state that the optimizer
     inside has for each domain, which goes on from iteration to iteration.
 

@@ -1,1 +1,0 @@
-"""Algorithms that look at the ways that some inner steps go."""
