@@ -208,9 +208,11 @@ def foreach_norm_gradients(
     maps: list[_Maps] = []
     for k, (h, d, r) in enumerate(zip(x, delta, rstd, strict=True)):
         m = mean[k] if mean else None
-        key = h.shape, h.stride(), d.stride(), r.shape, r.stride(), m is None or m.stride()
-        wide = (h.data_ptr() | d.data_ptr()) % 16 == 0  # else its loads are not those of others
-        alike.setdefault((*key, eps[k] if eps else None, wide or k), []).append(k)
+        layout = h.shape, h.stride(), d.stride(), r.shape, r.stride(), m is None or m.stride()
+        wide = (h.data_ptr() | d.data_ptr()) % 16 == 0
+        alone = None if wide else k  # its loads are not those of others
+        key = h.dtype, d.dtype, layout, eps[k] if eps else None, alone
+        alike.setdefault(key, []).append(k)
         maps.append((h, d, m, r))
     found: list[tuple[Tensor, Tensor]] = [(x[0], x[0])] * len(x)
     for numbers in alike.values():
