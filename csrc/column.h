@@ -1,4 +1,4 @@
-// What the column operators do with the values that the domains have at one place of one parameter.
+// Column operators: the computation on the domains' values at one place of one parameter.
 //
 // Included by the CPU launcher inside the namespace of an instruction set, where a Value is a few vectors
 // of adjacent columns, and by the CUDA launcher, where it is a few floats: one arithmetic for both. The
@@ -7,8 +7,8 @@
 //
 // The tensors of one parameter are its rows. x.from(row) reads the Value of a place, x.to(row, value)
 // writes it. An operator makes parts(op) passes over the columns, given one by one by with_part. At a place
-// a pass adds its rows_of(pass) rows one after the other to a State, and then finishes; what it adds to its
-// SUMS sums, of a type to which Values are added, goes to the operator's results at place_of(pass, sum).
+// a pass adds its rows_of(pass) rows one after the other to a State, and then finishes. Its SUMS sums, of a
+// type to which Values are added, go to the operator's results at place_of(pass, sum).
 
 // Scalars side by side: independent chains of operations.
 template <class Scalar, int N>
@@ -52,7 +52,7 @@ struct Pack {
     FASTDG_UNROLL for (int k = 0; k < N; ++k) out.x[k] = function(a.x[k], rest...); \
     return out;                                                                    \
   }
-FASTDG_LIFT(sign)                // -1, 0 or 1; what is not a number stays
+FASTDG_LIFT(sign)                // -1, 0 or 1; NaN stays
 FASTDG_LIFT(absolute)
 FASTDG_LIFT(reaches)             // 1 where x >= threshold, else 0
 FASTDG_LIFT(positive)            // 0 where x <= 0, -0 too, else x
@@ -182,9 +182,9 @@ FASTDG_DEVICE void finish(const Combine& op, const Columns& x, State<Combine, Va
 
 // -- agreement: that times a mask, and sums of the mask and of the absolute values --
 
-constexpr float UNDEFINED = 1e-17f;  // what DomainBed makes of a variance or a mask that is not a number
+constexpr float UNDEFINED = 1e-17f;  // DomainBed's value for a variance or a mask of NaN
 
-// The least number n of which n / count >= threshold, as rounded.
+// The least number n with n / count >= threshold, as rounded.
 FASTDG_DEVICE float least_of(float threshold, float count) {
   const float n = ceilf(threshold * count);  // within 1 of it
   return (n - 1) / count >= threshold ? n - 1 : n / count >= threshold ? n : n + 1;
@@ -287,7 +287,7 @@ FASTDG_DEVICE void finish(const Present<Gap>& pass, const Columns&, State<Presen
   if (pass.count > 0) sums[0] += state.around_mean(pass.count);
 }
 
-// Its derivative, a row for each domain; 0 for those absent.
+// Its derivative, a row for each domain; 0 for an absent domain.
 template <class Columns, class Value, class Sum>
 FASTDG_DEVICE void finish(const Present<GapGradient>& pass, const Columns& x,
                           State<Present<GapGradient>, Value>& state, Sum*) {

@@ -48,7 +48,7 @@ class Operands {
     return like_.is_cpu() ? allocate(like_, sizes) : torch::stable::new_empty(like_, sizes);
   }
 
-  // What was written to the copies of tensors that are not contiguous.
+  // Copies the results back to the tensors that are not contiguous.
   void write_back() {
     for (auto& [original, copy] : copies_) torch::stable::copy_(original, copy);
   }

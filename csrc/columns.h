@@ -1,7 +1,7 @@
 // The column operators on the CPU: many tensors, a few rows each. Bound by memory. Included once per
 // instruction set, inside its namespace.
 
-// -- what column.h asks of a vector, and of a float for the columns that do not fill one --
+// -- functions for column.h on a vector, and on a float for the columns that do not fill one --
 
 #define FASTDG_DEVICE inline __attribute__((always_inline))
 #define FASTDG_UNROLL _Pragma("GCC unroll 16")
@@ -36,7 +36,7 @@ FASTDG_DEVICE vec hyperbolic_tangent(vec x) {
   near = near * square - 0.33333328f;
   near = x + x * square * near;
   const vec size = absolute(x), y = size > 9.1f ? vec{} + 18.2f : size + size;  // NaN stays
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23: what is added to it loses its fraction
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23: a number added to it loses its fraction
   const vec shifted = y * 1.44269504f + ROUND, n = shifted - ROUND;
   const vec r = (y - n * 0x1.62ep-1f) - n * 3.1946183e-05f;  // y - n log(2), |r| <= log(2) / 2
   vec power = r * 0.0013934545f + 0.008363777f;
@@ -56,7 +56,7 @@ FASTDG_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }
 // -- the loop over the columns --
 
 constexpr int LINE = 16;         // floats of a cache line
-constexpr int AHEAD = 8 * LINE;  // what is fetched meanwhile: the next page is not, by itself
+constexpr int AHEAD = 8 * LINE;  // floats to prefetch; the processor itself stops at a page's end
 
 template <class Value>
 struct Columns;
@@ -93,7 +93,7 @@ struct Columns<Pack<float, 1>> {
 };
 
 // Rows that are read side by side. In a cache of eight ways more would push one another out, as columns of
-// large tensors often lie at equal distances from a page's begin, and with them what is fetched ahead.
+// large tensors, and their prefetched lines, often lie at equal distances from a page's begin.
 constexpr int GROUP = 6;
 
 template <bool FIRST, bool LAST, class Value, class Pass>

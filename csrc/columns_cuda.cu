@@ -14,7 +14,7 @@
 namespace fastdg {
 namespace {
 
-// -- what column.h asks of a float --
+// -- functions for column.h on a float --
 
 #define FASTDG_DEVICE __device__ __forceinline__
 #define FASTDG_UNROLL _Pragma("unroll")
@@ -52,7 +52,7 @@ struct Table {
 };
 static_assert(sizeof(Table) < (CUDART_VERSION >= 13000 ? 32000 : 3900));
 
-// What is read by one pass alone takes no room in the caches, nor does what is written.
+// Values that one pass alone reads, and results, take no room in the caches.
 template <class Op>
 constexpr bool READ_ONCE = true;
 template <>

@@ -1,4 +1,4 @@
-// What all operators share: argument checks, scratch memory, a work queue.
+// Shared by all operators: argument checks, scratch memory, a work queue.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

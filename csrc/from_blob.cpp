@@ -1,5 +1,5 @@
 // Compares the signature that pool.cpp looks up with the one of the installed headers, where these have it.
-// They show it to those who build for torch 2.11 only, which this file, of no code, does.
+// They declare it only in builds for torch 2.11, so this file, which makes no code, is built for that.
 #include <torch/headeronly/version.h>
 
 #undef TORCH_TARGET_VERSION

@@ -17,7 +17,7 @@ std::vector<int64_t> grid(const std::vector<int64_t>& counts, const std::vector<
   return points;
 }
 
-// What the others are multiplied with has to stay below the limit too.
+// The product of the sizes has to stay below the limit, too.
 int64_t side(const std::vector<int64_t>& sizes, const char* name) {
   int64_t product = 1;
   for (int64_t size : sizes) {

@@ -1,5 +1,5 @@
 // The routines of one instruction set. The includer sets FASTDG_ISA (namespace), FASTDG_LANES and
-// FASTDG_ROWS, includes what this file needs, and only then switches the compiler to its target: code of
+// FASTDG_ROWS, includes the headers of this file, and only then switches the compiler to its target: code of
 // shared headers must not be compiled for an instruction set that the machine may lack.
 
 namespace fastdg {

@@ -1,4 +1,4 @@
-// What isa.h needs from the standard library and from this one.
+// Headers for isa.h, of the standard library and of this one.
 #pragma once
 
 #include <algorithm>

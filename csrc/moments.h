@@ -1,4 +1,4 @@
-// Moments by domain, written to memory that is there: what the operators of one tensor and of many share.
+// Moments by domain, written to given memory; shared by the operators of one tensor and of many.
 #pragma once
 
 #include "common.h"

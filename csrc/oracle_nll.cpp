@@ -46,7 +46,7 @@ struct Maps {
   }
 };
 
-// What a bias b stands for: the variance softplus(b) + FLOOR, and the derivative of that.
+// The variance softplus(b) + FLOOR of a bias b, and its derivative.
 struct Variance {
   double value, slope;
 

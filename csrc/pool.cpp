@@ -63,7 +63,7 @@ class Pool {
     return found.data;
   }
 
-  // Does nothing with what was given back already.
+  // Ignores memory that was given back already.
   void give(void* data) noexcept {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto block = std::find_if(used_.begin(), used_.end(),
@@ -77,7 +77,7 @@ class Pool {
     trim();
   }
 
-  // Counts an output, small ones too; every period forgets what was in use before the last one.
+  // Counts an output, small ones too; every period forgets the use before the last one.
   void count() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (++counted_ < kPeriod) return;
@@ -119,7 +119,7 @@ class Pool {
 
 Pool& pool() {
   static Pool* pool = [] {
-    static Pool* made = new Pool;  // outlives every tensor, those freed at exit among them
+    static Pool* made = new Pool;  // outlives every tensor, also one freed at exit
 #if defined(__linux__)
     // A child must not inherit a lock that another thread of its parent held.
     pthread_atfork([] { made->mutex().lock(); }, [] { made->mutex().unlock(); },

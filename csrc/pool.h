@@ -1,8 +1,8 @@
 // Large outputs from memory that is kept between calls.
 //
 // The statistics write D copies of the parameters at every step. The system allocator gives such blocks back to
-// the kernel as soon as they are freed and then faults every page in again, which costs more than computing what
-// goes into them. Blocks freed here are kept for the next request of about the same size.
+// the kernel as soon as they are freed and then faults every page in again, which costs more than computing
+// their contents. Blocks freed here are kept for the next request of about the same size.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// What the operators compute on, and the table of routines that an instruction set offers for them.
+// Operands of the operators, and the table of routines that an instruction set offers for them.
 #pragma once
 
 #include <concepts>
@@ -54,7 +54,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// What the derivative of a domain's moments starts from; each [O, I]. No grad_mean is one of zeros.
+// Upstream gradients of a domain's moments, and its mean; each [O, I]. A grad_mean that is null is zero.
 struct Upstream {
   const float *grad_mean, *grad_variance, *mean;
   int64_t count;  // samples of the domain
@@ -130,7 +130,7 @@ inline FASTDG_ANYWHERE int64_t source_of(const Gram& op, int64_t s) {
   return row <= column ? s : column * op.domains + row;
 }
 
-// One parameter's part of a column operator: writes its results, and adds to those that are sums.
+// One parameter's part of a column operator: writes its results, and adds to the sums.
 template <class Op>
 using ColumnRoutine = void(const Op&, const Rows&, Range columns, double* sums);
 

@@ -13,8 +13,8 @@ typedef int32_t ivec __attribute__((vector_size(W * 4)));
 static inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 static inline void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
 
-// A store past the caches to an aligned address, for what is not read again soon; stream_end before another
-// thread reads it.
+// A store past the caches to an aligned address, for values that are not read again soon; call stream_end
+// before another thread reads them.
 static inline void stream(float* p, vec x) {
 #if defined(__x86_64__) && FASTDG_LANES == 16
   _mm512_stream_ps(p, reinterpret_cast<__m512>(x));

@@ -69,7 +69,7 @@ static void text_distance_backward(const Texts& x, const float* of_absolute, con
       share[a] *= (apart[a] - mean) * (2 * x.scale * of_relative[n]);
       along += share[a] * around[a];
     }
-    // What lies along the embedding does not turn it
+    // The part along the embedding does not turn it
     const float turn = -along * sample.inverse * sample.inverse, down = -of_absolute[n] * sample.inverse;
     int64_t k = 0;
     for (; k + W <= E; k += W) store(to + k, load(text + k) * down + load(s + k) * turn);
