@@ -52,6 +52,12 @@ class Walk(Seeded, Anchored):
         return drawn
 
     @not_compiled
+    def _prepare(self) -> None:
+        super()._prepare()
+        for p in self.kept:
+            refuse_sharded(p, type(self).__name__, "of which it keeps rows for each step")
+
+    @not_compiled
     @torch.no_grad()
     def _commit(self) -> None:
         if self.position == 0:
@@ -59,7 +65,6 @@ class Walk(Seeded, Anchored):
             steps = self.inner_steps()
             self.changes = {p: rows for p, rows in self.changes.items() if len(rows) == steps}
         for p, start in self.kept.items():
-            refuse_sharded(p, type(self).__name__, "of which it keeps rows for each step")
             if p not in self.changes:
                 self.changes[p] = _zeros(self, p)
             torch.sub(p, start, out=self.changes[p][self.position])

@@ -74,11 +74,13 @@ def benchmark(
         for said in plan.skipped():
             console.print(said, soft_wrap=True, highlight=False)
         side_by_side = processes(workers)
+        counted = ", ".join(
+            f"{n} {what}{'s' * (n > 1)}"
+            for n, what in ((len(plan.algorithms), "algorithm"), (plan.seeds, "seed"))
+        )
+        tried = f"{plan.trials} setting{'s' * (plan.trials > 1)} of {plan.steps} steps"
         console.print(
-            f"{len(plan.present())} data sets ({', '.join(plan.present())}), "
-            f"{len(plan.algorithms)} algorithms, {plan.seeds} seeds; a search is {plan.trials} "
-            f"settings of {plan.steps} steps",
-            highlight=False,
+            f"{', '.join(plan.present())}: {counted}; a search tries {tried}", highlight=False
         )
         note = f", {side_by_side} side by side" if side_by_side > 1 else ""
         with training("searches", note=note) as show:
