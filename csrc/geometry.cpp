@@ -1,5 +1,7 @@
 #include "geometry.h"
 
+#include "blocks.h"
+
 namespace fastdg {
 
 namespace {
@@ -116,10 +118,10 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
   p.positions = positions_of(delta);
   STD_TORCH_CHECK(side(positions, "a") == p.positions, "delta: expected ", side(positions, "a"),
                   " positions, got ", p.positions);
-  // T = 1 writes rows of the output directly, which wants the lanes along I.
+  // Few positions write rows of the output directly, which wants the lanes along I.
   const int64_t on_a = idle_lanes(I) * O, on_d = idle_lanes(O) * I;
   const bool alike = on_d == on_a && (!narrow_left || I <= O);
-  const bool on_delta = !window.empty() || (p.positions != 1 && (on_d < on_a || alike));
+  const bool on_delta = !window.empty() || (p.positions > SHORT_POSITIONS && (on_d < on_a || alike));
   p.left = !window.empty() ? patches(a, window) : on_delta ? rows(a) : rows(delta);
   p.right = on_delta ? lanes(delta) : lanes(a);
   if (!window.empty()) I = p.left_width();
@@ -128,6 +130,30 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
   p.out_right = on_delta ? I : 1;
   p.out_size = O * I;
   return p;
+}
+
+Factors without_window(const Tensor& a, const Tensor& delta, const Window& window) {
+  const Outer p = outer_problem(a, delta, window);
+  if (window.empty() || p.positions > SHORT_POSITIONS) return {a, delta, window};
+  const int64_t size = p.positions * p.left_width();
+  const Tensor rows = allocate(a, {p.samples, p.positions, p.left_width()});
+  for_each_task(p.samples, [&](int64_t n) {
+    float* to = floats(rows) + n * size;
+    for (int64_t row : p.left.row)
+      for (int64_t col : p.left.col) *to++ = p.left.data[n * p.left.sample + row + col];
+  }, p.samples * size);
+  return {rows, dense(delta, "delta"), {}};
+}
+
+void add_patches(Tensor to, const Tensor& rows, const Window& window) {
+  const Left left = patches(to, window);
+  const int64_t N = to.size(0), size = static_cast<int64_t>(left.row.size() * left.col.size());
+  torch::stable::zero_(to);
+  for_each_task(N, [&](int64_t n) {
+    const float* from = floats(rows) + n * size;
+    for (int64_t row : left.row)
+      for (int64_t col : left.col) left.data[n * left.sample + row + col] += *from++;
+  }, N * size);
 }
 
 Gradient gradient_of(const Outer& p, const Tensor& grad_a, const Tensor& grad_delta,

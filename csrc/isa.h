@@ -12,8 +12,10 @@ constexpr int64_t SUM_ROWS = 96;
 constexpr int64_t RANK1_DEPTH = 256;
 constexpr int64_t UPSTREAM_FLOATS = 32768;  // slope, level and H fit 512 KiB of second-level cache
 constexpr int64_t UPSTREAM_ROWS = 252;
-constexpr int64_t RANK1_COLUMNS = 128, RANK1_ROWS = 60;  // a block of slope and level: 60 KiB
-constexpr int64_t RANK1_SAMPLES = 64;
+constexpr int64_t SHORT_DEPTH = 256;  // rows of all samples of a chunk
+constexpr int64_t SHORT_COLUMNS = 512, SHORT_UPSTREAM_ROWS = 32;  // a block of slope and level: 128 KiB
+constexpr int64_t SHORT_SAMPLES = 128;  // rows of all samples: right factor and gradient, 512 KiB
+constexpr int64_t SHORT_FLOATS = 8192;
 constexpr int64_t COLUMN_BLOCK = 1024;
 constexpr int64_t GRAM_FLOATS = 4096, LEAST_PIECE = 128, LARGEST_PIECE = 256;  // half of that cache
 constexpr int64_t ORACLE_CHANNELS = 1024, ORACLE_POSITIONS = 128;
@@ -27,7 +29,8 @@ constexpr int64_t NORM_POSITIONS = 128;
 #include "outer_forward.h"
 #include "outer_norm.h"
 #include "outer_rank1.h"
-#include "outer_rank1_backward.h"
+#include "outer_short.h"
+#include "outer_short_backward.h"
 #include "text.h"
 
 static const Routines table{FASTDG_NAME(FASTDG_ISA),
@@ -35,8 +38,9 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             ROWS,
                             moments,
                             moments_rank1,
+                            moments_short,
                             backward,
-                            backward_rank1,
+                            backward_short,
                             norm_direct,
                             norm_gram,
                             dense_moments,

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #endif
 
+#include "blocks.h"
 #include "routines.h"
 #include "scratch.h"
 

@@ -79,73 +79,6 @@ struct MeanTile {
   }
 };
 
-// Rows of the tile whose value, shift and both sums fit the registers together.
-constexpr int SHORT_ROWS = W == 16 ? 8 : 4;
-// With few positions a tile's sums cost more to load and store than the tile itself to form: here they
-// stay in registers over all samples, at the price of a smaller tile.
-constexpr int64_t SHORT_POSITIONS = 8;
-
-template <int M, int V>
-struct ShortTile {
-  static void run(const Chunk& chunk, const float* left, const int64_t* col, Sums sums) {
-    if constexpr (M <= SHORT_ROWS) {
-      for (int v = 0; v < V; ++v)
-        lanes(chunk, left, col, {sums.shift + v * W, sums.first + v * W, sums.second + v * W}, v * W);
-    }
-  }
-
-  static inline __attribute__((always_inline)) void lanes(const Chunk& chunk, const float* left,
-                                                          const int64_t* col, Sums sums, int lane) {
-    const float* p[M];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) p[m] = left + col[m];
-    const float* panel = chunk.panels + lane;
-    const int64_t T = chunk.positions;
-    vec one[M][1] = {}, two[M][1] = {};
-    int64_t s = 0;
-    if (chunk.first) {
-      vec acc[M][1] = {};
-      form(acc, p, chunk, s++, panel);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) store(sums.shift + m * R, -acc[m][0]);
-    } else {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        one[m][0] = load(sums.first + m * R);
-        two[m][0] = load(sums.second + m * R);
-      }
-    }
-    for (; s < chunk.count; ++s) {
-      vec acc[M][1];
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m][0] = load(sums.shift + m * R);
-      form(acc, p, chunk, s, panel + s * T * R);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        one[m][0] += acc[m][0];
-        two[m][0] += acc[m][0] * acc[m][0];
-      }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      store(sums.first + m * R, one[m][0]);
-      store(sums.second + m * R, two[m][0]);
-    }
-  }
-
-  static inline __attribute__((always_inline)) void form(vec (&acc)[M][1], const float* const (&p)[M],
-                                                         const Chunk& chunk, int64_t s,
-                                                         const float* panel) {
-    const int64_t base = chunk.base[s];
-    for (int64_t t = 0; t < chunk.positions; ++t) {
-      const int64_t at = base + chunk.row[t];
-      const vec b = load(panel + t * R);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) acc[m][0] += p[m][at] * b;
-    }
-  }
-};
-
 // Writes a block of sums as mean and variance. The block is turned to the layout of the output.
 static void finish(Sums sums, int64_t rows, int width, int64_t count, float* mean, float* variance,
                    int64_t out_left, int64_t out_right) {
@@ -171,8 +104,6 @@ static void moments(const Outer& p, Group group, Range range, int64_t column, fl
   const int64_t T = p.positions, rows = range.end - range.begin;
   const int width = static_cast<int>(std::min<int64_t>(R, p.right.width - column));
   const int vectors = width > W ? 2 : 1;
-  const bool is_short = variance != nullptr && T <= SHORT_POSITIONS;
-  const int64_t tile = is_short ? SHORT_ROWS : ROWS;
   // Panels of a chunk stay in the first-level cache while the tiles pass over them.
   const int64_t fit = std::max<int64_t>(1, PANEL_FLOATS / (T * R));
   const int64_t step = std::min(fit, group.count);
@@ -195,11 +126,10 @@ static void moments(const Outer& p, Group group, Range range, int64_t column, fl
     const Chunk chunk{base, count, panels, p.left.row.data(), T, s == 0};
     for (int64_t b = 0; b < rows; b += block) {
       const int64_t end = std::min(rows, b + block);
-      for (int64_t m = b; m < end; m += tile) {
-        const int64_t height = std::min(tile, end - m);
+      for (int64_t m = b; m < end; m += ROWS) {
+        const int64_t height = std::min<int64_t>(ROWS, end - m);
         const Sums at{sums.shift + (m - b) * R, sums.first + (m - b) * R, sums.second + (m - b) * R};
         const auto run = variance == nullptr ? tile_routine<MeanTile>(height, vectors)
-                         : is_short         ? tile_routine<ShortTile>(height, vectors)
                                             : tile_routine<MomentsTile>(height, vectors);
         run(chunk, p.left.data, p.left.col.data() + range.begin + m, at);
       }

@@ -12,7 +12,18 @@ namespace {
 constexpr int64_t TASKS_PER_THREAD = 6;  // so that uneven tasks still end together
 constexpr int64_t LARGEST_ROWS = 1152;   // sums of a task stay in the second-level cache
 constexpr int64_t LARGEST_COLUMNS = 512;
-constexpr int64_t LEAST_COLUMNS = 256, MOST_COLUMNS = 1024;  // of a task of T = 1's derivative
+constexpr int64_t LEAST_COLUMNS = 256, MOST_COLUMNS = 1024;  // of a task of the derivative for few positions
+
+// Results that are larger find no room in the caches, whoever reads them next.
+constexpr int64_t LINE = 16;  // floats of a cache line
+constexpr int64_t STREAM_BYTES = 16 << 20;
+
+// Whether the moments go past the caches: then vectors of them are aligned to a cache line.
+bool is_streamed(const Outer& p, int64_t domains, const float* mean, const float* variance) {
+  const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 64 == 0; };
+  return domains * p.out_size * 2 * int64_t{sizeof(float)} > STREAM_BYTES && p.right.width % LINE == 0 &&
+         aligned(mean) && aligned(variance);
+}
 
 }  // namespace
 
@@ -20,8 +31,9 @@ void moments_of(const Outer& p, const Partition& partition, float* mean, float* 
   const Routines& isa = routines();
   const int64_t D = partition.domains(), rows = p.left_width(), columns = p.right.width;
   if (p.out_size == 0 || D == 0) return;
-  const bool rank1 = is_rank1(p);
-  const int64_t width = rank1 ? block_size(columns, isa.panel, LARGEST_COLUMNS, 1) : isa.panel;
+  const bool rank1 = is_rank1(p), few = is_short(p) && variance != nullptr;
+  const bool streamed = few && is_streamed(p, D, mean, variance);
+  const int64_t width = rank1 || few ? block_size(columns, isa.panel, LARGEST_COLUMNS, 1) : isa.panel;
   const int64_t across = pieces(columns, width);
   const int64_t wanted = pieces(threads() > 1 ? threads() * TASKS_PER_THREAD : 1, D * across);
   const int64_t height = block_size(rows, 4 * isa.tile, rank1 ? rows : LARGEST_ROWS, wanted);
@@ -42,6 +54,8 @@ void moments_of(const Outer& p, const Partition& partition, float* mean, float* 
         }
     } else if (rank1) {
       isa.moments_rank1(p, group, range, lanes, m, v);
+    } else if (few) {
+      isa.moments_short(p, group, range, lanes, streamed, m, v);
     } else {
       isa.moments(p, group, range, column, m, v);
     }
@@ -62,12 +76,12 @@ namespace {
 
 // Several tasks of a domain share its right width; each has its own share of the left gradient.
 template <class UpstreamOf>
-void run_rank1_backward(const Outer& p, const Partition& partition, const Gradient& grad,
+void run_short_backward(const Outer& p, const Partition& partition, const Gradient& grad,
                         const UpstreamOf& upstream_of, const Tensor& grad_left) {
   const int64_t D = partition.domains(), columns = p.right.width;
   // Whatever the number of threads, so that sums do not depend on it.
   const int64_t wanted = columns < LEAST_COLUMNS ? 1 : std::max<int64_t>(2, columns / MOST_COLUMNS);
-  const int64_t width = pieces(columns, wanted);
+  const int64_t width = pieces(pieces(columns, wanted), LINE) * LINE;
   const int64_t parts = pieces(columns, width), size = grad_left.numel();
   const Tensor shares = allocate(grad_left, {parts - 1, size});
   for_each_task(D * parts, [&](int64_t task) {
@@ -76,7 +90,7 @@ void run_rank1_backward(const Outer& p, const Partition& partition, const Gradie
     if (group.count == 0) return;
     Gradient mine = grad;
     if (part > 0) mine.left = floats(shares) + (part - 1) * size;
-    routines().backward_rank1(p, upstream_of(d), mine, group, {begin, std::min(columns, begin + width)});
+    routines().backward_short(p, upstream_of(d), mine, group, {begin, std::min(columns, begin + width)});
   }, work_of(p));
   for_each_task(partition.covered(), [&](int64_t k) {
     const int64_t at = partition.samples(0)[k] * grad.left_sample;
@@ -91,7 +105,8 @@ void run_rank1_backward(const Outer& p, const Partition& partition, const Gradie
 
 std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, const Tensor& order,
                                          const Tensor& offsets, Window window) {
-  const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
+  const Factors factors = without_window(a, delta, window);
+  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, moments_shape(p, partition));
   Tensor variance = allocate(a, moments_shape(p, partition));
@@ -104,7 +119,8 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   const Tensor& delta, const Tensor& mean,
                                                   const Tensor& order, const Tensor& offsets,
                                                   Window window) {
-  const Outer p = outer_problem(a, delta, window);
+  const Factors factors = without_window(a, delta, window);
+  const Outer p = outer_problem(factors.a, factors.delta, factors.window);
   const Partition partition(order, offsets, p.samples);
   const std::vector<int64_t> sizes = moments_shape(p, partition);
   check_sizes(grad_mean, "grad_mean", sizes);
@@ -121,14 +137,18 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
     torch::stable::zero_(grad_delta);
   }
   if (p.out_size == 0 || p.positions == 0 || D == 0) return {grad_a, grad_delta};
-  const Gradient grad = gradient_of(p, grad_a, grad_delta, window);
+  const bool written = factors.window.size() < window.size();  // patches
+  Tensor grad_rows = written ? allocate(a, {p.samples, p.positions, p.right.width}) : grad_a;
+  const Gradient grad = gradient_of(p, grad_rows, grad_delta, factors.window);
   const auto upstream_of = [&](int64_t d) {
     const int64_t at = d * p.out_size;
     return Upstream{level ? floats(upstream[0]) + at : nullptr, floats(upstream[1]) + at,
                     floats(upstream[2]) + at, partition.count(d)};
   };
-  if (is_rank1(p)) {
-    run_rank1_backward(p, partition, grad, upstream_of, grad_delta);
+  if (is_short(p)) {
+    if (written && partition.covered() < p.samples) torch::stable::zero_(grad_rows);
+    run_short_backward(p, partition, grad, upstream_of, grad_delta);
+    if (written) add_patches(grad_a, grad_rows, window);
     return {grad_a, grad_delta};
   }
   const int64_t groups = threads() > 1 ? pieces(2 * threads(), D) : 1;
@@ -143,7 +163,8 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
 
 Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, const Tensor& offsets,
                     Window window) {
-  const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
+  const Factors factors = without_window(a, delta, window);
+  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, moments_shape(p, partition));
   moments_of(p, partition, floats(mean), nullptr);

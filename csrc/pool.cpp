@@ -99,9 +99,11 @@ class Pool {
     std::free(block.data);
   }
 
-  // Holds no more than was in use at one time of this period or the last; what lay idle longest goes.
+  // Holds little more than was in use at one time of this period or the last; what lay idle longest goes. More,
+  // since blocks of a step that are not in use together need room beside the most: else the least of them
+  // drives out a large one, whose next request drives out another, and so on through every step.
   void trim() noexcept {
-    const size_t most = std::max(most_used_, most_used_before_);
+    const size_t used = std::max(most_used_, most_used_before_), most = used + used / 4;
     auto block = free_.begin();
     for (; block != free_.end() && free_bytes_ + used_bytes_ > most; ++block) {
       free_bytes_ -= block->bytes;

@@ -199,10 +199,13 @@ struct Routines {
   // Both for T = 1, where the squares factor: sum g^2 = sum left^2 (x) right^2. a is the right factor.
   void (*moments_rank1)(const Outer&, Group, Range rows, Range columns, float* mean,
                         float* variance);
+  // Both for few positions, see is_short.
+  void (*moments_short)(const Outer&, Group, Range rows, Range columns, bool streamed, float* mean,
+                        float* variance);
   // Gradients of both factors for samples of one domain.
   void (*backward)(const Outer&, const Upstream&, const Gradient&, Group);
-  // The same for T = 1 and a on the right, from a part of its width: grad.left gets that part's share.
-  void (*backward_rank1)(const Outer&, const Upstream&, const Gradient&, Group, Range columns);
+  // The same for few positions, from a part of the right width: grad.left gets that part's share.
+  void (*backward_short)(const Outer&, const Upstream&, const Gradient&, Group, Range columns);
   // Squared norm of one sample's gradient, formed tile by tile.
   float (*norm_direct)(const Outer&, int64_t sample);
   // The same as sum_ts <left_t, left_s> <right_t, right_s>.
