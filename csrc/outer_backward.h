@@ -123,13 +123,19 @@ static void add_run(float* to, const float* from, int64_t length) {
   for (; k < length; ++k) to[k] += from[k];
 }
 
-// Adds out[m][t] to the place of element (t, m), neighbours in t together where they are neighbours there.
+// Taps of the commonest kernel, of 3 x 3: rows that far apart belong to different channels.
+constexpr int64_t TAPS = 9;
+
+// Adds out[m][t] to the place of element (t, m), neighbours in t together where they are neighbours there. Not
+// row after row: neighbouring taps overlap, and the second would wait for the first to reach the cache.
 static void scatter(float* to, const int64_t* row, int64_t positions, const int64_t* col,
                     int64_t rows, const float* out) {
   for (int64_t t = 0; t < positions;) {
     int64_t length = 1;
     while (t + length < positions && row[t + length] == row[t] + length) ++length;
-    for (int64_t m = 0; m < rows; ++m) add_run(to + row[t] + col[m], out + m * R + t, length);
+    const int64_t step = length > 1 ? TAPS : 1;
+    for (int64_t tap = 0; tap < step; ++tap)
+      for (int64_t m = tap; m < rows; m += step) add_run(to + row[t] + col[m], out + m * R + t, length);
     t += length;
   }
 }

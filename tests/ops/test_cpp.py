@@ -72,6 +72,10 @@ CASES = {
     "linear, T=1, more samples than a chunk": (lambda: rows(560, 1, 9, 5), (300, 260)),
     "linear, T=2": (lambda: rows(10, 2, 21, 40), (3, 0, 7)),
     "linear, T=7": (lambda: rows(12, 7, 40, 10), (3, 4, 5)),
+    **{f"linear, T={T}": (lambda T=T: rows(8, T, 37, 11), (3, 5)) for T in (3, 4, 5, 6, 8)},
+    "linear, T=4, more samples than a chunk": (lambda: rows(110, 4, 50, 21), (80, 30)),
+    "linear, T=4, past the caches": (lambda: rows(3, 4, 1040, 1030), (1, 2)),
+    "linear, T=3, in parts": (lambda: rows(60, 3, 1300, 40), (47, 13)),
     "linear, T=17": (lambda: rows(6, 17, 24, 48), (1, 5)),
     "linear, T=33, transposed": (lambda: rows(6, 33, 13, 29, "transposed"), (2, 4)),
     "linear, T=5, sliced": (lambda: rows(6, 5, 13, 29, "sliced"), (2, 4)),
@@ -255,7 +259,7 @@ def test_variance_gap(isa: str, present: tuple[bool, ...], with_ema: bool) -> No
     assert [g.shape for g in grads] == [v.shape for v in variance]
 
 
-@pytest.mark.parametrize("shape", ["conv", "rows", "one row", "wide"])
+@pytest.mark.parametrize("shape", ["conv", "rows", "wide rows", "one row", "wide"])
 def test_results_do_not_depend_on_the_threads(isa: str, shape: str) -> None:
     def results() -> list[Tensor]:
         mean, variance = cpp.outer_moments(a, delta, order, offsets, window)
@@ -272,6 +276,7 @@ def test_results_do_not_depend_on_the_threads(isa: str, shape: str) -> None:
     a, delta, window = {
         "conv": lambda: conv(10, 6, 40, (9, 9), (3, 3, 1, 1, 1, 1)),
         "rows": lambda: (torch.randn(10, 5, 40), torch.randn(10, 5, 30), []),
+        "wide rows": lambda: (torch.randn(10, 4, 1300), torch.randn(10, 4, 45), []),
         "one row": lambda: (torch.randn(10, 1, 700), torch.randn(10, 1, 65), []),
         "wide": lambda: (torch.randn(10, 1, 2100), torch.randn(10, 1, 33), []),
     }[shape]()

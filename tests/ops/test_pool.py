@@ -122,6 +122,17 @@ def test_what_a_step_uses_is_kept() -> None:
         assert {x.data_ptr() for x in outer(600)} == first
 
 
+@not_sanitized
+def test_a_small_block_drives_out_no_large_one() -> None:
+    """Of a step in which the two are not in use together."""
+    for _ in range(2100):
+        cpp.moments(torch.zeros(3, 1), ORDER, OFFSETS)  # forgets earlier tests
+    outer(4096)
+    before = resident()
+    outer(600)
+    assert resident() > before - 32
+
+
 def test_a_forked_child_allocates() -> None:
     """While other threads of its parent do."""
     command = [sys.executable, "-W", "ignore", "-c", FORK]
