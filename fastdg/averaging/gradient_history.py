@@ -164,8 +164,8 @@ class GradientHistory(Seeded):
         weight = (1 - decay) * scale
         share = ((1 - decay) * (2 - weight) / ((1 + decay) * weight)).to(gradient.dtype)
         weight = weight.to(gradient.dtype)
-        mean = mean / weight
-        variance = (square / weight - mean.square()) / (1 - share)
+        mean.div_(weight)
+        variance = square.div_(weight).sub_(mean.square()).div_(1 - share)
         # One gradient has no variance
         return Estimate(mean, variance.where(scale > 1, 0.0), share)
 
