@@ -94,12 +94,17 @@ class SMA(Averaged):
     )
     averaged_steps = RunValue(0)
 
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.averaged_steps:
+            Buffers(self.model).check("buffers", self.buffers)
+
     def _add(self) -> None:
         if self.steps < self.start - 1:
             return
         now, kept = _buffers(self), self.buffers
         if self.averaged_steps:
-            check_same_size(size_of(kept), size_of(now))
+            check_same_size(size_of(kept), size_of(now))  # a closure's forward may change them
         self._join(self.average, self.averaged_steps)
         if now is not None and kept is not None and self.averaged_steps:
             kept.lerp_(now, 1 / (self.averaged_steps + 1))

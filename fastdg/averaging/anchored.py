@@ -19,7 +19,7 @@ from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import check_model, option
 from ..core.optimizer import DomainOptimizer
 from ..distributed.sharding import local, sharded
-from .buffers import Buffers, size_of, stored
+from .buffers import KINDS, Buffers, size_of, stored
 
 ONE_DOMAIN = (
     "domains: {} steps on one domain after the other, so a batch must have samples of one domain"
@@ -205,6 +205,9 @@ class Anchored(DomainOptimizer):
 
     def _keep(self) -> None:
         kept = self.kept
+        if self.position + 1 >= self.inner_steps():
+            for kind in KINDS:  # before the step, as `interpolate` comes after it
+                self._buffers.check(kind, self._noted.get(kind))
         if self.position == 0:
             for p, start in kept.items():
                 kept[p] = stored(p.detach(), start)

@@ -136,6 +136,8 @@ class Averaged(OuterOptimizer):
             amp.refuse_scaled(self)
             closure = None if closure is None else partial(self._evaluate, closure)
         moves = not probe or is_new(innermost(self.base))
+        if not probe:
+            self._prepare()
         loss = self._step_base(closure) if moves else None
         self._release_grad()
         if probe:

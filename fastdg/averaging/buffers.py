@@ -45,13 +45,14 @@ class Buffers:
         found = {kind: self.tensors(kind) for kind in KINDS}
         return {kind: _joined(buffers) for kind, buffers in found.items() if buffers}
 
+    def check(self, kind: str, kept: Tensor | None) -> None:
+        """Raise ValueError unless there are as many numbers of a kind as in ``kept``."""
+        check_same_size(size_of(kept), sum(b.numel() for b in self.tensors(kind)))
+
     @torch.no_grad()
     def interpolate(self, kept: dict[str, Tensor], rate: float) -> None:
         """Set buffers and ``kept`` to ``kept + rate * (now - kept)``; integers are truncated."""
-        ends = self.now()
-        for kind in KINDS:
-            check_same_size(size_of(kept.get(kind)), size_of(ends.get(kind)))
-        for kind, end in ends.items():
+        for kind, end in self.now().items():
             start = kept[kind]
             start.copy_(start + rate * (end - start))
             self.put(kind, start)
