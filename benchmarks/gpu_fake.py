@@ -163,9 +163,7 @@ def own_flops(name: str, args: Sequence[Any]) -> int:
     a, delta = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()][
         slice(2, 4) if name.endswith("backward") else slice(2)
     ]
-    window = args[-1] if isinstance(args[-1], (list, tuple)) else ()
-    kernel = window[: len(window) // 3]
-    inputs = a.shape[1] * prod(kernel) if window else a.shape[-1]
+    inputs = window.sizes(a.shape, args[-1] if isinstance(args[-1], (list, tuple)) else ())[1]
     once = 2 * prod(delta.shape) * inputs
     return 3 * once if name.endswith("backward") else once
 
@@ -225,6 +223,7 @@ def routed() -> Iterator[None]:
     for name, launches in COLUMNS.items():
         backends[name]["cuda"] = column(name, launches), lambda *args: None
     window.offsets.cache_clear()  # of tensors of another mode
+    window.masked_offsets.cache_clear()
     with ExitStack() as stack:
         enter = stack.enter_context
         for name, here in backends.items():

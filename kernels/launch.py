@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from ..ops import window as windows
-from .tiles import GATHER, MATRIX, TAPS, transpose_kernel
+from .tiles import GATHER, MATRIX, PADDED, TAPS, transpose_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31 - 1
@@ -109,6 +109,13 @@ def tile(
     return block(outputs, 128), block(inputs, 128 if wide else 64), summed
 
 
+def pairs(summed: int, a: Tensor, window: Sequence[int]) -> int:
+    """Pairs of sample and position that a step sums, by `tile`; fewer where registers hold the
+    place of each, unless operands go to shared memory alone."""
+    held = window and not by_taps(a, window) and not hopper(a.device)
+    return 16 if held else summed
+
+
 def precision(a: Tensor, window: Sequence[int]) -> str:
     """Precision of products of fp32 numbers, as PyTorch's own layers are set.
 
@@ -124,6 +131,12 @@ def by_taps(a: Tensor, window: Sequence[int]) -> bool:
     """Whether patches are read tap by tap, 16 bytes of channels at a time (`tiles.TAPS`): the
     matrix instructions take halves with the summed dimension apart, but not fp32."""
     return bool(window) and a.dtype != torch.float32 and a.shape[1] % 16 == 0
+
+
+def masks(a: Tensor, window: Sequence[int]) -> bool:
+    """Whether kernels mask the places of patches outside an input without its padding."""
+    taps = prod(windows.split(window)[0])
+    return 1 < taps <= windows.MOST_TAPS and any(windows.padding(window)) and not by_taps(a, window)
 
 
 def columns(a: Tensor, window: Sequence[int]) -> tuple[int, int]:
@@ -194,9 +207,10 @@ def address(
     spatial, taps = tuple(a.shape[2:]), columns(a, window)[1]
     if not by_taps(a, window):
         a = a.contiguous()
-        strides = tuple(a.stride()[1:])
-        row, column = windows.offsets(a.shape[1], spatial, strides, tuple(window), a.device)
-        return a, row, column, a.stride(0), 0, 0, taps, GATHER.value
+        where = a.shape[1], spatial, tuple(a.stride()[1:]), tuple(window), a.device
+        tables = windows.masked_offsets if windows.padding(window) else windows.offsets
+        read = PADDED if windows.padding(window) else GATHER
+        return a, *tables(*where), a.stride(0), 0, 0, taps, read.value
     a = side_by_side(a.flatten(2).transpose(1, 2))
     row, tap = places_of(spatial, tuple(window), a.device)
     return a, row, tap, a.stride(0), a.stride(1), 1, taps, TAPS.value
@@ -225,7 +239,9 @@ def pointwise(
     a: Tensor, window: Sequence[int], strided: bool = True
 ) -> tuple[Tensor, Sequence[int]]:
     """``a`` and ``window``; a convolution that sees one place at a time becomes plain rows, with
-    strides a copy, if these are wanted."""
+    strides a copy, if these are wanted. Zeros that kernels do not mask are filled in."""
+    if len(window) in windows.PADDED and not masks(a, window):
+        a, window = windows.fill(a, window)
     kernel, stride, _ = windows.split(window)
     if not window or any(taps > 1 for taps in kernel):
         return a, window

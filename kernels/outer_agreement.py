@@ -26,6 +26,7 @@ from .launch import (
     fills,
     launch,
     paired,
+    pairs,
     pointwise,
     precision,
     stages,
@@ -93,10 +94,9 @@ def outer_agreement(
     block_o, block_i, block_k = tile(outputs, width, precise, rows, places)
     if soft or (gathered and block_i > 64):  # two more accumulators; where each position is
         block_o = min(block_o, 64)
-    elif gathered:
-        block_k = 16
     if by_taps(rows, places) or (soft and gathered):  # no two columns of a tap lie side by side
         block_i = min(block_i, 64)
+    block_k = pairs(block_k, rows, places)
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(width, block_i) * taps
     if not fills(tiles, a.device):
         means, _ = grouped_product(a, delta, order, offsets, window, squares=False)

@@ -22,6 +22,7 @@ from .launch import (
     columns,
     launch,
     paired,
+    pairs,
     parts,
     pointwise,
     precision,
@@ -107,6 +108,7 @@ def grouped_product(
         block_o, block_i, block_k = block(outputs, 64), block(width, 64), 16
     else:
         block_o, block_i, block_k = tile(outputs, width, precise, a, window)
+        block_k = pairs(block_k, a, window)
     tiles = triton.cdiv(outputs, block_o) * triton.cdiv(width, block_i) * taps
     steps = triton.cdiv(triton.cdiv(a.shape[0], domains) * T, block_k)
     powers = 2 if squares else 1

@@ -34,6 +34,8 @@ from .tiles import (
     columns_at,
     load_delta,
     load_rows,
+    meet,
+    place,
     result_at,
     rows_at,
     tile_of,
@@ -75,8 +77,10 @@ def _outer_moments_kernel(
             sample = tl.load(order + first + n)
             g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
             for t in tl.static_range(POSITIONS):
-                at = rows_at(row, t, t < T, a_row, WINDOW) + along_i
-                x = tl.load(a + sample * a_sample + at, mask=i < I, other=0.0)
+                along_t = rows_at(row, t, t < T, a_row, WINDOW)
+                at = place(along_t, WINDOW) + place(along_i, WINDOW)
+                inside = meet(along_i, along_t, i < I, WINDOW)
+                x = tl.load(a + sample * a_sample + at, mask=inside, other=0.0)
                 d = tl.load(
                     delta + sample * d_sample + t * d_row + o * d_column, mask=o < O, other=0.0
                 )

@@ -235,13 +235,10 @@ def _rank_one(
 def _geometry(
     channels: int, spatial: tuple[int, ...], window: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Tables of a convolution whose patches are ordered (tap, channel).
-
-    Returns:
-        ``row [T]`` and ``column [I]`` of an input ``[C, *S]``; `places_of` an input; ``position
-        [places]``, its places, ordered so that places of the same taps are neighbours;
-        ``source [taps, places]``, the output position that reads a place through a tap, or -1.
-    """
+    """Tables of a convolution whose patches are ordered (tap, channel): ``row [T]`` and ``column
+    [I]`` of an input ``[C, *S]``; `places_of` an input; ``position [places]``, its places, ordered
+    so that places of the same taps are neighbours; ``source [taps, places]``, the output position
+    that reads a place through a tap, or -1."""
     kernel, stride, dilation = windows.split(window)
     places, taps = prod(spatial), prod(kernel)
     steps = [prod(spatial[j + 1 :]) for j in range(len(spatial))]
@@ -272,10 +269,13 @@ def outer_moments_backward(
     order: Tensor, offsets: Tensor, window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradient of `outer_moments`."""
+    if more := windows.padding(window):
+        (whole, window), given = windows.fill(a, window), (grad_mean, grad_variance)
+        grads = outer_moments_backward(*given, whole, delta, mean, order, offsets, window)
+        return windows.crop(grads[0], more).contiguous(), grads[1]
     grad_variance, mean = grad_variance.contiguous(), mean.contiguous()
     if a.shape[1] == 1 and not window:
-        rows = a[:, 0], delta[:, 0]
-        grads = _rank_one(grad_mean, grad_variance, *rows, mean, order, offsets)
+        grads = _rank_one(grad_mean, grad_variance, a[:, 0], delta[:, 0], mean, order, offsets)
         return grads[0].unsqueeze(1), grads[1].unsqueeze(1)
     grad_a, grad_delta = gradient_like(a, order), gradient_like(delta, order)
     if mean.numel() == 0 or delta.numel() == 0 or order.numel() == 0:

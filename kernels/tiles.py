@@ -9,10 +9,11 @@ import triton.language as tl
 
 # WINDOW, how rows are read: of their matrix; of patches, element (t, i) at row[t] + column[i]; of
 # patches whose channels lie side by side, channel i of tap k at (row[t] + column[k]) * row_stride
-# + i
+# + i; of patches of an input without its padding, as `ops.window.masked_offsets` has them
 MATRIX = tl.constexpr(0)
 GATHER = tl.constexpr(1)
 TAPS = tl.constexpr(2)
+PADDED = tl.constexpr(3)
 
 
 @triton.jit
@@ -39,10 +40,10 @@ def columns_at(column, i, tap, I, row_stride, column_stride, WINDOW: tl.constexp
     """Offsets of columns i within a sample."""
     if WINDOW == MATRIX:
         at = i * column_stride
-    elif WINDOW == GATHER:
-        at = tl.load(column + i, mask=i < I, other=0)
-    else:
+    elif WINDOW == TAPS:
         at = tl.load(column + tap) * row_stride + i
+    else:
+        at = tl.load(column + i, mask=i < I, other=0)
     return at
 
 
@@ -59,11 +60,32 @@ def rows_at(row, t, inside, row_stride, WINDOW: tl.constexpr):  # fmt: skip
 
 
 @triton.jit
+def place(at, WINDOW: tl.constexpr):  # fmt: skip
+    """The offsets alone."""
+    if WINDOW == PADDED:
+        at = at.to(tl.int32)
+    return at
+
+
+@triton.jit
+def meet(along_i, along_t, inside, WINDOW: tl.constexpr):  # fmt: skip
+    """Whether elements are inside; of patches also whether they are no padding."""
+    if WINDOW == PADDED:  # beyond the edges no bit is set
+        inside = ((along_i >> 32).to(tl.int32) & (along_t >> 32).to(tl.int32)) != 0
+    return inside
+
+
+@triton.jit
 def load_rows(base, row, along_i, t, i, T, I, row_stride, WINDOW: tl.constexpr):  # fmt: skip
     """Tile ``[i, t]`` of one sample's rows."""
     inside = (i < I)[:, None] & (t < T)[None, :]
     along_t = rows_at(row, t, t < T, row_stride, WINDOW)
-    return tl.load(base + along_i[:, None] + along_t[None, :], mask=inside, other=0.0)
+    inside = meet(along_i[:, None], along_t[None, :], inside, WINDOW)
+    if WINDOW == PADDED:
+        pointers = base + (place(along_i, WINDOW)[:, None] + place(along_t, WINDOW)[None, :])
+    else:
+        pointers = base + along_i[:, None] + along_t[None, :]
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -83,15 +105,15 @@ def load_pairs(
     at ``first``, pair k its sample ``k // T`` at position ``k % T``."""
     t = k % T
     sample = tl.load(order + first + k // T, mask=k < end, other=0)
-    along_k = sample * a_sample + rows_at(row, t, k < end, a_row, WINDOW)
+    along_t = rows_at(row, t, k < end, a_row, WINDOW)
+    along_k = sample * a_sample + place(along_t, WINDOW)
     d = tl.load(
         delta + o[:, None] * d_column + (sample * d_sample + t * d_row)[None, :],
         mask=(o < O)[:, None] & (k < end)[None, :], other=0.0,
     )  # fmt: skip
-    x = tl.load(
-        a + along_i[:, None] + along_k[None, :],
-        mask=(i < I)[:, None] & (k < end)[None, :], other=0.0,
-    )  # fmt: skip
+    inside = (i < I)[:, None] & (k < end)[None, :]
+    inside = meet(along_i[:, None], along_t[None, :], inside, WINDOW)
+    x = tl.load(a + place(along_i, WINDOW)[:, None] + along_k[None, :], mask=inside, other=0.0)
     return d, x
 
 

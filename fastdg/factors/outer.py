@@ -27,7 +27,8 @@ class Outer(PerSampleGrad):
         delta: gradients at the outputs, ``[N, T, O]``, or ``[N, O]``. If both are bfloat16, or both
             float16, they are multiplied as they are; statistics are float32.
         shape: shape of the weight; its numel is ``O * I / groups``.
-        window: ``[*kernel, *stride, *dilation]`` of a convolution, or empty.
+        window: ``[*kernel, *stride, *dilation]`` of a convolution, and ``*padding`` if ``a`` lacks
+            it, or empty.
         groups: groups of a convolution, computed as further domains.
     """
 

@@ -216,7 +216,8 @@ def outer_moments(
             convolution.
         delta: gradients at the layer's outputs ``[N, T, O]``, any strides, the dtype of ``a``.
         order, offsets: a partition of the samples by domain, as in `moments`.
-        window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``.
+        window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``. With
+            ``*padding`` at its end ``a`` lacks as many zeros on both sides of each dimension.
 
     Returns:
         ``(mean, variance)``, each ``[D, O, I]`` in float32, or in float64 for factors in float64;

@@ -238,6 +238,7 @@ def many(N: int) -> None:
 
 
 THREE = [3, 3, 1, 1, 1, 1]
+PADDED = [*THREE, 1, 1]
 TF32, FP32 = True, False
 BF16 = torch.bfloat16
 # What ViT-B/16 and ResNet-50 meet at 224 x 224, and arguments that are 1 and so become constants.
@@ -260,12 +261,15 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("ViT MLP", TF32, lambda: agreement(*rows(96, 197, 768, 3072), steepness=10.0)),
     ("ViT MLP", FP32, lambda: agreement(*rows(96, 197, 768, 3072), steepness=10.0)),
     ("ViT MLP", TF32, lambda: kernels.outer_norms.outer_norms(*rows(96, 197, 768, 3072))),
-    ("conv 3x3", TF32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
-    ("conv 3x3", FP32, lambda: forward(*conv(96, 256, 256, 16, THREE))),
+    ("conv 3x3", TF32, lambda: forward(*conv(96, 256, 256, 14, PADDED))),
+    ("conv 3x3", FP32, lambda: forward(*conv(96, 256, 256, 14, PADDED))),
+    ("conv 3x3", TF32, lambda: mean_only(*conv(96, 64, 64, 56, PADDED))),
+    ("conv 3x3", FP32, lambda: mean_only(*conv(96, 128, 128, 56, [3, 3, 2, 2, 1, 1, 1, 1]))),
+    ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 7, PADDED))),
     ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE))),
-    ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 9, THREE), steepness=10.0)),
+    ("conv 3x3", TF32, lambda: agreement(*conv(96, 512, 512, 7, PADDED), steepness=10.0)),
     ("conv 3x3", TF32, lambda: backward(*conv(56, 256, 256, 16, THREE))),
-    ("conv 3x3", TF32, lambda: kernels.outer_norms.outer_norms(*conv(96, 64, 64, 58, THREE))),
+    ("conv 3x3", TF32, lambda: kernels.outer_norms.outer_norms(*conv(96, 64, 64, 56, PADDED))),
     ("bf16 MLP", TF32, lambda: forward(*rows(96, 197, 768, 3072, BF16))),
     ("bf16 MLP", TF32, lambda: mean_only(*rows(96, 197, 768, 3072, BF16))),
     ("bf16 MLP", TF32, lambda: agreement(*rows(96, 197, 768, 3072, BF16))),

@@ -19,11 +19,7 @@ PLAIN, STATISTIC, PENALTY = "plain", "Fishr(all), statistic", "Fishr(all)"
 STEPS = ("AgrSum", "PCGrad", STATISTIC)
 # The aim is 1.3 times the ops of the plain step. Where it is missed, what a step has today.
 AIM = 1.3
-TODAY = {
-    ("resnet50", "fp32", "AgrSum"): 1.34,
-    ("resnet50", "fp32", "PCGrad"): 1.42,
-    ("resnet50", "fp32", STATISTIC): 1.34,
-}
+TODAY = {("resnet50", "fp32", "PCGrad"): 1.38}
 # Kernels of fastdg's own: its products, their transposes and second stages
 LAUNCHES = {
     ("resnet50", "bf16"): {"AgrSum": 190, "PCGrad": 187, STATISTIC: 181},

@@ -23,6 +23,7 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     x = torch.randn(6, 2, 5, 4, device=device, requires_grad=grad)
     out = torch.randn(6, 9, 3, device=device, requires_grad=grad)
     window = [3, 2, 1, 1, 1, 1]
+    wider = torch.randn(6, 35, 3, device=device, requires_grad=grad)
     flat = torch.randn(6, 9, device=device, requires_grad=grad)
     variance = [torch.rand(3, n, device=device, requires_grad=grad) for n in (2, 5)]
     ema = [torch.rand(3, n, device=device) for n in (2, 5)]
@@ -58,6 +59,16 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_moments, window": (x, out, order, offsets, window),
         "outer_moments_backward": (wide, wide, a, delta, wide, order, offsets, []),
         "outer_moments_backward, window": (patch, patch, x, out, patch, order, offsets, window),
+        "outer_moments, padded": (x, wider, order, offsets, [*window, 1, 2]),
+        "outer_moments_backward, padded": (
+            *(patch, patch, x, wider, patch, order, offsets, [*window, 1, 2]),
+        ),
+        "outer_domain, padded": (x, wider, order, offsets, [*window, 1, 2]),
+        "outer_norms, padded": (x, wider, [*window, 1, 2]),
+        "outer_gram, padded": (x, wider, order, offsets, [*window, 1, 2]),
+        "outer_agreement, padded": (
+            *(x, wider, order, offsets, weights, 0.5, inf, [*window, 1, 2]),
+        ),
         "outer_domain": (a, delta, order, offsets, []),
         "outer_domain, window": (x, out, order, offsets, window),
         "outer_norms": (a, delta, []),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from ...factors import Dense, Outer, PerSampleGrad
-from ...ops.window import pad
+from ...ops.window import MOST_TAPS, pad, split
 from ..ownership.layout import Layout, lead
 from .registry import BoundRule, Use, plain, rule
 
@@ -38,8 +41,11 @@ class Patches(BoundRule):
         padding = [p for size, extra in zip(sizes, more, strict=True) for p in (size, size - extra)]
         window = (*self.parameter[2:], *node._saved_stride, *node._saved_dilation)
         rows = delta.flatten(2).transpose(1, 2)
-        padded = pad(x, padding, "zeros")
-        factor = Outer(padded, rows, self.parameter, window, node._saved_groups)
+        if any(padding) and not any(more) and _masked(x, window):
+            window = (*window, *reversed(sizes))
+        else:
+            x = pad(x, padding, "zeros")
+        factor = Outer(x, rows, self.parameter, window, node._saved_groups)
         return factor if self.layout.positions == 1 else factor.fold(self.layout.samples)
 
 
@@ -56,6 +62,13 @@ class Channels(BoundRule):
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
         rows = self.layout.rows(delta.flatten(2).sum(2) if delta.dim() > 2 else delta)
         return Dense(rows.sum(1).reshape(self.layout.samples, *self.parameter))
+
+
+def _masked(x: Tensor, window: Sequence[int]) -> bool:
+    """Return whether kernels on a GPU mask the padding; halves are copied anyway, and padded so."""
+    taps = prod(split(window)[0])
+    there = not (x.is_cpu or torch.is_grad_enabled()) and x.dtype == torch.float32
+    return there and 1 < taps <= MOST_TAPS and x.dim() <= 5
 
 
 def _sample_major(x: Tensor, layout: Layout) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..window import positions, split
+from ..window import extent, positions, split
 from .tensors import LARGEST_SIDE, dims, floating
 
 
@@ -43,19 +43,19 @@ def outer(a: Any, delta: Any, window: Sequence[int]) -> tuple[Any, Any]:
 def _windowed(a: Tensor, window: Sequence[int]) -> tuple[Any, Any]:
     """Return ``(T, I)`` of the patches."""
     count = a.dim() - 2
-    if count < 1 or len(window) != 3 * count:
+    if count < 1 or len(window) not in (3 * count, 4 * min(count, 3)):
         raise ValueError(
             f"window: expected 3 numbers for each of {max(count, 0)} spatial dimensions of a "
             f"[N, C, *S], got {len(window)}. Pass [*kernel, *stride, *dilation]."
         )
-    for step in window:
-        if not hasattr(step, "__index__") or step < 1:
+    for k, step in enumerate(window):
+        if not hasattr(step, "__index__") or step < (k < 3 * count):
             raise ValueError(
                 f"window: expected positive integers, got {step!r}. "
                 "Pass [*kernel, *stride, *dilation]."
             )
     kernel, _, dilation = split(window)
-    for size, k, d in zip(a.shape[2:], kernel, dilation, strict=True):
+    for size, k, d in zip(extent(a.shape[2:], window), kernel, dilation, strict=True):
         if d * (k - 1) >= size:
             raise ValueError(
                 f"window: expected patches that fit into a, got one of {d * (k - 1) + 1} places on "

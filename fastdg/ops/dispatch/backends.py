@@ -14,6 +14,7 @@ import torch
 from ... import native
 from ..._torch import has_kernel
 from ...dtypes import HALVES
+from ..window import PADDED
 from .registry import ABSENT, OPS, Implementation, Op, Supports, first_float, force
 
 _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as their library is
@@ -22,8 +23,11 @@ _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as the
 def _float32(op: Op, device: str) -> Supports:
     """Return ``supports`` of a compiled op: it takes fp32, or dtypes cast to it, on its device."""
     taken = (torch.float32,) if op.halves is None else (torch.float32, *HALVES)
+    windowed = op.schema.split(") ->")[0].endswith("int[] window")
 
     def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
+        if windowed and len(args[-1]) in PADDED:
+            return "it reads inputs that are padded"
         x = first_float(args)
         if x.dtype in taken and x.device.type == device:
             return None
