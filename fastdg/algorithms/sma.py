@@ -18,10 +18,6 @@ def _buffers(opt: SMA) -> Tensor | None:
     return None if found is None else to_statistics_dtype(found)
 
 
-def _size(opt: SMA, group: Group) -> int:
-    return size_of(_buffers(opt))
-
-
 def _begun(opt: SMA, group: Group) -> Any:
     return group.get(f"{opt.prefix}_averaged_steps")
 
@@ -87,7 +83,7 @@ class SMA(Averaged):
     buffers = PerRun(
         "buffers",
         "averaged buffers",
-        rows=Rows("numbers", "the buffers of model", _size),
+        rows=Rows("numbers", "the buffers of model", lambda opt, group: size_of(_buffers(opt))),
         begin=_buffers,
         needed=_begun,
         way=WAY,
