@@ -86,8 +86,11 @@ Right lanes(const Tensor& x) {
 
 bool is_rows(const Tensor& x) { return x.dim() == 3 || x.dim() == 2; }
 
+// Of a vector: fewer would idle in every row of the output.
+int64_t least_lanes() { return routines().panel / 2; }
+
 int64_t idle_lanes(int64_t width) {
-  const int64_t half = routines().panel / 2;
+  const int64_t half = least_lanes();
   return (width + half - 1) / half * half - width;
 }
 
@@ -121,7 +124,8 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
   // Few positions write rows of the output directly, which wants the lanes along I.
   const int64_t on_a = idle_lanes(I) * O, on_d = idle_lanes(O) * I;
   const bool alike = on_d == on_a && (!narrow_left || I <= O);
-  const bool on_delta = !window.empty() || (p.positions > SHORT_POSITIONS && (on_d < on_a || alike));
+  const bool few = p.positions == 1 || (p.positions <= SHORT_POSITIONS && I >= least_lanes());
+  const bool on_delta = !window.empty() || (!few && (on_d < on_a || alike));
   p.left = !window.empty() ? patches(a, window) : on_delta ? rows(a) : rows(delta);
   p.right = on_delta ? lanes(delta) : lanes(a);
   if (!window.empty()) I = p.left_width();
@@ -134,7 +138,7 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
 
 Factors without_window(const Tensor& a, const Tensor& delta, const Window& window) {
   const Outer p = outer_problem(a, delta, window);
-  if (window.empty() || p.positions > SHORT_POSITIONS) return {a, delta, window};
+  if (window.empty() || p.positions > SHORT_POSITIONS || p.left_width() < least_lanes()) return {a, delta, window};
   const int64_t size = p.positions * p.left_width();
   const Tensor rows = allocate(a, {p.samples, p.positions, p.left_width()});
   for_each_task(p.samples, [&](int64_t n) {

@@ -163,8 +163,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
 
 Tensor outer_domain(const Tensor& a, const Tensor& delta, const Tensor& order, const Tensor& offsets,
                     Window window) {
-  const Factors factors = without_window(a, delta, window);
-  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/true);
+  const Outer p = outer_problem(a, delta, window, /*narrow_left=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, moments_shape(p, partition));
   moments_of(p, partition, floats(mean), nullptr);
