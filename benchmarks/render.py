@@ -22,7 +22,7 @@ UP = "../.."  # from a page to the root
 QUESTIONS = {
     "variance": "Variance per domain, all layers",
     "differentiable": "The same made differentiable, penalty's gradient to all parameters",
-    "head": "Fishr on the head alone",
+    "head": "Fishr on a large head alone",
     "step": "Whole Fishr (head) training step",
     "Agr-Sum, D=3": "Whole Agr-Sum training step, 3 domains",
     "Agr-Sum, D=6": "The same, 6 domains",
