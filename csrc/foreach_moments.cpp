@@ -27,7 +27,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> foreach_moments(
   dense.reserve(grads.size());
   outer.reserve(a.size());
   for (const Tensor& x : grads) dense.push_back(dense_rows(x));
-  for (size_t k = 0; k < a.size(); ++k) outer.push_back(outer_problem(a[k], delta[k], {}, /*narrow_left=*/true));
+  for (size_t k = 0; k < a.size(); ++k) outer.push_back(outer_problem(a[k], delta[k], {}, /*narrow_left=*/true, /*flat=*/true));
   const int64_t samples = dense.empty() ? outer[0].samples : dense[0].samples;
   const Partition partition(order, offsets, samples);
   std::vector<Tensor> means, variances;

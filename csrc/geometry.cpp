@@ -84,7 +84,7 @@ Right lanes(const Tensor& x) {
   return {floats(x), x.stride(0), last == 1 ? 0 : x.stride(1), x.stride(last), x.size(last)};
 }
 
-bool is_rows(const Tensor& x) { return x.dim() == 3 || x.dim() == 2; }
+bool is_rows(const Tensor& x, bool flat) { return x.dim() == 3 || (flat && x.dim() == 2); }
 
 // Of a vector: fewer would idle in every row of the output.
 int64_t least_lanes() { return routines().panel / 2; }
@@ -96,14 +96,17 @@ int64_t idle_lanes(int64_t width) {
 
 }  // namespace
 
-Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left) {
+Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left,
+                    bool flat) {
   for (const auto& [x, name] : {std::pair<const Tensor&, const char*>{a, "a"}, {delta, "delta"}}) {
     check_float(x, name);
     check_cpu(x, name);
   }
-  STD_TORCH_CHECK(is_rows(delta), "delta: expected [N, T, O], got ", delta.dim(), " dimensions");
-  STD_TORCH_CHECK(window.empty() ? is_rows(a) : a.dim() > 2, "a: expected ",
+  STD_TORCH_CHECK(is_rows(delta, flat), "delta: expected [N, T, O], got ", delta.dim(), " dimensions");
+  STD_TORCH_CHECK(window.empty() ? is_rows(a, flat) : a.dim() > 2, "a: expected ",
                   window.empty() ? "[N, T, I]" : "[N, C, *S]", ", got ", a.dim(), " dimensions");
+  STD_TORCH_CHECK(!window.empty() || a.dim() == delta.dim(), "delta: expected ", a.dim(), " dimensions as a, got ",
+                  delta.dim());
   STD_TORCH_CHECK(a.size(0) == delta.size(0), "a: expected ", delta.size(0), " samples, got ", a.size(0));
   const int64_t O = delta.size(delta.dim() - 1);
   int64_t I = window.empty() ? a.size(a.dim() - 1) : 0;

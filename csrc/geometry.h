@@ -9,8 +9,10 @@ namespace fastdg {
 // g = sum_t delta[t] (x) a[t] over the rows of a [N, T, I], or over the patches of a padded convolution
 // input [N, C, *S] that window = [*kernel, *stride, *dilation] describes. The patches are the left factor;
 // of two matrices the one that fills vector lanes better is the right one; of two that fill them alike delta, or with
-// `narrow_left` the wider one: for who reads the left one again for each panel of the right.
-Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left = false);
+// `narrow_left` the wider one: for who reads the left one again for each panel of the right. `flat`: whether both
+// may be [N, *], of one row for each sample.
+Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, bool narrow_left = false,
+                    bool flat = false);
 
 // The factors without the window where positions are few: patches written out, [N, T, I], are small beside the
 // moments, whose routines for few positions take no window.

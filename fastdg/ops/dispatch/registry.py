@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..._torch import unknown_size_errors
 from ...carried import Carried
 
+_NONE = None, None  # of a backend that is absent
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Fastest first. Whatever is absent, or does not support the arguments, is passed over.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -55,27 +57,31 @@ class Op:
     def name(self) -> str:
         return self.schema.split("(", 1)[0]
 
-    def __call__(self, *args: Any) -> Any:
-        self.check(*args)
-        device = _first(args).device.type
-        if device == "meta":
-            return self.fake(*args)
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # the op computes as it does outside of it
-                return self._run(*args)
-        return self._run(*args)
+    @cached_property
+    def writes(self) -> bool:
+        """Whether it changes an argument."""
+        return "!" in self.schema
 
-    def _run(self, *args: Any) -> Any:
-        implementation = self.route(*args)
-        if self.check_values is None:
-            return implementation(*args)
-        if implementation is self.reference or args[0].device.type != "cpu":
-            self.check_values(*args)
-            return implementation(*args)
-        try:  # the compiled ops check indices as they read them
-            return implementation(*args)
-        except RuntimeError:
-            self.check_values(*args)
+    def __call__(self, *args: Any) -> Any:
+        try:
+            implementation = self.route(*args)
+            # Ops of the CPU check as they read, those that write before they begin
+            if not self.writes and implementation is self.backends.get("cpp", _NONE)[0]:
+                return implementation(*args)
+            self.check(*args)
+            device = _first(args).device.type
+            if device == "meta":
+                return self.fake(*args)
+            if self.check_values is not None:
+                self.check_values(*args)
+            # An op computes under autocast as it does outside of it
+            on = torch.is_autocast_enabled(device)
+            with torch.autocast(device, enabled=False) if on else nullcontext():
+                return implementation(*args)
+        except Exception:  # the checks say more than compiled code
+            self.check(*args)
+            if self.check_values is not None:
+                self.check_values(*args)
             raise
 
     def shapes(self, *args: Any) -> Any:
