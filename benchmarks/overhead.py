@@ -12,7 +12,8 @@ optimizer's step. A line through several M gives the price of a step and of a mo
 the optimizer's step is taken away.
 
 ``fishr``: a whole step of Fishr on all layers before its anneal, from which a plain step is taken
-away, with layers of 16 x 16.
+away, with layers of 16 x 16. ``before`` and ``after``: the same of Fishr on the head, before and
+after its anneal, with three such layers and ReLUs; here also the ratio of the two steps.
 
 Times are of the processor, in one thread.
 """
@@ -42,6 +43,7 @@ Run = Callable[[], None]
 MODULES = (1, 10, 50, 100)
 SAMPLES, WIDTH = 6, 4  # of layers in which nothing is computed
 FISHR = 32, 16
+LAYERS = 3  # of the small MLP
 
 
 class Nothing(DomainOptimizer):
@@ -60,11 +62,12 @@ class Nothing(DomainOptimizer):
 
 
 def problem(
-    modules: int, samples: int = SAMPLES, width: int = WIDTH
+    modules: int, samples: int = SAMPLES, width: int = WIDTH, between: Sequence[nn.Module] = ()
 ) -> tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]:
-    """M layers, their optimizer, and a batch: images, labels, domains."""
+    """M layers, with others ``between``, their optimizer, and a batch: images, labels, domains."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(modules)))
+    layers = [layer for _ in range(modules) for layer in (*between, nn.Linear(width, width))]
+    model = nn.Sequential(*layers[len(between) :])
     rows = torch.arange(samples)
     batch = [torch.randn(samples, width), rows % width, rows % 3]
     return model, torch.optim.SGD(model.parameters(), lr=0.0, foreach=True), batch
@@ -114,17 +117,19 @@ def compiled(modules: int) -> tuple[Run, Run]:
     return wrapped, base.step
 
 
-def fishr(modules: int) -> tuple[Run, Run]:
-    """A step of Fishr on all layers before its anneal, and a plain one."""
-    model, base, (x, y, domains) = problem(modules, *FISHR)
-    opt = fastdg.Fishr(base, params="all", anneal_steps=1 << 40, num_domains=3)
+def fishr(
+    modules: int, params: str = "all", anneal: int = 1 << 40, between: Sequence[nn.Module] = ()
+) -> tuple[Run, Run]:
+    """A step of Fishr, on all layers and before its anneal by default, and a plain one."""
+    model, base, (x, y, domains) = problem(modules, *FISHR, between)
+    opt = fastdg.Fishr(base, params=params, anneal_steps=anneal, num_domains=3)
 
     def wrapped() -> None:
         opt.zero_grad()
         opt.backward(F.cross_entropy(model(x), y, reduction="none"), domains)
         opt.step()
 
-    model2, base2, _ = problem(modules, *FISHR)
+    model2, base2, _ = problem(modules, *FISHR, between)
 
     def plain() -> None:
         base2.zero_grad()
@@ -132,6 +137,16 @@ def fishr(modules: int) -> tuple[Run, Run]:
         base2.step()
 
     return wrapped, plain
+
+
+def before(modules: int) -> tuple[Run, Run]:
+    """A step of Fishr on the head of a small MLP before its anneal, and a plain one."""
+    return fishr(modules, "head", between=[nn.ReLU()])
+
+
+def after(modules: int) -> tuple[Run, Run]:
+    """The same with its penalty."""
+    return fishr(modules, "head", 0, [nn.ReLU()])
 
 
 def microseconds(run: Run, calls: int) -> float:
@@ -142,27 +157,8 @@ def microseconds(run: Run, calls: int) -> float:
 
 
 def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 61) -> dict[str, Any]:
-    """For every M what is added, and the line through that.
-
-    The machine's speed changes for seconds at a time, so that what counts is the median of the
-    ratios of turns that follow each other."""
-    rows = {}
-    gc.collect()
-    gc.disable()
-    try:
-        for modules in MODULES:
-            runs = make(modules)
-            for run in runs:  # checks of the first steps are over then
-                microseconds(run, 12)
-            calls = max(1, 60 // modules)
-            pairs = [[microseconds(run, calls) for run in runs] for _ in range(rounds)]
-            gc.collect()
-            ratio = statistics.median(o / p for o, p in pairs)
-            plain = statistics.median(p for _, p in pairs)
-            each = {"plain": plain, "overhead": (ratio - 1) * plain}
-            rows[modules] = {name: round(value, 1) for name, value in each.items()}
-    finally:
-        gc.enable()
+    """For every M what is added, and the line through that."""
+    rows = {modules: added(make(modules), modules, rounds) for modules in MODULES}
     slope, intercept = statistics.linear_regression(
         *zip(*((m, row["overhead"]) for m, row in rows.items()), strict=True)
     )
@@ -173,10 +169,30 @@ def measure(make: Callable[[int], tuple[Run, Run]], rounds: int = 61) -> dict[st
     }
 
 
+def added(runs: tuple[Run, Run], modules: int, rounds: int = 61) -> dict[str, float]:
+    """A plain step, what the wrapper adds to it, and the ratio of the two steps.
+
+    The machine's speed changes for seconds at a time, so that what counts is the median of the
+    ratios of turns that follow each other."""
+    gc.collect()
+    gc.disable()
+    try:
+        for run in runs:  # checks of the first steps are over then
+            microseconds(run, 12)
+        calls = max(1, 60 // modules)
+        pairs = [[microseconds(run, calls) for run in runs] for _ in range(rounds)]
+    finally:
+        gc.enable()
+    ratio = statistics.median(o / p for o, p in pairs)
+    plain = statistics.median(p for _, p in pairs)
+    each = {"plain": plain, "overhead": (ratio - 1) * plain}
+    return {name: round(value, 1) for name, value in each.items()} | {"ratio": round(ratio, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("eager", "compiled", "fishr"))
+    parser.add_argument("--only", choices=("eager", "compiled", "fishr", "before", "after"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ways = {"eager": eager, "compiled": compiled, "fishr": fishr}
@@ -184,6 +200,9 @@ def main() -> None:
     for name, make in ways.items():
         if arguments.only in (None, name):
             found[name] = measure(make)
+    for name, make in {"before": before, "after": after}.items():
+        if arguments.only in (None, name):
+            found[name] = added(make(LAYERS), LAYERS)
     told(found, arguments.out)
 
 
