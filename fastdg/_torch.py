@@ -44,9 +44,8 @@ __all__ = [
 # -- state of torch --
 
 
-def functorch_active() -> bool:
-    """Whether a transform of torch.func runs. Public functions tell only for one tensor."""
-    return torch._C._are_functorch_transforms_active()
+# Whether a transform of torch.func runs. Public functions tell only for one tensor
+functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def forward_ad_active() -> bool:
@@ -54,9 +53,8 @@ def forward_ad_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def dispatch_modes() -> int:
-    """Return the number of active dispatch modes. The public class only enters and exits one."""
-    return torch._C._len_torch_dispatch_stack()
+# Returns the number of active dispatch modes. The public class only enters and exits one
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def get_proxy_mode() -> Any:

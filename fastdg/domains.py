@@ -50,7 +50,7 @@ def _sorted(domains: Tensor, num_domains: int) -> Partition:
     ascending, order = torch.sort(domains, stable=True)
     bounds = torch.arange(num_domains + 1, device=domains.device)
     offsets = torch.searchsorted(ascending, bounds)
-    return Partition(order, offsets, domains, offsets[1:] - offsets[:-1])
+    return Partition(order, offsets, domains, offsets.diff())
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -148,11 +148,11 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
             )
     if not losses:
         raise ValueError("losses: expected the losses of at least one task, got an empty list.")
-    rows = [x.reshape(-1) for x in losses]
+    with torch.enable_grad():
+        rows = [x.reshape(-1) for x in losses]
+        together = torch.cat(rows)
     home = rows[0].device if tracing() else None  # on the CPU a check of them waits for no device
-    return torch.cat(rows), torch.cat(
-        [torch.full(x.shape, k, device=home) for k, x in enumerate(rows)]
-    )
+    return together, torch.cat([torch.full(x.shape, k, device=home) for k, x in enumerate(rows)])
 
 
 def as_ids(domains: Any, samples: int | None = None) -> Tensor:
@@ -236,7 +236,9 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
             f"domains: expected the device of losses ({losses.device}) or the CPU, "
             f"got {domains.device}. Use domains.cpu()."
         )
-    ids = domains.detach().to(torch.int64)
+    ids = domains.detach()
+    if ids.dtype is not torch.int64:
+        ids = ids.to(torch.int64)
     if num_domains is None or readable(ids):
         result = _sorted(ids, check_ids(ids, num_domains))
     else:

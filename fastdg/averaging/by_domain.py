@@ -61,8 +61,8 @@ class Averages:
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
         """Move the averages of the domains that are ``present`` by ``rate`` towards ``values``."""
         opt, kept, parameters = self.opt, self.kept, self.opt.tape.names
-        named = {parameters[name]: value for name, value in values.items()}
-        if opt._resumed and kept and (new := [p for p in named if p not in kept]):
+        named = [(parameters[name], value) for name, value in values.items()]
+        if opt._resumed and kept and (new := [p for p, _ in named if p not in kept]):
             more = f" and of {len(new) - 1} more" if new[1:] else ""
             warn_user(
                 f"state_dict: it has no {type(opt).__name__} {self.declared.what} of "
@@ -70,14 +70,14 @@ class Averages:
                 f"run, got {opt.params!r}.",
             )
         if opt.steps == 1:  # before the first forward, the parameters were guessed
-            for p in kept.keys() - named.keys():
+            for p in kept.keys() - dict(named).keys():
                 del kept[p]
                 opt.state[p].pop(f"{opt.prefix}_{self.declared.key}", None)
         moved: list[Tensor] = []
         weights: list[Tensor] = []
         rates = {dtype: rate * present.to(dtype) for dtype in {x.dtype for x in values.values()}}
         made: dict[tuple[torch.dtype, int], Tensor] = {}  # weights by dtype and dimensions
-        for p, value in named.items():
+        for p, value in named:
             D, kind = value.shape[0], (value.dtype, value.dim())
             own = kept.get(p)
             if own is None:
@@ -91,7 +91,7 @@ class Averages:
                 made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
             weights.append(made[kind])
         if moved:
-            foreach_lerp_(moved, [*named.values()], weights)
+            foreach_lerp_(moved, [*values.values()], weights)
 
 
 def _zeros(opt: Any) -> dict[Tensor, Tensor]:

@@ -16,29 +16,26 @@ from ..gradients.plain import resting
 from .batch import Batch
 
 
-def backward(
-    roots: Sequence[Tensor], weights: Sequence[Tensor], batches: Sequence[Batch], whole: GlobalBatch
-) -> None:
-    """Add the gradient of ``sum((root * weight).sum())`` and of the terms' mean to ``.grad``.
+def backward(objective: Tensor, batches: Sequence[Batch], whole: GlobalBatch) -> None:
+    """Add the gradient of the objective (0-dim) and of the terms' mean to ``.grad``.
 
     Args:
-        roots: this rank's outputs; their inputs are summed over the ranks (`GlobalBatch.total`).
-        weights: weight of each entry of each root, without the scale of a GradScaler.
+        objective: with its graph, in which sums over the ranks are `GlobalBatch.total`; it is the
+            one root, so that all threads add gradients in the same order.
         batches: micro-batches, with their terms.
         whole: batch of all ranks.
     """
     terms = [batch.terms for batch in batches if batch.terms is not None]
-    shares = [torch.full_like(values, 1 / whole.samples) for values in terms]
-    grads = [
-        scaled(w, batches).to(x.dtype)
-        for x, w in zip([*roots, *terms], [*weights, *shares], strict=True)
-    ]
-    if whole.ranks.size > 1:
+    seeds = [torch.ones_like(objective)]
+    seeds += [torch.full_like(values, 1 / whole.samples) for values in terms]
+    roots = [objective, *terms]
+    grads = [scaled(w, batches).to(x.dtype) for x, w in zip(roots, seeds, strict=True)]
+    if not whole.alone:
         # DistributedDataParallel and FSDP2 average the gradients of the ranks
         grads = [grad * whole.ranks.size for grad in grads]
     whole.ranks.modules.resume_sync()
     retain_graph = any(batch.retain_graph for batch in batches)
-    torch.autograd.backward([*roots, *terms], grads, retain_graph=retain_graph)
+    torch.autograd.backward(roots, grads, retain_graph=retain_graph)
     for p, mean in whole.ranks.averages().items():
         overwrite(p, mean)
 

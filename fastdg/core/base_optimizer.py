@@ -102,7 +102,7 @@ class Wrapping(Optimizer):
         self.base.defaults = defaults
 
     def _size(self) -> int:
-        return sum(len(group["params"]) for group in self.param_groups)
+        return sum([len(group["params"]) for group in self.param_groups])
 
     def _mark_grad_owned(self) -> None:
         """Note that .grad holds this wrapper's gradient, for its next step."""

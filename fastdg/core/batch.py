@@ -64,16 +64,11 @@ def counted(staged: Sequence[Batch]) -> tuple[Tensor, int]:
     return count, sum(batch.losses.shape[0] for batch in staged)
 
 
-def total_loss(staged: Sequence[Batch]) -> Tensor:
-    """Sum this rank's losses, 0-dim, with the graph."""
-    parts = [to_statistics_dtype(batch.losses).sum() for batch in staged]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-
-def loss_sums(staged: Sequence[Batch], domains: int) -> Tensor:
-    """Sum this rank's losses in each domain ``[D]``, detached."""
-    sums = [
-        group_sums(to_statistics_dtype(batch.losses.detach()), batch.partition.domains, domains)
-        for batch in staged
+def loss_sums(staged: Sequence[Batch], domains: int) -> list[Tensor]:
+    """Sum this rank's losses, 0-dim, and those of each domain ``[D]``, with the graph."""
+    losses = [to_statistics_dtype(batch.losses) for batch in staged]
+    by_domain = [
+        group_sums(x, batch.partition.domains, domains)
+        for x, batch in zip(losses, staged, strict=True)
     ]
-    return reduce(torch.add, sums)
+    return [reduce(torch.add, [x.sum() for x in losses]), reduce(torch.add, by_domain)]

@@ -126,7 +126,7 @@ class RunValue(Generic[T]):
     def __get__(self, opt: Any, owner: type) -> Any:
         if opt is None:
             return self
-        value = opt.param_groups[0].get(f"{opt.prefix}_{self.name}", self.start)
+        value = opt.base.param_groups[0].get(f"{opt.prefix}_{self.name}", self.start)
         return int(value) if type(self.start) is int else value
 
     def __set__(self, opt: Any, value: T) -> None:

@@ -95,7 +95,8 @@ class Hyper(Option):
     def __get__(self, opt: Any, owner: type) -> Any:
         if opt is None:
             return self
-        return opt.param_groups[0].get(f"{opt.prefix}_{self.name}", opt._given[self.name])
+        group = opt.base.param_groups[0]  # the wrapper's own
+        return group.get(f"{opt.prefix}_{self.name}", opt._given[self.name])
 
     def __set__(self, opt: Any, value: Any) -> None:
         self.check(self.name, value)

@@ -125,6 +125,8 @@ def collect_penalties(
     Raises:
         TypeError: neither the algorithm nor a term takes an input, or a needed input is missing.
     """
+    if not (terms or inputs):
+        return None
     takes = {key: type(term).__name__ for term in terms for key in term.inputs()}
     takes |= dict.fromkeys(own, name)
     for key in inputs:
@@ -135,9 +137,9 @@ def collect_penalties(
                 f"{key}: {name}.backward has no such input. "
                 + (f"Did you mean {near}=?" if near else f"It takes {known}.")
             )
-    found = [term.added(losses, inputs) for term in terms]
-    if not found:
+    if not terms:
         return None
+    found = [term.added(losses, inputs) for term in terms]
     values = [part.values for part in found]
     statistics = {key: value for part in found for key, value in part.statistics.items()}
     return PenaltyOutput(values[0] if len(values) == 1 else torch.stack(values).sum(0), statistics)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..domains import readable, tracing
+from ..domains import tracing
 
 FIRST = 20  # steps of one domain from the start of a run
 LATER = 100  # such steps in a row in a run that has also seen several domains in a step
@@ -41,7 +41,7 @@ class OneDomain:
             stacklevel: of the caller of `backward`, from here.
         """
         wanted = opt.compares and opt.num_domains != 1 and getattr(opt, "penalty_weight", 1) > 0
-        if self.told or not wanted or opt._ranks.rank or tracing():
+        if self.told or not wanted or tracing() or not (opt._ranks.alone or opt._ranks.rank == 0):
             return
         self.waiting.append((*_copied(opt.statistics["domain_count"]), again))
         while self.waiting and _there(self.waiting[0][1]):
@@ -84,7 +84,7 @@ class OneDomain:
 
 def _copied(count: Tensor) -> tuple[Tensor, Any]:
     """Return ``count`` on the CPU, and the event of its arrival or None."""
-    if readable(count):
+    if count.is_cpu:
         return count, None
     copy = count.to("cpu", non_blocking=True)
     event = torch.Event(count.device)

@@ -113,8 +113,7 @@ class DomainOptimizer(Configured):
         again = self._grad_is_owned()
         try:
             self._ranks.begin(self, self.looks_at_samples)
-            with torch.enable_grad():
-                values, ids = of_tasks(losses, domains)
+            values, ids = of_tasks(losses, domains)
             tasks = list(losses) if values is not losses else []
             self._of_tasks = bool(tasks)
             self._refuse_used(tasks)
@@ -130,7 +129,7 @@ class DomainOptimizer(Configured):
                 terms, self._term_statistics = self._term_statistics, []
                 self._global_batch: GlobalBatch = self._meet(staged)
                 self._note_objects()
-                with rollback_on_error(self.param_groups, copied=self._ranks.size > 1):
+                with rollback_on_error(self.param_groups, copied=not self._global_batch.alone):
                     loss = self._gradient(staged)
             self._statistics = merged(terms, self._statistics, self._global_batch)
         except BaseException as error:
@@ -173,10 +172,10 @@ class DomainOptimizer(Configured):
         if added is not None:
             self._term_statistics.append(term_statistics(added))
 
-    def _warn_of_slow(self, tracked: TrackedForward, more: str = "") -> None:
+    def _warn_of_slow(self, tracked: TrackedForward) -> None:
         """Warn once of slow parameters, but not of those that the losses of tasks share."""
-        if not self._of_tasks:
-            self._tape.warn(tracked, more)
+        if tracked.slow and not self._of_tasks:
+            self._tape.warn(tracked, _advice(type(self)))
 
     def _refuse_used(self, losses: Sequence[Tensor]) -> None:
         if any(_note(x).get(_USED) for x in losses):
@@ -191,7 +190,7 @@ class DomainOptimizer(Configured):
             tracked = seen or UNSEEN
         elif self.looks_at_samples:
             tracked = self._tape.resolve(losses, warn=False)
-            self._warn_of_slow(tracked, _advice(type(self)))
+            self._warn_of_slow(tracked)
         if tracked is UNSEEN:
             errors.refuse_again(losses, self._micro_batches, type(self).__name__)
         scale = self._loss_scale.scale

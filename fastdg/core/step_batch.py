@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,27 +16,29 @@ from ..dtypes import to_statistics_dtype
 from ..statistics.api import moments_of
 from ..statistics.moments import DomainMoments, merge, pad_rows
 from .backward import accumulate, backward, scaled
-from .batch import Batch, loss_sums, total_loss
+from .batch import Batch, loss_sums
 
 
 class StepRecord(NamedTuple):
     """A step after its backward, detached: the argument of `after_step`.
 
     Attributes:
-        loss, domain_losses, counts: as in `StepBatch`.
+        loss, counts, present: as in `StepBatch`.
+        domain_means: mean loss of each domain ``[D]``; NaN for a domain without samples.
         mean, variance: as in `DomainMoments`, if the objective asked for them.
     """
 
     loss: Tensor
-    domain_losses: Tensor
+    domain_means: Tensor
     counts: Tensor
+    present: Tensor
     mean: dict[str, Tensor]
     variance: dict[str, Tensor]
 
     @property
-    def present(self) -> Tensor:
-        """Whether each domain has samples ``[D]``, bool."""
-        return self.counts > 0
+    def domain_losses(self) -> Tensor:
+        """As in `StepBatch`."""
+        return self.domain_means.where(self.present, 0)
 
 
 class StepBatch:
@@ -63,20 +66,24 @@ class StepBatch:
         self.parts, self.whole = parts, whole
         self.counts = pad_rows(whole.count, max(domains, whole.counts.shape[1]))
         self.present = self.counts > 0
-        with torch.no_grad():
-            total, sums = whole.total([total_loss(parts), loss_sums(parts, len(self.counts))])
-            mean = total / whole.samples
-            means = sums / self.counts.to(sums.dtype)
-        self.statistics = {"loss": mean, "domain_loss": means, "domain_count": self.counts}
-        # Leaves: the derivative of an objective by them is a weight for each sample, see `backward`
-        self.loss = mean.detach().requires_grad_()
-        self.domain_losses = means.where(self.present, 0).requires_grad_()
+        total, sums = whole.total(loss_sums(parts, self.counts.shape[0]))
+        self.loss, self._sums = total / whole.samples, sums
+        self.statistics = {
+            "loss": self.loss.detach(),
+            "domain_loss": sums.detach() / self.counts,
+            "domain_count": self.counts,
+        }
         self._moments: DomainMoments | None = None
         self._first, self._params = first, params
         # Gradients of other tensors, from the moments' backward
         self._others: dict[Tensor, Tensor] | None = None
 
     # -- over domains and samples --
+
+    @cached_property
+    def domain_losses(self) -> Tensor:
+        """As described for the class."""
+        return self._sums / self.counts.clamp(min=1)
 
     @property
     def shares(self) -> Tensor:
@@ -261,9 +268,10 @@ class StepBatch:
         moments = self._moments
         mean, variance = (moments.mean, moments.variance) if moments is not None else ({}, {})
         return StepRecord(
-            self.loss.detach(),
-            self.domain_losses.detach(),
+            self.statistics["loss"],
+            self.statistics["domain_loss"],
             self.counts,
+            self.present,
             _detached(mean),
             _detached(variance),
         )
@@ -273,49 +281,7 @@ class StepBatch:
         if self._others is not None:
             self._take_means()
             return
-        weights, more = self._weights(objective)
-        roots = [part.losses for part in self.parts]
-        seeds = [
-            (weights[part.partition.domains] if weights.dim() else weights).expand(len(root))
-            for part, root in zip(self.parts, roots, strict=True)
-        ]
-        if more:  # one root, so that all threads add gradients in the same order
-            own = [(to_statistics_dtype(x) * w).sum() for x, w in zip(roots, seeds, strict=True)]
-            total = objective + torch.stack(own).sum()
-            roots, seeds = [total], [torch.ones_like(total)]
-        backward(roots, seeds, self.parts, self.whole)
-
-    def _weights(self, objective: Tensor) -> tuple[Tensor, bool]:
-        """Return the weight of a sample's loss in the objective, and whether it has other inputs.
-
-        The weight is 0-dim, or ``[D]`` by domain.
-        """
-        one = self.loss.new_ones(()) / self.whole.samples
-        if objective is self.loss:
-            return one, False
-        by_mean, by_domain = torch.autograd.grad(
-            objective, [self.loss, self.domain_losses], retain_graph=True, allow_unused=True
-        )
-        weights = self.counts.new_zeros((), dtype=one.dtype)
-        if by_domain is not None:
-            weights = by_domain / self.counts.clamp(min=1).to(by_domain.dtype)
-        if by_mean is not None:
-            weights = weights + by_mean * one
-        return weights, self._depends_on_more(objective)
-
-    def _depends_on_more(self, objective: Tensor) -> bool:
-        own = {id(self.loss), id(self.domain_losses)}
-        seen, waiting = set(), [objective.grad_fn]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, Tensor) and id(leaf) not in own:
-                return True
-            waiting.extend(n for n, _ in node.next_functions)
-        return False
+        backward(objective, self.parts, self.whole)
 
     def _take_means(self) -> None:
         """Add the mean of the domains' gradients, weighted by their counts, to ``.grad``.
@@ -328,14 +294,12 @@ class StepBatch:
         for part in self.parts:
             named |= part.tracked.chosen
         for dtype in {mean.dtype: None for mean in moments.mean.values()}:
-            share = moments.count.to(dtype) / self.whole.samples
+            share = scaled(moments.count.to(dtype) / self.whole.samples, self.parts)
             names = [name for name, mean in moments.mean.items() if mean.dtype is dtype]
             owns = ops.combine_rows([moments.mean[name] for name in names], share)
             for name, own in zip(names, owns, strict=True):
                 p = named[name]
-                accumulate(
-                    p, scaled(own if own.shape == p.shape else own.view(p.shape), self.parts)
-                )
+                accumulate(p, own if own.shape == p.shape else own.view(p.shape))
         for p, grad in self.whole.sum_parameter_grads(self._others).items():
             accumulate(p, scaled(grad / self.whole.samples, self.parts))
 

@@ -79,7 +79,8 @@ class Ranks:
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
         self.modules = WrappedModules(opt)
         self.compared = self.met = False
-        if self.size > 1 or any(map(sharded, self.parameters)):
+        self.alone = self.size == 1  # as the last backward has found it
+        if not self.alone or any(map(sharded, self.parameters)):
             self.modules.discover()
 
     @property
@@ -188,7 +189,8 @@ class Ranks:
     def begin(self, opt: Optimizer, statistics: bool) -> None:
         """Begin a backward of the outermost wrapper, with or without statistics backwards."""
         self.opt, self.name = weakref.ref(opt), type(opt).__name__
-        if self.size > 1 and not self.compared:
+        self.alone = self.size == 1
+        if not (self.alone or self.compared):
             self.modules.check(self.name)
         if statistics:
             self.modules.pause_sync()
@@ -215,7 +217,7 @@ class Ranks:
             RuntimeError: another rank has failed or is at another step, or the weights, settings or
                 parameters of the ranks differ.
         """
-        if self.size == 1:
+        if self.alone:
             return count.unsqueeze(0), samples
         self.met = True
         first = count[:INLINE].to(self.meeting_place(count.device))

@@ -214,7 +214,7 @@ class _Backward:
             ends, node = at in route.last, nodes[at]
             if ends and not extra:
                 continue
-            small = at in route.small and not reader.waits_for(node)
+            small = at in route.small and node not in reader.later
             if ends or small or self.create_graph:
                 handles.append(node.register_prehook(partial(arrived.__setitem__, node)))
             else:
@@ -247,7 +247,8 @@ class _Backward:
         return extra_grads
 
     def _arrive(self, reader: Reader, node: Node, grads: Sequence[Tensor | None]) -> None:
-        reader.come_to(node)
+        if reader.later:
+            reader.come_to(node)
         if node in self.factors:
             self._arrive_at_boundary(node, grads)
         if node not in self.saved:

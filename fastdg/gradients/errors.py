@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 
-@contextmanager
-def in_words(names: Callable[[], Sequence[str]] = tuple) -> Iterator[None]:
-    """Reword autograd's errors inside; other errors pass through.
+class in_words:
+    """Context in which autograd's errors are reworded; other errors pass through.
 
     Args:
         names: returns the names of the parameters in question.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        worded = _worded(str(error), names())
-        if worded is None:
-            raise
-        raise worded from error
+
+    def __init__(self, names: Callable[[], Sequence[str]] = tuple) -> None:
+        self.names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            worded = _worded(str(error), self.names())
+            if worded is not None:
+                raise worded from error
 
 
 def _worded(text: str, names: Sequence[str]) -> RuntimeError | None:

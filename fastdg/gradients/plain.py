@@ -49,6 +49,9 @@ def without_autocast(losses: Any) -> AbstractContextManager[Any]:
     """Disable autocast on the losses' device: a backward has the dtypes of its graph."""
     device = losses.device.type if isinstance(losses, Tensor) else None
     if device is None or not torch.amp.is_autocast_available(device):
-        return nullcontext()
+        return _NOTHING
     on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+    return torch.autocast(device, enabled=False) if on else _NOTHING
+
+
+_NOTHING = nullcontext()

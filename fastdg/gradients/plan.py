@@ -125,7 +125,7 @@ class Plan:
             if use.operation.startswith("Embedding")
         ]
 
-    @property
+    @cached_property
     def slow(self) -> list[Boundary]:
         """Boundaries that need one call per domain or sample, or have mixed samples below."""
         return [b for b in self.boundaries if b.mixed or None in b.rules]

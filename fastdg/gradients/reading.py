@@ -36,7 +36,7 @@ class Reader:
         self, nodes: Iterable[Node], read: Callable[[Node], None], early: Iterable[Node] = ()
     ) -> None:
         self._read = read
-        self._later: dict[Node, tuple[bool, list[Node]]] = {}
+        self.later: dict[Node, tuple[bool, list[Node]]] = {}
         groups: dict[Any, list[Node]] = {}
         at_once, first = [], set(early)
         for node in nodes:
@@ -48,17 +48,13 @@ class Reader:
                 together = getattr(hook, "__qualname__", "").startswith("_checkpoint_hook")
                 group = groups.setdefault(hook if together else node, [])
                 group.append(node)
-                self._later[node] = together, group
+                self.later[node] = together, group
         if at_once:
             in_one_pass(read, at_once)
 
-    def waits_for(self, node: Node) -> bool:
-        """Whether ``node`` is read when the backward comes to it."""
-        return node in self._later
-
     def come_to(self, node: Node) -> None:
         """Read ``node`` now unless it was read."""
-        together, group = self._later.get(node, (False, ()))
+        together, group = self.later.get(node, (False, ()))
         if not group:
             return
         nodes = list(group)

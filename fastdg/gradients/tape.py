@@ -180,10 +180,11 @@ class Tape:
         check_losses(losses)
         assert losses.grad_fn is not None
         graph = Graph(losses.grad_fn)
+        leaves = graph.leaves
         used = {
             name: leaf
             for name, p in self.names.items()
-            if p.requires_grad and id(leaf := self.leaf(p)) in graph.leaves
+            if p.requires_grad and id(leaf := p if id(p) in leaves else self.leaf(p)) in leaves
         }
         if not used:
             self._refuse_hidden(graph, used, lambda name, p: True)

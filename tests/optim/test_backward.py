@@ -315,3 +315,16 @@ def test_sparse_gradients_stay_sparse(params: str) -> None:
         assert model[0].weight.grad.is_sparse
         opt.step()
     assert opt.steps == 4
+
+
+def test_a_domain_without_samples_makes_no_nan_on_the_way() -> None:
+    """Autograd's search for anomalies looks at the gradients of all operations."""
+    model = nn.Linear(3, 2)
+    opt = fastdg.VREx(SGD(model.parameters(), lr=0.1), anneal_steps=0, num_domains=4)
+    losses = F.cross_entropy(model(torch.randn(6, 3)), torch.arange(6) % 2, reduction="none")
+    torch.autograd.set_detect_anomaly(True)
+    try:
+        opt.backward(losses, torch.arange(6) % 2)
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

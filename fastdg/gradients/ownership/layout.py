@@ -53,11 +53,14 @@ class Layout:
         index = torch.full((samples * positions,), count, device=owner.device)
         return cls("any", samples, positions, index.index_copy(0, slot, order))
 
+    @property
+    def alone(self) -> bool:
+        """Whether each sample has one row, in order."""
+        return self.positions == 1 and self.kind == "major"
+
     def shortest(self, x: Tensor) -> Tensor:
-        """Call `rows`, but omit the dimension T if each sample has one row, in order, and grad mode
-        is off."""
-        alone = self.positions == 1 and self.kind == "major"
-        return x if alone and not torch.is_grad_enabled() else self.rows(x)
+        """Call `rows`, but omit the dimension T of rows that are `alone`, if grad mode is off."""
+        return x if self.alone and not torch.is_grad_enabled() else self.rows(x)
 
     def rows(self, x: Tensor) -> Tensor:
         """Rearrange ``x [R, *]`` to ``[N, T, *]``; zeros where a sample has fewer rows."""

@@ -60,8 +60,9 @@ class Summed(BoundRule):
         return ()
 
     def factor(self, node: Node, saved: tuple[Any, ...], delta: Tensor) -> PerSampleGrad:
-        total, shape = self.layout.shortest(delta), (self.layout.samples, *self.parameter)
-        if total.dim() > 2:
+        total, shape = delta, (self.layout.samples, *self.parameter)
+        if not self.layout.alone:
+            total = self.layout.rows(delta)
             total = total.squeeze(1) if total.shape[1] == 1 else total.sum(1)
         return Dense(total if total.shape == shape else total.reshape(shape))
 
