@@ -83,12 +83,13 @@ class StepBatch:
     @cached_property
     def domain_losses(self) -> Tensor:
         """As described for the class."""
-        return self._sums / self.counts.clamp(min=1)
+        with torch.enable_grad():  # an objective may look at them under no_grad first
+            return self._sums / self.counts.clamp(min=1)
 
     @property
     def shares(self) -> Tensor:
         """Weight of each domain ``[D]``: equal for domains with samples, else 0; sum 1."""
-        return self.present.to(self.domain_losses.dtype) / self.present.sum()
+        return self.present.to(self._sums.dtype) / self.present.sum()
 
     def domain_mean(self, values: Tensor) -> Tensor:
         """Average ``values [D]`` over the domains with samples; all values must be finite."""

@@ -112,6 +112,24 @@ def test_an_objective_may_use_what_it_likes() -> None:
     torch.testing.assert_close(gradient(model), torch.cat([g.flatten() for g in wanted]))
 
 
+def test_an_objective_may_weigh_the_domains_under_no_grad() -> None:
+    class Weighted(fastdg.DomainOptimizer):
+        looks_at_samples = False
+
+        def objective(self, batch: StepBatch) -> Tensor:
+            with torch.no_grad():
+                weights = batch.shares * batch.domain_losses
+            return batch.loss + (weights * batch.domain_losses).sum()
+
+    model, losses, domains = model_and_losses()
+    opt = Weighted(torch.optim.SGD(model.parameters(), lr=0.1))
+    means = torch.stack([losses[domains == d].mean() for d in range(3)])
+    objective = losses.mean() + (means.detach() / 3 * means).sum()
+    wanted = torch.autograd.grad(objective, list(model.parameters()), retain_graph=True)
+    opt.backward(losses, domains)
+    torch.testing.assert_close(gradient(model), torch.cat([g.flatten() for g in wanted]))
+
+
 class SAM(fastdg.DomainOptimizer):
     """Two forwards a step: the gradient is that from a little way up."""
 
