@@ -24,6 +24,7 @@ constexpr int64_t NORM_POSITIONS = 128;
 #include "columns.h"
 #include "dense.h"
 #include "norm.h"
+#include "norm_derivative.h"
 #include "oracle.h"
 #include "outer_backward.h"
 #include "outer_forward.h"
@@ -53,7 +54,7 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             oracle_squares,
                             oracle_slopes,
                             norm_sums,
-                            norm_gradient};
+                            norm_derivative};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

@@ -14,19 +14,22 @@ using Optional = std::optional<Tensor>;
 
 constexpr int64_t LEAST_CHANNELS = 64;  // of a task, where there are few samples
 
-// Both maps [N, T, C, S], checked: either all positions of a channel lie side by side, in both of them, or
+// All maps [N, T, C, S], checked: either all positions of a channel lie side by side, in each of them, or
 // all channels of a position do.
 struct Maps {
-  Tensor x, delta;
+  Tensor x, delta, up;  // up: x itself, if there is none
   bool rows;  // of positions with their channels side by side, as results are laid out then
   Norm norm;
 
   Maps(const Tensor& input, const Tensor& at_result, const Optional& mean, const Optional& rstd, bool own,
-       const std::optional<double>& eps)
-      : x(input), delta(at_result), rows(by_rows(input) && by_rows(at_result)), norm{} {
+       const std::optional<double>& eps, const Optional& coming)
+      : x(input), delta(at_result), up(coming.value_or(input)), rows(by_rows(x) && by_rows(delta) && by_rows(up)),
+        norm{} {
     check_map(x, "x");
     check_map(delta, "delta");
     check_sizes(delta, "delta", {x.sizes().begin(), x.sizes().end()});
+    check_map(up, "grad_input");
+    check_sizes(up, "grad_input", {x.sizes().begin(), x.sizes().end()});
     STD_TORCH_CHECK(rstd.has_value() || !(own || mean.has_value()), "rstd: expected one with mean");
     const bool planes = !rows && x.size(3) != 1;
     x = side_by_side(x, rows, planes);
@@ -36,6 +39,7 @@ struct Maps {
     norm.planes = planes, norm.own = own;
     norm.variance = eps.has_value(), norm.eps = static_cast<float>(eps.value_or(0));
     norm.x = map_of(x, planes), norm.delta = map_of(delta, planes);
+    if (coming.has_value()) norm.up = map_of(up = side_by_side(up, rows, planes), planes);
     norm.mean = statistic_of(mean, "mean"), norm.rstd = statistic_of(rstd, "rstd");
   }
 
@@ -78,7 +82,7 @@ struct Maps {
 
 std::tuple<Tensor, Tensor> norm_gradients(const Tensor& x, const Tensor& delta, Optional mean,
                                           Optional rstd, bool own, std::optional<double> eps) {
-  const Maps maps(x, delta, mean, rstd, own, eps);
+  const Maps maps(x, delta, mean, rstd, own, eps, std::nullopt);
   const Norm& p = maps.norm;
   const Tensor weight = allocate(x, {p.samples, p.channels}), bias = allocate(x, {p.samples, p.channels});
   if (x.numel() == 0) {
@@ -96,24 +100,33 @@ std::tuple<Tensor, Tensor> norm_gradients(const Tensor& x, const Tensor& delta, 
   return {weight, bias};
 }
 
-std::tuple<Tensor, Tensor> norm_gradients_backward(const Tensor& grad_weight, const Tensor& grad_bias,
-                                                   const Tensor& x, const Tensor& delta, Optional mean,
-                                                   Optional rstd, bool own, std::optional<double> eps) {
-  const Maps maps(x, delta, mean, rstd, own, eps);
+std::tuple<Tensor, Tensor, Tensor> norm_gradients_backward(
+    const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& x, const Tensor& delta, Optional mean,
+    Optional rstd, bool own, std::optional<double> eps, Optional gain, Optional grad_input) {
+  const Maps maps(x, delta, mean, rstd, own, eps, grad_input);
   const Norm& p = maps.norm;
   check_sizes(grad_weight, "grad_weight", {p.samples, p.channels});
   check_sizes(grad_bias, "grad_bias", {p.samples, p.channels});
   const Tensor slope = dense(grad_weight, "grad_weight"), shift = dense(grad_bias, "grad_bias");
+  Optional gains;
+  if (gain.has_value()) {
+    check_sizes(*gain, "gain", {p.channels});
+    gains = dense(*gain, "gain");
+  }
   std::vector<int64_t> sizes{p.samples, p.rows, p.channels, p.positions};
   if (maps.rows) std::swap(sizes[2], sizes[3]);
   const Tensor of_x = allocate(x, sizes), of_delta = allocate(x, sizes);
-  const int64_t size = p.rows * p.channels * p.positions;
+  Tensor of_gain = allocate(x, {p.samples, p.channels});
+  of_gain = torch::stable::zero_(of_gain);
+  const int64_t size = p.rows * p.channels * p.positions, C = p.channels;
   for_each_task(x.numel() == 0 ? 0 : p.samples, [&](int64_t n) {
-    routines().norm_gradient(p, n, floats(slope) + n * p.channels, floats(shift) + n * p.channels,
-                             floats(of_x) + n * size, floats(of_delta) + n * size);
-  }, 4 * x.numel());
-  if (!maps.rows) return {of_x, of_delta};
-  return {torch::stable::transpose(of_x, 2, 3), torch::stable::transpose(of_delta, 2, 3)};
+    const NormGradient gradient{floats(slope) + n * C, floats(shift) + n * C,
+                                gains.has_value() ? floats(*gains) : nullptr,
+                                floats(of_x) + n * size, floats(of_delta) + n * size, floats(of_gain) + n * C};
+    routines().norm_derivative(p, n, gradient);
+  }, (grad_input.has_value() ? 8 : 4) * x.numel());
+  if (!maps.rows) return {of_x, of_delta, of_gain};
+  return {torch::stable::transpose(of_x, 2, 3), torch::stable::transpose(of_delta, 2, 3), of_gain};
 }
 
 }  // namespace fastdg

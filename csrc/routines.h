@@ -156,8 +156,9 @@ struct FeatureMaps {
   bool planes;
 };
 
-// A norm's input and the gradient at its result, [N, T, C, S]; see fastdg.ops.norm_gradients. Positions S lie
-// side by side if `planes`, else channels C do; a step leads from one channel, or position, to the next.
+// A norm's input, the gradient at its result, and the one that comes back to the gradient at its input (or
+// none), [N, T, C, S]; see fastdg.ops.norm_gradients. Positions S lie side by side if `planes`, else channels C
+// do; a step leads from one channel, or position, to the next.
 struct Norm {
   struct Map {
     const float* data;
@@ -175,7 +176,7 @@ struct Norm {
       return data == nullptr ? missing : data[n * sample + t * row + g * group];
     }
   };
-  Map x, delta;
+  Map x, delta, up;
   Statistic mean, rstd;
   int64_t samples, rows, channels, positions, groups;
   bool planes, own;  // own: mean and rstd are those of x
@@ -186,6 +187,15 @@ struct Norm {
     const float value = rstd.at(n, t, g, 1);
     return variance ? 1 / std::sqrt(value + eps) : value;
   }
+};
+
+// For each channel of a sample: what a derivative of a norm's gradients begins with (no gain is one of ones), and
+// where its results go; that of the gain is added to.
+struct NormGradient {
+  const float *slope, *shift, *gain;
+  float *of_x, *of_delta, *of_gain;
+
+  float gain_at(int64_t c) const { return gain == nullptr ? 1 : gain[c]; }
 };
 
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
@@ -223,11 +233,10 @@ struct Routines {
   // Of one sample: the square distance of each channel, and the gap times each channel's slope.
   void (*oracle_squares)(const FeatureMaps&, int64_t sample, float* squares);
   void (*oracle_slopes)(const FeatureMaps&, int64_t sample, const float* slope, float* out);
-  // Of one sample: the gradients of some channels' weight and bias, and their derivative, which begins with
-  // a slope and a shift for each channel.
+  // Of one sample: the gradients of some channels' weight and bias, and the derivative of these and of the
+  // gradient at the input.
   void (*norm_sums)(const Norm&, int64_t sample, Range channels, float* weight, float* bias);
-  void (*norm_gradient)(const Norm&, int64_t sample, const float* slope, const float* shift, float* of_x,
-                        float* of_delta);
+  void (*norm_derivative)(const Norm&, int64_t sample, const NormGradient&);
 };
 
 const Routines* generic_routines();

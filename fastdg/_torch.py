@@ -116,6 +116,18 @@ def function_of(node: Node) -> Any:
     return getattr(node, "_forward_cls", "")
 
 
+def register_first_hook(node: Node, hook: Callable[..., Any]) -> Any:
+    """Register ``hook`` on a node before its hooks of now; only for tensors and modules is the
+    order public."""
+    handle = node.register_hook(hook)
+    hooks = handle.hooks_dict_ref()
+    assert hooks is not None
+    others = {key: other for key, other in hooks.items() if key != handle.id}
+    for key in others:  # in the order of insertion: autograd does not see `move_to_end`
+        hooks[key] = hooks.pop(key)
+    return handle
+
+
 # The ``SavedTensor`` of ``_saved_x`` is ``_raw_saved_x``, by torch's notes on autograd. The test
 # whether a hook has packed it is private; the public read would unpack it
 RAW_SAVED = "_raw_saved_"

@@ -77,22 +77,24 @@ def _norm_sums_kernel(
 
 @triton.jit
 def _norm_gradient_kernel(
-    x, delta, mean, rstd, slope, shift, of_x, of_delta,
+    x, delta, up, mean, rstd, slope, shift, gain, of_x, of_delta, of_gain,
     T, C, S, size, share, eps,
     x_sample, x_row, x_channel, x_position, d_sample, d_row, d_channel, d_position,
-    m_sample, m_row, m_group, r_sample, r_row, r_group,
+    u_sample, u_row, u_channel, u_position, m_sample, m_row, m_group, r_sample, r_row, r_group,
     to_sample, to_row, to_channel, to_position,
     MEAN: tl.constexpr, RSTD: tl.constexpr, VARIANCE: tl.constexpr, OWN: tl.constexpr,
+    UP: tl.constexpr, GAIN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One group of one row of one sample: its sums first, if they are the input's own, and then
-    the gradients."""
+    the gradients; by the formula of `reference_backward`, with the means as sums."""
     groups = C // size
     program = tl.program_id(0)
     sample = (program // (T * groups)).to(tl.int64)
     t, group = (program // groups % T).to(tl.int64), (program % groups).to(tl.int64)
     x += sample * x_sample + t * x_row
     delta += sample * d_sample + t * d_row
+    up += sample * u_sample + t * u_row
     of_x += sample * to_sample + t * to_row
     of_delta += sample * to_sample + t * to_row
     centre, scale = 0.0, 1.0
@@ -101,39 +103,78 @@ def _norm_gradient_kernel(
     if RSTD:
         scale = tl.load(rstd + sample * r_sample + t * r_row + group * r_group)
         scale = 1.0 / tl.sqrt_rn(scale + eps) if VARIANCE else scale
-    level, tilt = 0.0, 0.0
+    level, tilt, of_up, up_level, up_tilt = 0.0, 0.0, 0.0, 0.0, 0.0
     if OWN:
-        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        turned = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        slope_sum = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        slope_x = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        gain_sum, gain_x, up_sum, up_x, product = slope_x, slope_x, slope_x, slope_x, slope_x
         for first in range(0, size, BLOCK_C):
             k = first + tl.arange(0, BLOCK_C)
             c = (group * size + k)[:, None]
-            up = tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
+            by = tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
+            w = (
+                tl.load(gain + c, mask=(k < size)[:, None], other=0.0).to(tl.float32)
+                if GAIN
+                else 1.0
+            )
             for begin in range(0, S, BLOCK_P):
                 s = (begin + tl.arange(0, BLOCK_P))[None, :]
                 inside = (k < size)[:, None] & (s < S)
                 h = tl.load(x + c * x_channel + s * x_position, mask=inside, other=0.0)
                 d = tl.load(delta + c * d_channel + s * d_position, mask=inside, other=0.0)
-                g = up * d.to(tl.float32)
-                total += g
-                turned += g * (h.to(tl.float32) - centre)
+                h, d = h.to(tl.float32) - centre, d.to(tl.float32)
+                slope_sum += by * d
+                slope_x += by * d * h
+                if UP:
+                    u = tl.load(up + c * u_channel + s * u_position, mask=inside, other=0.0)
+                    u = u.to(tl.float32)
+                    gain_sum += w * d
+                    gain_x += w * d * h
+                    up_sum += u
+                    up_x += u * h
+                    product += w * d * u
+        cube = scale * scale * scale * share
+        tilt = cube * tl.sum(slope_x)
         if MEAN:
-            level = scale * (tl.sum(total) * share)
-        tilt = scale * scale * scale * (tl.sum(turned) * share)
+            level = scale * (tl.sum(slope_sum) * share)
+        if UP:
+            by_up, by_gain = tl.sum(up_x), tl.sum(gain_x)
+            up_tilt, of_up = cube * by_up, cube * by_gain
+            tilt += cube * (tl.sum(product) - 3 * scale * scale * share * by_gain * by_up)
+            if MEAN:
+                of_all_up, of_all = tl.sum(up_sum), tl.sum(gain_sum)
+                up_level = scale * share * of_all_up
+                level -= share * (up_tilt * of_all + of_up * of_all_up)
+                tilt -= cube * share * of_all * of_all_up
     for first in range(0, size, BLOCK_C):
         k = first + tl.arange(0, BLOCK_C)
         c = (group * size + k)[:, None]
-        up = scale * tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
+        by = scale * tl.load(slope + sample * C + c, mask=(k < size)[:, None], other=0.0)
         own = tl.load(shift + sample * C + c, mask=(k < size)[:, None], other=0.0)
+        w = 1.0
+        if GAIN:
+            w = tl.load(gain + c, mask=(k < size)[:, None], other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for begin in range(0, S, BLOCK_P):
             s = (begin + tl.arange(0, BLOCK_P))[None, :]
             inside = (k < size)[:, None] & (s < S)
             h = tl.load(x + c * x_channel + s * x_position, mask=inside, other=0.0)
             d = tl.load(delta + c * d_channel + s * d_position, mask=inside, other=0.0)
-            h = h.to(tl.float32) - centre
+            h, d = h.to(tl.float32) - centre, d.to(tl.float32)
             to = c * to_channel + s * to_position
-            tl.store(of_x + to, up * d.to(tl.float32) - level - tilt * h, mask=inside)
-            tl.store(of_delta + to, up * h + own, mask=inside)
+            at_x, at_delta = by * d - level - tilt * h, by * h + own
+            if UP:
+                u = tl.load(up + c * u_channel + s * u_position, mask=inside, other=0.0)
+                u = u.to(tl.float32)
+                back = scale * u - up_level - up_tilt * h
+                at_x -= of_up * u + up_tilt * w * d
+                at_delta += w * back
+                total += d * back
+            tl.store(of_x + to, at_x, mask=inside)
+            tl.store(of_delta + to, at_delta, mask=inside)
+        if UP:
+            at = of_gain + (sample * T + t) * C + group * size + k
+            tl.store(at, tl.sum(total, 1), mask=k < size)
 
 
 def _tile(channels: int, positions: int, rows: bool) -> dict[str, int]:
@@ -232,24 +273,34 @@ def norm_gradients_backward(
     rstd: Tensor | None,
     own: bool,
     eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of `norm_gradients`; reads both maps from memory once."""
+    gain: Tensor | None,
+    grad_input: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of `norm_gradients` and of the input's gradient; reads each map from
+    memory once."""
     N, T, C, S = x.shape
-    rows = by_rows(x, delta)
+    rows = by_rows(x, delta) and (grad_input is None or by_rows(grad_input))
     of_x, of_delta = gradient_like(x, rows), gradient_like(delta, rows)
-    if x.numel() == 0:
-        return of_x, of_delta
+    if x.numel() == 0 or grad_input is None:
+        of_gain = torch.zeros_like(grad_weight)
+        if x.numel() == 0:
+            return of_x, of_delta, of_gain
+    else:  # of each row: atomic sums would have no fixed order
+        of_gain = grad_weight.new_empty((N, T, C))
     groups = 1 if rstd is None else rstd.shape[2]
     (m, *m_strides), (r, *r_strides) = _strides(x, mean), _strides(x, rstd)
+    up = x if grad_input is None else grad_input
     launch(
         _norm_gradient_kernel, N * T * groups,
-        x, delta, m, r, grad_weight.contiguous(), grad_bias.contiguous(), of_x, of_delta,
+        x, delta, up, m, r, grad_weight.contiguous(), grad_bias.contiguous(),
+        x if gain is None else gain.contiguous(), of_x, of_delta, of_gain,
         T, C, S, C // groups, groups / (C * S), eps or 0.0,
-        *x.stride(), *delta.stride(), *m_strides, *r_strides, *of_x.stride(),
+        *x.stride(), *delta.stride(), *up.stride(), *m_strides, *r_strides, *of_x.stride(),
         MEAN=mean is not None, RSTD=rstd is not None, VARIANCE=eps is not None, OWN=own,
+        UP=grad_input is not None, GAIN=gain is not None,
         **_tile(C // groups, S, S == 1 or rows),
     )  # fmt: skip
-    return of_x, of_delta
+    return of_x, of_delta, of_gain if grad_input is None else of_gain.sum(1)
 
 
 def supports(

@@ -175,6 +175,21 @@ def test_nodes_show_their_outputs_their_order_and_their_function() -> None:
     assert any(name.startswith(_torch.RAW_SAVED) for name in dir(type(older)))
 
 
+def test_hooks_of_a_node_have_an_order_and_a_grad_mode_of_their_own() -> None:
+    x = torch.ones(2, requires_grad=True)
+    below = x.exp()
+    node, seen = below.sin().grad_fn, []
+    assert node is not None and below.grad_fn is not None
+    node.register_hook(lambda found, grads: seen.append("second"))
+    _torch.register_first_hook(node, lambda found, grads: seen.append("first"))
+    node.register_prehook(lambda grads: torch.set_grad_enabled(False) and None)
+    below.grad_fn.register_prehook(lambda grads: seen.append(torch.is_grad_enabled()))
+    out = torch.autograd.graph.GradientEdge(node, 0)
+    torch.autograd.grad([out], [x], [torch.ones(2)], create_graph=True)
+    assert seen == ["first", "second", True]
+    assert torch.is_grad_enabled()
+
+
 def test_tensors_show_their_version_and_hooks() -> None:
     x = torch.ones(2)
     before = _torch.version_of(x)

@@ -19,6 +19,7 @@ from ..factors import PerSampleGrad
 from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
 from .errors import in_words
 from .graph import Graph, Key
+from .norm_backward import NormBackward
 from .plain import without_autocast
 from .plan import Plan
 from .planner import Planner
@@ -180,6 +181,7 @@ class _Backward:
         self.saved: dict[Node, list[tuple[Any, ...]]] = {}
         self.saved_at: dict[Node, list[tuple[Any, ...] | None]] = {}
         self.boundary_of = dict(self.boundaries)
+        self.made: dict[Node, dict[str, Any]] = {}  # of norms, while the backward runs
         self.reading: Node | None = None
 
     def _read(self, node: Node) -> None:
@@ -219,6 +221,10 @@ class _Backward:
                 handles.append(node.register_prehook(partial(arrived.__setitem__, node)))
             else:
                 handles.append(node.register_prehook(continued(partial(arrive, node))))
+        if self.create_graph and not tracing():
+            for node in (nodes[at] for at in route.norms):
+                rules = [use.rule for _, use in self.uses.get(node, ())]
+                handles += NormBackward(node, rules, self.made.setdefault(node, {})).register()
         edges = [GradientEdge(nodes[at], nr) for at in route.last for nr in route.outputs[at]]
         if weight is None:
             weight = torch.ones_like(losses)
@@ -254,7 +260,7 @@ class _Backward:
         if node not in self.saved:
             return
         delta = grads[0]
-        made: dict[str, Any] = {}
+        made = self.made.pop(node, {})
         for (i, use), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
             self.waiting[i] -= 1
             found = self.sums.pop(i, None)

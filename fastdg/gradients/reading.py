@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 from .release import raw_saved
 
 
-def _hook(node: Node) -> Any:
+def unpack_hook(node: Node) -> Any:
     """Return the unpack hook of the node's saved tensors; None if they are not packed."""
     for saved in raw_saved(node):
         if (hook := saved.unpack_hook) is not None or saved.data is not None:
@@ -40,7 +40,7 @@ class Reader:
         groups: dict[Any, list[Node]] = {}
         at_once, first = [], set(early)
         for node in nodes:
-            if (hook := _hook(node)) is None:
+            if (hook := unpack_hook(node)) is None:
                 read(node)
             elif node in first:
                 at_once.append(node)

@@ -64,23 +64,91 @@ def reference_backward(
     rstd: Tensor | None,
     own: bool,
     eps: float | None,
-) -> tuple[Tensor, Tensor]:
+    gain: Tensor | None,
+    grad_input: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _by_rows(x, delta, grad_input)
     dtype, rstd = grad_weight.dtype, reciprocal(rstd, eps)
-    normal, channels = normalised(x.to(dtype), mean, rstd), x.shape[2]
+    at_x, at_delta = gradient_like(x, rows), gradient_like(delta, rows)
+    x, delta = x.to(dtype), delta.to(dtype)
+    normal = normalised(x, mean, rstd)
     slope = grad_weight.unsqueeze(1).unsqueeze(3)
     of_delta = slope * normal + grad_bias.unsqueeze(1).unsqueeze(3)
-    of_x = slope * delta.to(dtype)  # so far the gradient of the normalised input
+    of_x = pulled(slope * delta, normal, mean, rstd, own)
+    of_gain = torch.zeros_like(grad_weight)
+    if grad_input is not None:
+        back = pulled(grad_input.to(dtype), normal, mean, rstd, own)
+        of_gain = (delta * back).sum((1, 3))
+        of_delta = of_delta + scaled(back, gain)
+        if own:
+            of_x = of_x - turned(scaled(delta, gain), grad_input.to(dtype), normal, mean, rstd)
+    return at_x.copy_(of_x), at_delta.copy_(of_delta), of_gain
+
+
+def scaled(delta: Tensor, gain: Tensor | None) -> Tensor:
+    """Return the gradient at the normalised input from the one at the norm's output."""
+    return delta if gain is None else delta * gain.to(delta.dtype).unsqueeze(1)
+
+
+def pulled(
+    slopes: Tensor, normal: Tensor, mean: Tensor | None, rstd: Tensor | None, own: bool
+) -> Tensor:
+    """Return the gradient at the input from the one at the normalised input."""
+    if rstd is None:
+        return slopes
+    groups, channels = rstd.shape[2], normal.shape[2]
     if own:
-        assert rstd is not None
-        groups = rstd.shape[2]
-        through = normal * spread(averaged(of_x * normal, groups), channels)
+        through = normal * spread(averaged(slopes * normal, groups), channels)
         if mean is not None:
-            through = through + spread(averaged(of_x, groups), channels)
-        of_x = of_x - through
-    if rstd is not None:
-        of_x = of_x * spread(rstd, channels)
-    rows = by_rows(x, delta)
-    return gradient_like(x, rows).copy_(of_x), gradient_like(delta, rows).copy_(of_delta)
+            through = through + spread(averaged(slopes, groups), channels)
+        slopes = slopes - through
+    return slopes * spread(rstd, channels)
+
+
+def turned(
+    slopes: Tensor, up: Tensor, normal: Tensor, mean: Tensor | None, rstd: Tensor | None
+) -> Tensor:
+    """Return minus the gradient of ``(pulled(slopes) * up).sum()`` by the input."""
+    assert rstd is not None
+    groups, channels = rstd.shape[2], normal.shape[2]
+
+    def average(values: Tensor) -> Tensor:
+        return spread(averaged(values, groups), channels)
+
+    a, b, tilt = average(slopes * normal), average(up * normal), average(slopes * up)
+    out = b * slopes + a * up
+    if mean is not None:
+        level_slopes, level_up = average(slopes), average(up)
+        out = out - b * level_slopes - a * level_up
+        tilt = tilt - level_slopes * level_up
+    return (out + normal * (tilt - 3 * a * b)) * spread(rstd, channels).square()
+
+
+def differentiable_outputs(
+    x: Tensor,
+    delta: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    own: bool,
+    eps: float | None,
+    gain: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients at the input, of the weight and of the bias, by operations that have
+    derivatives of every order."""
+    dtype, rstd = dtype_of(x, delta), reciprocal(rstd, eps)
+    x, delta = x.to(dtype), delta.to(dtype)
+    if own:  # as functions of x, with the values that were given
+        assert rstd is not None
+        each = x.unflatten(2, (rstd.shape[2], x.shape[2] // rstd.shape[2]))
+        if mean is not None:
+            found = each.mean((3, 4))
+            mean = mean + (found - found.detach())
+            each = each - mean[..., None, None]
+        found = each.square().mean((3, 4))
+        rstd = (rstd.pow(-2) + (found - found.detach())).rsqrt()
+    normal = normalised(x, mean, rstd)
+    of_input = pulled(scaled(delta, gain), normal, mean, rstd, own)
+    return of_input, (normal * delta).sum((1, 3)), delta.sum((1, 3))
 
 
 def check(
@@ -129,8 +197,18 @@ def check_backward(
     rstd: Tensor | None,
     own: bool,
     eps: float | None,
+    gain: Tensor | None,
+    grad_input: Tensor | None,
 ) -> None:
     check(x, delta, mean, rstd, own, eps)
+    if gain is not None:
+        checks.floating("gain", gain)
+        checks.shape("gain", gain, (x.shape[2],), "C")
+        checks.on_device("gain", gain, x, "x")
+    if grad_input is not None:
+        checks.floating("grad_input", grad_input)
+        checks.shape("grad_input", grad_input, x.shape, "as x")
+        checks.on_device("grad_input", grad_input, x, "x")
     for name, grad in (("grad_weight", grad_weight), ("grad_bias", grad_bias)):
         checks.statistic(name, grad, dtype_of(x, delta), x, "x")
         checks.shape(name, grad, (x.shape[0], x.shape[2]), "N, C")
@@ -143,9 +221,14 @@ def _fake(x: Tensor, delta: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(
     grad_weight: Tensor, grad_bias: Tensor, x: Tensor, delta: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    rows = by_rows(x, delta)
-    return gradient_like(x, rows), gradient_like(delta, rows)
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _by_rows(x, delta, rest[-1])
+    of_gain = grad_weight.new_empty(grad_weight.shape)
+    return gradient_like(x, rows), gradient_like(delta, rows), of_gain
+
+
+def _by_rows(x: Tensor, delta: Tensor, grad_input: Tensor | None) -> bool:
+    return by_rows(x, delta, *(() if grad_input is None else (grad_input,)))
 
 
 define(
@@ -159,12 +242,13 @@ define(
 )
 define(
     "norm_gradients_backward(Tensor grad_weight, Tensor grad_bias, Tensor x, Tensor delta, "
-    "Tensor? mean, Tensor? rstd, bool own, float? eps) -> (Tensor, Tensor)",
+    "Tensor? mean, Tensor? rstd, bool own, float? eps, Tensor? gain, Tensor? grad_input) "
+    "-> (Tensor, Tensor, Tensor)",
     reference_backward,
     _fake_backward,
     check_backward,
     mixed=True,
-    halves=(2, 3),
+    halves=(2, 3, 0),
 )
 
 
@@ -177,9 +261,9 @@ def _backward(
     ctx: Any, grad_weight: Tensor, grad_bias: Tensor
 ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
     x, delta, mean, rstd = ctx.saved_tensors
-    args = grad_weight, grad_bias, x, delta, mean, rstd, ctx.own, ctx.eps
-    grads = call("norm_gradients_backward", *args)
-    return *grads, None, None, None, None
+    args = grad_weight, grad_bias, x, delta, mean, rstd, ctx.own, ctx.eps, None, None
+    of_x, of_delta, _ = call("norm_gradients_backward", *args)
+    return of_x, of_delta, None, None, None, None
 
 
 differentiable("norm_gradients", _setup, _backward)

@@ -228,7 +228,8 @@ def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool
     kernels.norm_gradients.norm_gradients(*args)
     lists = [[tensor] * 2 for tensor in args[:4]]
     kernels.norm_gradients.foreach_norm_gradients(*lists, [])
-    kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args)
+    kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args, None, None)
+    kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args, meta(C), x)
 
 
 def many(N: int) -> None:

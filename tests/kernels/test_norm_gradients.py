@@ -63,14 +63,12 @@ def test_values_and_gradients(
     monkeypatch.setattr(norm_gradients, "parts", lambda programs, steps, *args: min(2, steps))
     args = arguments(shape, layout, kind)
     up = torch.randn(2, shape[0], shape[2], device=DEVICE)
-    got = [
-        *norm_gradients.norm_gradients(*args),
-        *norm_gradients.norm_gradients_backward(*up, *args),
-    ]
-    want = [
-        *reference.reference(*double(*args)),
-        *reference.reference_backward(*double(*up, *args)),
-    ]
+    gain, coming = torch.rand(shape[2], device=DEVICE), args[0] * 0.5 + args[1]  # type: ignore[operator]
+    got = list(norm_gradients.norm_gradients(*args))
+    want = list(reference.reference(*double(*args)))
+    for more in ((None, None), (None, coming), (gain, coming)):
+        got += norm_gradients.norm_gradients_backward(*up, *args, *more)
+        want += reference.reference_backward(*double(*up, *args, *more))
     for actual, one in zip(got, want, strict=True):
         torch.testing.assert_close(actual.cpu().double(), one, rtol=1e-4, atol=1e-4)
     assert [one.stride() for one in got[2:]] == [one.stride() for one in want[2:]]
@@ -85,10 +83,10 @@ def test_half_precision(student: torch.dtype) -> None:
     for actual, want in zip(got, reference.reference(*double(*args)), strict=True):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.cpu().double(), want, rtol=1e-4, atol=1e-4)
-    of_x, of_delta = norm_gradients.norm_gradients_backward(*up, *args)
-    assert (of_x.dtype, of_delta.dtype) == (student, torch.bfloat16)
-    want = reference.reference_backward(*double(*up, *args))
-    for actual, one in zip((of_x, of_delta), want, strict=True):
+    args = *up, *args, torch.rand(12, device=DEVICE, dtype=student), x.to(student) * 2
+    got = norm_gradients.norm_gradients_backward(*args)
+    assert [found.dtype for found in got] == [student, torch.bfloat16, torch.float32]
+    for actual, one in zip(got, reference.reference_backward(*double(*args)), strict=True):
         torch.testing.assert_close(actual.cpu().double(), one, rtol=1e-2, atol=1e-2)
 
 

@@ -87,11 +87,23 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
             [],
         ),
         "foreach_norm_gradients, variances": ([planes], [above], [], [given[1]], [0.5]),
-        "norm_gradients_backward": (flat[:, :4], flat[:, 4:8], planes, above, *given, True, None),
+        "norm_gradients_backward": (
+            flat[:, :4],
+            flat[:, 4:8],
+            planes,
+            above,
+            *given,
+            True,
+            *[None] * 3,
+        ),
         "norm_gradients_backward, rows": (
             *(flat[:, :4], flat[:, 4:8], above.clone(), above, *given),
             False,
-            0.5,
+            *(0.5, up[0, :4], above + 1),
+        ),
+        "norm_gradients_backward, input": (
+            *(flat[:, :4], flat[:, 4:8], planes, above, *given, True, None),
+            *(up[0, :4], planes.detach() + 1),
         ),
         "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
         "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
@@ -119,7 +131,7 @@ OPERANDS = {
     "foreach_norm_gradients": (0, 1),
     "moments_backward": (2,),
     "outer_moments_backward": (2, 3),
-    "norm_gradients_backward": (2, 3),
+    "norm_gradients_backward": (2, 3, 8, 9),
 }
 
 

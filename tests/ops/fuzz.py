@@ -209,7 +209,9 @@ class Draw:
     def _norm_gradients_backward(self) -> Any:
         x, *rest = self.norm()
         up = [self.tensor(x.shape[0], x.shape[2]) for _ in range(2)]
-        return *up, x, *rest
+        gain = self.tensor(x.shape[2]) if self.random.random() < 0.5 else None
+        coming = rest[0] * 2 + 1 if self.random.random() < 0.7 else None
+        return *up, x, *rest, gain, coming
 
     def _oracle_nll(self) -> Any:
         return self.maps()

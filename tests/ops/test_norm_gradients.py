@@ -53,13 +53,17 @@ def statistics(x: Tensor, groups: int, kind: str) -> tuple[Tensor | None, Tensor
 
 def naive(x: Tensor, delta: Tensor, groups: int, kind: str) -> tuple[Tensor, Tensor]:
     """From the definition, element by element of the input's groups."""
+    return (of_norm(x, groups, kind) * delta).sum((1, 3)), delta.sum((1, 3))
+
+
+def of_norm(x: Tensor, groups: int, kind: str) -> Tensor:
     mean, rstd = statistics(x, groups, kind)
     each = x.unflatten(2, (groups, x.shape[2] // groups))
     if mean is not None:
         each = each - mean[..., None, None]
     if rstd is not None:
         each = each * rstd[..., None, None]
-    return (each.flatten(2, 3) * delta).sum((1, 3)), delta.sum((1, 3))
+    return each.flatten(2, 3)
 
 
 def problem(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> tuple[Problem, int]:
@@ -110,6 +114,44 @@ def fixed(
     mean, rstd = (s.repeat_interleave(channels // groups, 2).unsqueeze(3) for s in (mean, rstd))
     values = [((exact[0] - mean) * rstd * exact[1]).sum((1, 3)), exact[1].sum((1, 3))]
     return values, list(torch.autograd.grad(values, exact, list(up)))
+
+
+def derivative(
+    x: Tensor, delta: Tensor, gain: Tensor | None, up: Tensor, rows: Tensor, groups: int, kind: str
+) -> list[Tensor]:
+    """By autograd through the norm's own backward."""
+    x, delta = (t.detach().double().cpu().requires_grad_() for t in (x, delta))
+    each = torch.ones(x.shape[0], 1, x.shape[2], 1) if gain is None else gain.double().view(-1, 1)
+    each = each.expand(x.shape[0], 1, x.shape[2], 1).double().requires_grad_()
+    out = of_norm(x, groups, kind) * delta * each
+    (of_input,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    found = (of_input * up.double()).sum()
+    for out, slope in zip(naive(x, delta, groups, kind), rows.double(), strict=True):
+        found = found + (out * slope).sum()
+    of_x, of_delta, of_gain = torch.autograd.grad(found, (x, delta, each), allow_unused=True)
+    of_x = torch.zeros_like(x) if of_x is None else of_x
+    of_gain = torch.zeros_like(each) if of_gain is None else of_gain
+    return [of_x, of_delta, of_gain.sum((1, 3))]
+
+
+@pytest.mark.parametrize("kind", ["norm", "rms", "product"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_derivative_of_the_input_gradient(
+    device: str, shape: tuple[int, ...], kind: str
+) -> None:
+    for layout, dtype in [(key, torch.float32) for key in LAYOUTS] + [("plain", torch.float64)]:
+        (x, delta, *_, own), groups = problem(shape, kind, dtype)
+        up, rows = torch.randn(x.shape, dtype=dtype), torch.randn(2, *x.shape[::2][:2], dtype=dtype)
+        x, up = LAYOUTS[layout](x), LAYOUTS[layout](up)
+        given = [None if s is None else s.to(dtype) for s in statistics(x.double(), groups, kind)]
+        for gain in (None, torch.rand(x.shape[2], dtype=dtype) + 0.5):
+            args = (*rows, x, delta, *given, own, None, gain, up)
+            args = tuple(t.to(device) if isinstance(t, Tensor) else t for t in args)
+            got = torch.ops.fastdg.norm_gradients_backward(*args)
+            want = derivative(x, delta, gain, up, rows, groups, kind)
+            for one, two in zip(got, want, strict=True):
+                assert one.dtype == dtype
+                assert_close(one, two, 1 + float(two.norm()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,12 +253,16 @@ def test_every_instruction_set(isa: str, layout: str, kind: str) -> None:
     for shape in SHAPES:
         args, _ = problem(shape, kind, torch.float32)
         args = *(LAYOUTS[layout](t) for t in args[:2]), *args[2:], None
+        more = torch.rand(shape[2]) + 0.5, LAYOUTS[layout](torch.randn(shape[:4]))
         exact = [t.double() if isinstance(t, Tensor) else t for t in args]
         reference = fastdg.ops.dispatch.registry.OPS["norm_gradients"].reference
         up = torch.randn(2, shape[0], shape[2])
         backward = fastdg.ops.dispatch.registry.OPS["norm_gradients_backward"].reference
-        want = [*reference(*exact), *backward(*up.double(), *exact)]
-        got = [*cpp.norm_gradients(*args), *cpp.norm_gradients_backward(*up, *args)]
+        want, got = list(reference(*exact)), list(cpp.norm_gradients(*args))
+        for gain, coming in ((None, None), (None, more[1]), more):
+            known = [t if t is None else t.double() for t in (gain, coming)]
+            want += backward(*up.double(), *exact, *known)
+            got += cpp.norm_gradients_backward(*up, *args, gain, coming)
         for one, two in zip(got, want, strict=True):
             assert_close(one, two, 1 + float(two.norm()))
         assert [one.stride() for one in got] == [two.stride() for two in want]
