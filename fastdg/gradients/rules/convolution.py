@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ...domains import tracing
 from ...factors import Dense, Outer, PerSampleGrad
 from ...ops.window import MOST_TAPS, pad, split
 from ..ownership.layout import Layout, lead
@@ -40,7 +41,7 @@ class Patches(BoundRule):
             x, delta, more = delta, x, list(reversed(node._saved_output_padding))
         padding = [p for size, extra in zip(sizes, more, strict=True) for p in (size, size - extra)]
         window = (*self.parameter[2:], *node._saved_stride, *node._saved_dilation)
-        rows = delta.flatten(2).transpose(1, 2)
+        rows = _rows(delta)
         if any(padding) and not any(more) and _masked(x, window):
             window = (*window, *reversed(sizes))
         else:
@@ -69,6 +70,28 @@ def _masked(x: Tensor, window: Sequence[int]) -> bool:
     taps = prod(split(window)[0])
     there = not (x.is_cpu or torch.is_grad_enabled()) and x.dtype == torch.float32
     return there and 1 < taps <= MOST_TAPS and x.dim() <= 5
+
+
+class _Rows(torch.autograd.Function):
+    """``[N, O, *S]`` as rows ``[N, T, O]``, with a gradient that lies as the input does: pointwise
+    operations on maps that lie differently take many times as long as this one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor) -> Tensor:
+        ctx.shape, ctx.contiguous = delta.shape, delta.is_contiguous()
+        return delta.flatten(2).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        found = grad.transpose(1, 2).reshape(ctx.shape)
+        return found.contiguous() if ctx.contiguous else found
+
+
+def _rows(delta: Tensor) -> Tensor:
+    plain = type(delta) is Tensor and not tracing()
+    if torch.is_grad_enabled() and delta.requires_grad and plain:
+        return _Rows.apply(delta)
+    return delta.flatten(2).transpose(1, 2)
 
 
 def _sample_major(x: Tensor, layout: Layout) -> Tensor:
