@@ -136,3 +136,15 @@ def test_tile_by_tile(
         fastdg.kernels.outer_agreement, "fills", lambda programs, device: True, raising=True
     )
     test_kernels_read_halves_as_they_are(kernels, name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    "name", ["outer_moments", "outer_domain", "outer_norms", "outer_agreement"]
+)
+def test_operands_of_two_dtypes_are_refused(name: str, place: int, dtype: torch.dtype) -> None:
+    args = list(CASES[name])
+    args[place] = args[place].to(dtype)
+    with pytest.raises(ValueError, match=r"^delta: expected .* as a"):
+        OPS[name](*args)

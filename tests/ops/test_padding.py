@@ -45,6 +45,13 @@ def test_errors() -> None:
             ops.outer_domain(a, delta, order, offsets, wrong)
 
 
+def test_windows_of_four_dimensions_are_refused() -> None:
+    """As many numbers describe three with padding."""
+    a, delta, window = torch.ones(2, 1, 2, 1, 1, 2), torch.ones(2, 1, 3), [2, 1, 1, 2, *[1] * 8]
+    with pytest.raises(ValueError, match=r"^window: .*got 12 for 4 dimensions"):
+        ops.outer_norms(a, delta, window)
+
+
 CONVOLUTIONS = {
     "a square": (nn.Conv2d(2, 4, 3, padding=1), (2, 6, 5)),
     "strides": (nn.Conv2d(2, 4, (3, 2), (2, 1), padding=(1, 2), dilation=(1, 2)), (2, 7, 6)),

@@ -270,3 +270,10 @@ def test_the_log_says_why_a_call_is_passed_on(caplog: pytest.LogCaptureFixture) 
         "fastdg::combine: cpp does not serve this call: it takes torch.float32 alone, not "
         "torch.float64",
     ]
+
+
+def test_what_the_checks_refuse_is_said_once() -> None:
+    order, offsets = deal((2, 1))
+    with fastdg.use_backend("reference"), pytest.raises(ValueError, match=r"^delta: ") as caught:
+        ops.outer_domain(torch.ones(3, 1, 2), torch.ones(3, 2, 2), order, offsets)
+    assert caught.value.__context__ is None

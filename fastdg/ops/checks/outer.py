@@ -43,16 +43,18 @@ def outer(a: Any, delta: Any, window: Sequence[int]) -> tuple[Any, Any]:
 def _windowed(a: Tensor, window: Sequence[int]) -> tuple[Any, Any]:
     """Return ``(T, I)`` of the patches."""
     count = a.dim() - 2
-    if count < 1 or len(window) not in (3 * count, 4 * min(count, 3)):
+    # 12 numbers are those of three dimensions with padding
+    if count < 1 or count == 4 or len(window) not in (3 * count, 4 * min(count, 3)):
         raise ValueError(
-            f"window: expected 3 numbers for each of {max(count, 0)} spatial dimensions of a "
-            f"[N, C, *S], got {len(window)}. Pass [*kernel, *stride, *dilation]."
+            "window: expected 3 numbers for each of one to three spatial dimensions of a [N, C, "
+            f"*S], or 4 with padding, got {len(window)} for {max(count, 0)} dimensions. Pass "
+            "[*kernel, *stride, *dilation] or [*kernel, *stride, *dilation, *padding]."
         )
     for k, step in enumerate(window):
         if not hasattr(step, "__index__") or step < (k < 3 * count):
             raise ValueError(
-                f"window: expected positive integers, got {step!r}. "
-                "Pass [*kernel, *stride, *dilation]."
+                f"window: expected positive integers, or padding from 0 on, got {step!r}. Pass "
+                "[*kernel, *stride, *dilation] or [*kernel, *stride, *dilation, *padding]."
             )
     kernel, _, dilation = split(window)
     for size, k, d in zip(extent(a.shape[2:], window), kernel, dilation, strict=True):

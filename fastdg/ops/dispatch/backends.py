@@ -61,6 +61,7 @@ def _widening(op: Op, compiled: Implementation) -> Implementation:
         )
         if not half:
             return compiled(*args)
+        op.check(*args)  # compiled code sees float32 alone, and would take halves beside it
         out = compiled(*map(wide, args))
         if not like:
             return out

@@ -68,21 +68,21 @@ class Op:
             # Ops of the CPU check as they read, those that write before they begin
             if not self.writes and implementation is self.backends.get("cpp", _NONE)[0]:
                 return implementation(*args)
-            self.check(*args)
-            device = _first(args).device.type
-            if device == "meta":
-                return self.fake(*args)
-            if self.check_values is not None:
-                self.check_values(*args)
-            # An op computes under autocast as it does outside of it
-            on = torch.is_autocast_enabled(device)
-            with torch.autocast(device, enabled=False) if on else nullcontext():
-                return implementation(*args)
         except Exception:  # the checks say more than compiled code
             self.check(*args)
             if self.check_values is not None:
                 self.check_values(*args)
             raise
+        self.check(*args)
+        device = _first(args).device.type
+        if device == "meta":
+            return self.fake(*args)
+        if self.check_values is not None:
+            self.check_values(*args)
+        # An op computes under autocast as it does outside of it
+        on = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if on else nullcontext():
+            return implementation(*args)
 
     def shapes(self, *args: Any) -> Any:
         """Return the fake implementation, after the checks."""
