@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastdg
 from fastdg import ops
+from fastdg.core.combine import gathering
 from fastdg.gradients import engine
 
 N, D, DEPTH, WIDTH = 24, 3, 12, 256
@@ -90,6 +91,35 @@ def test_small_parameters_take_one_call(
         opt.zero_grad()
     assert len(calls) <= DEPTH + 1 + 1  # a weight of a layer each, and the small ones
     assert watch.calls["aten::index_add"] <= 1, watch.calls  # of the losses: it takes several
+
+
+@pytest.mark.parametrize(("most", "launches"), [(0, 5), (2 * D * 300 * 300, 2), (1 << 25, 1)])
+def test_gradients_that_wait_for_one_launch_as_on_a_gpu(
+    most: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four weights wait until their entries are too many; the small ones come last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(300, 300), nn.Tanh()) for _ in range(4)))
+    opt = fastdg.AgrSum(torch.optim.SGD(model.parameters(), lr=0.1), num_domains=D)
+    x, domains = torch.randn(N, 300), torch.arange(N) % D
+    runs, run = [], ops.agreement
+
+    def step() -> list[Tensor | None]:
+        opt.zero_grad()
+        opt.backward(model(x).square().mean(1), domains)
+        return [p.grad for p in model.parameters()]
+
+    def counted(*args: Any) -> Any:
+        runs.append(args)
+        return run(*args)
+
+    expected = step()
+    opt._one_domain.told = True  # it would ask the device for an event
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    monkeypatch.setattr(gathering, "ROWS_THERE", most)
+    monkeypatch.setattr(ops, "agreement", counted)
+    torch.testing.assert_close(step(), expected)
+    assert len(runs) == launches
 
 
 def test_a_look_at_the_graph_holds_few_gradients() -> None:

@@ -166,17 +166,22 @@ class SingleBackward(Own):
         parts, small = self.batch.partition, self._small()
         made: dict[Tensor, Agreement] = {}
         waiting: dict[Tensor, list[Tensor]] = {}  # see `ROWS_THERE`
+        entries = 0
 
         def combine(p: Tensor, factor: PerSampleGrad) -> None:
+            nonlocal entries
             if small.takes(p, factor):
                 return
             if weights.is_cpu or not factor.forms_domains(parts.num_domains):
                 made[p] = factor.agreement(parts, weights, threshold, steepness)
                 return
-            waiting[p] = list(factor.domain(parts).unbind())
-            if sum(len(rows) * rows[0].numel() for rows in waiting.values()) > ROWS_THERE:
+            rows = factor.domain(parts)
+            waiting[p] = list(rows.unbind())
+            entries += rows.numel()
+            if entries > ROWS_THERE:
                 made.update(_agreements(waiting, weights, threshold, steepness))
                 waiting.clear()
+                entries = 0
 
         self._each(combine)
         return made | _agreements(waiting | _rows(small), weights, threshold, steepness)
