@@ -17,15 +17,18 @@ from ..domains import tracing
 from ..dtypes import refuse_complex
 from ..factors import PerSampleGrad
 from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
+from .convolution_backward import ConvolutionBackward
 from .errors import in_words
 from .graph import Graph, Key
 from .norm_backward import NormBackward
+from .own_derivative import OwnDerivative
 from .plain import without_autocast
 from .plan import Plan
 from .planner import Planner
 from .reading import Reader
 from .release import release
 from .route import route_of
+from .rules.norm import KINDS
 from .rules.registry import registered
 
 Consume = Callable[[str, PerSampleGrad], None]
@@ -222,9 +225,8 @@ class _Backward:
             else:
                 handles.append(node.register_prehook(continued(partial(arrive, node))))
         if self.create_graph and not tracing():
-            for node in (nodes[at] for at in route.norms):
-                rules = [use.rule for _, use in self.uses.get(node, ())]
-                handles += NormBackward(node, rules, self.made.setdefault(node, {})).register()
+            for node in (nodes[at] for at in route.derived):
+                handles += self._derivative(node).register()
         edges = [GradientEdge(nodes[at], nr) for at in route.last for nr in route.outputs[at]]
         if weight is None:
             weight = torch.ones_like(losses)
@@ -251,6 +253,12 @@ class _Backward:
                         arrive(node, arrived.pop(node))
                 self._finish()
         return extra_grads
+
+    def _derivative(self, node: Node) -> OwnDerivative:
+        if node.name() not in KINDS:
+            return ConvolutionBackward(node)
+        rules = [use.rule for _, use in self.uses.get(node, ())]
+        return NormBackward(node, rules, self.made.setdefault(node, {}))
 
     def _arrive(self, reader: Reader, node: Node, grads: Sequence[Tensor | None]) -> None:
         if reader.later:

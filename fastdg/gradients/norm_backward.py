@@ -11,19 +11,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch import Tensor
 
 from .. import ops
-from .._torch import register_first_hook
 from ..ops.dispatch.derivatives import call
 from ..ops.norm_gradients import differentiable_outputs, dtype_of
-from .reading import unpack_hook
+from .own_derivative import Gradients, OwnDerivative
 from .rules.norm import Affine, NormRows, norm_of
 from .rules.registry import BoundRule
 
 
-class NormBackward:
+class NormBackward(OwnDerivative):
     """Hooks that give one norm's input gradient its derivative.
 
     Args:
@@ -33,35 +31,22 @@ class NormBackward:
     """
 
     def __init__(self, node: Any, rules: Iterable[BoundRule], made: dict[str, Any]) -> None:
-        self.node, self.made = node, made
+        super().__init__(node)
+        self.made = made
         # Layouts of kind "any" leave out rows without a gradient, whose derivative is not zero
         found = [r.norm for r in rules if isinstance(r, Affine) and r.layout.kind != "any"]
         self.norm = found[0] if found else norm_of(node)
         self.tracked = bool(found)
-        self.runs = False
 
     def register(self) -> list[Any]:
-        """Register the hooks, unless autograd has to do it; returns their handles."""
-        node: Node = self.node
-        if self.norm is None or node.next_functions[0][0] is None or unpack_hook(node) is not None:
-            return []
-        return [node.register_prehook(self._before), register_first_hook(node, self._after)]
+        return [] if self.norm is None else super().register()
 
-    def _before(self, grads: Sequence[Tensor | None]) -> None:
-        kinds = {type(grads[0]), type(self.node._saved_input), type(self.node._saved_weight)}
-        plain = kinds <= {Tensor, nn.Parameter, type(None)}
-        self.runs = grads[0] is not None and plain
-        if self.runs:
-            torch.set_grad_enabled(False)  # for this node: autograd sets it anew for each
+    def operands(self) -> Sequence[Tensor | None]:
+        return (self.node._saved_input, self.node._saved_weight)
 
-    def _after(
-        self, found: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-    ) -> tuple[Tensor | None, ...] | None:
-        if not self.runs:
-            return None
-        torch.set_grad_enabled(True)
-        node, norm, delta = self.node, self.norm, grads[0]
-        assert norm is not None and delta is not None
+    def derived(self, found: Sequence[Tensor | None], delta: Tensor) -> Gradients:
+        node, norm = self.node, self.norm
+        assert norm is not None
         operands = norm.operands(node, norm.saved(node), delta)
         gain = None if (weight := node._saved_weight) is None else weight.flatten()
         of_input, of_parameters = found[0], found[1:]  # parameters': where their sum is asked for

@@ -66,7 +66,7 @@ class Route:
         outputs: target -> outputs with gradients.
         last: targets without another target below; a backward to these passes all others.
         small: targets with output gradients small enough to keep until the end of the backward.
-        norms: norms that a backward to ``last`` runs.
+        derived: norms and convolutions that a backward to ``last`` runs.
         idle: nodes with saved tensors that a backward to ``last`` does not run.
     """
 
@@ -76,7 +76,7 @@ class Route:
     outputs: dict[int, list[int]]
     last: frozenset[int]
     small: frozenset[int]
-    norms: list[int]
+    derived: list[int]
     idle: list[int]
 
     def rows(self, grads: Sequence[Tensor | None]) -> dict[int, list[Tensor | None]]:

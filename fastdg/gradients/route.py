@@ -12,6 +12,7 @@ from .plan import Plan, Route, RuleUse
 from .release import keeps_tensors
 from .rules.norm import KINDS
 
+DERIVED = {*KINDS, "ConvolutionBackward0"}  # operations whose backward gets a derivative of ours
 # A Python hook costs more than keeping a small gradient until the end of the backward
 CAUGHT = 1 << 16  # entries of one output gradient that may wait
 WAITING = 1 << 20  # entries of all that wait
@@ -40,7 +41,7 @@ def route_of(plan: Plan, graph: Graph) -> Route:
         outputs,
         frozenset(graph.position[node] for node in deepest),
         _small(targets, nodes),
-        [k for k, node in enumerate(graph.nodes) if node in passed and node.name() in KINDS],
+        [k for k, node in enumerate(graph.nodes) if node in passed and node.name() in DERIVED],
         [k for k, n in enumerate(graph.nodes) if n not in passed and keeps_tensors(n)],
     )
 

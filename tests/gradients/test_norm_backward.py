@@ -109,11 +109,11 @@ Autograd = Callable[[Callable[[], list[Tensor]]], list[Tensor]]
 def autograd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[Callable[[], list[Tensor]]], list[Tensor]]:
-    """Runs a function with autograd's own backward of norms."""
+    """Runs a function with the derivatives of autograd."""
 
     def run(function: Callable[[], list[Tensor]]) -> list[Tensor]:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.NormBackward, "register", lambda self: [])
+            patch.setattr(engine.OwnDerivative, "register", lambda self: [])
             return function()
 
     return run
@@ -199,7 +199,7 @@ def test_gradients_of_further_tensors(autograd: Autograd) -> None:
     def run() -> list[Tensor]:
         losses = F.cross_entropy(model(x), Y, reduction="none")
         forward = engine.plan_gradients(losses, {"bias": model[1].bias})
-        extra = [model[5].weight, model[5].bias, model[2].weight]
+        extra = [model[5].weight, model[5].bias, model[4].weight, model[4].bias, model[2].weight]
         sums = engine.collect(forward, lambda name, g: None, create_graph=True, extra=extra)
         loss = sum((g.square().sum() for g in sums if g is not None), torch.zeros(()))
         return [*(g for g in sums if g is not None), *torch.autograd.grad(loss, [*extra, x])]
