@@ -37,6 +37,7 @@ struct Maps {
     norm.samples = x.size(0), norm.rows = x.size(1), norm.channels = x.size(2), norm.positions = x.size(3);
     norm.groups = rstd.has_value() ? groups_of(*rstd) : 1;
     norm.planes = planes, norm.own = own;
+    if (eps.has_value()) check_finite(*eps, "eps");
     norm.variance = eps.has_value(), norm.eps = static_cast<float>(eps.value_or(0));
     norm.x = map_of(x, planes), norm.delta = map_of(delta, planes);
     if (coming.has_value()) norm.up = map_of(up = side_by_side(up, rows, planes), planes);

@@ -99,8 +99,8 @@ class Pool {
     std::free(block.data);
   }
 
-  // Holds little more than was in use at one time of this period or the last; what lay idle longest goes. More,
-  // since blocks of a step that are not in use together need room beside the most: else the least of them
+  // Holds little more than was in use at one time of this period or the last; the block that lay idle longest
+  // goes. More, since blocks of a step that are not in use together need room beside the most: else the least of them
   // drives out a large one, whose next request drives out another, and so on through every step.
   void trim() noexcept {
     const size_t used = std::max(most_used_, most_used_before_), most = used + used / 4;

@@ -189,8 +189,8 @@ struct Norm {
   }
 };
 
-// For each channel of a sample: what a derivative of a norm's gradients begins with (no gain is one of ones), and
-// where its results go; that of the gain is added to.
+// For each channel of a sample: the operands of the derivative of a norm's gradients (no gain is one of ones),
+// and where its results go; the gain's is added to.
 struct NormGradient {
   const float *slope, *shift, *gain;
   float *of_x, *of_delta, *of_gain;

@@ -17,11 +17,9 @@ from ..domains import tracing
 from ..dtypes import refuse_complex
 from ..factors import PerSampleGrad
 from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
-from .convolution_backward import ConvolutionBackward
+from .derivatives import ConvolutionBackward, NormBackward, OwnDerivative
 from .errors import in_words
 from .graph import Graph, Key
-from .norm_backward import NormBackward
-from .own_derivative import OwnDerivative
 from .plain import without_autocast
 from .plan import Plan
 from .planner import Planner

@@ -185,7 +185,7 @@ READ: dict[str, tuple[str, ...]] = {
     "MvBackward0": ("self",),
     "ConvolutionBackward0": (
         *("input", "weight", "stride", "padding", "dilation", "transposed", "output_padding"),
-        "groups",
+        *("groups", "bias_sym_sizes_opt"),
     ),
     "LogSoftmaxBackward0": ("result",),
     "BinaryCrossEntropyWithLogitsBackward0": ("self",),

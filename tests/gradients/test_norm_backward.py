@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdg
 from fastdg.gradients import engine
+from fastdg.gradients.derivatives import NormBackward
 from fastdg.gradients.graph import Graph, output_shapes
-from fastdg.gradients.norm_backward import NormBackward
 
 N = len(DOMAINS)
 Y = torch.arange(N) % 3

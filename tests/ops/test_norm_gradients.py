@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -241,6 +242,8 @@ def test_arguments(change: dict[str, tuple[int, ...] | None], message: str) -> N
     with pytest.raises(ValueError, match=message):
         ops.norm_gradients(**made)
     made = {k: torch.ones(s) for k, s in shapes.items()}
+    with pytest.raises(ValueError, match=r"^eps: "):
+        ops.norm_gradients(**made, eps=math.nan)
     with pytest.raises(TypeError, match=r"^mean: "):
         ops.norm_gradients(**made | {"mean": made["mean"].double()})
 

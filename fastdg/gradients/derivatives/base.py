@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from .._torch import register_first_hook
-from .reading import unpack_hook
+from ..._torch import register_first_hook
+from ..reading import unpack_hook
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.dispatch.derivatives import call
-from ..ops.norm_gradients import differentiable_outputs, dtype_of
-from .own_derivative import Gradients, OwnDerivative
-from .rules.norm import Affine, NormRows, norm_of
-from .rules.registry import BoundRule
+from ... import ops
+from ...ops.dispatch.derivatives import call
+from ...ops.norm_gradients import differentiable_outputs, dtype_of
+from ..rules.norm import Affine, NormRows, norm_of
+from ..rules.registry import BoundRule
+from .base import Gradients, OwnDerivative
 
 
 class NormBackward(OwnDerivative):

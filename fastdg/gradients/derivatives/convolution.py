@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .own_derivative import Gradients, OwnDerivative
+from .base import Gradients, OwnDerivative
 
 _backward = torch.ops.aten.convolution_backward.default
 
