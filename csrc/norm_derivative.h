@@ -41,8 +41,11 @@ struct NormChannel {
       : slope(g.rstd * own_slope - g.up_tilt * gain), by_up(g.rstd * gain), shift(own_shift - g.up_level * gain) {}
 };
 
+// A norm of given statistics lacks the terms of factor 0, but 0 * inf is NaN.
+static inline float term(float factor, float x) { return factor == 0 ? 0 : factor * x; }
+
 static float gain_sum(const NormGroup& g, const NormTotals& own) {
-  return g.rstd * own.delta_up - g.up_level * own.delta - g.up_tilt * own.delta_x;
+  return g.rstd * own.delta_up - term(g.up_level, own.delta) - term(g.up_tilt, own.delta_x);
 }
 
 template <bool UP>
@@ -79,7 +82,7 @@ static void plane_derivative(const float* x, const float* d, const float* up, fl
                              NormChannel c, int64_t size, float* __restrict of_x, float* __restrict of_delta) {
   for (int64_t s = 0; s < size; ++s) {
     const float centred = x[s] - mean;
-    of_x[s] = c.slope * d[s] - (UP ? g.of_up * up[s] : 0) - g.level - g.tilt * centred;
+    of_x[s] = c.slope * d[s] - (UP ? term(g.of_up, up[s]) : 0) - g.level - term(g.tilt, centred);
     of_delta[s] = (UP ? c.by_up * up[s] : 0) + c.slope * centred + c.shift;
   }
 }
@@ -164,10 +167,10 @@ static void layer_row(const float* x, const float* d, const float* up, float mea
   for (int64_t c = 0; c < size; ++c) {
     const float centred = x[c] - mean;
     const float by_delta = g.rstd * slope[c] - (UP ? g.up_tilt * gain[c] : 0);
-    of_x[c] = by_delta * d[c] - (UP ? g.of_up * up[c] : 0) - g.level - g.tilt * centred;
+    of_x[c] = by_delta * d[c] - (UP ? term(g.of_up, up[c]) : 0) - g.level - term(g.tilt, centred);
     float found = g.rstd * slope[c] * centred + shift[c];
     if constexpr (UP) {
-      const float pulled = g.rstd * up[c] - g.up_level - g.up_tilt * centred;
+      const float pulled = g.rstd * up[c] - g.up_level - term(g.up_tilt, centred);
       found += gain[c] * pulled;
       of_gain[c] += d[c] * pulled;
     }
@@ -233,7 +236,7 @@ static void channels_derivative(const float* x, const float* d, const float* up,
                                 float* __restrict of_x, float* __restrict of_delta) {
   for (int64_t c = 0; c < width; ++c) {
     const float centred = x[c] - k.mean[c];
-    of_x[c] = k.slope[c] * d[c] - (UP ? k.of_up[c] * up[c] : 0) - k.level[c] - k.tilt[c] * centred;
+    of_x[c] = k.slope[c] * d[c] - (UP ? term(k.of_up[c], up[c]) : 0) - k.level[c] - term(k.tilt[c], centred);
     of_delta[c] = (UP ? k.by_up[c] * up[c] : 0) + k.slope[c] * centred + k.shift[c];
   }
 }

@@ -13,11 +13,12 @@ from contextvars import Context
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Excludes a function from torch.compile. The public torch.compiler.disable imports the compiler
 # where the function is defined, which takes a second
 from torch._compile import _disable_dynamo as not_compiled
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp import GradScaler
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
@@ -134,6 +135,12 @@ RAW_SAVED = "_raw_saved_"
 
 
 # -- tensors --
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is of no subclass. A fake one, of which only shape, dtype and device
+    are known, stands for a plain one; its class has no public name."""
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -248,6 +248,17 @@ def test_arguments(change: dict[str, tuple[int, ...] | None], message: str) -> N
         ops.norm_gradients(**made | {"mean": made["mean"].double()})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_infinite_input_of_given_statistics(layout: str) -> None:
+    """It has no part in the derivative by the input, which stays finite."""
+    (x, delta, mean, rstd, _), _ = problem((3, 1, 6, 5, 2), "norm", torch.float32)
+    x = LAYOUTS[layout](x.masked_fill(torch.rand(x.shape) < 0.1, torch.inf)).requires_grad_()
+    weight, _ = ops.norm_gradients(x, delta, mean, rstd)
+    (found,) = torch.autograd.grad(weight.sum(), x)
+    wide = rstd.repeat_interleave(3, 2).unsqueeze(3)
+    torch.testing.assert_close(found, delta * wide)
+
+
 @pytest.mark.skipif(not native.status()[0], reason="no compiled ops")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)

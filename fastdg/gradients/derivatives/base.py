@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 
-from ..._torch import register_first_hook
+from ..._torch import is_plain, register_first_hook
 from ..reading import unpack_hook
 
 Gradients = tuple[Tensor | None, ...]
@@ -46,8 +46,8 @@ class OwnDerivative(ABC):
         return [node.register_prehook(self._before), register_first_hook(node, self._after)]
 
     def _before(self, grads: Sequence[Tensor | None]) -> None:
-        kinds = {type(grads[0]), *map(type, self.operands())}
-        self.runs = grads[0] is not None and kinds <= {Tensor, nn.Parameter, type(None)}
+        tensors = (grads[0], *self.operands())
+        self.runs = grads[0] is not None and all(t is None or is_plain(t) for t in tensors)
         if self.runs:
             torch.set_grad_enabled(False)  # for this node: autograd sets it anew for each
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..._torch import is_plain
 from ...domains import tracing
 
 Kind = Literal["major", "minor", "any"]
@@ -65,7 +66,7 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """Rearrange ``x [R, *]`` to ``[N, T, *]``; zeros where a sample has fewer rows."""
         if self.kind == "major":
-            if torch.is_grad_enabled() and x.requires_grad and type(x) is Tensor and not tracing():
+            if torch.is_grad_enabled() and x.requires_grad and is_plain(x) and not tracing():
                 return _Unflatten.apply(x, self.samples, self.positions)
             return x.unflatten(0, (self.samples, self.positions))
         if self.kind == "minor":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ..._torch import is_plain
 from ...domains import tracing
 from ...factors import Dense, Outer, PerSampleGrad
 from ...ops.window import MOST_TAPS, pad, split
@@ -88,7 +89,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _rows(delta: Tensor) -> Tensor:
-    plain = type(delta) is Tensor and not tracing()
+    plain = is_plain(delta) and not tracing()
     if torch.is_grad_enabled() and delta.requires_grad and plain:
         return _Rows.apply(delta)
     return delta.flatten(2).transpose(1, 2)
