@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..domains import tracing
+from ..domains import readable, tracing
 
 FIRST = 20  # steps of one domain from the start of a run
 LATER = 100  # such steps in a row in a run that has also seen several domains in a step
@@ -84,7 +84,7 @@ class OneDomain:
 
 def _copied(count: Tensor) -> tuple[Tensor, Any]:
     """Return ``count`` on the CPU, and the event of its arrival or None."""
-    if count.is_cpu:
+    if readable(count):
         return count, None
     copy = count.to("cpu", non_blocking=True)
     event = torch.Event(count.device)

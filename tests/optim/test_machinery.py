@@ -53,7 +53,7 @@ def step_of(layers: int, params: str) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize(("params", "of_layer", "of_step"), [("all", 32, 317), ("head", 0, 328)])
+@pytest.mark.parametrize(("params", "of_layer", "of_step"), [("all", 32, 319), ("head", 0, 330)])
 def test_calls_of_a_step(
     monkeypatch: pytest.MonkeyPatch, params: str, of_layer: int, of_step: int
 ) -> None:
