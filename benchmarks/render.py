@@ -22,7 +22,7 @@ UP = "../.."  # from a page to the root
 QUESTIONS = {
     "variance": "Variance per domain, all layers",
     "differentiable": "The same made differentiable, penalty's gradient to all parameters",
-    "head": "Fishr on a large head alone",
+    "head": "Fishr on the head alone",
     "step": "Whole Fishr (head) training step",
     "Agr-Sum, D=3": "Whole Agr-Sum training step, 3 domains",
     "Agr-Sum, D=6": "The same, 6 domains",
@@ -63,6 +63,28 @@ def measured(results: dict[str, Any]) -> str:
         "runs that took turns; every contender's "
         "numbers were first compared with float64 per-sample gradients.",
         "",
+        *compared(results),
+        *given(results),
+        *terms(results),
+    ]
+    lines += [
+        "",
+        "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
+        "contenders, what was left out and why: "
+        f"[`benchmarks/results/cpu.json`]({UP}/benchmarks/results/cpu.json), made by "
+        "`python benchmarks/measure.py`.",
+        "",
+        *(
+            f"![{picture.title}]({UP}/benchmarks/results/cpu_{name}.png)\n"
+            for name, picture in PICTURES.items()
+        ),
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def compared(results: dict[str, Any]) -> list[str]:
+    """The table of questions: a row a case."""
+    lines = [
         "| | plain | floor | **fastdg** | plain PyTorch backend | best other way | memory |",
         "|---|---:|---:|---:|---:|---|---:|",
     ]
@@ -85,20 +107,20 @@ def measured(results: dict[str, Any]) -> str:
                 f"| {times(reference['ratio']) if 'ratio' in reference else '–'} "
                 f"| {rival} | {memory} |"
             )
-    lines += [*given(results), *terms(results)]
-    lines += [
+    return lines
+
+
+def on_avx512(results: dict[str, Any]) -> str:
+    """The main questions on another processor, beside fewer other ways."""
+    machine, name = results["machine"], "benchmarks/results/cpu_avx512.json"
+    lines = [
+        f"The same on {machine['cpu']} with AVX-512, {machine['threads']} threads, without the "
+        f"slower of the other ways ([`{name}`]({UP}/{name})). Plain training gains more from "
+        "AVX-512 than from AVX2:",
         "",
-        "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
-        "contenders, what was left out and why: "
-        f"[`benchmarks/results/cpu.json`]({UP}/benchmarks/results/cpu.json), made by "
-        "`python benchmarks/measure.py`.",
-        "",
-        *(
-            f"![{picture.title}]({UP}/benchmarks/results/cpu_{name}.png)\n"
-            for name, picture in PICTURES.items()
-        ),
+        *compared(results),
     ]
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines)
 
 
 def given(results: dict[str, Any]) -> list[str]:
@@ -236,14 +258,15 @@ def replaced(text: str, name: str, content: str) -> str:
 
 def filled() -> dict[Path, str]:
     """Return the text of each document with the tables that the result files make."""
-    names = ("cpu", "colored_mnist", "ranks", "overhead", "resident", "pacs")
-    cpu, mnist, ranks, wrapper, long, pacs = (
+    names = ("cpu", "cpu_avx512", "colored_mnist", "ranks", "overhead", "resident", "pacs")
+    cpu, avx512, mnist, ranks, wrapper, long, pacs = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     performance, results = DOCS / "guides" / "performance.md", DOCS / "about" / "results.md"
     sections = {
         "costs": (ROOT / "README.md", costs(cpu)),
         "measured": (performance, measured(cpu)),
+        "avx512": (performance, on_avx512(avx512)),
         "loops": (performance, loops(ranks, wrapper, long)),
         "pacs": (results, left_out(pacs)),
         "reproduced": (results, reproduced(mnist)),

@@ -1,4 +1,4 @@
-"""What does Fishr cost on a large head alone, features given?"""
+"""What does Fishr cost on the head alone, features given?"""
 
 from typing import Any
 
