@@ -66,8 +66,6 @@ def measured(results: dict[str, Any]) -> str:
         *compared(results),
         *given(results),
         *terms(results),
-    ]
-    lines += [
         "",
         "Memory is the peak of the whole process beyond the libraries, over plain training's. All "
         "contenders, what was left out and why: "

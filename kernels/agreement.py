@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.agreement import UNDEFINED as _UNDEFINED
-from .launch import launch
+from .launch import integers, launch
 from .launch import supports as plain
 
 UNDEFINED = tl.constexpr(_UNDEFINED)
@@ -126,15 +126,13 @@ def agreement(
     parameters = len(gradients) // domains
     gradients = [g.contiguous() for g in gradients]
     combined = [g.new_empty(g.shape) for g in gradients[:parameters]]
-    starts, table = [0], []
+    starts, operands = [0], []
     for k, result in enumerate(combined):
         starts.append(starts[-1] + triton.cdiv(result.numel(), BLOCK))
-        table += [result.numel(), result.data_ptr()]
-        table += [g.data_ptr() for g in gradients[k::parameters]]
+        operands += [result.numel(), result.data_ptr()]
+        operands += [g.data_ptr() for g in gradients[k::parameters]]
     programs, like = starts[-1], gradients[0]
-    numbers = torch.tensor(starts + table, dtype=torch.int64)
-    if like.is_cuda:  # the CPU does not wait for the copy
-        numbers = numbers.pin_memory().to(like.device, non_blocking=True)
+    numbers = integers(starts + operands, like.device)
     partial = like.new_empty((2, programs), dtype=torch.float32)
     launch(
         _agreement_kernel, programs,

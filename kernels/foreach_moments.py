@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import integers, launch
 from .launch import supports as plain
 
 FIELDS = tl.constexpr(13)  # of each tensor in the table
@@ -98,19 +98,17 @@ def foreach_moments(
     shapes += [(D, d.shape[-1], x.shape[-1]) for x, d in zip(a, delta, strict=True)]
     means = [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
     variances = [torch.empty_like(mean) for mean in means] if variance else []
-    table: list[int] = []
+    operands: list[int] = []
     tiles: list[int] = []
     for k, ((x, d), mean) in enumerate(zip(pairs, means, strict=True)):
         _, T, I = x.shape
         O = d.shape[2]
         spread = variances[k] if variance else mean
-        table += [x.data_ptr(), d.data_ptr(), mean.data_ptr(), spread.data_ptr()]
-        table += [T, O, I, *x.stride(), *d.stride()]
+        operands += [x.data_ptr(), d.data_ptr(), mean.data_ptr(), spread.data_ptr()]
+        operands += [T, O, I, *x.stride(), *d.stride()]
         for tile in range(triton.cdiv(O, BLOCK_O) * triton.cdiv(I, BLOCK_I)):
             tiles += [k, tile]
-    numbers = torch.tensor(tiles + table, dtype=torch.int64)
-    if like.is_cuda:  # the CPU does not wait for the copy
-        numbers = numbers.pin_memory().to(like.device, non_blocking=True)
+    numbers = integers(tiles + operands, like.device)
     launch(
         _foreach_moments_kernel, D * (len(tiles) // 2),
         like, numbers[len(tiles) :], numbers, order, offsets, max(1, len(tiles) // 2),

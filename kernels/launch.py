@@ -32,6 +32,14 @@ def launch(kernel: Any, programs: int, *args: Any, **meta: Any) -> None:
         kernel[(programs,)](*args, **meta)
 
 
+def integers(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Return integers, which kernels read, on the device; the CPU does not wait for the copy."""
+    made = torch.tensor(numbers, dtype=torch.int64)
+    if device.type != "cuda":
+        return made
+    return made.pin_memory().to(device, non_blocking=True)
+
+
 def processors(device: torch.device) -> int:
     """Programs that run at the same time, at least; interpreted kernels run one after the other."""
     if device.type != "cuda":

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import cdiv
 
 from ..ops.gradients import by_rows, gradient_like
-from .launch import block, launch, parts
+from .launch import block, integers, launch, parts
 from .launch import supports as plain
 
 TILE = 1024  # elements of a tile
@@ -231,10 +231,7 @@ def _alike(maps: Sequence[_Maps], eps: float | None) -> tuple[Tensor, Tensor]:
 def _table(maps: Sequence[_Maps]) -> Tensor:
     """Where the tensors of each norm are, ``[K, 4]``."""
     places = [[0 if t is None else t.data_ptr() for t in tensors] for tensors in maps]
-    table, device = torch.tensor(places, dtype=torch.int64), maps[0][0].device
-    if device.type != "cuda":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)  # the CPU does not wait for the copy
+    return integers(places, maps[0][0].device)
 
 
 def foreach_norm_gradients(

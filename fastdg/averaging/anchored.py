@@ -18,6 +18,7 @@ from ..core.closures import Forward, check_same
 from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import check_model, option
 from ..core.optimizer import DomainOptimizer
+from ..core.step_batch import StepBatch
 from ..distributed.sharding import local, sharded
 from .buffers import KINDS, Buffers, size_of, stored
 
@@ -96,8 +97,12 @@ class Anchored(DomainOptimizer):
         return range(self.inner_steps())
 
     @abstractmethod
-    def meta_step(self) -> None:
-        """End the meta-iteration, by `interpolate`."""
+    def meta_step(self) -> dict[str, Tensor]:
+        """End the meta-iteration, by `interpolate`, and return its statistics."""
+
+    def objective(self, batch: StepBatch) -> Tensor:
+        batch.log(**self._meta)
+        return batch.loss
 
     def interpolate(self, rate: float) -> Tensor:
         """Set weights and buffers to ``kept + rate * (now - kept)``, in place.
@@ -233,7 +238,8 @@ class Anchored(DomainOptimizer):
             self._gains, self._gain = before + self._gain, None
         position = self.position + 1
         if position >= self.inner_steps():
-            self.meta_step()
+            self._meta = self.meta_step()
+            self._statistics = {**self._statistics, **self._meta}
             position = 0
         self.position = position
 

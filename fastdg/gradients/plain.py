@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import hook_tables
+from .._torch import hook_tables, is_plain
+from ..domains import tracing
 from .errors import in_words
 
 
@@ -43,6 +44,11 @@ def gradients_of(
             losses, list(parameters), weight, retain_graph=retain_graph, allow_unused=True
         )
     return list(grads)
+
+
+def recorded(x: Tensor) -> bool:
+    """Return whether autograd records operations on ``x``, and a function of ours may be one."""
+    return torch.is_grad_enabled() and x.requires_grad and is_plain(x) and not tracing()
 
 
 def without_autocast(losses: Any) -> AbstractContextManager[Any]:

@@ -159,14 +159,14 @@ def masked_offsets(
 ) -> tuple[Tensor, Tensor]:
     """`offsets` for a window with padding, 64 bits each: the upper 32 bits of ``row`` have a bit
     for each tap inside the input, those of ``column`` the tap's bit; the lower the offset."""
-    kernel, _, dilation = split(window)
+    kernel, stride, dilation = split(window)
     more, whole = padding(window), tuple(extent(spatial, window))
     row, column = offsets(channels, whole, strides, window[: -len(more)], torch.device("cpu"))
     row = row.long() - sum(p * s for p, s in zip(more, strides[1:], strict=True))
     places = positions(spatial, window)
     there = torch.ones((), dtype=torch.bool)  # [*positions, *kernel], dimension after dimension
     for j, size in enumerate(spatial):
-        at = torch.arange(places[j]) * split(window)[1][j] - more[j]
+        at = torch.arange(places[j]) * stride[j] - more[j]
         at = at.unsqueeze(1) + torch.arange(kernel[j]) * dilation[j]
         shape = [1] * (2 * len(spatial))
         shape[j], shape[len(spatial) + j] = at.shape

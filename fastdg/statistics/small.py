@@ -103,7 +103,7 @@ class Small(Generic[K]):
         self._compute()
         for grads, products in self.waiting.values():
             pairs = [factor.factors for _, factor in products]
-            with torch.set_grad_enabled(False):
+            with torch.no_grad():
                 means, variances = ops.foreach_moments(
                     [factor.grads for _, factor in grads],
                     [a for a, _ in pairs],

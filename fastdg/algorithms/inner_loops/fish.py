@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...averaging.anchored import Anchored
 from ...core.hyper import argument, check_steps, check_switch, check_weight, fixed, hyper, option
-from ...core.step_batch import StepBatch
 
 
 class Fish(Anchored):
@@ -83,18 +82,12 @@ class Fish(Anchored):
     inner_product: bool = option(False, check_switch)
     num_domains: int = argument(check_steps, kw_only=True)
 
-    def objective(self, batch: StepBatch) -> Tensor:
-        batch.log(**self._meta)
-        return batch.loss
-
     def inner_steps(self) -> int:
         return self.meta_steps
 
-    def meta_step(self) -> None:
-        self._meta = {"trajectory": self.interpolate(self.meta_lr)}
-        if self._gains is not None:
-            self._meta["inner_product"] = self._gains
-        self._statistics = {**self._statistics, **self._meta}
+    def meta_step(self) -> dict[str, Tensor]:
+        found = {"trajectory": self.interpolate(self.meta_lr)}
+        return found if self._gains is None else {**found, "inner_product": self._gains}
 
     @property
     def _reads_grad(self) -> bool:  # type: ignore[override]

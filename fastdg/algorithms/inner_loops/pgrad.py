@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from ...averaging.walk import Walk
 from ...core.hyper import argument, check_steps, check_weight, fixed, hyper
-from ...core.step_batch import StepBatch
 
 
 class PGrad(Walk):
@@ -74,16 +73,11 @@ class PGrad(Walk):
     weight_decay: float = hyper(0.0, check_weight)
     num_domains: int = argument(check_steps, kw_only=True)
 
-    def objective(self, batch: StepBatch) -> Tensor:
-        batch.log(**self._meta)
-        return batch.loss
-
     @torch.no_grad()
-    def meta_step(self) -> None:
+    def meta_step(self) -> dict[str, Tensor]:
         for p, start in self.kept.items():
             p.copy_(start).sub_(start, alpha=self.weight_decay)
-        self._meta = self.follow(self.changes, self.principal, self.meta_lr)
-        self._statistics = {**self._statistics, **self._meta}
+        return self.follow(self.changes, self.principal, self.meta_lr)
 
     def principal(self, gram: Tensor) -> Tensor:
         """Return the weights of the changes ``[T]``, given their Gram matrix ``[T, T]``."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...averaging.domain_ways import DomainWays
 from ...core.hyper import argument, check_one_of, check_steps, check_weight, fixed, hyper
-from ...core.step_batch import StepBatch
 from ...weightings.cagrad import CAGrad
 
 
@@ -77,18 +76,13 @@ class POGM(DomainWays):
     solver: Literal["exact", "official"] = hyper("exact", check_one_of("exact", "official"))
     num_domains: int = argument(check_steps, kw_only=True)
 
-    def objective(self, batch: StepBatch) -> Tensor:
-        batch.log(**self._meta)
-        return batch.loss
-
     def combined(self, gram: Tensor) -> Tensor:
         if self.solver == "official":
             return official_weights(gram, self.c)
         return CAGrad(self.c, rescale=1)(gram)
 
-    def meta_step(self) -> None:
-        self._meta = self.follow(self.ways, self.combined, self.meta_lr)
-        self._statistics = {**self._statistics, **self._meta}
+    def meta_step(self) -> dict[str, Tensor]:
+        return self.follow(self.ways, self.combined, self.meta_lr)
 
 
 def official_weights(gram: Tensor, c: float) -> Tensor:

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..._torch import is_plain
-from ...domains import tracing
+from ..plain import recorded
 
 Kind = Literal["major", "minor", "any"]
 
@@ -66,7 +65,7 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """Rearrange ``x [R, *]`` to ``[N, T, *]``; zeros where a sample has fewer rows."""
         if self.kind == "major":
-            if torch.is_grad_enabled() and x.requires_grad and is_plain(x) and not tracing():
+            if recorded(x):
                 return _Unflatten.apply(x, self.samples, self.positions)
             return x.unflatten(0, (self.samples, self.positions))
         if self.kind == "minor":

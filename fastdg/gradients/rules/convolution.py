@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ..._torch import is_plain
-from ...domains import tracing
 from ...factors import Dense, Outer, PerSampleGrad
 from ...ops.window import MOST_TAPS, pad, split
 from ..ownership.layout import Layout, lead
+from ..plain import recorded
 from .registry import BoundRule, Use, plain, rule
 
 
@@ -89,10 +88,7 @@ class _Rows(torch.autograd.Function):
 
 
 def _rows(delta: Tensor) -> Tensor:
-    plain = is_plain(delta) and not tracing()
-    if torch.is_grad_enabled() and delta.requires_grad and plain:
-        return _Rows.apply(delta)
-    return delta.flatten(2).transpose(1, 2)
+    return _Rows.apply(delta) if recorded(delta) else delta.flatten(2).transpose(1, 2)
 
 
 def _sample_major(x: Tensor, layout: Layout) -> Tensor:
