@@ -137,6 +137,7 @@ class GradientHistory(Seeded):
         self._put_back()
         for p, gradient in self._entering.items():
             averages = self._averages(p, gradient)
+            # Again: kept from `over_time`, they would be a copy of all averages during the step
             joined(averages, gradient, self.decay, averages)
             self.mean[p], self.square[p], self.scale[p] = averages
         self._entering = {}

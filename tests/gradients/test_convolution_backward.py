@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import DOMAINS, NUM_DOMAINS
+from oracle import DOMAINS
+from penalties import gradients_of, penalty_of, per_sample, third
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import fastdg
-from fastdg.gradients import engine
 
 N = len(DOMAINS)
 CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
@@ -67,34 +65,9 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[Model, Tensor]:
     return model, torch.randn(N, 2, *(5, 4, 3)[:dims], dtype=dtype).requires_grad_()
 
 
-def penalty(model: Model, x: Tensor, params: Any = None) -> Tensor:
-    moments = fastdg.domain_moments(
-        model(x),
-        DOMAINS,
-        params=params or model,
-        num_domains=NUM_DOMAINS,
-        create_graph=True,
-    )
-    every = [*moments.variance.values(), *moments.mean.values()]
-    return sum((m.square().sum() for m in every), torch.zeros(()))
-
-
 def gradients(model: Model, x: Tensor, params: Any = None) -> list[Tensor]:
     leaves = [*(p for p in model.parameters() if p.requires_grad), x]
-    found = torch.autograd.grad(penalty(model, x, params), leaves, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
-
-
-@pytest.fixture
-def autograd(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    """Runs a function with the derivatives of autograd."""
-
-    def run(function: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.OwnDerivative, "register", lambda self: [])
-            return function()
-
-    return run
+    return gradients_of(penalty_of(model(x), params or model), leaves)
 
 
 @pytest.mark.filterwarnings("ignore:params:UserWarning")
@@ -136,7 +109,7 @@ def test_no_kernel_of_the_size_of_the_maps(autograd: Any) -> None:
     model, x = made("2d")
 
     def kernels() -> Counter[tuple[int, ...]]:
-        loss = penalty(model, x)
+        loss = penalty_of(model(x), model)
         with Sizes() as sizes:
             loss.backward()
         return sizes.found
@@ -145,23 +118,11 @@ def test_no_kernel_of_the_size_of_the_maps(autograd: Any) -> None:
     assert (5, 4) in autograd(kernels)
 
 
-def per_sample(model: Model, x: Tensor) -> Tensor:
-    """The gradients of the first bias for each sample, as a function of all parameters."""
-    forward = engine.plan_gradients(model(x), {"bias": model.first.bias})
-    found: list[Tensor] = []
-    engine.collect(forward, lambda name, g: found.append(g.per_sample()), create_graph=True)
-    return found[0]
-
-
 @pytest.mark.parametrize("name", ["2d", "stride", "transposed, groups", "groups"])
 def test_derivatives_of_every_order(name: str) -> None:
     model, x = made(name)
     leaves = [*model.first.parameters(), *model.layer.parameters(), model.last.weight]
 
-    def third(rows: Tensor) -> list[Tensor]:
-        first = torch.autograd.grad(rows.square().sum(), leaves, create_graph=True)
-        second = sum((g.square().sum() for g in first), torch.zeros(()))
-        return list(torch.autograd.grad(second, [*leaves, x]))
-
     rows = [torch.autograd.grad(row, model.first.bias, create_graph=True)[0] for row in model(x)]
-    torch.testing.assert_close(third(per_sample(model, x)), third(torch.stack(rows)))
+    found = third(per_sample(model(x), model.first.bias), leaves, x)
+    torch.testing.assert_close(found, third(torch.stack(rows), leaves, x))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from oracle import DOMAINS, NUM_DOMAINS
+from oracle import DOMAINS
+from penalties import gradients_of, penalty_of, per_sample, third
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -83,40 +84,17 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tens
     return model, torch.randn(N, 2, 5, 5, dtype=dtype).requires_grad_()
 
 
-def penalty(model: nn.Module, x: Tensor, params: object = None) -> Tensor:
-    losses = F.cross_entropy(
-        model(x).float() if x.dtype in HALVES else model(x), Y, reduction="none"
-    )
-    moments = fastdg.domain_moments(
-        losses, DOMAINS, params=params or model, num_domains=NUM_DOMAINS, create_graph=True
-    )
-    every = [*moments.variance.values(), *moments.mean.values()]
-    return sum((m.square().sum() for m in every), torch.zeros(()))
+def losses_of(model: nn.Module, x: Tensor) -> Tensor:
+    z = model(x)
+    return F.cross_entropy(z.float() if x.dtype in HALVES else z, Y, reduction="none")
 
 
 def gradients(model: nn.Module, x: Tensor, params: object = None) -> list[Tensor]:
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(penalty(model, x, params), [*leaves, x], allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip([*leaves, x], found, strict=True)
-    ]
+    leaves = [*(p for p in model.parameters() if p.requires_grad), x]
+    return gradients_of(penalty_of(losses_of(model, x), params or model), leaves)
 
 
 Autograd = Callable[[Callable[[], list[Tensor]]], list[Tensor]]
-
-
-@pytest.fixture
-def autograd(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Callable[[], list[Tensor]]], list[Tensor]]:
-    """Runs a function with the derivatives of autograd."""
-
-    def run(function: Callable[[], list[Tensor]]) -> list[Tensor]:
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.OwnDerivative, "register", lambda self: [])
-            return function()
-
-    return run
 
 
 @pytest.mark.filterwarnings("ignore:params:UserWarning")
@@ -155,7 +133,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 def test_no_product_of_the_size_of_the_input(name: str) -> None:
     """In the graph of the penalty; nor does a norm's result need the gradient of its statistics."""
     model, x = made(name)
-    root = penalty(model, x).grad_fn
+    root = penalty_of(losses_of(model, x), model).grad_fn
     assert root is not None
     sizes = {N * 8 * 4, N * 8 * 9}
     nodes = [n for n in Graph(root).nodes if not sizes.isdisjoint(map(numel, output_shapes(n)))]
@@ -168,28 +146,15 @@ def numel(shape: tuple[int, ...] | None) -> int:
     return -1 if shape is None else torch.Size(shape).numel()
 
 
-def per_sample_bias(model: nn.Module, x: Tensor) -> Tensor:
-    """The gradients of the first bias for each sample, as a function of all parameters."""
-    losses = F.cross_entropy(model(x), Y, reduction="none")
-    forward = engine.plan_gradients(losses, {"bias": model[1].bias})
-    found: list[Tensor] = []
-    engine.collect(forward, lambda name, g: found.append(g.per_sample()), create_graph=True)
-    return found[0]
-
-
 @pytest.mark.parametrize("name", ["group", "group, channels last", "batch, eval"])
 def test_derivatives_of_every_order(name: str) -> None:
     model, x = made(name)
     leaves = list(model.parameters())[:-1]
 
-    def third(rows: Tensor) -> list[Tensor]:
-        first = torch.autograd.grad(rows.square().sum(), leaves, create_graph=True)
-        second = sum((g.square().sum() for g in first), torch.zeros(()))
-        return list(torch.autograd.grad(second, [*leaves, x]))
-
     losses = F.cross_entropy(model(x), Y, reduction="none")
     rows = [torch.autograd.grad(row, model[1].bias, create_graph=True)[0] for row in losses]
-    torch.testing.assert_close(third(per_sample_bias(model, x)), third(torch.stack(rows)))
+    found = third(per_sample(losses_of(model, x), model[1].bias), leaves, x)
+    torch.testing.assert_close(found, third(torch.stack(rows), leaves, x))
 
 
 def test_gradients_of_further_tensors(autograd: Autograd) -> None:
@@ -259,5 +224,5 @@ def test_an_error_in_the_norm_leaves_grad_mode_as_it_was(monkeypatch: pytest.Mon
     monkeypatch.setattr(NormBackward, "_after", fail)
     model, x = made("group")
     with pytest.raises(ArithmeticError):
-        penalty(model, x)
+        penalty_of(losses_of(model, x), model)
     assert torch.is_grad_enabled()
