@@ -82,6 +82,15 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not tracing()
 
 
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy ``tensor`` to ``device``; the CPU waits only for a copy to itself, as it reads it."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and not tracing():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 MOST_DOMAINS = 1000  # a larger id is taken for a mistake
 
 
@@ -151,7 +160,7 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
     with torch.enable_grad():
         rows = [x.reshape(-1) for x in losses]
         together = torch.cat(rows)
-    home = rows[0].device if tracing() else None  # on the CPU a check of them waits for no device
+    home = rows[0].device if tracing() else "cpu"  # on the CPU a check of them waits for no device
     return together, torch.cat([torch.full(x.shape, k, device=home) for k, x in enumerate(rows)])
 
 
@@ -162,7 +171,7 @@ def as_ids(domains: Any, samples: int | None = None) -> Tensor:
         TypeError: ``domains`` is no integer or integer tensor.
     """
     if not isinstance(domains, bool) and isinstance(domains, Integral) and samples is not None:
-        return torch.full((samples,), int(domains))
+        return torch.full((samples,), int(domains), device="cpu")
     if domains is None:
         raise TypeError(
             "domains: expected the domain of each sample, an integer tensor (N,), got none. Call "
@@ -246,10 +255,6 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
         there = result.count.sum() == ids.shape[0]
         assert_later(there, f"domains: expected ids from 0 to {num_domains - 1}")
     if ids.device != losses.device:
-        result = Partition(
-            *(
-                t.pin_memory().to(losses.device, non_blocking=True)
-                for t in (result.order, result.offsets, result.domains, result.count)
-            )
-        )
+        parts = (result.order, result.offsets, result.domains, result.count)
+        result = Partition(*(to_device_async(part, losses.device) for part in parts))
     return result

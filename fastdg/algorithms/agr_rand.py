@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from ..core.combine.combiner import Combined, DomainGradients
-from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_reduction, hyper
 from ..distributed.sharding import own_part
+from ..domains import to_device_async
 
 
 class AgrRand(RandomCombiner):

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from ..core.combine.combiner import Combined, DomainGradients, pair_cosines
-from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_one_of, check_weight, hyper
 from ..distributed.sharding import own_part
+from ..domains import to_device_async
 
 
 class GGAL(RandomCombiner):

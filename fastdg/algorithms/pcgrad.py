@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.combine.combiner import Combined, DomainGradients
-from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_reduction, check_switch, hyper
+from ..domains import to_device_async
 
 
 class PCGrad(RandomCombiner):

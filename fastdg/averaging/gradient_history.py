@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .._torch import not_compiled
 from ..core.backward import put
-from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import Seeded
 from ..core.declared_state import PerParameter
 from ..core.hyper import check_one_of, option
 from ..core.step_batch import StepRecord
 from ..distributed.sharding import refuse_sharded
+from ..domains import to_device_async
 from ..dtypes import to_statistics_dtype
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..core.backward import put
 from ..core.closures import Forward
-from ..core.combine.gathering import to_device_async
 from ..core.combine.seeded import RandomCombiner
 from ..core.hyper import check_count, check_model, check_weight, fixed, hyper, option
 from ..core.nesting import chain
 from ..core.optimizer import Closure
 from ..distributed.sharding import local, own_part
+from ..domains import to_device_async
 from ..warn import warn_user
 
 Judged = tuple[Mapping[str, Tensor], dict[Tensor, Tensor | None]]  # statistics, gradient

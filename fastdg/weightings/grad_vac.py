@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.combine.gathering import to_device_async
 from ..core.hyper import check_generator, check_reduction, check_share
+from ..domains import to_device_async
 from .gram import Gram, GramWeighting
 
 

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...core.combine.gathering import to_device_async
 from ...core.combine.seeded import Seeded
 from ...core.hyper import check_one_of, hyper
 from ...core.step_batch import StepBatch
+from ...domains import to_device_async
 from .coral import moment_distance
 from .matching import FeatureMatching, all_features
 from .mmd import kernel_distance

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...distributed.global_batch import GlobalBatch
 from ...distributed.sharding import local
-from ...domains import Partition, partition, readable
+from ...domains import Partition, partition, readable, to_device_async
 from ...gradients.tape import TrackedForward
 from ...statistics.moments import pad_rows
 from ..backward import accumulate_with_hooks, scaled
@@ -23,7 +23,6 @@ from .gathering import (
     Gradients,
     SingleBackward,
     scatter_rows,
-    to_device_async,
 )
 
 Combined = dict[Tensor, Tensor]  # parameter -> gradient of the step

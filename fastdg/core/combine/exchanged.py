@@ -14,9 +14,10 @@ from ...distributed.exchange import Bucket
 from ...distributed.global_batch import GlobalBatch
 from ...distributed.ranks import BUCKET, Ranks, failed_on
 from ...distributed.sharding import local, sharded
+from ...domains import to_device_async
 from ...factors import Agreement
 from ...statistics.moments import pad_rows
-from .gathering import AccumulatedGradients, Gradients, SingleBackward, to_device_async
+from .gathering import AccumulatedGradients, Gradients, SingleBackward
 
 FLYING = 2  # buckets in transfer at a time; more would only take memory
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...domains import group_sums
+from ...domains import group_sums, to_device_async
 from ...dtypes import to_statistics_dtype
 from ...factors import Agreement, PerSampleGrad
 from ...gradients.plain import gradients_of, unhooked
@@ -91,15 +91,6 @@ class Gradients(ABC):
     def scatter_rows(self, values: Tensor, fill: float) -> Tensor:
         """Scatter ``values [E, *]`` to their places among all domains ``[D, *]``."""
         return scatter_rows(values, self.ids, self.extent, fill)
-
-
-def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy ``tensor`` to ``device`` without a wait of the CPU."""
-    if tensor.device == device:
-        return tensor
-    if tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def scatter_rows(values: Tensor, places: Sequence[int], extent: int, fill: float) -> Tensor:
