@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..core.hyper import check_switch, check_weight
 from ..dtypes import to_statistics_dtype
 from .masks import check_masks, chosen
 from .objectives import Objective
+from .restored import frozen, undone_on_error
 
 LEAST = 1e-10  # as in the reference, in the area's penalty
 
@@ -45,6 +45,9 @@ class ADIOS:
     where one for each pair takes 4 N. The backward of each comparison runs before the next
     comparison, so at most two are in memory. The masker runs once. Its step does not change the
     encoder, including buffers such as running statistics and ``requires_grad`` flags.
+
+    A step that raises leaves both networks and both optimizers as they were, and may be called
+    again. So a step holds a copy of them.
 
     So batch norm sees each whole image once and N masked ones: with its momentum of 0.1 and N = 4
     whole images weigh 16 % in the running statistics. In the authors' code, which encodes them for
@@ -161,12 +164,15 @@ class ADIOS:
             )
         both = self.objective.both_views
         plain, hidden = ((whole, view), (whole, view)) if both else ((whole,), (view,))
-        # The values are checked once: a check in every step would wait for the device
-        masks = [check_masks(self.masker(x), x, values=self.steps == 0) for x in hidden]
-        loss = self._encode(plain, hidden, [m.detach() for m in masks])
-        found = self._mask(plain, hidden, masks)
-        self.objective.steps = self.steps
-        self.objective.follow()
+        networks = self.objective, self.masker
+        optimizers = self.encoder_optimizer, self.masker_optimizer
+        with undone_on_error(networks, optimizers, self.generator):
+            # The values are checked once: a check in every step would wait for the device
+            masks = [check_masks(self.masker(x), x, values=self.steps == 0) for x in hidden]
+            loss = self._encode(plain, hidden, [m.detach() for m in masks])
+            found = self._mask(plain, hidden, masks)
+            self.objective.steps = self.steps
+            self.objective.follow()
         self.steps += 1
         return {"loss": loss, **found}
 
@@ -196,7 +202,7 @@ class ADIOS:
         self.masker_optimizer.zero_grad()
         leaves = [m.detach().requires_grad_() for m in masks]
         losses = []
-        with _frozen(self.objective):
+        with frozen(self.objective):
             with torch.no_grad():
                 whole = [self.objective.embed(x) for x in plain]
             for k in self._chosen(leaves[0]):
@@ -287,24 +293,6 @@ class ADIOS:
             f"masker={type(self.masker).__name__}, penalty={self.penalty}, "
             f"entropy={self.entropy}, single={self.single})"
         )
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Disable gradients of the parameters of ``module`` inside, and restore its buffers after."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    buffers = list(module.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, kept in zip(buffers, before, strict=True):
-                buffer.copy_(kept)
 
 
 def _check(argument: str, optimizer: Any, own: nn.Module, other: nn.Module, name: str) -> None:

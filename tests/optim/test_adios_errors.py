@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -87,3 +88,51 @@ def test_bad_views() -> None:
         torch.no_grad(),
     ):
         adios.step(x, view)
+
+
+def _fails() -> None:
+    raise OSError("the step failed")
+
+
+BREAKS: dict[str, Callable[[fastdg.ADIOS], Any]] = {
+    "masker's forward": lambda adios: adios.masker.register_forward_hook(lambda *a: _fails()),
+    "encoder's step": lambda adios: adios.encoder_optimizer.register_step_post_hook(
+        lambda *a: _fails()
+    ),
+    "masker's loss": lambda adios: adios.encoder_optimizer.register_step_post_hook(
+        lambda *a: adios.objective.network.register_forward_hook(lambda *a: _fails())
+    ),
+    "masker's step": lambda adios: adios.masker_optimizer.register_step_pre_hook(
+        lambda *a: _fails()
+    ),
+    "after both": lambda adios: adios.masker_optimizer.register_step_post_hook(lambda *a: _fails()),
+}
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("done", [0, 2])
+@pytest.mark.parametrize("place", BREAKS)
+def test_a_step_is_made_whole_or_not_at_all(place: str, done: int, average: bool) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    adios = made("BYOL", norm=True, single=True, generator=generator)
+    if average:
+        adios.encoder_optimizer = fastdg.SMA(adios.encoder_optimizer, adios.objective, start=1)
+    for seed in range(done):
+        adios.step(*views(seed))
+    before = copy.deepcopy(adios.state_dict())
+    good = copy.deepcopy(adios)
+    broken = BREAKS[place](adios)
+    with pytest.raises(OSError, match="the step failed"):
+        adios.step(*views(done))
+    broken.remove()
+    adios.objective.network._forward_hooks.clear()
+    same(adios.state_dict(), before)
+    for seed in range(done, done + 2):
+        adios.step(*views(seed))
+        good.step(*views(seed))
+    same(adios.state_dict(), good.state_dict())
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
