@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..averaging.averaged import WAY, Averaged, zeros
-from ..averaging.buffers import Buffers, check_same_size, size_of
+from ..averaging.buffers import Buffers, check_shapes, size_of
 from ..core.declared_state import Group, PerParameter, PerRun, Rows, RunValue
 from ..core.hyper import argument, check_module, check_steps, hyper
 from ..dtypes import to_statistics_dtype
@@ -38,8 +38,7 @@ class SMA(Averaged):
 
     It goes around any wrapper, or a plain optimizer, as the outermost:
     ``fastdg.SMA(fastdg.Fishr(optimizer), model)``. `backward`, its arguments and ``statistics``
-    are the inner wrapper's, or `ERM`'s around a plain optimizer. There ``loss.backward()`` works
-    too.
+    are the inner wrapper's; around a plain optimizer, `ERM`'s, and ``loss.backward()`` works too.
 
     The model gets the averages inside ``with opt.applied():``, to evaluate them, or by
     ``opt.apply()`` for good; ``opt.averaged()`` is a copy of the model with them.
@@ -89,24 +88,26 @@ class SMA(Averaged):
         way=WAY,
     )
     averaged_steps = RunValue(0)
+    _shapes: tuple[Size, ...] = ()  # of the buffers that are averaged
 
-    def _prepare(self) -> None:
-        super()._prepare()
+    def _check(self, model: nn.Module) -> None:
         if self.averaged_steps:
-            Buffers(self.model).check("buffers", self.buffers)
+            check_shapes(self._shapes, Buffers(model).shapes("buffers"))
 
     def _add(self) -> None:
         if self.steps < self.start - 1:
             return
         now, kept = _buffers(self), self.buffers
-        if self.averaged_steps:
-            check_same_size(size_of(kept), size_of(now))  # a closure's forward may change them
         self._join(self.average, self.averaged_steps)
         if now is not None and kept is not None and self.averaged_steps:
             kept.lerp_(now, 1 / (self.averaged_steps + 1))
         elif now is not None:
-            self.buffers = now
+            self.buffers, self._shapes = now, Buffers(self.model).shapes("buffers")
         self.averaged_steps += 1
+
+    def _finish_load(self) -> None:
+        super()._finish_load()
+        self._shapes = Buffers(self.model).shapes("buffers")  # as many numbers as the averages
 
     def _mean(self) -> tuple[dict[Tensor, Tensor], int]:
         if not self.averaged_steps:
@@ -114,5 +115,6 @@ class SMA(Averaged):
         return dict(self.average), self.averaged_steps
 
     def _put_buffers(self, model: nn.Module) -> None:
+        self._check(model)
         if self.averaged_steps and self.buffers is not None:
             Buffers(model).put("buffers", self.buffers)

@@ -20,7 +20,7 @@ from ..core.hyper import check_model, option
 from ..core.optimizer import DomainOptimizer
 from ..core.step_batch import StepBatch
 from ..distributed.sharding import local, sharded
-from .buffers import KINDS, Buffers, size_of, stored
+from .buffers import KINDS, Buffers, check_shapes, size_of, stored
 
 ONE_DOMAIN = (
     "domains: {} steps on one domain after the other, so a batch must have samples of one domain"
@@ -67,7 +67,7 @@ class Anchored(DomainOptimizer):
     """
 
     looks_at_samples = False
-    _fleeting = ("_buffers", "_noted", "_begun", "_meta", "_gain", "_gains")
+    _fleeting = ("_buffers", "_noted", "_shapes", "_begun", "_meta", "_gain", "_gains")
     _transient = (*DomainOptimizer._transient, *_fleeting)
 
     model: nn.Module | None = option(None, check_model, show=None)
@@ -83,6 +83,7 @@ class Anchored(DomainOptimizer):
     def _clear(self) -> None:
         super()._clear()
         self._noted: dict[str, Tensor] = {}  # buffers at the start of this meta-iteration
+        self._shapes: dict[str, tuple[torch.Size, ...]] = {}  # of these
         self._begun = False
         self._meta: dict[str, Tensor] = {}  # statistics of the last meta step
         self._gain: Tensor | None = None  # of this inner step, if `_reads_grad`
@@ -212,7 +213,7 @@ class Anchored(DomainOptimizer):
         kept = self.kept
         if self.position + 1 >= self.inner_steps():
             for kind in KINDS:  # before the step, as `interpolate` comes after it
-                self._buffers.check(kind, self._noted.get(kind))
+                check_shapes(self._shapes.get(kind, ()), self._buffers.shapes(kind))
         if self.position == 0:
             for p, start in kept.items():
                 kept[p] = stored(p.detach(), start)
@@ -265,8 +266,12 @@ class Anchored(DomainOptimizer):
             self._begun = True
 
     def _note_buffers(self) -> None:
+        self._note_shapes()
         for kind, value in self._buffers.now().items():
             self._noted[kind] = stored(value, self._noted.get(kind))
+
+    def _note_shapes(self) -> None:
+        self._shapes = {kind: self._buffers.shapes(kind) for kind in KINDS}
 
     # -- state and copies --
 
@@ -284,6 +289,7 @@ class Anchored(DomainOptimizer):
         if self.position == 0:
             self._note_buffers()
         else:
+            self._note_shapes()
             for kind, value in self._buffers.now().items():
                 start = next(iter(self._own_state[kind].values()), value)
                 self._noted[kind] = start.to(value.dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,9 @@ class Averaged(OuterOptimizer):
 
     def _put_buffers(self, model: nn.Module) -> None:
         """Give the averaged buffers, if there are any, to the model or a copy of it."""
+
+    def _check(self, model: nn.Module) -> None:
+        """Raise if the model or a copy of it is no longer like the averages."""
 
     # -- the averages --
 
@@ -135,8 +139,10 @@ class Averaged(OuterOptimizer):
                 raise errors.no_backward(type(self).__name__, staged=True)
             amp.refuse_scaled(self)
             closure = None if closure is None else partial(self._evaluate, closure)
+        closure = None if closure is None else self._checked(closure)
         moves = not probe or is_new(innermost(self.base))
         if not probe:
+            self._check(self.model)
             self._prepare()
         loss = self._step_base(closure) if moves else None
         self._release_grad()
@@ -145,6 +151,17 @@ class Averaged(OuterOptimizer):
         else:
             self._commit()
         return loss
+
+    def _checked(self, closure: Closure) -> Closure:
+        """Check what a closure's forward has left, before the optimizer steps."""
+
+        @wraps(closure)  # a closure's parameters say how it is run
+        def checked(*args: Any) -> Any:
+            result = closure(*args)
+            self._check(self.model)
+            return result
+
+        return checked
 
     @not_compiled
     def _commit(self) -> None:

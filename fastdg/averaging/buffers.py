@@ -45,9 +45,9 @@ class Buffers:
         found = {kind: self.tensors(kind) for kind in KINDS}
         return {kind: _joined(buffers) for kind, buffers in found.items() if buffers}
 
-    def check(self, kind: str, kept: Tensor | None) -> None:
-        """Raise ValueError unless there are as many numbers of a kind as in ``kept``."""
-        check_same_size(size_of(kept), sum(b.numel() for b in self.tensors(kind)))
+    def shapes(self, kind: str) -> tuple[torch.Size, ...]:
+        """Return the shapes of the current buffers of a kind."""
+        return tuple(b.shape for b in self.tensors(kind))
 
     @torch.no_grad()
     def interpolate(self, kept: dict[str, Tensor], rate: float) -> None:
@@ -61,9 +61,7 @@ class Buffers:
     def put(self, kind: str, value: Tensor) -> None:
         """Set the buffers of a kind, given as `now` returns them."""
         tensors = self.tensors(kind)
-        sizes = [b.numel() for b in tensors]
-        check_same_size(len(value), sum(sizes))
-        pieces = value.split(sizes)
+        pieces = value.split([b.numel() for b in tensors])
         views = [x.view(b.shape) for x, b in zip(pieces, tensors, strict=True)]
         if all(b.device == value.device for b in tensors):
             foreach_copy_(tensors, views)
@@ -82,17 +80,23 @@ def size_of(flat: Tensor | None) -> int:
     return 0 if flat is None else len(flat)
 
 
-def check_same_size(before: int, now: int) -> None:
-    """Raise ValueError unless flat buffers have as many numbers as before.
+def check_shapes(before: Sequence[torch.Size], now: Sequence[torch.Size]) -> None:
+    """Raise ValueError unless buffers have the same number and shapes as before.
 
-    One number would be broadcast without a word.
+    Flat, those of other shapes would be averaged, or broadcast, without a word.
     """
-    if before != now:
-        raise ValueError(
-            f"model: expected {before} numbers in its buffers, as before, got {now}. Buffers in "
-            "its state_dict must not come, go or change their size during a run. Register such "
-            "ones with persistent=False, or make the wrapper anew."
-        )
+    changed = [(list(a), list(b)) for a, b in zip(before, now, strict=False) if a != b]
+    if len(before) != len(now):
+        difference = f"{len(before)} buffers, as before, got {len(now)}"
+    elif changed:
+        difference = f"a buffer of shape {changed[0][0]}, as before, got {changed[0][1]}"
+    else:
+        return
+    raise ValueError(
+        f"model: expected {difference}. Buffers in its state_dict must not come, go or change "
+        "their shape during a run. Register such ones with persistent=False, or make the wrapper "
+        "anew."
+    )
 
 
 def stored(value: Tensor, place: Tensor | None) -> Tensor:
