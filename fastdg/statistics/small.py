@@ -44,7 +44,7 @@ class Small(Generic[K]):
         self.partition, self.variance = partition, variance
         self.waiting: dict[torch.dtype, _Waiting] = {}
         self.entries = 0
-        self.norms: list[NormCall] = []
+        self.norms: dict[NormCall, None] = {}  # in their order
         self.held = 0  # bytes of their maps
         self.made: dict[K, tuple[Tensor, Tensor | None]] = {}
 
@@ -82,16 +82,16 @@ class Small(Generic[K]):
         return True
 
     def _hold(self, call: NormCall) -> None:
-        if call.made is not None or (self.norms and self.norms[-1] is call):
+        if call.made is not None or call in self.norms:
             return  # computed, or held by the norm's weight
         if self.norms and self.held + call.bytes > MAPS_THERE:
             self._compute()
-        self.norms.append(call)
+        self.norms[call] = None
         self.held += call.bytes
 
     def _compute(self) -> None:
-        compute(self.norms)
-        self.norms, self.held = [], 0
+        compute(list(self.norms))
+        self.norms, self.held = {}, 0
 
     def results(self) -> dict[K, tuple[Tensor, Tensor | None]]:
         """Return key -> mean and variance, each ``[D, *shape]``."""

@@ -205,9 +205,10 @@ def norm_calls() -> list[NormCall]:
     return [*calls, NormCall(x, delta, torch.randn(N, 2, 1), torch.rand(N, 2, 1), True, None)]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("most", [0, 500, 1 << 20])
 def test_norms_wait_for_others_until_their_maps_are_many(
-    most: int, monkeypatch: pytest.MonkeyPatch
+    most: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
     run, run_many = ops.norm_gradients, ops.foreach_norm_gradients
@@ -220,10 +221,13 @@ def test_norms_wait_for_others_until_their_maps_are_many(
     waiting: Small[Any] = Small(parts, variance=True)
     calls = norm_calls()
     expected = [run(*call.maps, *call.statistics, own=call.own, eps=call.eps) for call in calls]
-    for k, call in enumerate(calls):
-        for bias in (False, True):
-            assert waiting.takes((k, bias), OfNorm(call, bias, (N, call.maps[0].shape[2])))
-            assert waiting.held <= max(most, call.bytes)
+    arriving = [(k, bias) for k in range(len(calls)) for bias in (False, True)]
+    if apart:  # all weights before all biases
+        arriving.sort(key=lambda key: key[1])
+    widths = [call.maps[0].shape[2] for call in calls]
+    for k, bias in arriving:
+        assert waiting.takes((k, bias), OfNorm(calls[k], bias, (N, widths[k])))
+        assert waiting.held <= max(most, calls[k].bytes)
     found = waiting.results()
     assert ran == {0: [1, 1, 1, 1], 500: [1, 1, 1, 1], 1 << 20: [3, 1]}[most]
     for (k, bias), got in found.items():
