@@ -89,7 +89,8 @@ def no_backward(name: str, staged: bool) -> RuntimeError:
     return RuntimeError(
         f"{name}.step() needs a backward before it. Call opt.backward(losses, domains) in place of "
         "loss.backward(), with losses from reduction='none'; with a GradScaler, "
-        "opt.backward(losses, domains, scaler=scaler) in place of scaler.scale(loss).backward()."
+        "opt.backward(losses, domains, scaler=scaler) in place of scaler.scale(loss).backward(). "
+        "Call opt.zero_grad() before opt.backward or after opt.step, not between them."
     )
 
 

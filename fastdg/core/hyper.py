@@ -191,13 +191,19 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
                 f"{key}: {name} does not declare it as an argument. Write "
                 f"{key}: ... = hyper(default, check) in the class, from fastdg.core.hyper."
             )
-        if near := nearest(key, known):
+        if near := nearest(key, known) or ending(key, known):
             raise TypeError(f"{key}: {name} has no such argument. Did you mean {near}=?")
         raise TypeError(
             f"{key}: {name} has no such argument. Its arguments are {', '.join(known)}. An "
             f"argument of the wrapped optimizer belongs there: "
             f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))."
         )
+
+
+def ending(key: str, known: Iterable[str]) -> str | None:
+    """Return the one name among ``known`` that ends in ``_key``: penalty_weight for weight."""
+    names = [name for name in known if name.endswith(f"_{key}") and not name.startswith("pre_")]
+    return names[0] if len(names) == 1 else None
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 class in_words:
@@ -63,3 +64,11 @@ def listed(names: Sequence[str]) -> str:
     """List the first three names, and the number of others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def not_a_tensor(losses: Any) -> TypeError:
+    """Return the error for losses that are no tensor."""
+    text = f"losses: expected a tensor (N,), got {type(losses).__name__}."
+    if isinstance(losses, Mapping):
+        text += " Pass those of several tasks to opt.backward as a list, list(losses.values())."
+    return TypeError(text)

@@ -15,7 +15,7 @@ from ..selection import NAMES, Selection, select
 from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, plan_gradients
-from .errors import in_words, listed, reentrant
+from .errors import in_words, listed, not_a_tensor, reentrant
 from .graph import Graph
 from .heads import head_of, layers_after, refuse_opaque
 from .scale import backward_scale, unscaled
@@ -270,7 +270,7 @@ class Tape:
 def check_losses(losses: Tensor) -> None:
     """Raise unless ``losses`` is ``[N]``, floating, and has a graph."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"losses: expected a tensor (N,), got {type(losses).__name__}.")
+        raise not_a_tensor(losses)
     if losses.dim() != 1:
         advice = (
             "Pass reduction='none' to the loss."

@@ -30,6 +30,11 @@ class DomainMoments:
         """Domains that have samples, ``[D]`` bool."""
         return self.count > 0
 
+    def __repr__(self) -> str:
+        # The tensors are as large as the model, times the domains
+        shapes = ", ".join(f"{name!r}: {tuple(mean.shape)}" for name, mean in self.mean.items())
+        return f"DomainMoments(mean and variance: {{{shapes}}}, count={self.count})"
+
 
 def pad_rows(tensor: Tensor, domains: int) -> Tensor:
     """Pad ``tensor [d, *]`` with zero rows to ``[domains, *]``."""

@@ -103,6 +103,7 @@ def tape_of(params: Any) -> Tape:
 def tape_and_tensors(given: Sequence[Any], params: Any, wanted: int) -> tuple[Any, ...]:
     """Return ``(tape, losses, ...)`` from ``(tape, losses, ...)`` or ``(losses, ..., params=)``."""
     first, *others = [x for x in given if x is not None] or [None]
+    call = "Call it with " + ("losses", "losses, domains")[wanted - 1] + ", params=model."
     if params is not None:
         if isinstance(first, Tape):
             raise TypeError("params: expected either a tape or params=, got both. Leave one out.")
@@ -110,19 +111,16 @@ def tape_and_tensors(given: Sequence[Any], params: Any, wanted: int) -> tuple[An
     elif isinstance(first, Tape):
         tape, rest = first, others
     elif isinstance(first, Tensor):
-        raise TypeError(
-            "params: expected a model, an optimizer or parameters, got none. Call for example "
-            "fastdg.domain_moments(losses, domains, params=model)."
-        )
+        named = next((type(x).__name__ for x in others if not isinstance(x, Tensor)), None)
+        got = f"a {named} without the name params" if named else "none"
+        raise TypeError(f"params: expected a model, an optimizer or parameters, got {got}. {call}")
     else:
         raise TypeError(
             f"tape: expected a tape or losses, got {type(first).__name__}. Pass params=model, the "
             "tape of `with fastdg.record(model) as tape:`, or a wrapper's opt.tape."
         )
     if len(rest) != wanted:
-        missing = ("losses", "domains")[len(rest) : wanted] or ("domains",)
-        raise TypeError(
-            f"{missing[0]}: expected {wanted} tensors in all, got {len(rest)}. "
-            "Call it as in the docstring."
-        )
+        if len(rest) > wanted:
+            raise TypeError(f"domains: expected none, since each sample counts alone. {call}")
+        raise TypeError(f"domains: expected the domain of each sample (N,), got none. {call}")
     return (tape, *rest)

@@ -230,3 +230,19 @@ def test_parameters_of_a_criterion_are_no_head(kind: str, given: bool) -> None:
     names = {opt._names[p] for p in opt._own_state["ema"]}
     assert names == ({"criterion.w"} if kind == "own" else {"head.weight", "head.bias"})
     assert all(p.grad is not None for p in criterion.parameters())
+
+
+def test_words_for_slips_of_a_first_loop() -> None:
+    model = network()
+    with pytest.raises(TypeError, match=r"^weight: .*Did you mean penalty_weight="):
+        fastdg.Fishr(SGD(model.parameters(), lr=0.1), weight=10.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^steps: .*Did you mean anneal_steps="):
+        fastdg.Fishr(SGD(model.parameters(), lr=0.1), steps=10)  # type: ignore[call-arg]
+    opt = fastdg.PCGrad(SGD(model.parameters(), lr=0.1))
+    losses, domains = batch(model)
+    with pytest.raises(TypeError, match=r"^losses: .*got dict.*list\(losses\.values\(\)\)"):
+        opt.backward({"a": losses, "b": losses})  # type: ignore[arg-type]
+    opt.backward(losses, domains)
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match=r"needs a backward.*zero_grad\(\) before"):
+        opt.step()

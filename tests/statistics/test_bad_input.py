@@ -296,3 +296,26 @@ def test_a_forward_is_known_wherever_it_ran() -> None:
     after = model(x).square().sum(1)
     one, two = (fastdg.per_sample_norms(tape, losses) for losses in (before, after))
     assert torch.equal(one, two)
+
+
+def test_a_call_without_params_or_domains_shows_the_right_call() -> None:
+    model = net()
+    losses = F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N).long(), reduction="none")
+    alone = r".*Call it with losses, params=model\."
+    with pytest.raises(TypeError, match=r"^params: .*got a Sequential without the name" + alone):
+        fastdg.per_sample_norms(losses, model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^domains: expected none" + alone):
+        fastdg.per_sample_norms(losses, DOMAINS, params=model)
+    for given in ((), (model,)):
+        with pytest.raises(TypeError, match=r"^params: .*losses, domains, params=model\."):
+            fastdg.domain_gram(losses, DOMAINS, *given)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^domains: .*got none.*losses, domains, params=model\."):
+        fastdg.domain_gram(losses, params=model)
+
+
+def test_moments_print_shapes_in_place_of_all_entries() -> None:
+    model = net()
+    losses = F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N).long(), reduction="none")
+    shown = repr(fastdg.domain_moments(losses, DOMAINS, params=model))
+    assert "'0.weight': (3, 5, 4)" in shown and "count=tensor([3, 2, 1])" in shown
+    assert shown.count("tensor") == 1
