@@ -7,8 +7,8 @@ constexpr float CANCELS = 1.f / 256;
 
 struct Rank1 {  // one register tile of the output
   const float *left, *left_squared;    // [depth][ROWS]
-  const float *right, *right_squared;  // [depth][R]
-  const int64_t* step;                 // k * ROWS
+  const float *right, *right_squared;  // [depth][R]; for DirectTile where sample k lies at right + step[k]
+  const int64_t* step;                 // else k * ROWS
   int64_t depth, count;
   bool first, last;  // of the chunks of samples; sums wait in the output between chunks
   float *mean, *variance;
@@ -21,11 +21,18 @@ struct Rank1Tile {
   static void run(const Rank1& t) {
     vec one[M][V] = {}, two[M][V] = {};
     product(one, t.left, t.right, t);
+    put_mean(one, t);
+    if (t.variance == nullptr) return;
+    product(two, t.left_squared, t.right_squared, t);
+    put_variance(two, t);
+  }
+
+  static inline void put_mean(vec (&one)[M][V], const Rank1& t) {
     if (!t.first) add(one, t.mean, t.stride);
     if (t.last) scale(one, t.count);
     put(one, t.mean, t.stride);
-    if (t.variance == nullptr) return;
-    product(two, t.left_squared, t.right_squared, t);
+  }
+  static inline void put_variance(vec (&two)[M][V], const Rank1& t) {
     if (!t.first) add(two, t.variance, t.stride);
     if (t.last) {
       scale(two, t.count);
@@ -72,6 +79,25 @@ struct Rank1Tile {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) store(to + m * stride + v * W, acc[m][v]);
+  }
+};
+
+// All rows of a narrow output, one vector wide: the right factor is read where it lies, and squared in registers.
+template <int M, int V>
+struct DirectTile {
+  static void run(const Rank1& t) {
+    vec one[M][V] = {}, two[M][V] = {};
+    for (int64_t k = 0; k < t.depth; ++k) {
+      const float *left = t.left + k * ROWS, *left_squared = t.left_squared + k * ROWS;
+      const vec b = load(t.right + t.step[k]), square = b * b;
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        one[m][0] += left[m] * b;
+        two[m][0] += left_squared[m] * square;
+      }
+    }
+    Rank1Tile<M, V>::put_mean(one, t);
+    if (t.variance != nullptr) Rank1Tile<M, V>::put_variance(two, t);
   }
 };
 
@@ -156,33 +182,41 @@ static void gather_panels(float* values, float* squares, int64_t panel, const Ri
 
 static void moments_rank1(const Outer& p, Group group, Range rows, Range columns, float* mean,
                           float* variance) {
-  const int64_t panels = (columns.end - columns.begin + R - 1) / R;
+  static constexpr auto direct_tile = row_table<DirectTile, 1>(std::make_index_sequence<ROWS>());
+  const int64_t total = columns.end - columns.begin;
+  // One tile of rows reads the right factor once: copies of it would take as long as the sums.
+  const bool direct = rows.end - rows.begin <= ROWS && p.right.col == 1 && total % W == 0;
+  const int64_t lanes = direct ? W : R, panels = (total + lanes - 1) / lanes;
   const int64_t chunk = std::min<int64_t>(group.count, RANK1_DEPTH);
-  const int64_t panel = (chunk | 1) * R;  // an odd number of rows: panels do not meet in one cache set
+  // An odd number of rows: panels do not meet in one cache set
+  const int64_t panel = direct ? 0 : (chunk | 1) * R;
   ScratchAllocator allocator(2 * padded(chunk * ROWS) + 2 * panels * panel + padded(2 * chunk));
   float* left = allocator.take(chunk * ROWS);
   float* left_squared = allocator.take(chunk * ROWS);
   float* right = allocator.take(panels * panel);
   float* right_squared = allocator.take(panels * panel);
   auto* step = reinterpret_cast<int64_t*>(allocator.take(2 * chunk));
-  for (int64_t k = 0; k < chunk; ++k) step[k] = k * ROWS;
 
   for (int64_t s = 0; s < group.count; s += chunk) {
     const int64_t depth = std::min(chunk, group.count - s);
-    gather_panels(right, right_squared, panel, p.right, columns, group.samples + s, depth);
+    for (int64_t k = 0; k < depth; ++k) step[k] = direct ? group.samples[s + k] * p.right.sample : k * ROWS;
+    if (!direct) gather_panels(right, right_squared, panel, p.right, columns, group.samples + s, depth);
     for (int64_t m = rows.begin; m < rows.end; m += ROWS) {
       const int64_t height = std::min<int64_t>(ROWS, rows.end - m);
       gather(left, left_squared, p.left.data, group.samples + s, depth, p.left.sample,
              p.left.col.data() + m, height);
       for (int64_t j = 0; j < panels; ++j) {
-        const int64_t column = columns.begin + j * R;
-        const int64_t width = std::min<int64_t>(R, columns.end - column);
+        const int64_t column = columns.begin + j * lanes;
+        const int64_t width = std::min<int64_t>(lanes, columns.end - column);
         const int64_t at = p.out(m, column);
         bool cancels = false;
-        const Rank1 tile{left, left_squared, right + j * panel, right_squared + j * panel,
-                         step, depth, group.count, s == 0, s + depth == group.count, mean + at,
-                         variance == nullptr ? nullptr : variance + at, p.out_left, &cancels};
-        if (width % W == 0)
+        const Rank1 tile{left, left_squared, direct ? p.right.data + column : right + j * panel,
+                         right_squared + j * panel, step, depth, group.count, s == 0,
+                         s + depth == group.count, mean + at, variance == nullptr ? nullptr : variance + at,
+                         p.out_left, &cancels};
+        if (direct)
+          direct_tile[height - 1](tile);
+        else if (width % W == 0)
           tile_routine<Rank1Tile>(height, width / W)(tile);
         else
           edge_tile(tile, height, static_cast<int>(width));

@@ -5,9 +5,10 @@
 // Included once per instruction set, inside its namespace.
 
 struct ShortGradient {       // of one sample, by some rows of the output
-  const float *left, *slope, *level, *right;  // [T][left_step], [rows][step] each, [T][step]
-  float *of_left, *of_right;                  // as left and right; they are added to
-  int64_t left_step, step, width;
+  const float *left, *slope, *level, *right;  // [T][left_step], [rows][step] each, [T][right_step]
+  float *of_left, *of_right;                  // as left, which is added to, and [T][to_step]
+  int64_t left_step, step, right_step, to_step, width;
+  bool first;                                 // whether of_right is written, not added to
 };
 
 template <int T, int M>
@@ -21,11 +22,12 @@ struct ShortGradientTile {
     // Copies, which stores cannot change
     const float *slope = t.slope, *level = t.level, *from = t.right;
     float* to = t.of_right;
-    const int64_t step = t.step;
+    const int64_t step = t.step, right_step = t.right_step, to_step = t.to_step;
+    const bool first = t.first;
     for (const float* end = from + t.width; from < end; from += W, to += W, slope += W, level += W) {
       vec right[T], h[M];
 #pragma GCC unroll 8
-      for (int k = 0; k < T; ++k) right[k] = load(from + k * step);
+      for (int k = 0; k < T; ++k) right[k] = load(from + k * right_step);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         vec g = left[m][0] * right[0];
@@ -35,10 +37,10 @@ struct ShortGradientTile {
       }
 #pragma GCC unroll 8
       for (int k = 0; k < T; ++k) {
-        vec out = load(to + k * step);
+        vec out = first ? vec{} : load(to + k * to_step);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) out += left[m][k] * h[m];
-        store(to + k * step, out);
+        store(to + k * to_step, out);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
@@ -55,10 +57,19 @@ struct ShortGradientTile {
 // Rows of a tile whose left factor and sums fit the registers together.
 constexpr int short_rows(int T) { return std::max(1, (W == 16 ? 8 : 4) / T); }
 
-template <int T>
-struct ShortGradientRow : ShortGradientTile<T, 1> {};
-template <int T>
-struct ShortGradientRows : ShortGradientTile<T, short_rows(T)> {};
+// Tiles of 1 .. short_rows(T) rows; those after them are never taken.
+template <int T, size_t... M>
+static constexpr auto short_gradient_rows(std::index_sequence<M...>) {
+  return std::array{&ShortGradientTile<T, std::min(static_cast<int>(M) + 1, short_rows(T))>::run...};
+}
+
+template <size_t... T>
+static constexpr auto short_gradient_table(std::index_sequence<T...>) {
+  return std::array{
+      short_gradient_rows<static_cast<int>(T) + 1>(std::make_index_sequence<short_rows(1)>())...};
+}
+
+constexpr int64_t DIRECT_TILES = 2;
 
 class ShortBackward {
  public:
@@ -101,10 +112,22 @@ class ShortBackward {
   }
 
   void block(int64_t column, int64_t width) {
-    static constexpr auto positions = std::make_index_sequence<SHORT_POSITIONS>();
-    static constexpr auto one = position_table<ShortGradientRow>(positions);
-    static constexpr auto several = position_table<ShortGradientRows>(positions);
+    static constexpr auto table = short_gradient_table(std::make_index_sequence<SHORT_POSITIONS>());
     const int64_t filled = pieces(width, W) * W;
+    // For few rows copies would take as long as the products: the right factor is read where it lies, and its
+    // gradient is written there.
+    if (rows_ <= DIRECT_TILES * tile_ && p_.right.col == 1 && filled == width) {
+      load_upstream(0, rows_, column, width, filled);
+      for (int64_t k = 0; k < group_.count; ++k)
+        for (int64_t m = 0, tile = 0; m < rows_; m += tile) {
+          tile = std::min(tile_, rows_ - m);
+          const int64_t n = group_.samples[k], left = k * T_ * rows_ + m, V = p_.right.width;
+          table[T_ - 1][tile - 1]({left_ + left, slope_ + m * step_, level_ + m * step_,
+                                   p_.right.data + n * p_.right.sample + column, of_left_ + left,
+                                   grad_.right + n * T_ * V + column, rows_, step_, p_.right.row, V, width, m == 0});
+        }
+      return;
+    }
     each_row([&](int64_t n, int64_t t, int64_t at) {
       const float* from = p_.right.data + n * p_.right.sample + t * p_.right.row + column * p_.right.col;
       float* to = right_ + at * step_;
@@ -114,18 +137,17 @@ class ShortBackward {
         for (int64_t c = 0; c < width; ++c) to[c] = from[c * p_.right.col];
       std::fill(to + width, to + filled, 0.f);
     });
-    std::fill_n(of_right_, group_.count * T_ * step_, 0.f);
     for (int64_t r = 0; r < rows_; r += high_) {
       const int64_t height = std::min(high_, rows_ - r);
       load_upstream(r, height, column, width, filled);
       for (int64_t s = 0; s < group_.count; s += together_)
         for (int64_t m = 0, tile = 0; m < height; m += tile) {
-          tile = height - m < tile_ ? 1 : tile_;
-          const auto run = (tile == 1 ? one : several)[T_ - 1];
+          tile = std::min(tile_, height - m);
+          const auto run = table[T_ - 1][tile - 1];
           for (int64_t k = s; k < std::min(group_.count, s + together_); ++k) {
             const int64_t left = k * T_ * rows_ + r + m, right = k * T_ * step_, part = pieces(width, group_.count);
             run({left_ + left, slope_ + m * step_, level_ + m * step_, right_ + right, of_left_ + left,
-                 of_right_ + right, rows_, step_, filled});
+                 of_right_ + right, rows_, step_, step_, step_, filled, r + m == 0});
             fetch(r + high_ + m, std::min(tile, rows_ - r - high_ - m), column + k * part,
                   std::min(part, width - k * part));
           }

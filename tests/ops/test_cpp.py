@@ -40,6 +40,8 @@ def rows(N: int, T: int, I: int, O: int, layout: str = "plain") -> tuple[Tensor,
     elif layout == "sliced":
         a = torch.randn(N, T, 2 * I + 1)[..., 1::2]
         delta = torch.randn(2 * N, T + 3, O + 5)[::2, 3:, 5:]
+    elif layout == "columns":
+        a = torch.randn(N, T, 3 * I)[..., I : 2 * I]
     elif layout == "expanded":
         delta = delta[:, :1].expand(N, T, O)
     return a, delta, []
@@ -70,6 +72,13 @@ CASES = {
     "linear, T=1, one input": (lambda: rows(7, 1, 1, 5), (3, 4)),
     "linear, T=1, sliced": (lambda: rows(9, 1, 20, 33, "sliced"), (2, 7)),
     "linear, T=1, more samples than a chunk": (lambda: rows(560, 1, 9, 5), (300, 260)),
+    "linear, T=1, few outputs": (lambda: rows(11, 1, 96, 5), (4, 1, 6)),
+    "linear, T=1, few outputs, columns": (lambda: rows(560, 1, 544, 6, "columns"), (300, 250)),
+    "linear, T=1, two tiles of outputs": (lambda: rows(20, 1, 1040, 12, "columns"), (9, 11)),
+    **{
+        f"linear, T={T}, few outputs": (lambda T=T: rows(8, T, 48, 3, "columns"), (3, 5))
+        for T in (2, 3, 8)
+    },
     "linear, T=2": (lambda: rows(10, 2, 21, 40), (3, 0, 7)),
     "linear, T=7": (lambda: rows(12, 7, 40, 10), (3, 4, 5)),
     **{f"linear, T={T}": (lambda T=T: rows(8, T, 37, 11), (3, 5)) for T in (3, 4, 5, 6, 8)},
