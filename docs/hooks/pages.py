@@ -82,6 +82,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     def led(match: re.Match[str]) -> str:
         image, text, target, anchor = match.groups()
         path = (here.parent / target).resolve()
+        if path.suffix == ".ipynb" and path.exists():  # on the site it is a page
+            return f"[{text}]({target.removesuffix('.ipynb')}.md{anchor or ''})"
         if (ROOT / "docs") in path.parents:
             return match[0]
         if not path.exists():

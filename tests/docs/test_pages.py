@@ -110,8 +110,6 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         to = (path.parent / name).resolve() if name else path
-        if to.suffix == ".md" and to.parent == DOCS / "notebooks":
-            to = to.with_suffix(".ipynb")  # whose page is made of it
         assert to.exists(), target
         if anchor and to.suffix == ".md":
             assert anchor in anchors(to), target
