@@ -49,7 +49,7 @@ class Averages:
         """Return the current averages of these statistics ``[D, *]``, for their D domains."""
         found, parameters = [], self.opt.tape.names
         for name, value in values.items():
-            own = self.kept.get(parameters[name])
+            own = self._like(parameters[name], value)
             if own is None:
                 own = torch.zeros_like(value, requires_grad=False)
             elif own.shape != value.shape:
@@ -57,6 +57,14 @@ class Averages:
                 own = pad_rows(own[:D], D)
             found.append(own)
         return found
+
+    def _like(self, p: Tensor, value: Tensor) -> Tensor | None:
+        """Return the averages of a parameter, in the dtype of ``value``: a state may come from a
+        run in another one."""
+        own = self.kept.get(p)
+        if own is not None and own.dtype is not value.dtype:
+            own = self.kept[p] = own.to(value.dtype)
+        return own
 
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
         """Move the averages of the domains that are ``present`` by ``rate`` towards ``values``."""
@@ -79,7 +87,7 @@ class Averages:
         made: dict[tuple[torch.dtype, int], Tensor] = {}  # weights by dtype and dimensions
         for p, value in named:
             D, kind = value.shape[0], (value.dtype, value.dim())
-            own = kept.get(p)
+            own = self._like(p, value)
             if own is None:
                 own = kept[p] = torch.zeros_like(value)
             elif (rows := own.shape[0]) < D:
