@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from ._torch import assert_later, dispatch_modes, get_proxy_mode
 
 
@@ -21,12 +22,15 @@ class Partition:
         offsets: ``[D + 1]`` int64; domain d is ``order[offsets[d]:offsets[d + 1]]``.
         domains: domain of each sample, ``[N]`` int64.
         count: number of samples of each domain, ``[D]`` int64.
+        loss_sums: sum of each domain's losses ``[D]``, detached; None where `ops.loss_sums` has
+            not made the partition.
     """
 
     order: Tensor
     offsets: Tensor
     domains: Tensor
     count: Tensor
+    loss_sums: Tensor | None = None
 
     @property
     def num_domains(self) -> int:
@@ -51,6 +55,18 @@ def _sorted(domains: Tensor, num_domains: int) -> Partition:
     bounds = torch.arange(num_domains + 1, device=domains.device)
     offsets = torch.searchsorted(ascending, bounds)
     return Partition(order, offsets, domains, offsets.diff())
+
+
+def _with_sums(losses: Tensor, ids: Tensor, num_domains: int | None) -> Partition:
+    """Partition in one call, as small steps take longer to call ops than to compute."""
+    D = check_ids(ids, None) if num_domains is None else num_domains
+    try:
+        order, offsets, count, sums = ops.loss_sums(losses, ids, D)
+    except Exception:
+        if readable(ids):
+            check_ids(ids, num_domains)  # says more
+        raise
+    return Partition(order, offsets, ids, count, sums)
 
 
 def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -248,6 +264,9 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
     ids = domains.detach()
     if ids.dtype is not torch.int64:
         ids = ids.to(torch.int64)
+    known = num_domains is not None or readable(ids)
+    if losses.is_cpu and losses.is_floating_point() and known:
+        return _with_sums(losses.detach(), ids, num_domains)
     if num_domains is None or readable(ids):
         result = _sorted(ids, check_ids(ids, num_domains))
     else:

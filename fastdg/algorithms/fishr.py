@@ -98,7 +98,7 @@ class Fishr(Annealed):
         penalty = variance_gap(variances, history, moments.present, decay)
         if self.reduction == "mean":
             numel = sum([v.numel() for v in variances]) // variances[0].shape[0]
-            penalty = penalty / (numel * moments.present.sum().clamp(min=1))
+            penalty = penalty / (numel * moments.number_present)
         return batch.penalised(batch.loss, weight, penalty)
 
     def after_step(self, record: StepRecord) -> None:

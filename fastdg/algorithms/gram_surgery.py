@@ -53,7 +53,7 @@ class GramSurgery(WeightedCombiner):
 
     Raises:
         TypeError, ValueError: an argument, or the result of ``weighting``, is not as described; a
-            weighting with state gets more domains than that is of.
+            weighting with state gets another number of domains.
 
     Reference:
         Quinton, Rey: Jacobian Descent for Multi-Objective Optimization, 2024.
@@ -81,7 +81,7 @@ class GramSurgery(WeightedCombiner):
             return gram.new_ones(1)
         if self.absent == "zeros" or (self.absent == "auto" and keeps_state(self.weighting)):
             if keeps_state(self.weighting):
-                extent = self.widened(extent)
+                self.check_extent(extent)
             columns = scatter_rows(gram.t(), ids, extent, 0)
             weights = self.ask(scatter_rows(columns.t(), ids, extent, 0))
             weights = weights if len(ids) == extent else weights[ids]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from .._torch import foreach_lerp_
 from ..core.declared_state import DOMAINS, STEP_FIRST, PerParameter
 from ..core.nesting import terms_of
 from ..distributed.sharding import local
+from ..domains import readable
 from ..dtypes import to_statistics_dtype
 from ..selection import select
 from ..statistics.moments import pad_rows
@@ -49,7 +50,7 @@ class Averages:
         """Return the current averages of these statistics ``[D, *]``, for their D domains."""
         found, parameters = [], self.opt.tape.names
         for name, value in values.items():
-            own = self._like(parameters[name], value)
+            own = self.kept.get(parameters[name])
             if own is None:
                 own = torch.zeros_like(value, requires_grad=False)
             elif own.shape != value.shape:
@@ -57,14 +58,6 @@ class Averages:
                 own = pad_rows(own[:D], D)
             found.append(own)
         return found
-
-    def _like(self, p: Tensor, value: Tensor) -> Tensor | None:
-        """Return the averages of a parameter, in the dtype of ``value``: a state may come from a
-        run in another one."""
-        own = self.kept.get(p)
-        if own is not None and own.dtype is not value.dtype:
-            own = self.kept[p] = own.to(value.dtype)
-        return own
 
     def move(self, values: Mapping[str, Tensor], rate: float, present: Tensor) -> None:
         """Move the averages of the domains that are ``present`` by ``rate`` towards ``values``."""
@@ -82,12 +75,9 @@ class Averages:
                 del kept[p]
                 opt.state[p].pop(f"{opt.prefix}_{self.declared.key}", None)
         moved: list[Tensor] = []
-        weights: list[Tensor] = []
-        rates = {dtype: rate * present.to(dtype) for dtype in {x.dtype for x in values.values()}}
-        made: dict[tuple[torch.dtype, int], Tensor] = {}  # weights by dtype and dimensions
         for p, value in named:
-            D, kind = value.shape[0], (value.dtype, value.dim())
-            own = self._like(p, value)
+            D = value.shape[0]
+            own = kept.get(p)
             if own is None:
                 own = kept[p] = torch.zeros_like(value)
             elif (rows := own.shape[0]) < D:
@@ -95,11 +85,21 @@ class Averages:
             elif rows > D:
                 own = own[:D]
             moved.append(own)
-            if kind not in made:
-                made[kind] = rates[value.dtype][:D].view(-1, *[1] * (value.dim() - 1))
-            weights.append(made[kind])
-        if moved:
-            foreach_lerp_(moved, [*values.values()], weights)
+        if not moved:
+            return
+        found = [*values.values()]
+        every = readable(present) and bool(present.all())
+        foreach_lerp_(moved, found, rate if every else _row_rates(found, rate, present))
+
+
+def _row_rates(values: Sequence[Tensor], rate: float, present: Tensor) -> list[Tensor]:
+    """Return ``rate`` in the rows ``present`` of each of ``values``, 0 in the others."""
+    rates = {dtype: rate * present.to(dtype) for dtype in {x.dtype for x in values}}
+    made: dict[tuple[torch.dtype, int], Tensor] = {}  # by dtype and dimensions
+    for x in values:
+        if (kind := (x.dtype, x.dim())) not in made:
+            made[kind] = rates[x.dtype][: len(x)].view(-1, *[1] * (x.dim() - 1))
+    return [made[x.dtype, x.dim()] for x in values]
 
 
 def _zeros(opt: Any) -> dict[Tensor, Tensor]:

@@ -211,12 +211,9 @@ def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor
         if len(takes) == 1:
             return *result[:2], {takes[0]: result[2]}
     if not isinstance(result, tuple) or len(result) != 2:
-        got = type(result).__name__
-        if isinstance(result, tuple):
-            got = f"({', '.join(type(x).__name__ for x in result)})"
         raise TypeError(
-            "closure: expected it to return (losses, domains) or (losses, domains, inputs), or to "
-            f"call opt.backward(losses, domains) itself and return the loss, got {got}."
+            "closure: expected it to return (losses, domains), or to call opt.backward(losses, "
+            f"domains) itself and return the loss, got {type(result).__name__}."
         )
     if isinstance(result[1], Tensor) and result[1].requires_grad:
         raise TypeError(

@@ -64,11 +64,25 @@ def counted(staged: Sequence[Batch]) -> tuple[Tensor, int]:
     return count, sum(batch.losses.shape[0] for batch in staged)
 
 
-def loss_sums(staged: Sequence[Batch], domains: int) -> list[Tensor]:
-    """Sum this rank's losses, 0-dim, and those of each domain ``[D]``, with the graph."""
-    losses = [to_statistics_dtype(batch.losses) for batch in staged]
-    by_domain = [
-        group_sums(x, batch.partition.domains, domains)
-        for x, batch in zip(losses, staged, strict=True)
-    ]
-    return [reduce(torch.add, [x.sum() for x in losses]), reduce(torch.add, by_domain)]
+def total_loss(staged: Sequence[Batch]) -> Tensor:
+    """Sum this rank's losses, 0-dim, with the graph."""
+    return reduce(torch.add, [to_statistics_dtype(batch.losses).sum() for batch in staged])
+
+
+def domain_sums(staged: Sequence[Batch], domains: int) -> Tensor:
+    """Sum this rank's losses of each domain ``[D]``, with the graph."""
+    return reduce(
+        torch.add,
+        [
+            group_sums(to_statistics_dtype(batch.losses), batch.partition.domains, domains)
+            for batch in staged
+        ],
+    )
+
+
+def known_sums(staged: Sequence[Batch], domains: int) -> Tensor | None:
+    """Return `domain_sums` without the graph, if the partitions have them."""
+    sums = [x for batch in staged if (x := batch.partition.loss_sums) is not None]
+    if len(sums) < len(staged):
+        return None
+    return reduce(torch.add, [pad_rows(x, domains) for x in sums])

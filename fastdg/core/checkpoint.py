@@ -296,8 +296,9 @@ def without_others(wrapper: HasState, state_dict: dict[str, Any]) -> dict[str, A
             f"this part alone, load it into the {inner} before you wrap it. To resume the run, "
             f"wrap the {inner} in {names}."
         )
-    does = "does" if len(away) == 1 else "do"
-    warn_user(f"state_dict: ignored the state of {names}, which {does} not wrap this optimizer.")
+    warn_user(
+        f"state_dict: ignored the state of {names}, which does not wrap this optimizer.",
+    )
     marks = tuple(f"{prefix}_" for prefix in away)
 
     def rest(entry: Mapping[str, Any]) -> dict[str, Any]:

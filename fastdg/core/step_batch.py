@@ -16,7 +16,7 @@ from ..dtypes import to_statistics_dtype
 from ..statistics.api import moments_of
 from ..statistics.moments import DomainMoments, merge, pad_rows
 from .backward import accumulate, backward, scaled
-from .batch import Batch, loss_sums
+from .batch import Batch, domain_sums, known_sums, total_loss
 
 
 class StepRecord(NamedTuple):
@@ -66,17 +66,23 @@ class StepBatch:
         self.parts, self.whole = parts, whole
         self.counts = pad_rows(whole.count, max(domains, whole.counts.shape[1]))
         self.present = self.counts > 0
-        total, sums = whole.total(loss_sums(parts, self.counts.shape[0]))
-        self.loss, self._sums = total / whole.samples, sums
+        D, own = self.counts.shape[0], total_loss(parts)
+        self._sums: Tensor | None = None  # of the losses of each domain, with their graph
+        known = known_sums(parts, D) if whole.alone else None
+        if known is None:
+            own, self._sums = whole.total([own, domain_sums(parts, D)])
+            known = self._sums.detach()
+        self.loss = own / whole.samples
         self.statistics = {
             "loss": self.loss.detach(),
-            "domain_loss": sums.detach() / self.counts,
+            "domain_loss": known / self.counts,
             "domain_count": self.counts,
         }
         self._moments: DomainMoments | None = None
         self._first, self._params = first, params
         # Gradients of other tensors, from the moments' backward
         self._others: dict[Tensor, Tensor] | None = None
+        self._in_grad = False  # whether the moments' backward has added to `.grad`
 
     # -- over domains and samples --
 
@@ -84,12 +90,14 @@ class StepBatch:
     def domain_losses(self) -> Tensor:
         """As described for the class."""
         with torch.enable_grad():  # an objective may look at them under no_grad first
+            if self._sums is None:
+                self._sums = domain_sums(self.parts, len(self.counts))
             return self._sums / self.counts.clamp(min=1)
 
     @property
     def shares(self) -> Tensor:
         """Weight of each domain ``[D]``: equal for domains with samples, else 0; sum 1."""
-        return self.present.to(self._sums.dtype) / self.present.sum()
+        return self.present.to(self.loss.dtype) / self.present.sum()
 
     def domain_mean(self, values: Tensor) -> Tensor:
         """Average ``values [D]`` over the domains with samples; all values must be finite."""
@@ -220,7 +228,9 @@ class StepBatch:
         if self._first and ever:  # in the first step, not hours later when an anneal ends
             for part in self.parts:
                 part.tracked.refuse_single_derivatives()
-        once = loss_only and self._params != "head" and self._serves_gradient()
+        head = self._params == "head"
+        self._in_grad = loss_only and head and self._is_mean()
+        once = loss_only and not head and self._serves_gradient()
         self._others = {} if once else None
         found: list[DomainMoments] = []
         for part in self.parts:
@@ -229,9 +239,10 @@ class StepBatch:
                 part.tracked,
                 part.partition,
                 create_graph=differentiable,
-                retain_graph=part.retain_graph or not once,
+                retain_graph=part.retain_graph or not (once or self._in_grad),
                 extra=others,
                 scale=part.scale,
+                to_grad=self._in_grad,
             )
             found.append(moments)
             for p, grad in zip(others, grads, strict=True):
@@ -247,6 +258,13 @@ class StepBatch:
         looked = [part.tracked for part in self.parts]
         terms = any(part.terms is not None for part in self.parts)
         return not (terms or any(r.hooked or r.sparse for r in looked))
+
+    def _is_mean(self) -> bool:
+        """Return whether the step's backward is of the mean of one micro-batch's losses alone, and
+        its way has the statistics."""
+        part = self.parts[0]
+        alone = len(self.parts) == 1 and self.whole.alone and not self.whole.ranks.modules.modules
+        return alone and part.terms is None and part.tracked.from_mean
 
     # -- results --
 
@@ -279,6 +297,8 @@ class StepBatch:
 
     def backward(self, objective: Tensor) -> None:
         """Add the gradient of the objective (0-dim) and of the terms' mean to ``.grad``."""
+        if self._in_grad:  # the moments' backward was the step's
+            return
         if self._others is not None:
             self._take_means()
             return

@@ -132,6 +132,7 @@ def collect(
     retain_graph: bool = True,
     extra: Sequence[Tensor] = (),
     weight: Tensor | None = None,
+    to_grad: bool = False,
 ) -> list[Tensor | None]:
     """Run one backward of ``losses.sum()`` without weight gradients, and call ``consume`` with the
     per-sample gradients of each parameter as soon as they are complete.
@@ -143,6 +144,8 @@ def collect(
         retain_graph: keep the graph for a further backward.
         extra: tensors whose ordinary gradients the same backward computes.
         weight: gradient at ``losses`` ``[N]``; default: ones.
+        to_grad: add to the ``.grad`` of every leaf, too, as a training step's backward does; for a
+            plan of rules alone.
 
     Returns:
         The gradients of ``extra``, None where unused.
@@ -150,13 +153,13 @@ def collect(
     if create_graph and forward.plan.zero:
         planner = Planner(forward.losses, forward.graph, forward.parameters, past_zero=True)
         forward = replace(forward, plan=planner.plan())
-    backward = _Backward(forward, consume, create_graph)
+    backward = _Backward(forward, consume, create_graph, to_grad)
     # The backward may free tensors that rules have read, but not tensors that the
     # backwards from boundaries need
     slow = forward.plan.slow or extra
     retain = retain_graph or create_graph or bool(forward.plan.by_autograd and slow)
     extra_grads = backward.run(weight, retain, extra)
-    if not (retain_graph or create_graph):
+    if not (retain_graph or create_graph or to_grad):
         # Autograd frees the nodes that it runs, and runs none below the last target
         nodes = forward.graph.nodes
         release(nodes if retain else [nodes[at] for at in backward.route.idle])
@@ -166,8 +169,11 @@ def collect(
 class _Backward:
     """State of one `collect`."""
 
-    def __init__(self, forward: Forward, consume: Consume, create_graph: bool) -> None:
+    def __init__(
+        self, forward: Forward, consume: Consume, create_graph: bool, to_grad: bool
+    ) -> None:
         self.forward, self.consume, self.create_graph = forward, consume, create_graph
+        self.to_grad = to_grad
         plan, graph = forward.plan, forward.graph
         if plan.route is None:
             plan.route = route_of(plan, graph)
@@ -204,7 +210,8 @@ class _Backward:
     ) -> list[Tensor | None]:
         losses, route, nodes = self.forward.losses, self.route, self.forward.graph.nodes
         # With further tensors below, the backward may run and free the last targets
-        early = [nodes[at] for at in route.last] if extra and not retain_graph else ()
+        further = bool(extra) or self.to_grad
+        early = [nodes[at] for at in route.last] if further and not retain_graph else ()
         with in_words(self._readers):
             # A local: an attribute would close a cycle, which keeps the graph until gc runs
             reader = Reader([nodes[at] for at in route.targets], self._read, early)
@@ -215,10 +222,10 @@ class _Backward:
         handles: list[Any] = []
         for at in route.targets:
             ends, node = at in route.last, nodes[at]
-            if ends and not extra:
+            if ends and not further:
                 continue
             small = at in route.small and node not in reader.later
-            if ends or small or self.create_graph:
+            if (ends and not self.to_grad) or small or self.create_graph:
                 handles.append(node.register_prehook(partial(arrived.__setitem__, node)))
             else:
                 handles.append(node.register_prehook(continued(partial(arrive, node))))
@@ -228,23 +235,28 @@ class _Backward:
         edges = [GradientEdge(nodes[at], nr) for at in route.last for nr in route.outputs[at]]
         if weight is None:
             weight = torch.ones_like(losses)
+        extra_grads: list[Tensor | None] = []
         with in_words(), without_autocast(losses):
             try:
-                grads = torch.autograd.grad(
-                    losses,
-                    [*edges, *extra],  # type: ignore[arg-type]
-                    weight,
-                    create_graph=self.create_graph,
-                    retain_graph=retain_graph,
-                    allow_unused=True,
-                )
+                if self.to_grad:
+                    torch.autograd.backward(losses, weight, retain_graph=retain_graph)
+                else:
+                    grads = torch.autograd.grad(
+                        losses,
+                        [*edges, *extra],  # type: ignore[arg-type]
+                        weight,
+                        create_graph=self.create_graph,
+                        retain_graph=retain_graph,
+                        allow_unused=True,
+                    )
             finally:  # before the backwards of `_finish`, which may run the same nodes
                 for handle in handles:
                     handle.remove()
-            extra_grads: list[Tensor | None] = list(grads[len(edges) :])
-            ended = route.rows(grads)
-            arrived = {nodes[at]: row for at, row in ended.items()} | arrived
-            del grads, ended
+            if not self.to_grad:
+                extra_grads += grads[len(edges) :]
+                ended = route.rows(grads)
+                arrived = {nodes[at]: row for at, row in ended.items()} | arrived
+                del grads, ended
             with torch.set_grad_enabled(self.create_graph):
                 for at in route.targets:  # frees each one after its use
                     if (node := nodes[at]) in arrived:

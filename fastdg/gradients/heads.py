@@ -23,9 +23,7 @@ _KEPT = 64
 _heads: OrderedDict[Hashable, list[int]] = OrderedDict()
 
 
-def head_of(
-    losses: Tensor, graph: Graph, named: Mapping[str, Tensor], key: Hashable
-) -> dict[str, Tensor]:
+def head_of(losses: Tensor, graph: Graph, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find the parameters of the last layer.
 
     The last layer is the last operation where a parameter meets samples, together with operations
@@ -38,9 +36,9 @@ def head_of(
         losses: ``[N]``.
         graph: graph of ``losses.grad_fn``.
         named: name -> parameter of the optimizer, for all in the graph.
-        key: key of the graph; equal for graphs with the same head.
     """
     names, parameters = list(named), list(named.values())
+    key = (tuple(names), losses.shape, graph.signature(parameters))
     if (known := _heads.get(key)) is not None:
         return {names[i]: parameters[i] for i in known}
     planner = Planner(losses, graph, parameters)

@@ -37,6 +37,16 @@ def backward_scale(losses: Tensor, scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale * pow2_scale(losses)
 
 
+def mean_scale(losses: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the mean of ``losses`` at each, times ``scale``, and its inverse."""
+    weight = torch.full_like(losses, 1 / losses.shape[0], requires_grad=False)
+    inverse = torch.full_like(losses, losses.shape[0], requires_grad=False)
+    if scale is None:
+        return weight, inverse
+    scale = scale.to(losses.device, non_blocking=True)
+    return weight * scale.to(weight.dtype), inverse / scale
+
+
 def unscaled(grad: Tensor, grad_scale: Tensor | float | None) -> Tensor:
     """Divide ``grad`` by the scale of its backward; float16 becomes float32, to avoid underflow."""
     if grad_scale is None:

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from .._torch import hooked
 from ..domains import tracing
+from ..dtypes import HALVES
 from ..factors import PerSampleGrad
 from ..selection import NAMES, Selection, select
 from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, plan_gradients
 from .errors import in_words, listed, not_a_tensor, reentrant
-from .graph import Graph
+from .graph import Graph, output_dtypes
 from .heads import head_of, layers_after, refuse_opaque
-from .scale import backward_scale, unscaled
+from .scale import backward_scale, mean_scale, unscaled
 from .second import refuse_single_derivatives
 
 
@@ -56,6 +57,15 @@ class TrackedForward:
         return self.forward is not None and bool(self.forward.plan.slow)
 
     @property
+    def from_mean(self) -> bool:
+        """Whether the backward of the mean loss has all per-sample gradients, none of them halves,
+        which may underflow when they are divided by the number of samples."""
+        if self.forward is None or self.forward.plan.by_autograd:
+            return False
+        dtypes = [d for node in self.forward.operations() for d in output_dtypes(node)]
+        return not any(d in HALVES for d in dtypes)
+
+    @property
     def hooked(self) -> bool:
         """Whether a tensor that gets a ``.grad`` has hooks, which only ``backward()`` calls."""
         return hooked((*self.leaves.values(), *self.other_leaves))
@@ -68,6 +78,7 @@ class TrackedForward:
         retain_graph: bool = False,
         extra: Sequence[Tensor] = (),
         scale: Tensor | None = None,
+        to_grad: bool = False,
     ) -> list[Tensor | None]:
         """Run one backward and call ``consume`` with each chosen parameter's `PerSampleGrad`.
 
@@ -78,6 +89,8 @@ class TrackedForward:
             extra: tensors whose gradients of ``losses.sum()`` the same backward computes.
             scale: loss scale of a ``torch.amp.GradScaler`` for the backward; all results are
                 unscaled.
+            to_grad: run the training step's backward of ``losses.mean()`` in its place, which adds
+                to ``.grad``, times ``scale``; only if `from_mean`.
 
         Returns:
             The gradients of ``extra``.
@@ -86,22 +99,27 @@ class TrackedForward:
         assert forward is not None
         if create_graph:
             self.refuse_single_derivatives()
-        grad_scale = backward_scale(forward.losses, scale)
-        weight, use = None, consume
-        if grad_scale is not None:
-            weight = torch.ones_like(forward.losses) * grad_scale
-            inverse = grad_scale.reciprocal().expand(forward.losses.shape[0])
+        losses, samples = forward.losses, forward.losses.shape[0]
+        grad_scale = None if to_grad else backward_scale(losses, scale)
+        weight, inverse = None, None
+        if to_grad:
+            weight, inverse = mean_scale(losses, scale)
+        elif grad_scale is not None:
+            weight = torch.ones_like(losses) * grad_scale
+            inverse = grad_scale.reciprocal().expand(samples)
 
-            def use(name: str, factor: PerSampleGrad) -> None:
-                consume(name, factor.scaled(inverse))
+        def scaled(name: str, factor: PerSampleGrad) -> None:
+            assert inverse is not None
+            consume(name, factor.scaled(inverse))
 
         grads = collect(
             forward,
-            use,
+            consume if inverse is None else scaled,
             create_graph=create_graph,
             retain_graph=retain_graph,
             extra=extra,
             weight=weight,
+            to_grad=to_grad,
         )
         return [None if grad is None else unscaled(grad, grad_scale) for grad in grads]
 
@@ -145,9 +163,8 @@ class Tape:
         """
         graph, used = self._reach(losses)
         if isinstance(self.params, str) and self.params == "head":
-            key = (tuple(used), losses.shape, graph.signature(list(used.values())))
             with in_words():
-                used = head_of(losses, graph, used, key)
+                used = head_of(losses, graph, used)
             self._refuse_hidden(graph, used, lambda name, p: name in used)
         elif self.params == "all":
             self._refuse_hidden(graph, used, lambda name, p: True)

@@ -6,6 +6,7 @@ from .combine_rows import combine_rows as combine_rows
 from .foreach_moments import foreach_moments as foreach_moments
 from .foreach_norm_gradients import foreach_norm_gradients as foreach_norm_gradients
 from .gram import gram as gram
+from .loss_sums import loss_sums as loss_sums
 from .meta_step import meta_step as meta_step
 from .moments import moments as moments
 from .norm_gradients import norm_gradients as norm_gradients

@@ -65,9 +65,10 @@ def moments_of(
     retain_graph: bool,
     extra: Sequence[Tensor] = (),
     scale: Tensor | None = None,
+    to_grad: bool = False,
 ) -> tuple[DomainMoments, list[Tensor | None]]:
     """Return moments of the chosen parameters, and ordinary gradients of ``losses.sum()`` for
-    ``extra``; ``scale`` as in `TrackedForward.collect`."""
+    ``extra``; ``scale`` and ``to_grad`` as in `TrackedForward.collect`."""
     small: Small[str] = Small(parts, variance=True)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -76,7 +77,12 @@ def moments_of(
             found[name] = factor.moments(parts)
 
     rest = tracked.collect(
-        use, create_graph=create_graph, retain_graph=retain_graph, extra=extra, scale=scale
+        use,
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        extra=extra,
+        scale=scale,
+        to_grad=to_grad,
     )
     found.update(small.results())  # type: ignore[arg-type]
     mean = {name: found[name][0] for name in tracked.chosen if name in found}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..domains import readable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class DomainMoments:
         # The tensors are as large as the model, times the domains
         shapes = ", ".join(f"{name!r}: {tuple(mean.shape)}" for name, mean in self.mean.items())
         return f"DomainMoments(mean and variance: {{{shapes}}}, count={self.count})"
+
+    @cached_property
+    def number_present(self) -> int | Tensor:
+        """Number of domains that have samples, 1 at least; 0-dim where it would wait to read it."""
+        if readable(self.count):
+            counts = self.count.tolist()
+            return max(1, len(counts) - counts.count(0))
+        return self.present.sum().clamp(min=1)
 
 
 def pad_rows(tensor: Tensor, domains: int) -> Tensor:

@@ -70,10 +70,10 @@ class Small(Generic[K]):
         waiting = self.waiting.get(dtype)
         if waiting is None:
             waiting = self.waiting[dtype] = _Waiting([], [])
-        if isinstance(factor, Dense):
-            waiting.grads.append((key, factor))
-        else:
+        if type(factor) is Outer:  # in half the time of isinstance, whose class is abstract
             waiting.products.append((key, factor))
+        else:
+            waiting.grads.append((key, factor))  # type: ignore[arg-type]
         if type(factor) is OfNorm:
             self._hold(factor.call)
         self.entries += size

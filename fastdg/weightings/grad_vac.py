@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core.hyper import check_generator, check_reduction, check_share
 from ..domains import to_device_async
@@ -35,8 +34,7 @@ class GradVac(GramWeighting):
         generator: where the orders come from; None: torch's own on the CPU. Within an optimizer on
             several ranks the weights are rank 0's.
 
-    State is :math:`\hat\phi` ``[D, D]``, as `phi`, and the generator's. It grows with D; a
-    matrix of fewer domains is of the first ones.
+    State is :math:`\hat\phi` ``[D, D]``, as `phi`, and the generator's.
 
     Reference:
         Wang, Tsvetkov, Firat, Cao: Gradient Vaccine: Investigating and Improving Multi-task
@@ -44,7 +42,7 @@ class GradVac(GramWeighting):
         has a matrix of its own; this is its whole-model variant.
     """
 
-    keeps_state = grows = True
+    keeps_state = True
     same_on_all_ranks = False  # of orders that are drawn
 
     def __init__(
@@ -60,13 +58,11 @@ class GradVac(GramWeighting):
         self.phi: Tensor | None = None
 
     def weights(self, gram: Gram) -> Tensor:
-        domains, every = len(gram), gram.products[:0, :0] if self.phi is None else self.phi
-        more = max(0, domains - len(every))
-        every = F.pad(every.to(gram.products), (0, more, 0, more))
-        phi = every[:domains, :domains]
+        if self.phi is None or len(self.phi) != len(gram):
+            self.phi = torch.zeros_like(gram.products)
+        phi = self.phi.to(gram.products)
         coefficients, after = vaccinated(gram, self.order(gram), phi, self.beta)
-        phi.copy_(after.where(gram.finite, phi))
-        self.phi = every
+        self.phi = after.where(gram.finite, phi)
         return coefficients.sum(0) if self.reduction == "sum" else coefficients.mean(0)
 
     def order(self, gram: Gram) -> Tensor:

@@ -87,7 +87,6 @@ class GramWeighting(ABC):
     """
 
     keeps_state = False  # between calls, so that a row has to be the same domain's in all of them
-    grows = False  # whether its state goes on when domains come after those it knows
     same_on_all_ranks = True  # for the same matrix
 
     def __call__(self, gram: Tensor) -> Tensor:

@@ -39,8 +39,6 @@ class NashMTL(GramWeighting):
         Bargaining Game, ICML 2022, arXiv:2202.01017.
     """
 
-    grows = True  # other weights are solved for then
-
     def __init__(
         self, update_every: int = 1, frobenius: bool = False, max_norm: float | None = None
     ) -> None:

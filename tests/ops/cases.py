@@ -46,6 +46,7 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "gram": (lists, 3),
         "combine": (lists, weights),
         "combine_rows": (variance, weights),
+        "loss_sums": (each, labels, 4),
         "foreach_moments": (order, offsets, [flat], [a, flat], [delta, out[:, 0]], True),
         "foreach_moments, means": (order, offsets, [], [a], [delta], False),
         "agreement": (lists, weights, 0.5, inf),
@@ -128,6 +129,7 @@ OPERANDS = {
     "outer_agreement": (0, 1),
     "norm_gradients": (0, 1),
     "foreach_moments": (2, 3, 4),
+    "loss_sums": (0,),
     "foreach_norm_gradients": (0, 1),
     "moments_backward": (2,),
     "outer_moments_backward": (2, 3),
@@ -185,6 +187,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
         "agreement, soft",
     ),
     "meta_step": (meta_step, "meta_step"),
+    "loss_sums": (ops.loss_sums, "loss_sums"),
     "outer_agreement": (ops.outer_agreement, "outer_agreement"),
     "outer_agreement, window": (ops.outer_agreement, "outer_agreement, window"),
 }

@@ -170,6 +170,10 @@ class Draw:
         rows = (N, self.size(0, 4)) if self.random.random() < 0.5 else (N,)
         return self.tensor(*rows, self.size(0, 20)), self.tensor(*rows, self.size(0, 20))
 
+    def _loss_sums(self) -> Any:
+        N, D = self.size(0, 9), self.size(1, 5)
+        return self.tensor(N), torch.randint(D, (N,)), D
+
     def _combine_rows(self) -> Any:
         D = self.size(1, 5)
         rows = [self.tensor(D, *self.sizes()) for _ in range(self.size(1, 4))]

@@ -76,8 +76,11 @@ def test_values_are_those_of_float64(name: str) -> None:
                 if name == "meta_step":
                     got += leaves(inputs)
                 for x, y in zip(got, expected, strict=True):
-                    assert x.dtype == torch.float32
                     assert x.shape == y.shape
+                    if not y.is_floating_point():
+                        assert torch.equal(x, y), (name, backend, args)
+                        continue
+                    assert x.dtype == torch.float32
                     near = float((x.double() - y).norm()) <= 1e-5 * max(
                         float(y.norm()), 1e-3 * scale
                     )

@@ -217,11 +217,3 @@ def test_a_state_loaded_anywhere_in_a_chain_reaches_all_of_it(depth: int) -> Non
     fresh.steps = run.steps
     assert fresh.opt.steps == fresh.opt.base.steps == 9
     ends_alike(run, fresh)
-
-
-def test_several_wrappers_whose_state_is_ignored() -> None:
-    model = nn.Linear(2, 2)
-    saved = fastdg.SMA(fastdg.SAM(torch.optim.SGD(model.parameters(), lr=0.1)), model, start=1)
-    opt = fastdg.ERM(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match=r"^state_dict: .*SAM and SMA, which do not wrap"):
-        opt.load_state_dict(saved.state_dict())

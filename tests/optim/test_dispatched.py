@@ -132,12 +132,13 @@ def test_nor_by_the_references_of_ops_without_a_kernel() -> None:
     source = (Path(fastdg.__file__).parents[1] / "csrc" / "column_ops.h").read_text()
     compiled = set(re.findall(r'm\.impl\("(\w+)"', source))
     triton = {name for name, _, _ in kernels.implementations(OPS)}
-    assert OPS.keys() - compiled - triton == {"outer_gram"}
+    assert OPS.keys() - compiled - triton == {"outer_gram", "loss_sums"}
     for shape in ((5, 1, 40, 30), (5, 3, 4, 6)):
         N, T, inputs, outputs = shape
         a, delta = torch.randn(N, T, inputs), torch.randn(N, T, outputs)
         with Watch(N) as watch:
             OPS["outer_gram"].reference(a, delta, torch.arange(5), torch.tensor([0, 3, 5]), [])
+            OPS["loss_sums"].reference(a[:, 0, 0], torch.arange(N) % 2, 2)
         assert not watch.unordered
 
 

@@ -335,14 +335,3 @@ def test_years_are_no_domain_ids(ids: list[int]) -> None:
     losses = batch(model, 0)[0][:4]
     with pytest.raises(ValueError, match=r"^domains: .*got 20.*torch\.unique"):
         opt.backward(losses, torch.tensor(ids))
-
-
-@pytest.mark.parametrize("kind", [fastdg.ERM, fastdg.Fishr, fastdg.SAM])
-@pytest.mark.parametrize(
-    ("result", "got"), [((1.0,), r"got \(float\)"), ((1, 2, 3, 4), "int, int")]
-)
-def test_a_closure_says_which_result_came(kind: Any, result: Any, got: str) -> None:
-    model = network()
-    opt = kind(SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match=rf"^closure: expected it to return .*{got}"):
-        opt.step(lambda: result)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import fastdg
+from fastdg.core.step_batch import StepBatch
+from fastdg.gradients import engine
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, labels, domains
 SCRIPT = {"reduction": "sum", "ema": None, "pre_anneal_weight": 1.0, "reset_base": False}
@@ -428,3 +432,82 @@ def test_convergence_is_the_same_on_every_backend(params: str, backend: str) -> 
     assert (((got - truth).abs() / scale).amax(0) <= budget).all()
     for p, expected in zip(net.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(p.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def backwards_of(opt: fastdg.Fishr, losses: Tensor, d: Tensor, **more: Any) -> int:
+    """Count the gradients of the losses that one `backward` of the optimizer asks for, where the
+    plan is known."""
+    assert losses.grad_fn is not None
+    calls: list[object] = []
+    with losses.grad_fn.register_prehook(calls.append):
+        opt.backward(losses, d, **more)
+    return len(calls)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "tokens"])
+def test_before_the_anneal_the_head_needs_no_backward_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The step's own one meets the head's gradients: values, .grad and hooks are the same."""
+    x, y, d = batches(name, steps=1)[0]
+    found = []
+    for together in (True, False):
+        monkeypatch.setattr(StepBatch, "_is_mean", lambda batch, yes=together: yes)
+        monkeypatch.setattr(engine, "_plans", OrderedDict())
+        torch.manual_seed(0)
+        model = MODELS[name]().double()
+        opt = fastdg.Fishr(SGD(model.parameters(), lr=0.1), num_domains=4, anneal_steps=9)
+        seen: list[Tensor] = []
+        last = list(model.parameters())[-1]
+        for _ in range(2):  # plans are made anew in the steps 1, 2, 4 and 8
+            opt.backward(losses_of(model, x, y), d)
+            opt.zero_grad()
+        last.register_hook(seen.append)
+        before = torch.randn_like(last)
+        last.grad = before.clone()
+        assert backwards_of(opt, losses_of(model, x, y), d) == 2 - together
+        assert len(seen) == 1  # the parameter's hook, once
+        close(last.grad - before, seen[0])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((grads, opt.statistics["penalty"]))
+        opt.step()
+    for got, expected in zip(*(grads for grads, _ in found), strict=True):
+        close(got, expected)
+    close(found[0][1], found[1][1])
+
+
+def test_micro_batches_take_two_backwards_and_a_scaler_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "_plans", OrderedDict())
+    x, y, d = batches("mlp", steps=1)[0]
+    model = mlp()
+    opt = fastdg.Fishr(SGD(model.parameters(), lr=0.1), num_domains=4)
+    for _ in range(2):  # plans are made anew in the steps 1, 2, 4 and 8
+        opt.backward(losses_of(model, x.float(), y), d, final=False)
+    assert backwards_of(opt, losses_of(model, x.float(), y), d) == 2
+    opt.zero_grad()
+    scaler = torch.amp.GradScaler("cpu")
+    opt.backward(losses_of(model, x.float(), y), d)  # the fourth
+    opt.zero_grad()
+    assert backwards_of(opt, losses_of(model, x.float(), y), d, scaler=scaler) == 1
+
+
+def test_an_objective_that_raises_after_its_moments_leaves_grad() -> None:
+    class Late(fastdg.Fishr):
+        prefix = "late"
+
+        def objective(self, batch: Any) -> Tensor:
+            super().objective(batch)
+            raise ArithmeticError
+
+    x, y, d = batches("mlp", steps=1)[0]
+    model = mlp().double()
+    opt = Late(SGD(model.parameters(), lr=0.1), num_domains=4)
+    before = [torch.randn_like(p) for p in model.parameters()]
+    for p, grad in zip(model.parameters(), before, strict=True):
+        p.grad = grad.clone()
+    with pytest.raises(ArithmeticError):
+        opt.backward(losses_of(model, x, y), d)
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert p.grad is not None and torch.equal(p.grad, grad)

@@ -175,21 +175,18 @@ def test_solvers_without_state_see_the_domains_of_the_batch_alone(
     assert step(opt, model, g, [0, 2, 3]).abs().max() < 1e-9
 
 
-def test_more_domains_than_a_weighting_has_state_of_are_refused() -> None:
-    g = torch.randn(4, 6).double()
+def test_another_number_of_domains_is_refused() -> None:
+    g = torch.randn(3, 6).double()
     model = given(6)
     opt = fastdg.GramSurgery(SGD(model.parameters(), lr=0.0), A.GradVacWeighting())
     step(opt, model, g, [0, 1, 2])
     step(opt, model, g, [0, 2])  # the first domains may be absent
+    with pytest.raises(ValueError, match=r"^num_domains: .*3 domains, got .*2"):
+        step(opt, model, g, [0, 1])
     again = fastdg.GramSurgery(SGD(model.parameters(), lr=0.0), A.GradVacWeighting())
     again.load_state_dict(opt.state_dict())
-    for run in (opt, again):
-        step(run, model, g, [0, 1])  # so may the last
-        with pytest.raises(ValueError, match=r"^num_domains: .*3 domains, got .*4"):
-            step(run, model, g, [0, 1, 2, 3])
-    more = fastdg.GramSurgery(SGD(model.parameters(), lr=0.0), A.GradVacWeighting(), num_domains=4)
-    with pytest.raises(ValueError, match=r"^state_dict: .*3 domains, got num_domains=4"):
-        more.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"^num_domains: .*3 domains"):
+        step(again, model, g, [0, 1])
 
 
 def test_what_absent_may_be() -> None:

@@ -88,23 +88,6 @@ def test_state_dict_resumes_bit_for_bit(make: Make, params: str, dtype: torch.dt
             assert torch.equal(ema, expected)
 
 
-@pytest.mark.parametrize(
-    "saved, now", [(torch.float64, torch.float32), (torch.float32, torch.float64)]
-)
-@pytest.mark.parametrize("params", ["head", "all"])
-def test_a_run_goes_on_in_another_dtype(saved: torch.dtype, now: torch.dtype, params: str) -> None:
-    model, opt = trained(lambda p: Adam(p, lr=1e-2), saved, params=params)
-    again = network(now)
-    again.load_state_dict(model.state_dict())
-    resumed = wrap(Adam(again.parameters(), lr=1e-2), params=params)
-    resumed.load_state_dict(opt.state_dict())
-    steps(model, opt, [7])
-    steps(again, resumed, [7])
-    assert all(ema.dtype == now for ema in emas(resumed))
-    for ema, expected in zip(emas(resumed), emas(opt), strict=True):
-        torch.testing.assert_close(ema, expected.to(now), rtol=1e-3, atol=1e-6)
-
-
 @pytest.mark.parametrize("through", ["file", "inside"])
 def test_a_run_goes_on_bit_for_bit(case: Case, through: str) -> None:
     model, opt = case.trained()

@@ -11,7 +11,6 @@ from gradients import close, direction, gram, rows
 from torch import Tensor
 
 from fastdg import weightings as W
-from fastdg.weightings.gram import Gram
 
 optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
 np = pytest.importorskip("numpy")
@@ -339,24 +338,6 @@ def test_grad_vac_goes_on_as_it_was() -> None:
     free = W.GradVac()(k)
     torch.manual_seed(0)
     assert torch.equal(W.GradVac()(k), free)
-
-
-def test_grad_vac_grows_with_the_domains() -> None:
-    """As if all of them had been known, and had had gradients of zeros."""
-    known, grown = (W.GradVac(generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    for seed, domains in enumerate((2, 3, 5, 4)):
-        part = gram(rows(domains, seed))
-        full = torch.zeros(5, 5, dtype=part.dtype)
-        full[:domains, :domains] = part
-        state = known.generator.get_state()
-        weights = known(full)
-        known.generator.set_state(state)
-        order = known.order(Gram.of(full, torch.tensor(True)))
-        # The same order, of the domains that are there
-        of_part = torch.stack([row[row < domains] for row in order[:domains]])
-        grown.order = lambda k, of_part=of_part: of_part  # type: ignore[method-assign]
-        close(weights[:domains], grown(part), 1e-12)
-    close(known.phi, grown.phi, 1e-12)
 
 
 @pytest.mark.parametrize("kind", [W.MGDA, W.UPGrad])

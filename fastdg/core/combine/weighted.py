@@ -32,12 +32,6 @@ def _check(opt: WeightedCombiner, group: Group) -> None:
             f"state_dict: its weighting is a {state['kind']}, got a {name}. Create "
             f"{type(opt).__name__} with the weighting of the saved run."
         )
-    known = None if state is None else state["domains"]
-    if known is not None and opt.num_domains not in (None, known):
-        raise ValueError(
-            f"state_dict: its {name} keeps state of {known} domains, got "
-            f"num_domains={opt.num_domains}. Pass that of the saved run."
-        )
     if state is None and group.get(f"{opt.prefix}_steps") and keeps_state(opt.weighting):
         warn_user(
             f"state_dict: it has no state of the weighting, so this {name} keeps its own. "
@@ -74,20 +68,14 @@ class WeightedCombiner(GradientCombiner):
         """Whether the weighting declares state, or a call has changed it."""
         return self._moves or keeps_state(self.weighting)
 
-    def widened(self, extent: int) -> int:
-        """Return ``extent``, or the larger number of domains that the weighting's state is of.
-
-        Raises:
-            ValueError: the state is of fewer domains, and the weighting takes no more.
-        """
-        known = self._extent
-        if known is not None and known < extent and not getattr(self.weighting, "grows", False):
+    def check_extent(self, extent: int) -> None:
+        if self._extent not in (None, extent):
             raise ValueError(
-                f"num_domains: the {type(self.weighting).__name__} keeps state of {known} domains, "
-                f"got a batch of {extent}. Pass num_domains=, the number of all training domains."
+                f"num_domains: the {type(self.weighting).__name__} keeps state of {self._extent} "
+                f"domains, got a batch of {extent}. Pass num_domains=, the number of all training "
+                "domains."
             )
-        self._extent = max(extent, known or 0)
-        return self._extent
+        self._extent = extent
 
     def ask(self, gram: Tensor) -> Tensor:
         """Return the weighting's weights for a Gram matrix."""

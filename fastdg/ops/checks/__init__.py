@@ -8,13 +8,14 @@ Errors say ``argument: problem, got X. What to do.``
 
 from .lists import alike, gradients, one_each, shaped, weighted, written
 from .outer import outer
-from .partitions import label_values, partition, partition_values
+from .partitions import domain_values, label_values, partition, partition_values
 from .tensors import LARGEST_SIDE, dims, finite, floating, mask, on_device, shape, statistic, vector
 
 __all__ = [
     "LARGEST_SIDE",
     "alike",
     "dims",
+    "domain_values",
     "finite",
     "floating",
     "gradients",

@@ -80,6 +80,17 @@ def _ascending(x: Tensor | list[int], least: int) -> bool:
     return all(b - a >= least for a, b in pairwise(x))
 
 
+def domain_values(domains: Tensor, num_domains: int) -> None:
+    if not readable(domains) or domains.shape[0] == 0:
+        return
+    low, high = (int(x) for x in domains.aminmax())
+    if low < 0 or high >= num_domains:
+        raise ValueError(
+            f"domains: expected ids from 0 to {num_domains - 1}, got {low if low < 0 else high}. "
+            "Pass the number of domains."
+        )
+
+
 def label_values(labels: Tensor, classes: int) -> None:
     if not readable(labels) or labels.shape[0] == 0:
         return

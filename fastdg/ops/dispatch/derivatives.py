@@ -19,6 +19,7 @@ from ... import _torch
 from ..._torch import pytree
 from .registry import OPS, force, forced_backend, library
 
+_PLAIN = {Tensor, int, float, bool, type(None)}  # no subclasses of a tensor
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _EAGER: dict[str, type[torch.autograd.Function]] = {}
 
@@ -77,7 +78,8 @@ def call(name: str, *args: Any) -> Any:
     # Without dispatch modes and tensor subclasses only autograd watches the call
     if not (torch.compiler.is_compiling() or _torch.dispatch_modes()):
         flat = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
-        if all(kind is Tensor or not issubclass(kind, Tensor) for kind in set(map(type, flat))):
+        kinds = set(map(type, flat))
+        if kinds <= _PLAIN or not any(issubclass(kind, Tensor) for kind in kinds - _PLAIN):
             tensors = [x for x in flat if isinstance(x, Tensor)] if torch.is_grad_enabled() else []
             if True not in [x.requires_grad for x in tensors]:
                 return OPS[name](*args)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Op:
         """Return the implementation that serves these arguments."""
         device = _first(args).device.type
         forced = _forced.get()
-        if forced is None and (forced := os.environ.get("FASTDG_BACKEND") or None) is not None:
+        if forced is None and (forced := from_environment()) is not None:
             _check(forced)
         order = PREFERENCE.get(device, ("reference",)) if forced is None else (forced, "reference")
         for backend in order:
@@ -114,6 +114,12 @@ class Op:
         if (entry := (self.name, backend, reason)) not in _logged:
             _logged.add(entry)
             log.debug("fastdg::%s: %s does not serve this call: %s", *entry)
+
+
+@cache
+def from_environment() -> str | None:
+    """Return the backend that ``FASTDG_BACKEND`` names; it is read once."""
+    return os.environ.get("FASTDG_BACKEND") or None
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
