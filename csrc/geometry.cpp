@@ -140,8 +140,9 @@ Outer outer_problem(const Tensor& a, const Tensor& delta, const Window& window, 
 }
 
 Factors without_window(const Tensor& a, const Tensor& delta, const Window& window) {
+  if (window.empty()) return {a, delta, window};
   const Outer p = outer_problem(a, delta, window);
-  if (window.empty() || p.positions > SHORT_POSITIONS || p.left_width() < least_lanes()) return {a, delta, window};
+  if (p.positions > SHORT_POSITIONS || p.left_width() < least_lanes()) return {a, delta, window};
   const int64_t size = p.positions * p.left_width();
   const Tensor rows = allocate(a, {p.samples, p.positions, p.left_width()});
   for_each_task(p.samples, [&](int64_t n) {

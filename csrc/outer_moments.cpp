@@ -106,7 +106,7 @@ void run_short_backward(const Outer& p, const Partition& partition, const Gradie
 std::tuple<Tensor, Tensor> outer_moments(const Tensor& a, const Tensor& delta, const Tensor& order,
                                          const Tensor& offsets, Window window) {
   const Factors factors = without_window(a, delta, window);
-  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/true);
+  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/true, /*flat=*/true);
   const Partition partition(order, offsets, p.samples);
   Tensor mean = allocate(a, moments_shape(p, partition));
   Tensor variance = allocate(a, moments_shape(p, partition));
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   const Tensor& order, const Tensor& offsets,
                                                   Window window) {
   const Factors factors = without_window(a, delta, window);
-  const Outer p = outer_problem(factors.a, factors.delta, factors.window);
+  const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/false, /*flat=*/true);
   const Partition partition(order, offsets, p.samples);
   const std::vector<int64_t> sizes = moments_shape(p, partition);
   check_sizes(grad_mean, "grad_mean", sizes);

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.outer_moments import with_positions
 from ..ops.window import sizes
 from .launch import (
     STAGES,
@@ -121,6 +122,7 @@ def outer_moments(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """See `fastdg.ops.outer_moments`."""
+    a, delta = with_positions(a, delta)
     if a.shape[1] == 1 and not window:
         return grouped_product(a, delta, order, offsets, window, squares=True)
     precise = precision(a, window)

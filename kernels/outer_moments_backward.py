@@ -211,19 +211,19 @@ def _rank_one(
     grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
     order: Tensor, offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``(grad_a, grad_delta)`` for rows ``a [N, I]`` and ``delta [N, O]``."""
-    domains, samples = offsets.numel() - 1, a.shape[0]
-    block_n = block(triton.cdiv(samples, max(1, domains)), 64)
+    """Return ``(grad_a, grad_delta)``, ``[N, I]`` and ``[N, O]``."""
+    a, delta, domains = a.flatten(1), delta.flatten(1), offsets.numel() - 1
+    block_n = block(triton.cdiv(len(a), max(1, domains)), 64)
     grads = []
     # [D, O, I] is read with its last two dimensions swapped where the result is along I.
     for u, v, swap in ((delta, a, False), (a, delta, True)):
         weights = [w.transpose(1, 2) if swap else w for w in (grad_mean, grad_variance, mean)]
         out = gradient_like(u, order)
         block_u = block(u.shape[1], 64)
-        tiles = triton.cdiv(samples, block_n) * triton.cdiv(u.shape[1], block_u)
+        tiles = triton.cdiv(len(a), block_n) * triton.cdiv(u.shape[1], block_u)
         launch(
             _rank_one_kernel, domains * tiles,
-            u, v, *weights, order, offsets, out, samples, u.shape[1], v.shape[1],
+            u, v, *weights, order, offsets, out, len(a), u.shape[1], v.shape[1],
             *u.stride(), *v.stride(), *weights[0].stride(), *weights[1].stride(),
             BLOCK_U=block_u, BLOCK_V=16, BLOCK_N=block_n, num_warps=4, num_stages=3,
         )  # fmt: skip
@@ -274,9 +274,9 @@ def outer_moments_backward(
         grads = outer_moments_backward(*given, whole, delta, mean, order, offsets, window)
         return windows.crop(grads[0], more).contiguous(), grads[1]
     grad_variance, mean = grad_variance.contiguous(), mean.contiguous()
-    if a.shape[1] == 1 and not window:
-        grads = _rank_one(grad_mean, grad_variance, a[:, 0], delta[:, 0], mean, order, offsets)
-        return grads[0].unsqueeze(1), grads[1].unsqueeze(1)
+    if not window and a.shape[1:-1].numel() == 1:  # T is 1, or missing
+        grads = _rank_one(grad_mean, grad_variance, a, delta, mean, order, offsets)
+        return grads[0].view(a.shape), grads[1].view(delta.shape)
     grad_a, grad_delta = gradient_like(a, order), gradient_like(delta, order)
     if mean.numel() == 0 or delta.numel() == 0 or order.numel() == 0:
         return grad_a.zero_(), grad_delta.zero_()

@@ -21,6 +21,11 @@ def flat(grads: Tensor) -> Tensor:
     return grads.flatten(1) if grads.dim() > 1 else grads.unsqueeze(1)
 
 
+def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """View ``x`` in ``shape``; itself if it has it, as autograd records a view."""
+    return x if x.shape == shape else x.view(shape)
+
+
 class Agreement(NamedTuple):
     """The result of `ops.agreement` for one parameter.
 
@@ -127,7 +132,7 @@ class Dense(PerSampleGrad):
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         mean, variance = ops.moments(flat(self.grads), partition.order, partition.offsets)
         shape = (partition.num_domains, *self.shape)
-        return mean.view(shape), variance.view(shape)
+        return shaped(mean, shape), shaped(variance, shape)
 
     def domain(self, partition: Partition) -> Tensor:
         # As products with 1: an index_add wakes torch's threads several times for few numbers

@@ -12,7 +12,7 @@ from .. import ops
 from ..domains import Partition
 from ..dtypes import to_operand_dtype, to_statistics_dtype
 from ..ops.window import unfold
-from .base import Agreement, Dense, PerSampleGrad
+from .base import Agreement, Dense, PerSampleGrad, shaped
 
 CACHED = 1 << 15  # entries that stay in a core's cache
 FEW_TILES = 1 << 22  # entries of a weight whose tiles fill no GPU well; those of D weights do
@@ -69,11 +69,11 @@ class Outer(PerSampleGrad):
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
         blocks = partition.grouped(self.groups)
-        mean, variance = ops.outer_moments(
-            *self._grouped(), blocks.order, blocks.offsets, self.window
-        )
+        # Without T where it is missing: the gradient of a view is added to others in new memory
+        factors = self.factors if self.groups == 1 else self._grouped()
+        mean, variance = ops.outer_moments(*factors, blocks.order, blocks.offsets, self.window)
         shape = (partition.num_domains, *self.shape)
-        return mean.view(shape), variance.view(shape)
+        return shaped(mean, shape), shaped(variance, shape)
 
     def domain(self, partition: Partition) -> Tensor:
         blocks = partition.grouped(self.groups)

@@ -28,6 +28,13 @@ def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
             yield domain, order[start:stop]
 
 
+def with_positions(a: Any, delta: Any) -> tuple[Any, Any]:
+    """Return ``a [N, T, I]`` and ``delta [N, T, O]``; T may be missing in both where it is 1."""
+    if isinstance(a, Tensor) and isinstance(delta, Tensor) and a.dim() == delta.dim() == 2:
+        return a.unsqueeze(1), delta.unsqueeze(1)
+    return a, delta
+
+
 def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
     """Split ``rows`` so that their gradients of ``elements`` entries each fit the chunk budget."""
     return rows.split(max(1, CHUNK_ELEMENTS // max(1, elements)))
@@ -36,6 +43,7 @@ def chunks(rows: Tensor, elements: int) -> tuple[Tensor, ...]:
 def reference(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    a, delta = with_positions(a, delta)
     T, inputs = sizes(a.shape, window)
     outputs = delta.shape[2]
     a, delta = to_statistics_dtype(a), to_statistics_dtype(delta)
@@ -64,6 +72,7 @@ def reference(
 def _fake(
     a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
+    a, delta = with_positions(a, delta)
     shape = (offsets.shape[0] - 1, delta.shape[2], sizes(a.shape, window)[1])
     mean = a.new_empty(shape, dtype=statistic_dtype(a.dtype))
     return mean, torch.empty_like(mean)
@@ -79,7 +88,8 @@ def reference_backward(
     offsets: Tensor,
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    dtype, a, delta = a.dtype, to_statistics_dtype(a), to_statistics_dtype(delta)
+    dtype, shapes = a.dtype, (a.shape, delta.shape)
+    a, delta = with_positions(to_statistics_dtype(a), to_statistics_dtype(delta))
     grad_a = torch.zeros(a.shape, dtype=a.dtype, device=a.device)
     grad_delta = torch.zeros(delta.shape, dtype=a.dtype, device=delta.device)
     for domain, rows in domain_rows(order, offsets):
@@ -96,7 +106,7 @@ def reference_backward(
             upstream = torch.bmm(d.transpose(1, 2), x).mul_(slope).add_(level)
             grad_delta[part] = torch.bmm(x, upstream.transpose(1, 2))
             grad_a[part] = fold(torch.bmm(d, upstream), (len(part), *a.shape[1:]), window)
-    return grad_a.to(dtype), grad_delta.to(dtype)
+    return grad_a.to(dtype).view(shapes[0]), grad_delta.to(dtype).view(shapes[1])
 
 
 def _fake_backward(
@@ -120,6 +130,13 @@ def check(
     return checks.partition(order, offsets, a, "a"), outputs, inputs
 
 
+def check_rows(
+    a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, window: Sequence[int]
+) -> tuple[Any, Any, Any]:
+    """`check`, but T may be missing."""
+    return check(*with_positions(a, delta), order, offsets, window)
+
+
 def check_values(a: Tensor, delta: Tensor, order: Tensor, offsets: Tensor, *rest: Any) -> None:
     checks.partition_values(order, offsets, a.shape[0])
 
@@ -134,7 +151,7 @@ def check_backward(
     offsets: Tensor,
     window: Sequence[int],
 ) -> None:
-    shape = check(a, delta, order, offsets, window)
+    shape = check_rows(a, delta, order, offsets, window)
     for name, x in (("grad_mean", grad_mean), ("grad_variance", grad_variance), ("mean", mean)):
         checks.statistic(name, x, statistic_dtype(a.dtype), a, "a")
         checks.shape(name, x, shape, "D, O, I")
@@ -151,7 +168,7 @@ define(
     "-> (Tensor, Tensor)",
     reference,
     _fake,
-    check,
+    check_rows,
     check_values,
     halves=(),
 )
@@ -212,9 +229,10 @@ def outer_moments(
               v_d = \frac1{n_d}\sum_{i\in d} g_i^2 - m_d^2 \ge 0
 
     Args:
-        a: layer inputs ``[N, T, I]``; with a window the padded input ``[N, C, *S]`` of a
-            convolution.
-        delta: gradients at the layer's outputs ``[N, T, O]``, any strides, the dtype of ``a``.
+        a: layer inputs ``[N, T, I]``, or ``[N, I]`` where T is 1; with a window the padded input
+            ``[N, C, *S]`` of a convolution.
+        delta: gradients at the layer's outputs ``[N, T, O]``, or ``[N, O]`` as ``a``, any strides,
+            the dtype of ``a``.
         order, offsets: a partition of the samples by domain, as in `moments`.
         window: empty, or ``[*kernel, *stride, *dilation]``; then ``I = C * prod(kernel)``. With
             ``*padding`` at its end ``a`` lacks as many zeros on both sides of each dimension.

@@ -25,10 +25,13 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
     window = [3, 2, 1, 1, 1, 1]
     wider = torch.randn(6, 35, 3, device=device, requires_grad=grad)
     flat = torch.randn(6, 9, device=device, requires_grad=grad)
+    short = torch.randn(6, 3, device=device, requires_grad=grad)
     variance = [torch.rand(3, n, device=device, requires_grad=grad) for n in (2, 5)]
     ema = [torch.rand(3, n, device=device) for n in (2, 5)]
     present = torch.tensor([True, False, True], device=device)
-    up, wide, patch = (torch.randn(3, *shape, device=device) for shape in ((9,), (5, 4), (3, 12)))
+    up, wide, patch, tall = (
+        torch.randn(3, *shape, device=device) for shape in ((9,), (5, 4), (3, 12), (3, 9))
+    )
     scalar = torch.ones((), device=device)
     lists = [torch.randn(s, device=device, requires_grad=grad) for s in ((2, 3), (5,)) * 3]
     weights = torch.tensor([0.5, 0.0, -2.0], device=device)
@@ -58,6 +61,10 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "moments_backward": (up, up, flat, up, order, offsets),
         "outer_moments": (a, delta, order, offsets, []),
         "outer_moments, window": (x, out, order, offsets, window),
+        "outer_moments, one position": (flat, short, order, offsets, []),
+        "outer_moments_backward, one position": (
+            *(tall, tall, flat, short, tall, order, offsets, []),
+        ),
         "outer_moments_backward": (wide, wide, a, delta, wide, order, offsets, []),
         "outer_moments_backward, window": (patch, patch, x, out, patch, order, offsets, window),
         "outer_moments, padded": (x, wider, order, offsets, [*window, 1, 2]),
@@ -162,6 +169,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "moments": (ops.moments, "moments"),
     "outer_moments": (ops.outer_moments, "outer_moments"),
     "outer_moments, window": (ops.outer_moments, "outer_moments, window"),
+    "outer_moments, one position": (ops.outer_moments, "outer_moments, one position"),
     "outer_domain": (ops.outer_domain, "outer_domain"),
     "outer_norms": (ops.outer_norms, "outer_norms, window"),
     "outer_gram": (ops.outer_gram, "outer_gram"),

@@ -234,3 +234,18 @@ def test_norms_wait_for_others_until_their_maps_are_many(
         for one, want in zip(got, Dense(expected[k][bias]).moments(parts), strict=True):
             torch.testing.assert_close(one, want)
     assert not any(hasattr(call, "maps") for call in calls)  # nothing holds them any more
+
+
+def test_autograd_records_no_views_around_the_moments_of_a_head() -> None:
+    """Each is a node in both directions, and a sum with a gradient that is a view takes new
+    memory."""
+    head, x = nn.Linear(WIDTH, 4), torch.randn(N, WIDTH, requires_grad=True)
+    losses = F.cross_entropy(head(x), torch.arange(N) % 4, reduction="none")
+    moments = fastdg.domain_moments(losses, torch.arange(N) % D, params=head, create_graph=True)
+    expected = {"weight": ["AccumulateGrad", "LogSoftmax"], "bias": ["LogSoftmax"]}
+    for name, below in expected.items():
+        node = moments.variance[name].grad_fn
+        assert node is not None
+        names = [n.name() for n in (node, *(f for f, _ in node.next_functions if f is not None))]
+        for got, want in zip(names, ["fastdg", *below], strict=True):
+            assert want in got

@@ -59,8 +59,8 @@ class Layout:
         return self.positions == 1 and self.kind == "major"
 
     def shortest(self, x: Tensor) -> Tensor:
-        """Call `rows`, but omit the dimension T of rows that are `alone`, if grad mode is off."""
-        return x if self.alone and not torch.is_grad_enabled() else self.rows(x)
+        """Call `rows`, but omit the dimension T of rows that are `alone`."""
+        return x if self.alone else self.rows(x)
 
     def rows(self, x: Tensor) -> Tensor:
         """Rearrange ``x [R, *]`` to ``[N, T, *]``; zeros where a sample has fewer rows."""
