@@ -9,30 +9,16 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
+from documents import DOCS, DOCUMENTS, FENCE, FRAGMENT, PAGES, ROOT, around, blocks
 
 import fastdg
 from fastdg.domainbed.algorithms import ENTRIES
 from fastdg.studies.catalogue import ALGORITHMS
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
-FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 SHOWN = re.compile(r"^::: fastdg\.([\w.]+)$", re.MULTILINE)
-# A fenced block that is not run says so: ```{.python .fragment}
-FRAGMENT = "{.python .fragment}"
-
-
-def blocks(path: Path) -> list[tuple[str, str]]:
-    """Language and text of the fenced blocks of a document."""
-    return [(kind, text) for _, kind, text in FENCE.findall(path.read_text(encoding="utf-8"))]
 
 
 def runs(path: Path) -> bool:
@@ -41,30 +27,6 @@ def runs(path: Path) -> bool:
 
 def short(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def around() -> dict[str, Any]:
-    """Names that the blocks use without making them."""
-    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    x, y, domains = torch.randn(12, 5), torch.arange(12) % 3, torch.arange(12) % 2
-    words = torch.randn(128, 8)
-    return {
-        "torch": torch,
-        "F": F,
-        "fastdg": fastdg,
-        "model": model,
-        "x": x,
-        "y": y,
-        "domains": domains,
-        "loader": [(x, y, domains)] * 2,
-        "dataset": torch.utils.data.TensorDataset(x, y, domains),
-        "batches": [(x, y)] * 2,
-        "minibatches": [(x, y)] * 2,
-        "text_encoder": lambda texts: torch.stack([words[[*map(ord, t)]].sum(0) for t in texts]),
-        "teacher": lambda x: torch.randn(len(x), 3),
-        "encoder": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 8)),
-        "pairs": [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))] * 2,
-    }
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if runs(p)], ids=short)
