@@ -22,12 +22,12 @@ static void add_scaled(float* to, const float* from, float scale, int64_t size) 
 // Distances of one sample: its cosines with its class's text and, in `around`, with the anchors; in `apart`
 // the softmax of these minus the teacher's. An embedding of length 0 has cosine 0.
 struct SampleDistance {
-  float inverse, cosine, distance;  // 1 / length; with the text; sum of apart^2
+  float length, inverse, cosine, distance;  // 1 / length; with the text; sum of apart^2
 
   SampleDistance(const Texts& x, int64_t n, float* around, float* share, float* apart) : distance(0) {
     const float* s = x.embeddings + n * x.stride;
     const int64_t y = x.labels[n], A = x.count, E = x.width;
-    const float length = __builtin_sqrtf(dot(s, s, E));
+    length = __builtin_sqrtf(dot(s, s, E));
     inverse = length == 0 ? 0 : 1 / length;
     cosine = dot(s, x.classes + y * E, E) * inverse;
     float total = 0;
@@ -57,24 +57,26 @@ static void text_distance(const Texts& x, Range samples, float* absolute, float*
 static void text_distance_backward(const Texts& x, const float* of_absolute, const float* of_relative,
                                    Range samples, float* out) {
   const int64_t A = x.count, E = x.width;
-  ScratchAllocator allocator(3 * padded(A));
+  ScratchAllocator allocator(3 * padded(A) + padded(E));
   float *around = allocator.take(A), *share = allocator.take(A), *apart = allocator.take(A);
+  float* unit = allocator.take(E);
   for (int64_t n = samples.begin; n < samples.end; ++n) {
     const SampleDistance sample(x, n, around, share, apart);
     const float *s = x.embeddings + n * x.stride, *text = x.classes + x.labels[n] * E;
+    const float length = sample.length == 0 ? 1 : sample.length;
     float* to = out + n * E;
-    float mean = 0, along = -of_absolute[n] * sample.cosine;
+    float mean = 0;
     for (int64_t a = 0; a < A; ++a) mean += share[a] * apart[a];
-    for (int64_t a = 0; a < A; ++a) {  // from here on share is the derivative by the cosine
-      share[a] *= (apart[a] - mean) * (2 * x.scale * of_relative[n]);
-      along += share[a] * around[a];
+    for (int64_t k = 0; k < E; ++k) {
+      unit[k] = s[k] / length;
+      to[k] = -of_absolute[n] * text[k];
     }
-    // The part along the embedding does not turn it
-    const float turn = -along * sample.inverse * sample.inverse, down = -of_absolute[n] * sample.inverse;
-    int64_t k = 0;
-    for (; k + W <= E; k += W) store(to + k, load(text + k) * down + load(s + k) * turn);
-    for (; k < E; ++k) to[k] = text[k] * down + s[k] * turn;
-    for (int64_t a = 0; a < A; ++a)
-      add_scaled(to, x.anchors + (x.labels[n] * A + a) * E, share[a] * sample.inverse, E);
+    for (int64_t a = 0; a < A; ++a) {
+      const float slope = share[a] * (apart[a] - mean) * (2 * x.scale * of_relative[n]);
+      add_scaled(to, x.anchors + (x.labels[n] * A + a) * E, slope, E);
+    }
+    // The part along the embedding does not turn it. Of the rounded sum: of width 1 nothing is left
+    const float along = dot(unit, to, E);
+    for (int64_t k = 0; k < E; ++k) to[k] = (to[k] - unit[k] * along) * sample.inverse;
   }
 }

@@ -22,7 +22,7 @@ def _cosines(
     text ``[N]`` and the anchors ``[N, A]`` of their classes; all 0 for an embedding of length 0."""
     length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
     inverse = torch.where(length == 0, 0, 1 / length)
-    unit = embeddings * inverse
+    unit = torch.where(length == 0, 0, embeddings / length)
     around = torch.bmm(anchors[labels], unit.unsqueeze(2)).squeeze(2)
     return unit, inverse, (unit * classes[labels]).sum(1), around
 
@@ -51,16 +51,16 @@ def reference_backward(
     anchors: Tensor,
     teacher: Tensor,
 ) -> Tensor:
-    unit, inverse, cosine, around = _cosines(embeddings, labels, classes, anchors)
+    unit, inverse, _, around = _cosines(embeddings, labels, classes, anchors)
     share = around.softmax(1)
     apart = share - teacher[labels]
     slope = share * (apart - (share * apart).sum(1, keepdim=True))
     slope = slope * (grad_relative * (2 * RELATIVE_SCALE / max(1, anchors.shape[1]))).unsqueeze(1)
     towards = torch.bmm(slope.unsqueeze(1), anchors[labels]).squeeze(1)
     towards = towards - classes[labels] * grad_absolute.unsqueeze(1)
-    # The part along the embedding does not turn it
-    along = (slope * around).sum(1) - grad_absolute * cosine
-    return (towards - unit * along.unsqueeze(1)) * inverse
+    # The part along the embedding does not turn it. Of the rounded sum: of width 1 nothing is left
+    along = (unit * towards).sum(1, keepdim=True)
+    return (towards - unit * along) * inverse
 
 
 def _fake_backward(
