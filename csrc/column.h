@@ -99,7 +99,10 @@ struct Spread {
     squares += to * to;
   }
   FASTDG_DEVICE Value mean(float count) const { return first + 1 / count * offset; }
-  FASTDG_DEVICE Value around_mean(float count) const { return positive(squares - 1 / count * offset * offset); }
+  // Infinite squares of finite offsets are infinite, whether a difference of infinities is one here or not
+  FASTDG_DEVICE Value around_mean(float count) const {
+    return or_else(positive(squares - 1 / count * offset * offset), INFINITY) + 0 * offset;
+  }
 };
 
 template <class Pass>

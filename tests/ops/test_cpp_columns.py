@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def some_weights(D: int) -> Tensor:
     return weights
 
 
-def reference(name: str, *args: object) -> object:
+def reference(name: str, *args: object) -> Any:
     return ops.dispatch.registry.OPS[name].reference(*args)
 
 
@@ -147,6 +148,18 @@ def test_all_that_can_meet_in_a_column(isa: str, threshold: float) -> None:
         torch.testing.assert_close(*lengths, equal_nan=True)
         torch.testing.assert_close(one, two, equal_nan=True)
         assert torch.equal(one[0].signbit(), one[1].signbit())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_variances_whose_gap_is_too_large_a_number(isa: str, kept: bool) -> None:
+    here = torch.tensor([True, True, False, True])
+    for column in itertools.product((0.0, 2.0, 1e15, 1e30, INF, math.nan), repeat=4):
+        for width in (1, 40):
+            variance = [torch.tensor(column).unsqueeze(1).expand(4, width).contiguous()]
+            ema = [v.flip(0) for v in variance] if kept else []
+            exact = reference("variance_gap", double(variance), double(ema), here, 2.0)
+            got = cpp.variance_gap(variance, ema, here, 2.0)
+            torch.testing.assert_close(got, exact.float(), equal_nan=True)
 
 
 def test_the_soft_mask_is_a_tangent_to_fp32(isa: str) -> None:
