@@ -173,5 +173,18 @@ def test_the_page_on_domainbed_names_every_algorithm() -> None:
     assert [name for name in ENTRIES if f"`{name}`" not in text] == []
 
 
+def test_papers_to_cite_are_those_that_docstrings_name() -> None:
+    (entries,) = (text for kind, text in blocks(DOCS / "about" / "citing.md") if kind == "bibtex")
+    keys = re.findall(r"^@(?:inproceedings|article)\{(\w+),$", entries, re.MULTILINE)
+    assert len(set(keys)) == len(keys) == entries.count("@") == entries.count("\n}\n")
+    named = " ".join(strings().split())
+    titles = re.findall(r"^  title += \{(.+)\},$", entries, re.MULTILINE)
+    assert len(titles) == len(keys)
+    # A docstring may have the title without what follows a colon
+    short = [re.sub(r" \(\{\w+\}\)$", "", title) for title in titles]
+    missing = [t for t in short if t not in named and t.partition(":")[0] + ", " not in named]
+    assert missing == []
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 16_000
