@@ -1,7 +1,8 @@
 """``outer_domain``: the mean gradient of every domain, one grouped matrix product.
 
-With SQUARES the same kernel serves ``outer_moments`` at T = 1, where g * g is the outer product of
-delta * delta and a * a.
+With SQUARES the same kernel serves ``outer_moments`` at T = 1, where the squares of gradients are
+products, too: of delta * delta and a * a. Where the samples agree and their difference cancels, the
+tile is computed once more, sample by sample.
 """
 
 # ruff: noqa: E741  (O and I are shapes)
@@ -31,9 +32,21 @@ from .launch import (
     tile,
     warps,
 )
-from .tiles import biased_variance, columns_at, finish_kernel, load_pairs, result_at, tile_of
+from .tiles import (
+    add_sample,
+    columns_at,
+    finish_kernel,
+    load_pairs,
+    place,
+    result_at,
+    samples_of,
+    tile_of,
+)
 
 supports = supports_outer
+
+# Below this share of mean^2, E[g^2] - mean^2 has lost three digits or more
+CANCELS = tl.constexpr(1 / 256)
 
 
 @triton.jit(do_not_specialize=["split", "taps"])  # one depends on the batch size
@@ -50,12 +63,11 @@ def _outer_domain_kernel(
     domain = (tl.program_id(0) // tiles // split).to(tl.int64)
     first = tl.load(offsets + domain)
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(samples * T, BLOCK_K), split) * BLOCK_K
-    end = tl.minimum(samples * T, (part + 1) * share)
+    start, end = samples_of(part, split, samples * T, BLOCK_K)
     along_i = columns_at(column, i, tap, I, a_row, a_column, WINDOW)
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for begin in range(part * share, end, BLOCK_K):
+    for begin in range(start, end, BLOCK_K):
         k = begin + tl.arange(0, BLOCK_K)
         d, x = load_pairs(
             a, delta, order, row, first, k, end, along_i, o, i, T, O, I,
@@ -70,13 +82,26 @@ def _outer_domain_kernel(
     at = result_at(o, i, tap, I, taps, WINDOW)
     mean += domain * O * I * taps
     variance += domain * O * I * taps
+    if SQUARES:
+        average = total / tl.maximum(end - start, 1).to(tl.float32)
+        second = tl.maximum(second - average * total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if end - start == 1:
+            second = total - total  # 0, or NaN where a value is not finite
+        cancels = inside & (second < average * total * CANCELS)
+        if (end - start > 1) & (tl.max(cancels.to(tl.int32)) > 0):
+            total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+            second = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+            for n in range(start, end):
+                sample = tl.load(order + first + n)
+                x = tl.load(a + sample * a_sample + place(along_i, WINDOW), mask=i < I, other=0.0)
+                d = tl.load(delta + sample * d_sample + o * d_column, mask=o < O, other=0.0)
+                g = d.to(tl.float32)[:, None] * x.to(tl.float32)[None, :]
+                total, second = add_sample(total, second, g, n - start)
     if split == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
-        total = total / count
-        tl.store(mean + at, total, mask=inside)
+        tl.store(mean + at, total / count, mask=inside)
         if SQUARES:
-            spread = biased_variance(second, total, count)
-            tl.store(variance + at, spread, mask=inside)
+            tl.store(variance + at, second / count, mask=inside)
     else:
         powers: tl.constexpr = 2 if SQUARES else 1
         partial += part.to(tl.int64) * powers * slab + domain * O * I * taps
@@ -126,20 +151,21 @@ def grouped_product(
         num_warps=8 if squares else warps(block_o, block_i), num_stages=3 if squares else STAGES,
         **registers(x.device, 128),
     )  # fmt: skip
-    finish(partial, offsets, mean, variance, share, squares)
+    finish(partial, offsets, mean, variance, share, block_k if squares else 0)
     return mean, variance
 
 
 def finish(
-    partial: Tensor, offsets: Tensor, mean: Tensor, variance: Tensor, share: int, squares: bool
+    partial: Tensor, offsets: Tensor, mean: Tensor, variance: Tensor, share: int, samples: int
 ) -> None:
-    """Sum the ``share`` parts in ``partial``, where there is more than one."""
+    """Merge the ``share`` parts in ``partial``, where there is more than one; with squares, a part
+    is of blocks of ``samples``."""
     if share > 1:
         domains, size = mean.shape[0], mean[0].numel()
         launch(
             finish_kernel, domains * triton.cdiv(size, 512),
             partial, offsets, mean, variance, size, mean.numel(),
-            share, SQUARES=squares, BLOCK=512,
+            share, SQUARES=samples > 0, BLOCK=512, SHARE=max(1, samples),
         )  # fmt: skip
 
 

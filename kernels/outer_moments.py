@@ -31,7 +31,7 @@ from .launch import (
 )
 from .outer_domain import finish, grouped_product
 from .tiles import (
-    biased_variance,
+    add_sample,
     columns_at,
     load_delta,
     load_rows,
@@ -39,6 +39,7 @@ from .tiles import (
     place,
     result_at,
     rows_at,
+    samples_of,
     tile_of,
 )
 
@@ -66,9 +67,7 @@ def _outer_moments_kernel(
     domain = (tl.program_id(0) // tiles // split).to(tl.int64)
     first = tl.load(offsets + domain)
     samples = (tl.load(offsets + domain + 1) - first).to(tl.int32)
-    share = tl.cdiv(samples, split)
-    begin = tl.minimum(samples, part * share)
-    end = tl.minimum(samples, begin + share)
+    begin, end = samples_of(part, split, samples, 1)
     along_i = columns_at(column, i, tap, I, a_row, a_column, WINDOW)
     g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -86,8 +85,7 @@ def _outer_moments_kernel(
                     delta + sample * d_sample + t * d_row + o * d_column, mask=o < O, other=0.0
                 )
                 g += d.to(tl.float32)[:, None] * x.to(tl.float32)[None, :]
-            total += g
-            second += g * g
+            total, second = add_sample(total, second, g, n - begin)
     else:
         blocks = tl.cdiv(T, BLOCK_T)
         for step in range((end - begin) * blocks):
@@ -99,8 +97,7 @@ def _outer_moments_kernel(
             x = load_rows(a + sample * a_sample, row, along_i, t, i, T, I, a_row, WINDOW)
             g = tl.dot(d, tl.trans(x), g, input_precision=PRECISION)
             if block == blocks - 1:
-                total += g
-                second += g * g
+                total, second = add_sample(total, second, g, step // blocks)
                 g = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     inside = (o < O)[:, None] & (i < I)[None, :]
     at = result_at(o, i, tap, I, taps, WINDOW)
@@ -108,10 +105,8 @@ def _outer_moments_kernel(
     variance += domain * O * I * taps
     if split == 1:
         count = tl.maximum(samples, 1).to(tl.float32)
-        total = total / count
-        tl.store(mean + at, total, mask=inside)
-        spread = biased_variance(second, total, count)
-        tl.store(variance + at, spread, mask=inside)
+        tl.store(mean + at, total / count, mask=inside)
+        tl.store(variance + at, second / count, mask=inside)
     else:
         partial += part.to(tl.int64) * 2 * slab + domain * O * I * taps
         tl.store(partial + at, total, mask=inside)
@@ -159,5 +154,5 @@ def outer_moments(
         num_warps=warps(block_o, block_i) if by_dot else 8, num_stages=STAGES,
         **registers(x.device, 248),
     )  # fmt: skip
-    finish(partial, offsets, mean, variance, share, squares=True)
+    finish(partial, offsets, mean, variance, share, 1)
     return mean, variance

@@ -118,10 +118,23 @@ def load_pairs(
 
 
 @triton.jit
-def biased_variance(second, mean, count):
-    """``second / count - mean^2``, not below zero; exactly zero for one sample; NaN stays."""
-    spread = tl.maximum(second / count - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(count == 1, mean - mean, spread)
+def add_sample(total, second, g, seen):
+    """Sum and centred sum of squares of ``seen`` samples, and of one more: ``g``.
+
+    As Welford does: nothing cancels, nothing gets negative.
+    """
+    before = g - total * (1.0 / tl.maximum(seen, 1).to(tl.float32))
+    total += g
+    second += before * (g - total * (1.0 / (seen + 1).to(tl.float32)))
+    return total, second
+
+
+@triton.jit
+def samples_of(part, split, samples, BLOCK: tl.constexpr):  # fmt: skip
+    """Begin and end of a part of a domain's samples, which is shared out in blocks."""
+    share = tl.cdiv(tl.cdiv(samples, BLOCK), split) * BLOCK
+    begin = tl.minimum(samples, part * share)
+    return begin, tl.minimum(samples, begin + share)
 
 
 @triton.jit
@@ -147,9 +160,13 @@ def transpose_kernel(
 @triton.jit(do_not_specialize=["split"])
 def finish_kernel(
     partial, offsets, mean, variance, size, slab, split,
-    SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+    SQUARES: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums ``[split, 1 or 2, D, size]`` of one or two powers -> mean (and variance)."""
+    """Partial sums ``[split, 1, D, size]`` -> mean; or sums and centred sums of squares ``[split,
+    2, D, size]`` of parts of the samples, as `samples_of` has them -> mean and variance.
+
+    Parts are merged as Chan, Golub and LeVeque do.
+    """
     blocks = tl.cdiv(size, BLOCK)
     domain = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -157,19 +174,20 @@ def finish_kernel(
     start = partial + domain * size + at
     total = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(split):
-        total += tl.load(start, mask=inside, other=0.0)
+    samples = (tl.load(offsets + domain + 1) - tl.load(offsets + domain)).to(tl.int32)
+    for part in range(split):
+        own = tl.load(start, mask=inside, other=0.0)
         start += slab
         if SQUARES:
+            begin, end = samples_of(part, split, samples, SHARE)
+            if begin > 0 and end > begin:
+                seen, new = begin.to(tl.float32), (end - begin).to(tl.float32)
+                apart = own / new - total / seen
+                second += apart * apart * (seen * new / (seen + new))
             second += tl.load(start, mask=inside, other=0.0)
             start += slab
-    count = tl.maximum(tl.load(offsets + domain + 1) - tl.load(offsets + domain), 1)
-    count = count.to(tl.float32)
-    average = total / count
-    tl.store(mean + domain * size + at, average, mask=inside)
+        total += own
+    count = tl.maximum(samples, 1).to(tl.float32)
+    tl.store(mean + domain * size + at, total / count, mask=inside)
     if SQUARES:
-        tl.store(
-            variance + domain * size + at,
-            biased_variance(second, average, count),
-            mask=inside,
-        )
+        tl.store(variance + domain * size + at, second / count, mask=inside)

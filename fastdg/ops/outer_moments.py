@@ -18,6 +18,8 @@ from .window import fold, sizes, unfold
 
 # Per-sample gradients the reference holds at once, in elements (64 MiB of fp32).
 CHUNK_ELEMENTS = 1 << 24
+# Below this share of mean^2, E[g^2] - mean^2 has lost three digits or more
+CANCELS = 1 / 256
 
 
 def domain_rows(order: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -50,23 +52,40 @@ def reference(
     mean = a.new_zeros((offsets.numel() - 1, outputs, inputs))
     variance = torch.zeros_like(mean)
     for domain, rows in domain_rows(order, offsets):
-        m, v = mean[domain], variance[domain]
+        m, v, n = mean[domain], variance[domain], rows.numel()
         if T == 1 and not window:
             x, d = a[rows, 0], delta[rows, 0]
             torch.mm(d.t(), x, out=m)
             torch.mm((d * d).t(), x * x, out=v)
+            m /= n
+            v.div_(n).addcmul_(m, m, value=-1)
+            v.copy_(_centred(x, d, m).where(v < m.square() * CANCELS, v))
         else:
-            for part in chunks(rows, outputs * inputs):
+            shift = v.clone()  # the mean of the first chunk, around which squares do not cancel
+            for k, part in enumerate(chunks(rows, outputs * inputs)):
                 g = torch.bmm(delta[part].transpose(1, 2), unfold(a[part], window))
                 m += g.sum(0)
-                v += g.square_().sum(0)
-        if rows.numel() == 1:
+                if k == 0:
+                    shift = m / len(part)
+                v += g.sub_(shift).square_().sum(0)
+            m /= n
+            v.div_(n).sub_((m - shift).square_())
+        if n == 1:
             torch.sub(m, m, out=v)  # 0, or NaN where a value is not finite
-            continue
-        m /= rows.numel()
-        # v - m*m cancels where the samples agree; rounding must not make a negative variance of it.
-        v.div_(rows.numel()).addcmul_(m, m, value=-1).clamp_(min=0)
-    return mean, variance
+    return mean, variance.clamp_(min=0)
+
+
+def _centred(x: Tensor, d: Tensor, mean: Tensor) -> Tensor:
+    """Compute the variance of products around c = d0 x0, of the factors' means.
+
+    .. math:: d x - c = (d - d_0) x + d_0 (x - x_0)
+    """
+    x0, d0 = x.mean(0, keepdim=True), d.mean(0, keepdim=True)
+    own_x, own_d = x - x0, d - d0
+    v = (own_d * own_d).t() @ (x * x)
+    v += 2 * (own_d * d0).t() @ (x * own_x)
+    v += (d0 * d0).t() @ own_x.square().sum(0, keepdim=True)
+    return v / len(x) - (mean - d0.t() @ x0).square()
 
 
 def _fake(

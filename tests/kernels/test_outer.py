@@ -315,3 +315,24 @@ def test_halves_are_summed_in_fp32(dtype: torch.dtype, T: int) -> None:
     assert all(x.dtype == torch.float32 for x in (combined, *sums))
     assert_near(combined, expected[0].sum(0), terms[0].sum(0))
     assert sums[0] == combined.numel()
+
+
+@pytest.mark.parametrize("T", [1, 3, 9])
+@pytest.mark.parametrize("split", [1, 3])
+def test_the_variance_of_samples_that_agree(
+    T: int, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a small difference of large squares."""
+    monkeypatch.setattr(outer_moments, "parts", lambda *args: split)
+    monkeypatch.setattr(outer_domain, "parts", lambda *args: split)
+    counts = (30, 1, 19)
+
+    def near(*shape: int) -> Tensor:
+        return 30 * torch.randn(1, *shape[1:]) + 0.01 * torch.randn(*shape)
+
+    case = (near(50, T, 20), near(50, T, 7), *partition(counts, 0), ())
+    case = tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in case)
+    mean, variance = outer_moments.outer_moments(*case)
+    expected = moments_ops.reference(*double(*case))
+    assert float((variance.double().cpu() - expected[1]).norm()) < 1e-3 * float(expected[1].norm())
+    assert float((mean.double().cpu() - expected[0]).norm()) < 1e-6 * float(expected[0].norm())

@@ -348,3 +348,27 @@ def test_what_has_no_derivative_says_so(device: str) -> None:
     for name, run in never.items():
         with pytest.raises(RuntimeError, match=f"fastdg::{name} has no derivative"):
             run().sum().backward()
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_moments_of_samples_that_agree(device: str, positions: int) -> None:
+    """Their variance is a small difference of large squares: in float32, and its derivative."""
+    generator = torch.Generator().manual_seed(0)
+
+    def near(*shape: int) -> Tensor:
+        base = 30 * torch.randn(1, *shape[1:], generator=generator, dtype=torch.float64)
+        return (base + 0.01 * torch.randn(*shape, generator=generator, dtype=torch.float64)).float()
+
+    order, offsets = deal((10, 0, 6), device)
+    a, delta = near(16, positions, 20).to(device), near(16, positions, 7).to(device)
+    weight = torch.rand(3, 7, 20, generator=generator).to(device)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        x, d = (t.to(dtype, copy=True).requires_grad_() for t in (a, delta))
+        _, variance = ops.outer_moments(x, d, order, offsets)
+        (variance * weight.to(dtype)).sum().backward()
+        assert x.grad is not None and d.grad is not None
+        return [variance.detach().double(), x.grad.double(), d.grad.double()]
+
+    for got, expected in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert float((got - expected).norm() / expected.norm()) < 2e-3
