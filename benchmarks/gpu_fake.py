@@ -155,7 +155,7 @@ def moved(*trees: Any) -> int:
 def own_flops(name: str, args: Sequence[Any]) -> int:
     """Operations of a sum of outer products, two for each entry of each product; for its backward
     three times as many (the two products of a matrix product's backward, for two sums), of which
-    the squares' are made again."""
+    the squares' are made again; twice as many where nobody asks for the gradient of a."""
     if name == "foreach_moments":
         return sum(own_flops("outer_moments", (a, d, ())) for a, d in zip(*args[3:5], strict=True))
     if not name.startswith("outer_"):
@@ -165,7 +165,7 @@ def own_flops(name: str, args: Sequence[Any]) -> int:
     ]
     inputs = window.sizes(a.shape, args[-1] if isinstance(args[-1], (list, tuple)) else ())[1]
     once = 2 * prod(delta.shape) * inputs
-    return 3 * once if name.endswith("backward") else once
+    return (2 + args[-2]) * once if name.endswith("backward") else once
 
 
 def _like_cuda(supports: Callable[..., Any]) -> Callable[..., Any]:

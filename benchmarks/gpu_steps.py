@@ -12,7 +12,6 @@ import torch
 from gpu_models import Size, network
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 import fastdg
@@ -43,7 +42,6 @@ class Training:
     size: Size
     precision: str
     base: Any = None  # the optimizer inside
-    math: bool = False  # attention from products, which has a second derivative
 
     @classmethod
     def of(cls, name: str, size: Size, precision: str, device: str, **more: Any) -> Training:
@@ -62,8 +60,7 @@ class Training:
         return torch.autocast(self.x.device.type, torch.bfloat16)
 
     def losses(self, rows: Any = slice(None)) -> Tensor:
-        attention = sdpa_kernel(SDPBackend.MATH) if self.math else nullcontext()
-        with attention, self.cast():
+        with self.cast():
             return F.cross_entropy(self.model(self.x[rows]), self.y[rows], reduction="none")
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -165,5 +162,4 @@ STEPS: dict[str, Callable[[Training], Run]] = {
 
 def training(step: str, name: str, size: Size, precision: str, device: str) -> Training:
     """A network of its own for a step: no wrapper has ever touched another step's."""
-    attends = name == "vit_b16" and step == PENALTY
-    return Training.of(name, size, precision, device, math=attends)
+    return Training.of(name, size, precision, device)

@@ -119,7 +119,9 @@ def outer(layer: LayerShape) -> OpCase:
             "weight gradient": weight_gradient,
             "copy": _copy(moved),
             "outer_moments": lambda: ops.outer_moments(*arguments),
-            "outer_moments_backward": lambda: backward(*grads, a, delta, mean, *arguments[2:]),
+            "outer_moments_backward": lambda: backward(
+                *grads, a, delta, mean, *arguments[2:4], True, arguments[4]
+            ),
             "outer_domain": lambda: ops.outer_domain(*arguments),
         },
         flops={

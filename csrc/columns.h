@@ -27,6 +27,20 @@ FASTDG_DEVICE float positive(float x) { return x <= 0 ? 0 : x; }
 FASTDG_DEVICE vec or_else(vec x, float other) { return x == x ? x : vec{} + other; }
 FASTDG_DEVICE float or_else(float x, float other) { return x == x ? x : other; }
 
+// For |x| <= 87, within two roundings.
+FASTDG_DEVICE vec exponential(vec x) {
+  constexpr float ROUND = 12582912;  // 1.5 * 2^23: a number added to it loses its fraction
+  const vec shifted = x * 1.44269504f + ROUND, n = shifted - ROUND;
+  const vec r = (x - n * 0x1.62ep-1f) - n * 3.1946183e-05f;  // x - n log(2), |r| <= log(2) / 2
+  vec power = r * 0.0013934545f + 0.008363777f;
+  power = power * r + 0.041666456f;
+  power = power * r + 0.16666573f;
+  power = power * r + 0.5f;
+  power = power * r * r + r + 1.f;
+  const ivec exponent = reinterpret_cast<ivec>(shifted) << 23;  // n, which fills the low bits
+  return reinterpret_cast<vec>(reinterpret_cast<ivec>(power) + exponent);
+}
+
 // A polynomial in x^2 near 0, else 1 - 2 / (exp(2 |x|) + 1); within two roundings.
 FASTDG_DEVICE vec hyperbolic_tangent(vec x) {
   const vec square = x * x;
@@ -36,17 +50,7 @@ FASTDG_DEVICE vec hyperbolic_tangent(vec x) {
   near = near * square - 0.33333328f;
   near = x + x * square * near;
   const vec size = absolute(x), y = size > 9.1f ? vec{} + 18.2f : size + size;  // NaN stays
-  constexpr float ROUND = 12582912;  // 1.5 * 2^23: a number added to it loses its fraction
-  const vec shifted = y * 1.44269504f + ROUND, n = shifted - ROUND;
-  const vec r = (y - n * 0x1.62ep-1f) - n * 3.1946183e-05f;  // y - n log(2), |r| <= log(2) / 2
-  vec power = r * 0.0013934545f + 0.008363777f;
-  power = power * r + 0.041666456f;
-  power = power * r + 0.16666573f;
-  power = power * r + 0.5f;
-  power = power * r * r + r + 1.f;
-  const ivec exponent = reinterpret_cast<ivec>(shifted) << 23;  // n, which fills the low bits
-  power = reinterpret_cast<vec>(reinterpret_cast<ivec>(power) + exponent);
-  const vec far = 1.f - 2.f / (power + 1.f);
+  const vec far = 1.f - 2.f / (exponential(y) + 1.f);
   return size < 0.625f ? near : x < 0 ? -far : far;
 }
 FASTDG_DEVICE float hyperbolic_tangent(float x) { return std::tanh(x); }

@@ -22,6 +22,7 @@ constexpr int64_t ORACLE_CHANNELS = 1024, ORACLE_POSITIONS = 128;
 constexpr int64_t NORM_POSITIONS = 128;
 
 #include "columns.h"
+#include "activation_derivative.h"
 #include "dense.h"
 #include "norm.h"
 #include "norm_derivative.h"
@@ -54,7 +55,8 @@ static const Routines table{FASTDG_NAME(FASTDG_ISA),
                             oracle_squares,
                             oracle_slopes,
                             norm_sums,
-                            norm_derivative};
+                            norm_derivative,
+                            activation_derivative};
 
 }  // namespace FASTDG_ISA
 }  // namespace fastdg

@@ -208,9 +208,9 @@ class Backward {
             left, p_.left.col.data() + begin_ + m, p_.left.row.data(), T_, panel, slope_ + at,
             level_ + at, h_ + at);
       }
-      right_gradient(n, left, j, width);
+      if (grad_.right != nullptr) right_gradient(n, left, j, width);
     }
-    left_gradient(n, right);
+    if (grad_.left != nullptr) left_gradient(n, right);
   }
 
   void right_gradient(int64_t n, const float* left, int64_t j, int width) {

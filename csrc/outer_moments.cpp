@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
                                                   const Tensor& grad_variance, const Tensor& a,
                                                   const Tensor& delta, const Tensor& mean,
                                                   const Tensor& order, const Tensor& offsets,
-                                                  Window window) {
+                                                  bool of_a, Window window) {
   const Factors factors = without_window(a, delta, window);
   const Outer p = outer_problem(factors.a, factors.delta, factors.window, /*narrow_left=*/false, /*flat=*/true);
   const Partition partition(order, offsets, p.samples);
@@ -130,25 +130,30 @@ std::tuple<Tensor, Tensor> outer_moments_backward(const Tensor& grad_mean,
   const Tensor upstream[] = {level ? dense(grad_mean, "grad_mean") : grad_mean,
                              dense(grad_variance, "grad_variance"), dense(mean, "mean")};
   const int64_t D = partition.domains();
-  Tensor grad_a = allocate(a, {a.sizes().begin(), a.sizes().end()});
+  Tensor grad_a = of_a ? allocate(a, {a.sizes().begin(), a.sizes().end()}) : allocate(a, {0});
   Tensor grad_delta = allocate(delta, {delta.sizes().begin(), delta.sizes().end()});
   if (p.out_size == 0 || p.positions == 0 || partition.covered() < p.samples) {
     torch::stable::zero_(grad_a);
     torch::stable::zero_(grad_delta);
   }
   if (p.out_size == 0 || p.positions == 0 || D == 0) return {grad_a, grad_delta};
-  const bool written = factors.window.size() < window.size();  // patches
-  Tensor grad_rows = written ? allocate(a, {p.samples, p.positions, p.right.width}) : grad_a;
-  const Gradient grad = gradient_of(p, grad_rows, grad_delta, factors.window);
+  const bool few = is_short(p), written = factors.window.size() < window.size();  // patches
+  Tensor grad_rows = grad_a;
+  if (few && (written || !of_a))  // its routine makes both gradients in one pass
+    grad_rows = allocate(a, {p.samples, p.positions, p.right.width});
+  else if (!of_a)
+    grad_rows = factors.a;  // for its layout
+  Gradient grad = gradient_of(p, grad_rows, grad_delta, factors.window);
+  if (!few && !of_a) (p.delta_right ? grad.left : grad.right) = nullptr;
   const auto upstream_of = [&](int64_t d) {
     const int64_t at = d * p.out_size;
     return Upstream{level ? floats(upstream[0]) + at : nullptr, floats(upstream[1]) + at,
                     floats(upstream[2]) + at, partition.count(d)};
   };
-  if (is_short(p)) {
+  if (few) {
     if (written && partition.covered() < p.samples) torch::stable::zero_(grad_rows);
     run_short_backward(p, partition, grad, upstream_of, grad_delta);
-    if (written) add_patches(grad_a, grad_rows, window);
+    if (written && of_a) add_patches(grad_a, grad_rows, window);
     return {grad_a, grad_delta};
   }
   const int64_t groups = threads() > 1 ? pieces(2 * threads(), D) : 1;

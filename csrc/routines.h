@@ -60,7 +60,7 @@ struct Upstream {
   int64_t count;  // samples of the domain
 };
 
-// Where the derivative goes: contiguous tensors of the factors' shapes.
+// Where the derivative goes: contiguous tensors of the factors' shapes; one that nobody asks for is null.
 struct Gradient {
   float* left;
   int64_t left_sample;
@@ -198,6 +198,15 @@ struct NormGradient {
   float gain_at(int64_t c) const { return gain == nullptr ? 1 : gain[c]; }
 };
 
+// An activation's input, the gradient at its result, and the one that comes back to the gradient at its input;
+// where the derivative goes. See fastdg.ops.second.activation_derivative, and there for the kinds.
+struct Activation {
+  const float *x, *delta, *up;
+  float *of_x, *of_delta;
+  int64_t kind;
+};
+constexpr int64_t ACTIVATIONS = 3;
+
 // What one thread does in one piece. Scratch belongs to the thread; outputs of two tasks never overlap.
 struct Routines {
   const char* name;
@@ -237,6 +246,8 @@ struct Routines {
   // gradient at the input.
   void (*norm_sums)(const Norm&, int64_t sample, Range channels, float* weight, float* bias);
   void (*norm_derivative)(const Norm&, int64_t sample, const NormGradient&);
+  // Of some elements.
+  void (*activation_derivative)(const Activation&, Range);
 };
 
 const Routines* generic_routines();

@@ -209,14 +209,14 @@ def _rank_one_kernel(
 
 def _rank_one(
     grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
-    order: Tensor, offsets: Tensor,
+    order: Tensor, offsets: Tensor, of_a: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(grad_a, grad_delta)``, ``[N, I]`` and ``[N, O]``."""
     a, delta, domains = a.flatten(1), delta.flatten(1), offsets.numel() - 1
     block_n = block(triton.cdiv(len(a), max(1, domains)), 64)
     grads = []
     # [D, O, I] is read with its last two dimensions swapped where the result is along I.
-    for u, v, swap in ((delta, a, False), (a, delta, True)):
+    for u, v, swap in ((delta, a, False), (a, delta, True))[: 2 if of_a else 1]:
         weights = [w.transpose(1, 2) if swap else w for w in (grad_mean, grad_variance, mean)]
         out = gradient_like(u, order)
         block_u = block(u.shape[1], 64)
@@ -228,7 +228,7 @@ def _rank_one(
             BLOCK_U=block_u, BLOCK_V=16, BLOCK_N=block_n, num_warps=4, num_stages=3,
         )  # fmt: skip
         grads.append(out)
-    return grads[1], grads[0]
+    return grads[1] if of_a else a.new_empty(0), grads[0]
 
 
 @lru_cache(maxsize=256)
@@ -266,18 +266,20 @@ def _geometry(
 
 def outer_moments_backward(
     grad_mean: Tensor, grad_variance: Tensor, a: Tensor, delta: Tensor, mean: Tensor,
-    order: Tensor, offsets: Tensor, window: Sequence[int],
+    order: Tensor, offsets: Tensor, of_a: bool, window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of `outer_moments`."""
+    """Return the gradient of `outer_moments`; without ``of_a`` nothing is computed for `a`."""
     if more := windows.padding(window):
-        (whole, window), given = windows.fill(a, window), (grad_mean, grad_variance)
-        grads = outer_moments_backward(*given, whole, delta, mean, order, offsets, window)
-        return windows.crop(grads[0], more).contiguous(), grads[1]
+        whole, window = windows.fill(a, window)
+        args = grad_mean, grad_variance, whole, delta, mean, order, offsets, of_a, window
+        of_whole, grad_delta = outer_moments_backward(*args)
+        return windows.crop(of_whole, more).contiguous() if of_a else of_whole, grad_delta
     grad_variance, mean = grad_variance.contiguous(), mean.contiguous()
     if not window and a.shape[1:-1].numel() == 1:  # T is 1, or missing
-        grads = _rank_one(grad_mean, grad_variance, a, delta, mean, order, offsets)
-        return grads[0].view(a.shape), grads[1].view(delta.shape)
-    grad_a, grad_delta = gradient_like(a, order), gradient_like(delta, order)
+        grads = _rank_one(grad_mean, grad_variance, a, delta, mean, order, offsets, of_a)
+        return grads[0].view(a.shape) if of_a else grads[0], grads[1].view(delta.shape)
+    grad_a = gradient_like(a, order) if of_a else a.new_empty(0)
+    grad_delta = gradient_like(delta, order)
     if mean.numel() == 0 or delta.numel() == 0 or order.numel() == 0:
         return grad_a.zero_(), grad_delta.zero_()
     count = (offsets[1:] - offsets[:-1]).clamp(min=1).view(-1, 1, 1)
@@ -296,17 +298,14 @@ def outer_moments_backward(
         tables = _geometry(C, tuple(a.shape[2:]), tuple(window), a.device)
         row, column, begin, tap, position, source = tables
         taps, places = source.shape
-        slope, level = (
-            w.unflatten(2, (C, taps)).transpose(2, 3).flatten(2) for w in (slope, level)
-        )
+        pair = (w.unflatten(2, (C, taps)).transpose(2, 3) for w in (slope, level))
+        slope, level = (w.flatten(2) for w in pair)
         if by_taps(a, window):
             x, row, column, width, at = last, begin, tap, C, (*last.stride(), taps)
         else:
             x = a.contiguous()
             at = x.stride(0), 0, 0, 1
-    delta = side_by_side(delta)
-    samples = order.numel()
-    domain = domain_of(order, offsets)
+    delta, samples, domain = side_by_side(delta), order.numel(), domain_of(order, offsets)
     chunk = min(samples, max(1, UPSTREAM_ELEMENTS // (O * I)))
     upstream = slope.new_empty((chunk, O, I))
 
@@ -334,12 +333,13 @@ def outer_moments_backward(
             last, upstream, order, begin, tap, grad_delta, first, T, O, C, taps,
             *last.stride()[:2], read=bool(window), names=("BLOCK_T", "BLOCK_O", "BLOCK_C"),
         )  # fmt: skip
-        run(
-            _grad_a_kernel, places, C, 1,
-            delta, upstream, order, position, source, grad_a, first, places, T, O, C, taps,
-            *delta.stride()[:2], C * places, *((1, places) if channels_first else (C, 1)),
-            read=bool(window), names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
-        )  # fmt: skip
+        if of_a:
+            run(
+                _grad_a_kernel, places, C, 1,
+                delta, upstream, order, position, source, grad_a, first, places, T, O, C, taps,
+                *delta.stride()[:2], C * places, *((1, places) if channels_first else (C, 1)),
+                read=bool(window), names=("BLOCK_P", "BLOCK_C", "BLOCK_O"),
+            )  # fmt: skip
     return grad_a, grad_delta
 
 

@@ -17,7 +17,7 @@ from ..domains import tracing
 from ..dtypes import refuse_complex
 from ..factors import PerSampleGrad
 from .by_autograd import BoundaryBackward, BoundaryGradients, ByAutograd
-from .derivatives import ConvolutionBackward, NormBackward, OwnDerivative
+from .derivatives import OWN, NormBackward, OwnDerivative
 from .errors import in_words
 from .graph import Graph, Key
 from .plain import without_autocast
@@ -26,7 +26,6 @@ from .planner import Planner
 from .reading import Reader
 from .release import release
 from .route import route_of
-from .rules.norm import KINDS
 from .rules.registry import registered
 
 Consume = Callable[[str, PerSampleGrad], None]
@@ -265,8 +264,8 @@ class _Backward:
         return extra_grads
 
     def _derivative(self, node: Node) -> OwnDerivative:
-        if node.name() not in KINDS:
-            return ConvolutionBackward(node)
+        if (own := OWN.get(node.name())) is not None:
+            return own(node)
         rules = [use.rule for _, use in self.uses.get(node, ())]
         return NormBackward(node, rules, self.made.setdefault(node, {}))
 

@@ -66,7 +66,7 @@ class Route:
         outputs: target -> outputs with gradients.
         last: targets without another target below; a backward to these passes all others.
         small: targets with output gradients small enough to keep until the end of the backward.
-        derived: norms and convolutions that a backward to ``last`` runs.
+        derived: operations with a derivative of ours that a backward to ``last`` runs.
         idle: nodes with saved tensors that a backward to ``last`` does not run.
     """
 

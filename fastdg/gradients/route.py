@@ -7,12 +7,11 @@ from math import prod
 
 from torch.autograd.graph import Node
 
+from .derivatives import DERIVED
 from .graph import Graph, output_shapes
 from .plan import Plan, Route, RuleUse
 from .release import keeps_tensors
-from .rules.norm import KINDS
 
-DERIVED = {*KINDS, "ConvolutionBackward0"}  # operations whose backward gets a derivative of ours
 # A Python hook costs more than keeping a small gradient until the end of the backward
 CAUGHT = 1 << 16  # entries of one output gradient that may wait
 WAITING = 1 << 20  # entries of all that wait

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 from weakref import ref
 
@@ -11,13 +11,19 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from .._torch import metadata_of
+from ..domains import tracing
+from .derivatives import OWN
 
 _known: dict[ref[type], bool] = {}  # kind of node -> whether its backward has a derivative
 
 
-def refuse_single_derivatives(nodes: Iterable[Node]) -> None:
-    """Raise if the backward of one of these nodes has no derivative."""
+def refuse_single_derivatives(nodes: Iterable[Node], called: Container[Node]) -> None:
+    """Raise if the backward of one of these nodes has no derivative: of autograd's for those that
+    are ``called`` alone or traced, else of autograd's or ours."""
     for node in nodes:
+        own = None if node in called or tracing() else OWN.get(node.name())
+        if own is not None and own(node).serves():
+            continue
         kind = ref(type(node))
         if kind not in _known:
             _known[kind] = _differentiable(node)
@@ -68,7 +74,8 @@ def _name(node: Node) -> str:
 def _advice(node: Node) -> str:
     if node.name().startswith("ScaledDotProduct"):
         return (
-            "Run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+            "Without mask and dropout it has one, outside torch.compile. Run the model under "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
     if node.name() == "CompiledFunctionBackward":
         return "Run that part uncompiled, compile the whole step with fastdg.compiled"

@@ -129,7 +129,7 @@ class TrackedForward:
         assert forward is not None
         called = [forward.graph.nodes[b.node] for b in forward.plan.slow]
         above = forward.graph.above(forward.operations())
-        refuse_single_derivatives(dict.fromkeys([*called, *above]))
+        refuse_single_derivatives(dict.fromkeys([*called, *above]), set(called))
 
 
 class Tape:

@@ -16,6 +16,8 @@ from .outer_domain import outer_domain as outer_domain
 from .outer_gram import outer_gram as outer_gram
 from .outer_moments import outer_moments as outer_moments
 from .outer_norms import outer_norms as outer_norms
+from .second.activation_derivative import activation_derivative as activation_derivative
+from .second.attention_maps import attention_maps as attention_maps
 from .text_distance import text_distance as text_distance
 from .variance_gap import variance_gap as variance_gap
 

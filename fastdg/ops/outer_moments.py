@@ -105,11 +105,12 @@ def reference_backward(
     mean: Tensor,
     order: Tensor,
     offsets: Tensor,
+    of_a: bool,
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     dtype, shapes = a.dtype, (a.shape, delta.shape)
     a, delta = with_positions(to_statistics_dtype(a), to_statistics_dtype(delta))
-    grad_a = torch.zeros(a.shape, dtype=a.dtype, device=a.device)
+    grad_a = torch.zeros(a.shape if of_a else 0, dtype=a.dtype, device=a.device)
     grad_delta = torch.zeros(delta.shape, dtype=a.dtype, device=delta.device)
     for domain, rows in domain_rows(order, offsets):
         # dL/dg_i = 2/n (g_i - mean) * grad_variance + grad_mean / n
@@ -118,14 +119,18 @@ def reference_backward(
         if a.shape[1] == 1 and not window:  # g_i is one product, so it need not be formed
             x, d = a[rows, 0], delta[rows, 0]
             grad_delta[rows, 0] = d * ((x * x) @ slope.t()) + x @ level.t()
-            grad_a[rows, 0] = x * ((d * d) @ slope) + d @ level
+            if of_a:
+                grad_a[rows, 0] = x * ((d * d) @ slope) + d @ level
             continue
         for part in chunks(rows, slope.numel()):
             x, d = unfold(a[part], window), delta[part]
             upstream = torch.bmm(d.transpose(1, 2), x).mul_(slope).add_(level)
             grad_delta[part] = torch.bmm(x, upstream.transpose(1, 2))
-            grad_a[part] = fold(torch.bmm(d, upstream), (len(part), *a.shape[1:]), window)
-    return grad_a.to(dtype).view(shapes[0]), grad_delta.to(dtype).view(shapes[1])
+            if of_a:
+                grad_a[part] = fold(torch.bmm(d, upstream), (len(part), *a.shape[1:]), window)
+    if of_a:
+        grad_a = grad_a.view(shapes[0])
+    return grad_a.to(dtype), grad_delta.to(dtype).view(shapes[1])
 
 
 def _fake_backward(
@@ -136,9 +141,10 @@ def _fake_backward(
     mean: Tensor,
     order: Tensor,
     offsets: Tensor,
+    of_a: bool,
     window: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), delta.new_empty(delta.shape)
+    return a.new_empty(a.shape if of_a else 0), delta.new_empty(delta.shape)
 
 
 def check(
@@ -168,6 +174,7 @@ def check_backward(
     mean: Tensor,
     order: Tensor,
     offsets: Tensor,
+    of_a: bool,
     window: Sequence[int],
 ) -> None:
     shape = check_rows(a, delta, order, offsets, window)
@@ -193,7 +200,7 @@ define(
 )
 define(
     "outer_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor a, Tensor delta, "
-    "Tensor mean, Tensor order, Tensor offsets, int[] window) -> (Tensor, Tensor)",
+    "Tensor mean, Tensor order, Tensor offsets, bool of_a, int[] window) -> (Tensor, Tensor)",
     reference_backward,
     _fake_backward,
     check_backward,
@@ -217,6 +224,7 @@ def _backward(
     zero = mean.new_zeros(()).expand_as(mean)  # a penalty on the variance leaves the mean alone
     grad_mean = zero if grad_mean is None else grad_mean
     grad_variance = zero if grad_variance is None else grad_variance
+    of_a = ctx.needs_input_grad[0]  # not of the data
     grad_a, grad_delta = call(
         "outer_moments_backward",
         grad_mean,
@@ -226,9 +234,10 @@ def _backward(
         mean,
         order,
         offsets,
+        of_a,
         ctx.window,
     )
-    return grad_a, grad_delta, None, None, None
+    return grad_a if of_a else None, grad_delta, None, None, None
 
 
 differentiable("outer_moments", _setup, _backward)

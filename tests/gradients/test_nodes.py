@@ -171,6 +171,7 @@ ELSEWHERE = ("Cudnn", "Mkldnn", "FusedDropout", "FusedRmsNorm", "ThnnFused", "Ma
 ELSEWHERE += ("ScaledDotProductFlashAttentionB", "ScaledDotProductE", "ScaledDotProductC", "fastdg")
 
 # Read of a node beside `graph._LAYOUT`
+ATTENTION = ("query", "key", "value", "scale", "dropout_p", "is_causal")
 READ: dict[str, tuple[str, ...]] = {
     "AddBackward0": ("alpha",),
     "SubBackward0": ("alpha",),
@@ -188,6 +189,13 @@ READ: dict[str, tuple[str, ...]] = {
         *("groups", "bias_sym_sizes_opt"),
     ),
     "LogSoftmaxBackward0": ("result",),
+    "GeluBackward0": ("self", "approximate"),
+    "ReluBackward0": ("result",),
+    "SiluBackward0": ("self",),
+    "ScaledDotProductFlashAttentionForCpuBackward0": (*ATTENTION, "attn_mask"),
+    "ScaledDotProductFlashAttentionBackward0": ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": (*ATTENTION, "attn_bias"),
+    "ScaledDotProductCudnnAttentionBackward0": (*ATTENTION, "attn_bias"),
     "BinaryCrossEntropyWithLogitsBackward0": ("self",),
     "EmbeddingBackward0": ("indices", "padding_idx", "scale_grad_by_freq", "sparse"),
     "NativeLayerNormBackward0": ("input", "result1", "result2", "normalized_shape"),
@@ -211,6 +219,12 @@ def test_a_node_has_its_name_and_what_is_read_of_it(name: str) -> None:
     assert node._sequence_nr() >= 0
     if name in READ and any(isinstance(getattr(node, a), Tensor) for a in read):
         assert release._raw_names(node)
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name.startswith("ScaledDotProduct")])
+def test_attention_of_each_device_has_what_is_read_of_it(name: str) -> None:
+    kind = getattr(torch._C._functions, name)
+    assert not [of_it for of_it in READ[name] if not hasattr(kind, f"_saved_{of_it}")]
 
 
 def test_every_name_of_the_tables_is_built() -> None:

@@ -202,7 +202,7 @@ def agreement(
 def backward(a: Tensor, delta: Tensor, window: list[int]) -> None:
     mean = meta(3, delta.shape[2], sizes(a.shape, window)[1])
     kernels.outer_moments_backward.outer_moments_backward(
-        mean, mean, a, delta, mean, *domains(len(a)), window
+        mean, mean, a, delta, mean, *domains(len(a)), True, window
     )
 
 
@@ -230,6 +230,12 @@ def norms(N: int, T: int, C: int, S: int, G: int, last: bool = False, half: bool
     kernels.norm_gradients.foreach_norm_gradients(*lists, [])
     kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args, None, None)
     kernels.norm_gradients.norm_gradients_backward(meta(N, C), meta(N, C), *args, meta(C), x)
+
+
+def activations(size: int, half: bool = False) -> None:
+    x = meta(size, dtype=torch.bfloat16 if half else torch.float32)
+    for kind in range(3):
+        kernels.activation_derivative.activation_derivative(x, x, x, kind)
 
 
 def many(N: int) -> None:
@@ -296,6 +302,8 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6))),
     ("conv 1x1", TF32, lambda: agreement(*conv(96, 256, 64, 56, [1] * 6), steepness=10.0)),
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
+    ("ViT GELU", FP32, lambda: activations(96 * 197 * 3072)),
+    ("ViT GELU", FP32, lambda: activations(96 * 197 * 3072, half=True)),
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512)),
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512, torch.bfloat16)),
     ("many anchors", FP32, lambda: distances(128, 65, 100, 768)),

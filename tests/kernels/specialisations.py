@@ -54,7 +54,7 @@ def step(op: str, samples: int, dtype: torch.dtype, last: bool) -> None:
             mean = aot.meta(3, outputs, sizes(a.shape, window)[1])
             where = aot.domains(samples)
             kernels.outer_moments_backward.outer_moments_backward(
-                mean, mean, a, delta, mean, *where, window
+                mean, mean, a, delta, mean, *where, True, window
             )
 
 

@@ -240,9 +240,11 @@ def weights(case: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(3, *shape, device=DEVICE))
 
 
-def check_backward(case: tuple, of_mean: Tensor, of_variance: Tensor, mean: Tensor) -> None:
-    a, delta, *rest = case
-    args = of_mean, of_variance, a, delta, mean, *rest
+def check_backward(
+    case: tuple, of_mean: Tensor, of_variance: Tensor, mean: Tensor, of_a: bool = True
+) -> None:
+    a, delta, order, offsets, window = case
+    args = of_mean, of_variance, a, delta, mean, order, offsets, of_a, window
     expected = moments_ops.reference_backward(*double(*args))
     large = sizes(*args)
     large[4] = -large[4]  # it is subtracted
@@ -256,6 +258,20 @@ def check_backward(case: tuple, of_mean: Tensor, of_variance: Tensor, mean: Tens
 
 def test_outer_moments_backward(case: tuple) -> None:
     check_backward(case, *weights(case))
+
+
+@pytest.mark.parametrize("case", ["T=1", "T=2", "conv 1d"], indirect=True)
+def test_outer_moments_backward_of_data(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    def count(kernel: object, programs: int, *args: object, **meta: object) -> None:
+        launched.append(kernel.__name__)  # type: ignore[attr-defined]
+        launch(kernel, programs, *args, **meta)
+
+    launch = outer_moments_backward.launch
+    monkeypatch.setattr(outer_moments_backward, "launch", count)
+    check_backward(case, *weights(case), of_a=False)
+    assert launched in (["_rank_one_kernel"], ["_upstream_kernel", "_grad_delta_kernel"])
 
 
 @pytest.mark.parametrize("case", ["T=1", "T=2", "conv 1d"], indirect=True)

@@ -14,6 +14,7 @@ from op_cases import deal
 from torch import Tensor
 
 from fastdg import ops
+from fastdg.ops.second.activation_derivative import KINDS
 
 
 def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
@@ -63,13 +64,18 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
         "outer_moments, window": (x, out, order, offsets, window),
         "outer_moments, one position": (flat, short, order, offsets, []),
         "outer_moments_backward, one position": (
-            *(tall, tall, flat, short, tall, order, offsets, []),
+            *(tall, tall, flat, short, tall, order, offsets, True, []),
         ),
-        "outer_moments_backward": (wide, wide, a, delta, wide, order, offsets, []),
-        "outer_moments_backward, window": (patch, patch, x, out, patch, order, offsets, window),
+        "outer_moments_backward": (wide, wide, a, delta, wide, order, offsets, True, []),
+        "outer_moments_backward, window": (
+            *(patch, patch, x, out, patch, order, offsets, True, window),
+        ),
+        "outer_moments_backward, data": (
+            *(patch, patch, x, out, patch, order, offsets, False, window),
+        ),
         "outer_moments, padded": (x, wider, order, offsets, [*window, 1, 2]),
         "outer_moments_backward, padded": (
-            *(patch, patch, x, wider, patch, order, offsets, [*window, 1, 2]),
+            *(patch, patch, x, wider, patch, order, offsets, True, [*window, 1, 2]),
         ),
         "outer_domain, padded": (x, wider, order, offsets, [*window, 1, 2]),
         "outer_norms, padded": (x, wider, [*window, 1, 2]),
@@ -113,6 +119,10 @@ def arguments(device: str, grad: bool) -> dict[str, tuple[object, ...]]:
             *(flat[:, :4], flat[:, 4:8], planes, above, *given, True, None),
             *(up[0, :4], planes.detach() + 1),
         ),
+        "activation_derivative": (flat.detach(), flat.detach() + 1, flat.detach() - 1, 0),
+        "activation_derivative, tanh": (above, planes.detach(), above + 1, 1),
+        "activation_derivative, silu": (planes.detach(), above, above + 1, 2),
+        "attention_maps": (*torch.randn(4, 6, 4, 5, device=device), torch.float32),
         "oracle_nll": (maps, maps.detach() + 1, scale.requires_grad_(grad)),
         "oracle_nll, rows": (tokens, tokens.detach() + 1, up[0, :4]),
         "oracle_nll, no maps": (maps.detach(), maps.detach() + 1, scale),
@@ -141,6 +151,7 @@ OPERANDS = {
     "moments_backward": (2,),
     "outer_moments_backward": (2, 3),
     "norm_gradients_backward": (2, 3, 8, 9),
+    "activation_derivative": (0, 1, 2),
 }
 
 
@@ -165,6 +176,10 @@ def norm_gradients(*args: Any) -> tuple[Tensor, Tensor]:
     return ops.norm_gradients(*args[:-2], own=args[-2], eps=args[-1])
 
 
+def activation_derivative(x: Tensor, delta: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    return ops.activation_derivative(x, delta, up, KINDS[kind])
+
+
 PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "moments": (ops.moments, "moments"),
     "outer_moments": (ops.outer_moments, "outer_moments"),
@@ -176,6 +191,8 @@ PUBLIC: dict[str, tuple[Callable[..., object], str]] = {
     "norm_gradients": (norm_gradients, "norm_gradients"),
     "norm_gradients, rows": (norm_gradients, "norm_gradients, rows"),
     "foreach_norm_gradients": (ops.foreach_norm_gradients, "foreach_norm_gradients"),
+    "activation_derivative": (activation_derivative, "activation_derivative"),
+    "attention_maps": (ops.attention_maps, "attention_maps"),
     "oracle_nll": (ops.oracle_nll, "oracle_nll"),
     "oracle_nll, rows": (ops.oracle_nll, "oracle_nll, rows"),
     "text_distance": (ops.text_distance, "text_distance"),

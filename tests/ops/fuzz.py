@@ -145,7 +145,7 @@ class Draw:
     def _outer_moments_backward(self) -> Any:
         args = a, delta, order, offsets, window = self.outer()
         up = [self.statistic(args) for _ in range(3)]
-        return up[0], up[1], a, delta, up[2], order, offsets, window
+        return up[0], up[1], a, delta, up[2], order, offsets, bool(self.size(0, 1)), window
 
     def _moments(self) -> Any:
         N = self.size(0, 8)

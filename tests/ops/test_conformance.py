@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from op_cases import (
     rows_of,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdg
 from fastdg import ops
@@ -372,3 +374,31 @@ def test_moments_of_samples_that_agree(device: str, positions: int) -> None:
 
     for got, expected in zip(run(torch.float32), run(torch.float64), strict=True):
         assert float((got - expected).norm() / expected.norm()) < 2e-3
+
+
+class Asked(TorchDispatchMode):
+    """Whether calls of the derivative asked for the gradient of ``a``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fastdg.outer_moments_backward.default:
+            self.found.append(args[-2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_data_gets_no_gradient(device: str) -> None:
+    order, offsets = deal((4, 3), device)
+    a, delta = torch.randn(7, 12, 5, device=device), torch.randn(7, 12, 4, device=device)
+    grads = []
+    for data in (True, False):
+        pair = a.clone().requires_grad_(not data), delta.clone().requires_grad_()
+        mean, variance = ops.outer_moments(*pair, order, offsets)
+        with Asked() as asked:
+            (mean.square().sum() + variance.square().sum()).backward()
+        assert asked.found == [not data]
+        assert (pair[0].grad is None) is data
+        grads.append(pair[1].grad)
+    torch.testing.assert_close(*grads)

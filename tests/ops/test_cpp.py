@@ -152,11 +152,12 @@ def test_outer_moments_backward(isa: str, case: tuple) -> None:
     a, delta, order, offsets, window = case
     mean, _ = cpp.outer_moments(a, delta, order, offsets, window)
     up = torch.randn_like(mean), torch.randn_like(mean).transpose(1, 2).contiguous().transpose(1, 2)
-    got = cpp.outer_moments_backward(*up, a, delta, mean, order, offsets, window)
     doubles = double(*up, a, delta, mean, order, offsets)
-    expected = refs["outer_moments"].reference_backward(*doubles, window)
-    for actual, want in zip(got, expected, strict=True):
-        assert_near(actual, want)
+    for of_a in (True, False):
+        got = cpp.outer_moments_backward(*up, a, delta, mean, order, offsets, of_a, window)
+        expected = refs["outer_moments"].reference_backward(*doubles, of_a, window)
+        for actual, want in zip(got, expected, strict=True):
+            assert_near(actual, want)
 
 
 def test_outer_domain(isa: str, case: tuple) -> None:
@@ -273,7 +274,7 @@ def test_results_do_not_depend_on_the_threads(isa: str, shape: str) -> None:
     def results() -> list[Tensor]:
         mean, variance = cpp.outer_moments(a, delta, order, offsets, window)
         up = mean, variance
-        back = cpp.outer_moments_backward(*up, a, delta, mean, order, offsets, window)
+        back = cpp.outer_moments_backward(*up, a, delta, mean, order, offsets, True, window)
         gap = cpp.variance_gap([variance], [], torch.ones(2, dtype=torch.bool), 0.0)
         weights = torch.tensor([0.4, 0.6])
         masked = [

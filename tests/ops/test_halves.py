@@ -45,7 +45,7 @@ def patches(channels: int, outputs: int, size: tuple[int, ...], window: list[int
             "outer_domain": (x, delta, *where),
             "outer_norms": (x, delta, window),
             "outer_agreement": (x, delta, order, offsets, torch.ones(3), 0.5, 3.0, window),
-            "outer_moments_backward": (*up[:2], x, delta, up[2], *where),
+            "outer_moments_backward": (*up[:2], x, delta, up[2], *where[:2], True, window),
         }.items():
             CASES[f"{name}, {kind}, {layout}"] = args
 

@@ -319,7 +319,7 @@ def test_fused_attention_is_refused_before_the_anneal() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             q = self.inner(x).unsqueeze(1)
-            return self.head(F.scaled_dot_product_attention(q, q, q).mean((1, 2)))
+            return self.head(F.scaled_dot_product_attention(q, q, q, is_causal=True).mean((1, 2)))
 
     model, x = Attention(), torch.randn(6, 5, 4)
     opt = wrap(SGD(model.parameters(), lr=0.1), params="all", anneal_steps=100)

@@ -172,9 +172,10 @@ def test_reentrant_checkpoint_between_a_layer_and_the_losses(params: object) -> 
         fastdg.per_sample_norms(tape, losses)
 
 
-def test_fused_attention_has_no_second_derivative() -> None:
+def test_fused_attention_with_a_mask_has_no_second_derivative() -> None:
+    mask = torch.randn(5, 5)
     model = Model(
-        lambda m, x: m.two(m.inner(m.one(x))[:, 0]),
+        lambda m, x: m.two(m.inner(m.one(x), mask)[:, 0]),
         inner=nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True),
     )
     x = torch.randn(N, 5, 4)

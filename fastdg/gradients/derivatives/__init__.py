@@ -1,7 +1,24 @@
 """Derivatives of operations' backwards that cost less than those of autograd."""
 
+from ..rules.norm import KINDS
+from .activation import ActivationBackward
+from .attention import AttentionBackward
 from .base import OwnDerivative
 from .convolution import ConvolutionBackward
 from .norm import NormBackward
+from .relu import ReluBackward
 
-__all__ = ["ConvolutionBackward", "NormBackward", "OwnDerivative"]
+# Node -> its hooks; a norm's also need the rules of its parameters
+OWN: dict[str, type[OwnDerivative]] = {
+    "ConvolutionBackward0": ConvolutionBackward,
+    "GeluBackward0": ActivationBackward,
+    "ReluBackward0": ReluBackward,
+    "SiluBackward0": ActivationBackward,
+    "ScaledDotProductCudnnAttentionBackward0": AttentionBackward,
+    "ScaledDotProductEfficientAttentionBackward0": AttentionBackward,
+    "ScaledDotProductFlashAttentionBackward0": AttentionBackward,
+    "ScaledDotProductFlashAttentionForCpuBackward0": AttentionBackward,
+}
+DERIVED = {*KINDS, *OWN}
+
+__all__ = ["DERIVED", "OWN", "NormBackward", "OwnDerivative"]

@@ -38,10 +38,15 @@ class OwnDerivative(ABC):
     def derived(self, found: Sequence[Tensor | None], delta: Tensor) -> Gradients:
         """Return ``found``, the node's gradients by its inputs, with derivatives."""
 
-    def register(self) -> list[Any]:
-        """Register the hooks, unless autograd has to do it; returns their handles."""
+    def serves(self) -> bool:
+        """Whether the node gets our derivative; else autograd has to do it."""
         node: Node = self.node
-        if node.next_functions[0][0] is None or unpack_hook(node) is not None:
+        return node.next_functions[0][0] is not None and unpack_hook(node) is None
+
+    def register(self) -> list[Any]:
+        """Register the hooks if they serve; returns their handles."""
+        node: Node = self.node
+        if not self.serves():
             return []
         return [node.register_prehook(self._before), register_first_hook(node, self._after)]
 

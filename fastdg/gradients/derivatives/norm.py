@@ -38,8 +38,8 @@ class NormBackward(OwnDerivative):
         self.norm = found[0] if found else norm_of(node)
         self.tracked = bool(found)
 
-    def register(self) -> list[Any]:
-        return [] if self.norm is None else super().register()
+    def serves(self) -> bool:
+        return self.norm is not None and super().serves()
 
     def operands(self) -> Sequence[Tensor | None]:
         return (self.node._saved_input, self.node._saved_weight)

@@ -1,0 +1,1 @@
+"""Ops for derivatives of backwards: of activations and of attention."""
