@@ -21,7 +21,7 @@ from .derivatives import OWN, NormBackward, OwnDerivative
 from .errors import in_words
 from .graph import Graph, Key
 from .plain import without_autocast
-from .plan import Plan
+from .plan import Plan, Route
 from .planner import Planner
 from .reading import Reader
 from .release import release
@@ -49,6 +49,12 @@ class Forward:
     names: list[str]
     parameters: list[Tensor]
     plan: Plan
+
+    def route(self) -> Route:
+        """Return the way of the backward, the same for all graphs of the plan."""
+        if self.plan.route is None:
+            self.plan.route = route_of(self.plan, self.graph)
+        return self.plan.route
 
     def operations(self) -> list[Node]:
         """Return the operations where the parameters meet samples."""
@@ -173,11 +179,8 @@ class _Backward:
     ) -> None:
         self.forward, self.consume, self.create_graph = forward, consume, create_graph
         self.to_grad = to_grad
-        plan, graph = forward.plan, forward.graph
-        if plan.route is None:
-            plan.route = route_of(plan, graph)
-        self.route = route = plan.route
-        nodes = graph.nodes
+        plan, nodes = forward.plan, forward.graph.nodes
+        self.route = route = forward.route()
         self.uses = {nodes[at]: uses for at, uses in route.uses.items()}
         self.waiting = dict(route.parts)
         self.sums: dict[int, PerSampleGrad] = {}  # of a parameter's uses so far

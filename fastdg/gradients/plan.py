@@ -66,6 +66,7 @@ class Route:
         outputs: target -> outputs with gradients.
         last: targets without another target below; a backward to these passes all others.
         small: targets with output gradients small enough to keep until the end of the backward.
+        passed: operations with gradients that a backward to ``last`` computes, ``last`` too.
         derived: operations with a derivative of ours that a backward to ``last`` runs.
         idle: nodes with saved tensors that a backward to ``last`` does not run.
     """
@@ -76,6 +77,7 @@ class Route:
     outputs: dict[int, list[int]]
     last: frozenset[int]
     small: frozenset[int]
+    passed: list[int]
     derived: list[int]
     idle: list[int]
 

@@ -40,6 +40,7 @@ def route_of(plan: Plan, graph: Graph) -> Route:
         outputs,
         frozenset(graph.position[node] for node in deepest),
         _small(targets, nodes),
+        [k for k, node in enumerate(graph.nodes) if node in passed or node in deepest],
         [k for k, node in enumerate(graph.nodes) if node in passed and node.name() in DERIVED],
         [k for k, n in enumerate(graph.nodes) if n not in passed and keeps_tensors(n)],
     )

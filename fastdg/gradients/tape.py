@@ -58,12 +58,13 @@ class TrackedForward:
 
     @property
     def from_mean(self) -> bool:
-        """Whether the backward of the mean loss has all per-sample gradients, none of them halves,
-        which may underflow when they are divided by the number of samples."""
+        """Whether the backward of the mean loss has all per-sample gradients, and passes no halves,
+        in which a gradient divided by the number of samples may underflow, and is rounded."""
         if self.forward is None or self.forward.plan.by_autograd:
             return False
-        dtypes = [d for node in self.forward.operations() for d in output_dtypes(node)]
-        return not any(d in HALVES for d in dtypes)
+        nodes = self.forward.graph.nodes
+        passed = [nodes[at] for at in self.forward.route().passed]
+        return not any(d in HALVES for node in passed for d in output_dtypes(node))
 
     @property
     def hooked(self) -> bool:

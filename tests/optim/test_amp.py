@@ -124,6 +124,38 @@ def test_small_gradients_are_lost_without_a_scaler() -> None:
         assert not flat(p.grad for p in model.parameters()).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["losses", "logits"])
+def test_halves_after_a_float_head_take_no_precision_before_the_anneal(
+    where: str, dtype: torch.dtype
+) -> None:
+    """The backward of the mean loss would round 1 / 301 to a half, or 1e-5 / 301 to 0."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    x, y, d = torch.randn(301, 6), torch.randint(3, (301,)), torch.randint(4, (301,))
+    z = model(x)
+    z = z.to(dtype).float() if where == "logits" else z
+    losses = 1e-5 * F.cross_entropy(z, y, reduction="none")
+    losses = losses.to(dtype) if where == "losses" else losses
+    one = [torch.autograd.grad(x, model.weight, retain_graph=True)[0] for x in losses]
+    grads = torch.stack(one).double()
+    opt = fastdg.Fishr(SGD(model.parameters(), lr=0.1), ema=0.0, num_domains=4)
+    opt.backward(losses, d)
+    opt.step()
+    for k, variance in enumerate(opt.state[model.weight]["fishr_ema"]):
+        expected = grads[d == k].var(0, unbiased=False)
+        assert (variance - expected).abs().max() < 1e-5 * expected.max()
+
+
+def test_many_losses_in_float16_before_the_anneal() -> None:
+    """Their number, 70001, is above float16's largest."""
+    model = nn.Linear(2, 2)
+    losses = model(torch.randn(70001, 2)).square().sum(1).half()
+    opt = fastdg.Fishr(SGD(model.parameters(), lr=0.1))
+    opt.backward(losses, torch.arange(70001) % 2)
+    assert opt.statistics["penalty"].isfinite()
+
+
 @pytest.mark.parametrize("share", [1.0, 1e-5])
 @pytest.mark.parametrize("name", ["Fishr", "IGA"])
 def test_second_derivatives_in_half_precision(name: str, share: float) -> None:
