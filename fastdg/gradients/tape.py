@@ -63,8 +63,11 @@ class TrackedForward:
         if self.forward is None or self.forward.plan.by_autograd:
             return False
         nodes = self.forward.graph.nodes
-        passed = [nodes[at] for at in self.forward.route().passed]
-        return not any(d in HALVES for node in passed for d in output_dtypes(node))
+        for at in self.forward.route().passed:
+            for dtype in output_dtypes(nodes[at]):
+                if dtype in HALVES:
+                    return False
+        return True
 
     @property
     def hooked(self) -> bool:
