@@ -238,6 +238,11 @@ def activations(size: int, half: bool = False) -> None:
         kernels.activation_derivative.activation_derivative(x, x, x, kind)
 
 
+def attention(B: int, T: int, dtype: torch.dtype) -> None:
+    maps = [meta(B, T, T)] * 4
+    kernels.attention_maps.attention_maps(*maps, dtype)
+
+
 def many(N: int) -> None:
     """A small linear layer with a bias, and one of several positions."""
     a, delta = [meta(N, 16), meta(N, 4, 64)], [meta(N, 16), meta(N, 4, 64)]
@@ -304,6 +309,8 @@ WORK: list[tuple[str, bool, Callable[[], None]]] = [
     ("stem", TF32, lambda: forward(*conv(96, 3, 64, 230, [7, 7, 2, 2, 1, 1]))),
     ("ViT GELU", FP32, lambda: activations(96 * 197 * 3072)),
     ("ViT GELU", FP32, lambda: activations(96 * 197 * 3072, half=True)),
+    ("ViT attention", FP32, lambda: attention(96 * 12, 197, BF16)),
+    ("long rows", FP32, lambda: attention(8, 4096, torch.float32)),
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512)),
     ("CLIP text", FP32, lambda: distances(128, 65, 3, 512, torch.bfloat16)),
     ("many anchors", FP32, lambda: distances(128, 65, 100, 768)),
