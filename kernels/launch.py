@@ -280,10 +280,10 @@ def supports(*args: Any) -> str | None:
 
 
 def supports_outer(a: Tensor, delta: Tensor, *args: Any) -> str | None:
-    """`supports`, for ``(a, delta, ..., window)``."""
+    """`supports`, for ``(a, delta, ..., window)``; T may be missing."""
     window = args[-1]
-    T, inputs = windows.sizes(a.shape, window)
-    outputs = delta.shape[2]
+    T, inputs = (1, a.shape[1]) if a.dim() == 2 else windows.sizes(a.shape, window)
+    outputs = delta.shape[-1]
     padded = cdiv(T, 16) * 16  # by `summable`
     widest = outputs if window else max(outputs, inputs)
     if max(a.shape[0] * padded, outputs * inputs, padded * widest) > INT32:

@@ -88,7 +88,7 @@ class SMA(Averaged):
         way=WAY,
     )
     averaged_steps = RunValue(0)
-    _shapes: tuple[Size, ...] = ()  # of the buffers that are averaged
+    _shapes = tuple[Size, ...]()  # of the buffers that are averaged; an annotation makes arguments
 
     def _check(self, model: nn.Module) -> None:
         if self.averaged_steps:

@@ -191,10 +191,12 @@ def check_keywords(kind: type, given: Iterable[str]) -> None:
                 f"{key}: {name} does not declare it as an argument. Write "
                 f"{key}: ... = hyper(default, check) in the class, from fastdg.core.hyper."
             )
-        if near := nearest(key, known) or ending(key, known):
+        if near := nearest(key, known):
             raise TypeError(f"{key}: {name} has no such argument. Did you mean {near}=?")
+        near = ending(key, known)
+        advice = f"Did you mean {near}=?" if near else f"Its arguments are {', '.join(known)}."
         raise TypeError(
-            f"{key}: {name} has no such argument. Its arguments are {', '.join(known)}. An "
+            f"{key}: {name} has no such argument. {advice} An "
             f"argument of the wrapped optimizer belongs there: "
             f"fastdg.{name}(torch.optim.Adam(model.parameters(), {key}=...))."
         )
