@@ -24,8 +24,10 @@ def _attention_maps_kernel(
     at = tl.program_id(0).to(tl.int64) * S + k
     inside = k < S
     z = tl.load(scores + at, mask=inside, other=-float("inf")).to(tl.float32)
-    p = tl.exp(z - tl.max(z, 0))
-    p /= tl.sum(p, 0)
+    highest = tl.max(z, 0)
+    p = tl.exp(z - tl.where(highest == -float("inf"), 0.0, highest))
+    total = tl.sum(p, 0)
+    p /= tl.where(total == 0, 1.0, total)  # 0: the query sees no key
     a = tl.load(of_weights + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     a_centred, u_level = a - tl.sum(p * a, 0), tl.sum(p * u, 0)

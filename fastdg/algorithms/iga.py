@@ -10,6 +10,7 @@ from ..core.hyper import check_weight, hyper
 from ..core.optimizer import DomainOptimizer
 from ..core.step_batch import StepBatch
 from ..dtypes import to_statistics_dtype
+from ..gradients.second import differentiable_grad
 from ..statistics.moments import variance_gap
 
 
@@ -34,11 +35,12 @@ class IGA(DomainOptimizer):
     There are two ways to make a step.
 
     ``opt.backward(losses, domains)`` on a mixed batch: all G from one differentiable backward,
-    and one backward through that. Batch norm in training and fused attention are refused.
+    and one backward through that. Layers below a batch norm in training take a call of autograd
+    for each domain, which is exact but slow.
 
-    ``opt.step(closure)``, for large networks and for batch norm: ``closure(d)`` runs the model on
-    domain d and returns its losses, or ``(losses, domains)``. It is called twice for each of the
-    ``num_domains``: first for the mean gradient, then for
+    ``opt.step(closure)``, for large networks and batch norm by domain: ``closure(d)`` runs the
+    model on domain d and returns its losses, or ``(losses, domains)``. It is called twice for each
+    of the ``num_domains``: first for the mean gradient, then for
 
     .. math:: \nabla = \bar G + 2w \sum_d H_d\,(G_d - \bar G)
 
@@ -98,9 +100,10 @@ class IGA(DomainOptimizer):
     def _align(self, losses: Tensor, means: Gradients) -> Tensor:
         """Add ``2w H (G - mean G)`` of one domain to ``.grad``; returns ``|G - mean G|^2``."""
         weight, share = self.penalty_weight, torch.full_like(losses, 1 / len(losses))
-        grads = list(
-            torch.autograd.grad(losses, [*means], share, create_graph=weight > 0, allow_unused=True)
-        )
+        if weight > 0:
+            grads = differentiable_grad(losses, [*means], share)
+        else:
+            grads = list(torch.autograd.grad(losses, [*means], share, allow_unused=True))
         square, grad, gap = to_statistics_dtype(losses.detach()).new_zeros(()), None, None
         for mean in reversed(means.values()):
             grad = grads.pop()

@@ -21,38 +21,54 @@ class Lookup(PerSampleGrad):
         index: row numbers ``[N, T]``.
         delta: gradients at the looked-up rows, ``[N, T, E]``.
         rows: number V of rows of the table.
+
+    Attributes:
+        index: row number of each of the M reads, ``[M]``.
+        delta: gradient at each read, ``[M, E]``.
+        sample: sample of each read, ``[M]``.
     """
 
     def __init__(self, index: Tensor, delta: Tensor, rows: int) -> None:
-        self.index, self.delta, self.rows = index, to_operand_dtype(delta), rows
-        self.shape, self.samples = (rows, delta.shape[2]), index.shape[0]
+        samples, positions = index.shape
+        place = torch.arange(samples * positions, device=index.device)
+        self.sample = place // max(positions, 1)
+        self.index, self.delta = index.flatten(), to_operand_dtype(delta.flatten(0, 1))
+        self.rows, self.samples = rows, samples
+        self.shape = (rows, delta.shape[2])
 
-    def _by_sample(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum the gradients of each distinct row of each sample: ``(sums [N, T, E], row [N, T],
-        used [N, T])``.
+    @classmethod
+    def ragged(
+        cls, index: Tensor, delta: Tensor, sample: Tensor, rows: int, samples: int
+    ) -> Lookup:
+        """Gradients of any number of reads of each sample.
 
-        T for all data, which avoids a host sync; surplus sums are zero and not ``used``.
+        Args:
+            index: row number of each read, ``[M]``.
+            delta: gradient at each read, ``[M, E]``.
+            sample: sample of each read, ``[M]``.
+            rows: number V of rows of the table.
+            samples: N.
         """
-        samples, positions = self.index.shape
-        if positions == 0:
-            return to_statistics_dtype(self.delta), self.index, self.index == 0
-        row, place = self.index.sort(dim=1, stable=True)
-        fresh = torch.ones_like(row)
-        fresh[:, 1:] = row[:, 1:] != row[:, :-1]
-        first = torch.arange(samples, device=row.device).unsqueeze(1) * positions
-        slot = fresh.cumsum(1) - 1 + first
-        reads = _Reads(self.delta.flatten(0, 1), (place + first).flatten(), slot.flatten())
-        sums, used = reads.sums(), reads.count > 0
-        where = reads.first.clamp(max=row.numel() - 1)
-        return tuple(
-            x.unflatten(0, (samples, positions)) for x in (sums, row.flatten()[where], used)
-        )
+        found = cls(index.unsqueeze(0), delta.unsqueeze(0), rows)
+        found.sample, found.samples = sample, samples
+        return found
+
+    def _by_sample(self) -> tuple[Tensor, Tensor]:
+        """Sum the gradients of each distinct row of each sample: ``(sums [M, E], cell [M])``.
+
+        The cell is ``sample * V + row``. There is room for M sums, which avoids a host sync; the
+        cell of surplus sums is N * V.
+        """
+        cell = self.sample * self.rows + self.index
+        reads, cell = _Reads.of(self.delta, cell, self.samples * self.rows)
+        return reads.sums(), cell
 
     def moments(self, partition: Partition) -> tuple[Tensor, Tensor]:
-        sums, row, used = self._by_sample()
-        absent = partition.num_domains * self.rows
-        cell = (partition.domains.unsqueeze(1) * self.rows + row).where(used, absent)
-        reads, cell, share = self._by_cell(sums.flatten(0, 1), cell.flatten(), partition)
+        sums, cell = self._by_sample()
+        sample, absent = cell // self.rows, partition.num_domains * self.rows
+        domain = partition.domains[sample.clamp(max=self.samples - 1)]
+        cell = (domain * self.rows + cell % self.rows).where(sample < self.samples, absent)
+        reads, cell, share = self._by_cell(sums, cell, partition)
         mean = share * reads.mean
         spread = reads.variance + (reads.mean - mean).square()
         others = (1 - share).clamp(min=0) * mean.square()  # samples without a read: gradient zero
@@ -63,8 +79,8 @@ class Lookup(PerSampleGrad):
         return self._columns(self.delta, partition)
 
     def _columns(self, delta: Tensor, partition: Partition) -> Tensor:
-        cell = partition.domains.unsqueeze(1) * self.rows + self.index
-        reads, cell, share = self._by_cell(delta.flatten(0, 1), cell.flatten(), partition)
+        cell = partition.domains[self.sample] * self.rows + self.index
+        reads, cell, share = self._by_cell(delta, cell, partition)
         return _table(share * reads.mean, cell, (partition.num_domains, self.rows))
 
     def _by_cell(
@@ -87,7 +103,7 @@ class Lookup(PerSampleGrad):
         width = -(-self.shape[1] // (partition.num_domains + 1))  # with the result: about one table
         agreeing, magnitude = combined.new_zeros(()), combined.new_zeros(())
         for delta, columns in zip(
-            self.delta.split(width, 2), combined.split(width, 1), strict=True
+            self.delta.split(width, 1), combined.split(width, 1), strict=True
         ):
             rows = self._columns(delta, partition).unbind()
             part = agreement_of(rows, weights, threshold, steepness)
@@ -98,31 +114,39 @@ class Lookup(PerSampleGrad):
         return Agreement(combined, agreeing, magnitude)
 
     def per_sample(self) -> Tensor:
-        sums, row, used = self._by_sample()
-        sample = torch.arange(self.samples, device=row.device).unsqueeze(1)
-        cell = (sample * self.rows + row).where(used, self.samples * self.rows)
-        return _table(sums.flatten(0, 1), cell.flatten(), (self.samples, self.rows))
+        return _table(*self._by_sample(), (self.samples, self.rows))
 
     def norms(self) -> Tensor:
-        sums, _, _ = self._by_sample()
-        return sums.square().sum((1, 2))
+        sums, cell = self._by_sample()
+        squares = sums.square().sum(1, keepdim=True)
+        # The cells are in the order of the samples, and surplus sums are zero
+        sample = (cell // self.rows).clamp(max=self.samples - 1)
+        order = torch.arange(len(cell), device=cell.device)
+        reads = _Reads(squares, order, sample, self.samples)
+        return reads.sums().squeeze(1)
 
     def scaled(self, weights: Tensor) -> PerSampleGrad:
         delta = to_statistics_dtype(self.delta)  # a product with a weight would be rounded
-        return Lookup(self.index, delta * weights.to(delta.dtype).view(-1, 1, 1), self.rows)
+        delta = delta * weights.to(delta.dtype)[self.sample].unsqueeze(1)
+        return Lookup.ragged(self.index, delta, self.sample, self.rows, self.samples)
 
     def take(self, number: slice) -> PerSampleGrad:
-        return Lookup(self.index[number], self.delta[number], self.rows)
+        begin, end, _ = number.indices(self.samples)
+        outside = (self.sample < begin) | (self.sample >= end)  # their rows get zeros
+        delta = self.delta.masked_fill(outside.unsqueeze(1), 0)
+        sample = (self.sample - begin).masked_fill(outside, 0)
+        return Lookup.ragged(self.index, delta, sample, self.rows, end - begin)
 
     def fold(self, samples: int) -> PerSampleGrad:
-        index = self.index.unflatten(0, (samples, -1)).flatten(1, 2)
-        return Lookup(index, self.delta.unflatten(0, (samples, -1)).flatten(1, 2), self.rows)
+        sample = self.sample // (self.samples // samples)
+        return Lookup.ragged(self.index, self.delta, sample, self.rows, samples)
 
     def plus(self, other: PerSampleGrad) -> PerSampleGrad:
         if not isinstance(other, Lookup):
             return super().plus(other)
-        index = torch.cat([self.index, other.index], 1)
-        return Lookup(index, torch.cat([self.delta, other.delta], 1), self.rows)
+        index, sample = torch.cat([self.index, other.index]), torch.cat([self.sample, other.sample])
+        delta = torch.cat([self.delta, other.delta])
+        return Lookup.ragged(index, delta, sample, self.rows, self.samples)
 
 
 class _Reads:
@@ -131,12 +155,15 @@ class _Reads:
     Args:
         values: ``[M, E]``.
         order: numbers of rows, sorted by slot, ``[M]``.
-        slot: the slot of each, ascending, below M, ``[M]``.
+        slot: the slot of each, ascending, ``[M]``.
+        slots: number of slots; default: M.
     """
 
-    def __init__(self, values: Tensor, order: Tensor, slot: Tensor) -> None:
-        slots = torch.arange(len(slot) + 1, device=slot.device)
-        offsets = torch.searchsorted(slot, slots)
+    def __init__(
+        self, values: Tensor, order: Tensor, slot: Tensor, slots: int | None = None
+    ) -> None:
+        number = len(slot) if slots is None else slots
+        offsets = torch.searchsorted(slot, torch.arange(number + 1, device=slot.device))
         self.first, self.count = offsets[:-1], offsets.diff()
         self.mean, self.variance = ops.moments(values, order, offsets)
 

@@ -62,6 +62,19 @@ class Forward:
         boundaries = [boundary.node for boundary in self.plan.boundaries]
         return [self.graph.nodes[i] for i in dict.fromkeys([*uses, *boundaries])]
 
+    def called(self) -> list[Node]:
+        """Return the operations that are called for each domain or sample: slow boundaries, and
+        the way from these to the parameters."""
+        graph, slow = self.graph, [self.graph.nodes[b.node] for b in self.plan.slow]
+        leaves = [graph.leaves[id(self.parameters[i])] for i in self.plan.by_autograd]
+        found, way = dict.fromkeys(slow), graph.above(leaves) if slow else {}
+        for node in (pending := list(found)):  # grows while we walk it
+            for child, _ in node.next_functions:
+                if child in way and child not in found:
+                    found[child] = None
+                    pending.append(child)
+        return pending
+
 
 @dataclass
 class _CachedPlan:

@@ -33,6 +33,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     "NativeLayerNormBackward0": ("_saved_normalized_shape",),
     "FusedRmsNormBackward0": ("_saved_normalized_shape",),
     "EmbeddingBackward0": ("_saved_scale_grad_by_freq", "_saved_sparse"),
+    "EmbeddingBagBackward0": ("_saved_mode", "_saved_scale_grad_by_freq", "_saved_sparse"),
     "AddmmBackward0": ("_saved_alpha", "_saved_beta"),
     **dict.fromkeys(("UnbindBackward0", "CatBackward0", "StackBackward0", "GluBackward0"), _DIM),
     **dict.fromkeys(("SoftmaxBackward0", "LogSoftmaxBackward0", "CumsumBackward0"), _DIM),

@@ -1,8 +1,9 @@
-"""Check for operations without a second derivative, before a gradient penalty needs one."""
+"""Second derivatives of operations: a check before a gradient penalty needs them, and a gradient
+with those of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -13,6 +14,7 @@ from torch.autograd.graph import Node
 from .._torch import metadata_of
 from ..domains import tracing
 from .derivatives import OWN
+from .graph import Graph
 
 _known: dict[ref[type], bool] = {}  # kind of node -> whether its backward has a derivative
 
@@ -24,15 +26,54 @@ def refuse_single_derivatives(nodes: Iterable[Node], called: Container[Node]) ->
         own = None if node in called or tracing() else OWN.get(node.name())
         if own is not None and own(node).serves():
             continue
-        kind = ref(type(node))
-        if kind not in _known:
-            _known[kind] = _differentiable(node)
-        if not _known[kind]:
+        if not _known_differentiable(node):
             raise RuntimeError(
                 f"create_graph: {_name(node)} lies between the tracked layers and the losses, and "
                 f"it has no second derivative. {_advice(node)}, or track only layers after it "
                 "(params='head', or a list of parameters)."
             )
+
+
+def differentiable_grad(
+    losses: Tensor, parameters: Sequence[Tensor], weight: Tensor
+) -> list[Tensor | None]:
+    """Compute gradients of leaves with their graph, as ``torch.autograd.grad(create_graph=True)``;
+    where autograd has no second derivative, with ours.
+
+    Args:
+        losses: ``[N]`` with a graph.
+        parameters: leaves.
+        weight: gradient at ``losses`` ``[N]``.
+
+    Returns:
+        A gradient for each parameter, None where unused.
+
+    Raises:
+        RuntimeError: an operation has no second derivative.
+    """
+    assert losses.grad_fn is not None
+    graph, handles = Graph(losses.grad_fn), []
+    way = graph.above([n for p in parameters if (n := graph.leaves.get(id(p))) is not None])
+    refuse_single_derivatives(way, ())
+    for node in way:
+        own = OWN.get(node.name())
+        if own is not None and not _known_differentiable(node):
+            handles += own(node).register()
+    try:
+        grads = torch.autograd.grad(
+            losses, parameters, weight, create_graph=True, allow_unused=True
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(grads)
+
+
+def _known_differentiable(node: Node) -> bool:
+    kind = ref(type(node))
+    if kind not in _known:
+        _known[kind] = _differentiable(node)
+    return _known[kind]
 
 
 def _differentiable(node: Any) -> bool:
@@ -74,7 +115,8 @@ def _name(node: Node) -> str:
 def _advice(node: Node) -> str:
     if node.name().startswith("ScaledDotProduct"):
         return (
-            "Without mask and dropout it has one, outside torch.compile. Run the model under "
+            "Without dropout and a gradient of its mask it has one, outside torch.compile. Run the "
+            "model under "
             "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
         )
     if node.name() == "CompiledFunctionBackward":

@@ -131,7 +131,7 @@ class TrackedForward:
         """Raise if an operation on the way of the gradients has no second derivative."""
         forward = self.forward
         assert forward is not None
-        called = [forward.graph.nodes[b.node] for b in forward.plan.slow]
+        called = forward.called()
         above = forward.graph.above(forward.operations())
         refuse_single_derivatives(dict.fromkeys([*called, *above]), set(called))
 

@@ -25,6 +25,17 @@ def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=0.7)
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A mask that is one of numbers is of the dtype of the queries."""
+    mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+PADDING = torch.arange(5) <= torch.arange(N).view(N, 1, 1, 1) % 5  # of the last keys
 ATTENTIONS: dict[str, Attend] = {
     "plain": F.scaled_dot_product_attention,
     "scale": scaled,
@@ -32,6 +43,11 @@ ATTENTIONS: dict[str, Attend] = {
     "frozen keys": lambda q, k, v: F.scaled_dot_product_attention(q, k.detach(), v),
     "frozen values": lambda q, k, v: F.scaled_dot_product_attention(q, k, v.detach()),
     "one tensor": lambda q, k, v: F.scaled_dot_product_attention(q, q, q),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "padded keys": lambda q, k, v: masked(q, k, v, PADDING),
+    "biased": lambda q, k, v: masked(q, k, v, torch.linspace(-3, 3, 25).view(5, 5)),
+    "queries without keys": lambda q, k, v: masked(q, k, v, torch.ones(5, 5).tril(-1).bool()),
+    "grouped heads": grouped,
 }
 
 
@@ -71,8 +87,9 @@ def test_the_same_as_plain_attention(name: str, params: str) -> None:
     torch.testing.assert_close(found, gradients(model, x, PLAIN, tracked))
 
 
-def test_it_is_fused() -> None:
-    model, x = made("plain")
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_it_is_fused(name: str) -> None:
+    model, x = made(name)
     with sdpa_kernel(FUSED):
         root = model(x).grad_fn
     assert root is not None
@@ -97,20 +114,9 @@ def test_a_third_derivative_is_refused() -> None:
         third(rows, [model.first.weight], x)
 
 
-@pytest.mark.parametrize("way", ["causal", "mask", "packed"])
-def test_what_has_no_derivative_is_refused(way: str) -> None:
+def test_packed_tensors_are_refused() -> None:
     model, x = made("plain")
-    more: dict[str, Any] = {
-        "causal": {"is_causal": True},
-        "mask": {"attn_mask": torch.randn(5, 5)},
-        "packed": {},
-    }[way]
-    model.attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **more)
-    with sdpa_kernel(FUSED):
-        if way == "packed":
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-                losses = model(x)
-        else:
-            losses = model(x)
+    with sdpa_kernel(FUSED), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        losses = model(x)
     with pytest.raises(RuntimeError, match=r"^create_graph: .*SDPBackend\.MATH"):
         penalty_of(losses, model)

@@ -132,6 +132,7 @@ OTHERS: dict[str, Built] = {
     "Baddbmm": lambda: torch.baddbmm(t(2, 3, 3), t(2, 3, 3), t(2, 3, 3)),
     "NllLoss": lambda: F.nll_loss(t(2, 3), torch.zeros(2, dtype=torch.int64)),
     "Embedding": lambda: F.embedding(torch.tensor([1, 0]), t(3, 4)),
+    "EmbeddingBag": lambda: F.embedding_bag(torch.tensor([[1, 0]]), t(3, 4)),
     "ScaledDotProductFlashAttentionForCpu": lambda: attention(SDPBackend.FLASH_ATTENTION),
 }
 NODES: dict[str, Built] = {
@@ -198,6 +199,11 @@ READ: dict[str, tuple[str, ...]] = {
     "ScaledDotProductCudnnAttentionBackward0": (*ATTENTION, "attn_bias"),
     "BinaryCrossEntropyWithLogitsBackward0": ("self",),
     "EmbeddingBackward0": ("indices", "padding_idx", "scale_grad_by_freq", "sparse"),
+    "EmbeddingBagBackward0": (
+        *("indices", "offsets", "padding_idx", "result2", "per_sample_weights"),
+        *("mode", "scale_grad_by_freq", "sparse"),
+    ),
+    "HardsigmoidBackward0": ("self",),
     "NativeLayerNormBackward0": ("input", "result1", "result2", "normalized_shape"),
     "NativeGroupNormBackward0": ("input", "result1", "result2"),
     "NativeBatchNormBackward0": ("input", "running_mean", "running_var", "eps", "training"),

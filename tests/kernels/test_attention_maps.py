@@ -35,6 +35,14 @@ def test_large_scores() -> None:
     compare([1e4 * scores, *others], torch.float32, 1e-5)
 
 
+def test_queries_that_see_few_keys_or_none() -> None:
+    scores, *others = torch.randn(4, 2, 3, 7, device=DEVICE)
+    scores[:, 0], scores[:, 1, 2:] = -torch.inf, -torch.inf
+    compare([scores, *others], torch.float32, 1e-5)
+    weights = kernel.attention_maps(scores, *others, torch.float32)[0]
+    assert not weights[:, 0].any()
+
+
 def test_results_in_half_precision() -> None:
     compare([*torch.randn(4, 2, 3, 7, device=DEVICE)], torch.bfloat16, 5e-3)
 

@@ -45,6 +45,17 @@ def test_large_scores_do_not_overflow(device: str) -> None:
         assert_close(one, two, 1 + float(two.norm()))
 
 
+def test_queries_that_see_few_keys_or_none(device: str) -> None:
+    scores, *others = torch.randn(4, 2, 3, 7)
+    scores[:, 0], scores[:, 1, 2:] = -torch.inf, -torch.inf
+    found = ops.attention_maps(*(x.to(device) for x in (scores, *others)), torch.float32)
+    assert not any(one[:, 0].any() for one in found)
+    seen = scores[:, 1:].clone()
+    wanted = truth(seen, *(x[:, 1:] for x in others))
+    for one, two in zip(found, wanted, strict=True):
+        assert_close(one[:, 1:], two, 1 + float(two.norm()))
+
+
 def test_what_it_refuses() -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match="up"):

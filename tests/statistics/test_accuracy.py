@@ -95,7 +95,7 @@ def test_a_float64_model_beside_a_float32_default(kind: str) -> None:
     assert torch.get_default_dtype() == torch.float32
     x, domains = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 2, 0, 1, 2, 0])
     if kind == "node by node":
-        model: nn.Module = nn.EmbeddingBag(7, 3)
+        model: nn.Module = nn.EmbeddingBag(7, 3, mode="max")
         given = torch.arange(30).view(6, 5) % 7
     else:
         norm = nn.BatchNorm1d(3) if kind == "mixed samples" else nn.LayerNorm(3)

@@ -6,12 +6,13 @@ from .attention import AttentionBackward
 from .base import OwnDerivative
 from .convolution import ConvolutionBackward
 from .norm import NormBackward
-from .relu import ReluBackward
+from .piecewise import HardsigmoidBackward, ReluBackward
 
 # Node -> its hooks; a norm's also need the rules of its parameters
 OWN: dict[str, type[OwnDerivative]] = {
     "ConvolutionBackward0": ConvolutionBackward,
     "GeluBackward0": ActivationBackward,
+    "HardsigmoidBackward0": HardsigmoidBackward,
     "ReluBackward0": ReluBackward,
     "SiluBackward0": ActivationBackward,
     "ScaledDotProductCudnnAttentionBackward0": AttentionBackward,

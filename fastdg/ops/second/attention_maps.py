@@ -13,7 +13,7 @@ from ..dispatch.registry import define
 def reference(
     scores: Tensor, of_weights: Tensor, up: Tensor, direct: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = scores.softmax(-1)
+    weights = torch._safe_softmax(scores, -1)
 
     def drawn(slope: Tensor) -> Tensor:
         """The gradient by the scores of a function with this gradient by the weights."""
@@ -71,7 +71,8 @@ def attention_maps(
               Z^* = P (W - \langle P, W\rangle)
 
     Args:
-        scores: Z ``[B, T, S]``, float32 or float64.
+        scores: Z ``[B, T, S]``, float32 or float64; -inf where a query may not see a key. A row of
+            -inf alone has weights 0.
         of_weights: A, as ``scores``.
         up: U, the gradient that comes back to :math:`A_Z`, as ``scores``.
         direct: E, the gradient that comes back to P itself, as ``scores``.

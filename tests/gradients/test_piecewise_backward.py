@@ -1,4 +1,4 @@
-"""Gradients through ReLU's own backward: autograd's, without a map of zeros."""
+"""Gradients through ReLU and hardsigmoid: autograd's, of their formulas where it has none."""
 
 from __future__ import annotations
 
@@ -85,3 +85,27 @@ def test_derivatives_of_every_order() -> None:
     ]
     found = third(per_sample(losses_of(model, x), model[0].bias), leaves, x)
     torch.testing.assert_close(found, third(torch.stack(rows), leaves, x))
+
+
+class Hardsigmoid(nn.Module):
+    """By its formula, which autograd differentiates, or torch's."""
+
+    def __init__(self, formula: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.formula = nn.Linear(3, 5), nn.Linear(5, 3), formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = 6 * self.first(x)  # about half of them inside (-3, 3)
+        z = (z / 6 + 0.5).clamp(0, 1) if self.formula else F.hardsigmoid(z)
+        return self.last(z.tanh())
+
+
+@pytest.mark.parametrize("params", ["all", "first"])
+def test_hardsigmoid(params: str) -> None:
+    found = []
+    for formula in (True, False):
+        torch.manual_seed(4)
+        model = Hardsigmoid(formula).double()
+        x = torch.randn(N, 3, dtype=torch.double).requires_grad_()
+        found.append(gradients(model, x, model if params == "all" else {"": model.first.weight}))
+    torch.testing.assert_close(*found)
