@@ -34,6 +34,7 @@ from fastdg.gradients.ownership.structure import structure
 from fastdg.kernels import launch
 from fastdg.ops import window
 from fastdg.ops.dispatch import registry
+from fastdg.ops.outer_moments import with_positions
 
 # Launches of each op of csrc/columns_cuda.cu: sums of blocks are added up by a second one
 COLUMNS = {
@@ -163,6 +164,7 @@ def own_flops(name: str, args: Sequence[Any]) -> int:
     a, delta = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()][
         slice(2, 4) if name.endswith("backward") else slice(2)
     ]
+    a, delta = with_positions(a, delta)
     inputs = window.sizes(a.shape, args[-1] if isinstance(args[-1], (list, tuple)) else ())[1]
     once = 2 * prod(delta.shape) * inputs
     return (2 + args[-2]) * once if name.endswith("backward") else once
