@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import Context
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo as not_compiled
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.amp import GradScaler
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.autograd.graph import Node
 
 # Base classes of all batch norms and all dropouts; each public class has one number of dimensions
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.dropout import _DropoutNd as Dropout
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
 
 # Flattens nested containers as torch.func does; torch has no public module for it
 from torch.utils import _pytree as pytree
@@ -41,6 +42,8 @@ __all__ = [
     "not_compiled",
     "pytree",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # -- state of torch --
 
@@ -202,6 +205,27 @@ def optimizer_hooks(opt: Optimizer, table: str) -> Mapping[int, Callable[..., An
     None if it never called ``Optimizer.__init__``. Registering is public, but only methods that a
     wrapper replaces call them."""
     return getattr(opt, f"_optimizer_{table}_hooks", None)
+
+
+def quickly_stepped(step: F) -> F:
+    """Return a wrapper's method ``step`` so that torch, which sees the mark, does not put it into a
+    range of the profiler and calls of hooks: it is there only if a profiler runs or there are
+    hooks, as it takes longer than a small wrapper. The public decorator marks nothing."""
+    watched = Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def run(self: Any, *args: Any, **keywords: Any) -> Any:
+        hooks = (
+            profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+        )
+        return (watched if hooks else step)(self, *args, **keywords)
+
+    run.hooked = True  # type: ignore[attr-defined]
+    return cast("F", run)
 
 
 def scale_of(scaler: GradScaler) -> Tensor | None:

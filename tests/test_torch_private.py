@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.optim import optimizer
 
 import fastdg
 from fastdg import _torch
@@ -242,6 +243,25 @@ def test_modules_optimizers_and_scalers() -> None:
         getattr(opt, f"register_{table}_hook")(hook)
         hooks = _torch.optimizer_hooks(opt, table)
         assert hooks is not None and hook in hooks.values()
+
+    seen = []
+    stepped = fastdg.ERM(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert type(stepped).step is fastdg.core.optimizer.DomainOptimizer.step  # torch saw the mark
+    for register in (
+        stepped.register_step_pre_hook,
+        stepped.register_step_post_hook,
+        optimizer.register_optimizer_step_pre_hook,
+        optimizer.register_optimizer_step_post_hook,
+    ):
+        handle = register(lambda opt, *args: seen.append(opt))
+        stepped.backward(model(torch.ones(2, 2)).sum(1), 0)
+        stepped.step()
+        handle.remove()
+    assert [opt for opt in seen if opt is not stepped.base] == [stepped] * 4
+    stepped.backward(model(torch.ones(2, 2)).sum(1), 0)
+    with torch.profiler.profile() as profile:
+        stepped.step()
+    assert "Optimizer.step#ERM.step" in {event.name for event in profile.events()}
 
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     assert _torch.scale_of(scaler) is None

@@ -88,7 +88,7 @@ class Averages:
         if not moved:
             return
         found = [*values.values()]
-        every = readable(present) and bool(present.all())
+        every = readable(present) and all(present.tolist())
         foreach_lerp_(moved, found, rate if every else _row_rates(found, rate, present))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from .._torch import quickly_stepped
 from ..capture.head_output import HeadOutputs
 from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, of_tasks, partition
@@ -209,8 +210,9 @@ class DomainOptimizer(Configured):
         return self._met(*counted(staged), used)
 
     def _met(self, count: Tensor, samples: int, used: Callable[[], object]) -> GlobalBatch:
-        counts, total = self._ranks.handshake(count, samples, used, lambda: settings_of(self))
-        return GlobalBatch(self._ranks, counts, total)
+        by_rank, total = self._ranks.handshake(count, samples, used, lambda: settings_of(self))
+        whole = count if by_rank is None else by_rank.sum(0)
+        return GlobalBatch(self._ranks, whole, total, by_rank)
 
     def _on_micro_batch(self) -> None:
         """Process a staged micro-batch that is not the last."""
@@ -247,6 +249,7 @@ class DomainOptimizer(Configured):
         if self._pending is not None:  # set where the gradient came from an objective
             self.after_step(self._pending)
 
+    @quickly_stepped
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
         """Step the wrapped optimizer with the gradient that `backward` has written to ``.grad``.
 

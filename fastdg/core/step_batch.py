@@ -64,15 +64,19 @@ class StepBatch:
         self, parts: Sequence[Batch], whole: GlobalBatch, domains: int, first: bool, params: object
     ) -> None:
         self.parts, self.whole = parts, whole
-        self.counts = pad_rows(whole.count, max(domains, whole.counts.shape[1]))
+        self.counts = pad_rows(whole.count, max(domains, len(whole.count)))
         self.present = self.counts > 0
-        D, own = self.counts.shape[0], total_loss(parts)
+        D = self.counts.shape[0]
         self._sums: Tensor | None = None  # of the losses of each domain, with their graph
         known = known_sums(parts, D) if whole.alone else None
-        if known is None:
-            own, self._sums = whole.total([own, domain_sums(parts, D)])
-            known = self._sums.detach()
-        self.loss = own / whole.samples
+        if known is not None and len(parts) == 1:
+            self.loss = to_statistics_dtype(parts[0].losses).mean()
+        else:
+            own = total_loss(parts)
+            if known is None:
+                own, self._sums = whole.total([own, domain_sums(parts, D)])
+                known = self._sums.detach()
+            self.loss = own / whole.samples
         self.statistics = {
             "loss": self.loss.detach(),
             "domain_loss": known / self.counts,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,23 +19,25 @@ class GlobalBatch:
 
     Attributes:
         ranks: the ranks.
-        counts: samples of each rank and domain, ``[W, D]``, on the device of the losses.
+        count: number of samples of each domain, ``[D]``, on the device of the losses.
         samples: number of samples of all ranks, N.
+        by_rank: samples of each rank and domain, ``[W, D]``; None where one rank trains.
     """
 
     ranks: Ranks
-    counts: Tensor
+    count: Tensor
     samples: int
+    by_rank: Tensor | None = None
 
     @property
     def alone(self) -> bool:
         """Whether one rank trains."""
-        return self.counts.shape[0] == 1
+        return self.by_rank is None
 
-    @cached_property
-    def count(self) -> Tensor:
-        """Number of samples of each domain, ``[D]``."""
-        return self.counts[0] if self.alone else self.counts.sum(0)
+    @property
+    def counts(self) -> Tensor:
+        """Samples of each rank and domain, ``[W, D]``."""
+        return self.count.unsqueeze(0) if self.by_rank is None else self.by_rank
 
     @property
     def count_before(self) -> Tensor:
@@ -79,7 +80,7 @@ class GlobalBatch:
 
     def _shared(self, values: Tensor, count: Tensor) -> Tensor:
         """Compute this rank's term of the means by domain ``[D, *]``."""
-        share = pad_rows(count, self.counts.shape[1]).to(values.dtype) / self.count.clamp(min=1)
+        share = pad_rows(count, len(self.count)).to(values.dtype) / self.count.clamp(min=1)
         return pad_rows(values, len(share)) * share.view(-1, *[1] * (values.dim() - 1))
 
     def sum_parameter_grads(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:

@@ -201,7 +201,7 @@ class Ranks:
         samples: int,
         used: Callable[[], object],
         settings: Callable[[], dict[str, str]],
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor | None, int]:
         """Exchange the number of samples of each domain, and compare the ranks' runs.
 
         Args:
@@ -211,14 +211,15 @@ class Ranks:
             settings: returns the training's settings as text, which must be the same on all ranks.
 
         Returns:
-            Samples of each rank and domain ``[W, D]``, on the device of ``count``, and their sum.
+            Samples of each rank and domain ``[W, D]``, on the device of ``count`` (None where one
+            rank trains), and their sum.
 
         Raises:
             RuntimeError: another rank has failed or is at another step, or the weights, settings or
                 parameters of the ranks differ.
         """
         if self.alone:
-            return count.unsqueeze(0), samples
+            return None, samples
         self.met = True
         first = count[:INLINE].to(self.meeting_place(count.device))
         own = settings()

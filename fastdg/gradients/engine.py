@@ -150,7 +150,7 @@ def collect(
     retain_graph: bool = True,
     extra: Sequence[Tensor] = (),
     weight: Tensor | None = None,
-    to_grad: bool = False,
+    to_grad: float | Tensor | None = None,
 ) -> list[Tensor | None]:
     """Run one backward of ``losses.sum()`` without weight gradients, and call ``consume`` with the
     per-sample gradients of each parameter as soon as they are complete.
@@ -162,8 +162,8 @@ def collect(
         retain_graph: keep the graph for a further backward.
         extra: tensors whose ordinary gradients the same backward computes.
         weight: gradient at ``losses`` ``[N]``; default: ones.
-        to_grad: add to the ``.grad`` of every leaf, too, as a training step's backward does; for a
-            plan of rules alone.
+        to_grad: add to the ``.grad`` of every leaf, too, as a training step's backward does, and
+            multiply by this what the rules see of it (a number, 0-dim); for a plan of rules alone.
 
     Returns:
         The gradients of ``extra``, None where unused.
@@ -177,7 +177,7 @@ def collect(
     slow = forward.plan.slow or extra
     retain = retain_graph or create_graph or bool(forward.plan.by_autograd and slow)
     extra_grads = backward.run(weight, retain, extra)
-    if not (retain_graph or create_graph or to_grad):
+    if not (retain_graph or create_graph or backward.to_grad):
         # Autograd frees the nodes that it runs, and runs none below the last target
         nodes = forward.graph.nodes
         release(nodes if retain else [nodes[at] for at in backward.route.idle])
@@ -188,10 +188,14 @@ class _Backward:
     """State of one `collect`."""
 
     def __init__(
-        self, forward: Forward, consume: Consume, create_graph: bool, to_grad: bool
+        self,
+        forward: Forward,
+        consume: Consume,
+        create_graph: bool,
+        to_grad: float | Tensor | None,
     ) -> None:
         self.forward, self.consume, self.create_graph = forward, consume, create_graph
-        self.to_grad = to_grad
+        self.to_grad, self.factor = to_grad is not None, to_grad
         plan, nodes = forward.plan, forward.graph.nodes
         self.route = route = forward.route()
         self.uses = {nodes[at]: uses for at, uses in route.uses.items()}
@@ -293,6 +297,8 @@ class _Backward:
         if node not in self.saved:
             return
         delta = grads[0]
+        if delta is not None and self.factor is not None:
+            delta = delta * self.factor
         made = self.made.pop(node, {})
         for (i, use), saved in zip(self.uses[node], self.saved.pop(node), strict=True):
             self.waiting[i] -= 1

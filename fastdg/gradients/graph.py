@@ -35,6 +35,7 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     "EmbeddingBackward0": ("_saved_scale_grad_by_freq", "_saved_sparse"),
     "EmbeddingBagBackward0": ("_saved_mode", "_saved_scale_grad_by_freq", "_saved_sparse"),
     "AddmmBackward0": ("_saved_alpha", "_saved_beta"),
+    "NllLossBackward0": ("_saved_reduction",),
     **dict.fromkeys(("UnbindBackward0", "CatBackward0", "StackBackward0", "GluBackward0"), _DIM),
     **dict.fromkeys(("SoftmaxBackward0", "LogSoftmaxBackward0", "CumsumBackward0"), _DIM),
     "SafeSoftmaxBackward0": _DIM,
@@ -51,6 +52,7 @@ _SHAPED_BY_INPUTS = frozenset(
         *("T", "Alias", "Clone", "ToCopy", "Neg", "Relu", "Gelu", "Silu", "Elu", "LeakyRelu"),
         *("Hardtanh", "Hardswish", "Hardsigmoid", "Tanh", "Sigmoid", "Softplus", "NativeDropout"),
         *("LogSoftmax", "Softmax", "SafeSoftmax", "Add", "Sub", "Mul", "Div", "Mm", "Bmm", "Addmm"),
+        "NllLoss",
     )
     for number in range(2)
 )

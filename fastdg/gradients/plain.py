@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,10 +55,11 @@ def recorded(x: Tensor) -> bool:
 def without_autocast(losses: Any) -> AbstractContextManager[Any]:
     """Disable autocast on the losses' device: a backward has the dtypes of its graph."""
     device = losses.device.type if isinstance(losses, Tensor) else None
-    if device is None or not torch.amp.is_autocast_available(device):
+    if device is None or not _has_autocast(device):
         return _NOTHING
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else _NOTHING
 
 
 _NOTHING = nullcontext()
+_has_autocast = cache(torch.amp.is_autocast_available)

@@ -37,14 +37,14 @@ def backward_scale(losses: Tensor, scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale * pow2_scale(losses)
 
 
-def mean_scale(losses: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def mean_scale(losses: Tensor, scale: Tensor | None) -> tuple[Tensor, float | Tensor]:
     """Return the gradient of the mean of ``losses`` at each, times ``scale``, and its inverse."""
-    weight = torch.full_like(losses, 1 / losses.shape[0], requires_grad=False)
-    inverse = torch.full_like(losses, losses.shape[0], requires_grad=False)
+    samples = losses.shape[0]
+    weight = torch.full_like(losses, 1 / samples, requires_grad=False)
     if scale is None:
-        return weight, inverse
+        return weight, samples
     scale = scale.to(losses.device, non_blocking=True)
-    return weight * scale.to(weight.dtype), inverse / scale
+    return weight * scale.to(weight.dtype), samples / scale
 
 
 def unscaled(grad: Tensor, grad_scale: Tensor | float | None) -> Tensor:

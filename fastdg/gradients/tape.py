@@ -105,25 +105,24 @@ class TrackedForward:
             self.refuse_single_derivatives()
         losses, samples = forward.losses, forward.losses.shape[0]
         grad_scale = None if to_grad else backward_scale(losses, scale)
-        weight, inverse = None, None
+        weight, inverse, use = None, None, consume
         if to_grad:
             weight, inverse = mean_scale(losses, scale)
         elif grad_scale is not None:
             weight = torch.ones_like(losses) * grad_scale
-            inverse = grad_scale.reciprocal().expand(samples)
+            of_each = grad_scale.reciprocal().expand(samples)
 
-        def scaled(name: str, factor: PerSampleGrad) -> None:
-            assert inverse is not None
-            consume(name, factor.scaled(inverse))
+            def use(name: str, factor: PerSampleGrad) -> None:
+                consume(name, factor.scaled(of_each))
 
         grads = collect(
             forward,
-            consume if inverse is None else scaled,
+            use,
             create_graph=create_graph,
             retain_graph=retain_graph,
             extra=extra,
             weight=weight,
-            to_grad=to_grad,
+            to_grad=inverse,
         )
         return [None if grad is None else unscaled(grad, grad_scale) for grad in grads]
 

@@ -23,10 +23,9 @@ _LIBRARIES: list[torch.library.Library] = []  # schemas are there as long as the
 def _float32(op: Op, device: str) -> Supports:
     """Return ``supports`` of a compiled op: it takes fp32, or dtypes cast to it, on its device."""
     taken = (torch.float32,) if op.halves is None else (torch.float32, *HALVES)
-    windowed = op.schema.split(") ->")[0].endswith("int[] window")
 
     def first(*args: Any) -> str | None:  # the others are like it: the op's check saw to it
-        if windowed and len(args[-1]) in PADDED:
+        if op.windowed and len(args[-1]) in PADDED:
             return "it reads inputs that are padded"
         x = first_float(args)
         if x.dtype in taken and x.device.type == device:
@@ -102,6 +101,8 @@ def attach_compiled(backend: str, device: str, namespace: str) -> None:
         overload = getattr(space, op.name).default
         if has_kernel(overload, device.upper()):
             op.backends[backend] = _widening(op, _counting_writes(overload)), _float32(op, device)
+            if backend == "cpp" and not op.writes:
+                op.direct = overload
 
 
 def _attach_native() -> None:

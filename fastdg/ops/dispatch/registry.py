@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..._torch import unknown_size_errors
 from ...carried import Carried
+from ...dtypes import HALVES
 
+_OTHERS = (torch.float64, *HALVES)
 _NONE = None, None  # of a backend that is absent
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 # Fastest first. Whatever is absent, or does not support the arguments, is passed over.
@@ -35,6 +37,7 @@ library = torch.library.Library("fastdg", "DEF")
 log = logging.getLogger("fastdg.ops")
 _logged: set[tuple[str, str, str]] = set()
 _forced: Carried[str | None] = Carried("fastdg_backend", None)
+_forces = False  # whether any thread has ever been in a `use_backend` block
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Op:
     mixed: bool = False
     halves: tuple[int, ...] | None = None
     backends: dict[str, tuple[Implementation, Supports]] = field(default_factory=dict)
+    # Compiled code for float32 on the CPU, which checks as it reads: small calls go there at once
+    direct: Implementation | None = None
 
     @property
     def name(self) -> str:
@@ -62,8 +67,16 @@ class Op:
         """Whether it changes an argument."""
         return "!" in self.schema
 
+    @cached_property
+    def windowed(self) -> bool:
+        """Whether its last argument is a window, which is empty for a linear map."""
+        return self.schema.split(") ->")[0].endswith("int[] window")
+
     def __call__(self, *args: Any) -> Any:
         try:
+            forced = forced_backend() or from_environment()
+            if self.direct is not None and forced is None and self._float32(args):
+                return self.direct(*args)
             implementation = self.route(*args)
             # Ops of the CPU check as they read, those that write before they begin
             if not self.writes and implementation is self.backends.get("cpp", _NONE)[0]:
@@ -84,6 +97,13 @@ class Op:
         with torch.autocast(device, enabled=False) if on else nullcontext():
             return implementation(*args)
 
+    def _float32(self, args: Sequence[Any]) -> bool:
+        """Whether the arguments are float32 on the CPU, without a window."""
+        x = first_float(args)
+        if x.dtype is not torch.float32 or not x.is_cpu or (self.windowed and args[-1]):
+            return False
+        return not (self.mixed and any(isinstance(y, Tensor) and y.dtype in _OTHERS for y in args))
+
     def shapes(self, *args: Any) -> Any:
         """Return the fake implementation, after the checks."""
         with suppress(*unknown_size_errors()):  # of a size that is known when the op runs
@@ -93,7 +113,7 @@ class Op:
     def route(self, *args: Any) -> Implementation:
         """Return the implementation that serves these arguments."""
         device = _first(args).device.type
-        forced = _forced.get()
+        forced = forced_backend()
         if forced is None and (forced := from_environment()) is not None:
             _check(forced)
         order = PREFERENCE.get(device, ("reference",)) if forced is None else (forced, "reference")
@@ -180,12 +200,14 @@ def define(
 
 def forced_backend() -> str | None:
     """Return the backend of the `use_backend` block that this thread is in."""
-    return _forced.get()
+    return _forced.get() if _forces else None
 
 
 @contextmanager
 def force(backend: str) -> Iterator[None]:
     """Compute every op on ``backend``, which is here, inside the ``with`` block."""
+    global _forces
+    _forces = True
     token = _forced.set(backend)
     try:
         yield
