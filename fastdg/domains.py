@@ -186,7 +186,8 @@ def as_ids(domains: Any, samples: int | None = None) -> Tensor:
     Raises:
         TypeError: ``domains`` is no integer or integer tensor.
     """
-    if not isinstance(domains, bool) and isinstance(domains, Integral) and samples is not None:
+    number = not isinstance(domains, (Tensor, bool)) and isinstance(domains, Integral)
+    if number and samples is not None:
         return torch.full((samples,), int(domains), device="cpu")
     if domains is None:
         raise TypeError(
@@ -261,9 +262,7 @@ def partition(domains: Tensor | int, losses: Tensor, num_domains: int | None = N
             f"domains: expected the device of losses ({losses.device}) or the CPU, "
             f"got {domains.device}. Use domains.cpu()."
         )
-    ids = domains.detach()
-    if ids.dtype is not torch.int64:
-        ids = ids.to(torch.int64)
+    ids = domains if domains.dtype is torch.int64 else domains.to(torch.int64)
     known = num_domains is not None or readable(ids)
     if losses.is_cpu and losses.is_floating_point() and known:
         return _with_sums(losses.detach(), ids, num_domains)

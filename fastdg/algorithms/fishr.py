@@ -95,7 +95,7 @@ class Fishr(Annealed):
         if (ema := self.ema) is not None:
             history, decay = self.variances.of(moments.variance), ema / (1 - ema)
         variances = [*moments.variance.values()]
-        penalty = variance_gap(variances, history, moments.present, decay)
+        penalty = variance_gap(variances, history, batch.present, decay)
         if self.reduction == "mean":
             numel = sum([v.numel() for v in variances]) // variances[0].shape[0]
             penalty = penalty / (numel * moments.number_present)

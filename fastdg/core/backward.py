@@ -89,31 +89,31 @@ def put(grads: Mapping[Tensor, Tensor | None]) -> None:
         p.grad = grad
 
 
-@contextmanager
-def rollback_on_error(groups: Sequence[dict[str, Any]], copied: bool) -> Iterator[None]:
+class rollback_on_error:
     """Add the ``.grad`` written inside to the earlier one; restore the earlier one on an error.
 
     ``copied``: copy the earlier one first, since code inside may write to its memory, as
     DistributedDataParallel does.
     """
-    parameters = [p for group in groups for p in group["params"]]
-    before = [(p, p.grad) for p in parameters if p.grad is not None]
-    if copied:
-        before = [(p, grad.clone()) for p, grad in before]
-    for p, _ in before:
-        p.grad = None
-    try:
-        yield
-    except BaseException:
-        for p in parameters:
+
+    def __init__(self, groups: Sequence[dict[str, Any]], copied: bool) -> None:
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.copied = copied
+
+    def __enter__(self) -> None:
+        before = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        self.before = [(p, grad.clone()) for p, grad in before] if self.copied else before
+        for p, _ in before:
             p.grad = None
-        for p, grad in before:
-            p.grad = grad
-        raise
-    for p, grad in before:
-        added, p.grad = p.grad, grad
-        if added is not None:
-            accumulate(p, added)
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            for p in self.parameters:
+                p.grad = None
+        for p, grad in self.before:
+            added, p.grad = p.grad, grad
+            if added is not None:
+                accumulate(p, added)
 
 
 @contextmanager

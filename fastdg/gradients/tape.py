@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .._torch import hooked
+from .._torch import hooked, metadata_of
 from ..domains import tracing
 from ..dtypes import HALVES
 from ..factors import PerSampleGrad
@@ -17,7 +17,7 @@ from ..warn import warn_user
 from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, plan_gradients
 from .errors import in_words, listed, not_a_tensor, reentrant
-from .graph import Graph, output_dtypes
+from .graph import Graph
 from .heads import head_of, layers_after, refuse_opaque
 from .scale import backward_scale, mean_scale, unscaled
 from .second import refuse_single_derivatives
@@ -64,8 +64,8 @@ class TrackedForward:
             return False
         nodes = self.forward.graph.nodes
         for at in self.forward.route().passed:
-            for dtype in output_dtypes(nodes[at]):
-                if dtype in HALVES:
+            for output in metadata_of(nodes[at]):
+                if output is not None and output.dtype in HALVES:
                     return False
         return True
 
@@ -130,8 +130,8 @@ class TrackedForward:
         """Raise if an operation on the way of the gradients has no second derivative."""
         forward = self.forward
         assert forward is not None
-        called = forward.called()
-        above = forward.graph.above(forward.operations())
+        nodes, route, called = forward.graph.nodes, forward.route(), forward.called()
+        above = [nodes[at] for at in route.passed if at not in route.last]
         refuse_single_derivatives(dict.fromkeys([*called, *above]), set(called))
 
 

@@ -55,9 +55,13 @@ def pad_rows(tensor: Tensor, domains: int) -> Tensor:
 def variance_gap(
     values: Sequence[Tensor], history: Sequence[Tensor], present: Tensor, decay: float
 ) -> Tensor:
-    """Call `ops.variance_gap`; parameters of two dtypes are taken in float64."""
+    """Call `ops.variance_gap`; parameters of two dtypes are taken in float64. ``present`` may have
+    more domains than ``values``."""
     if len({v.dtype for v in values}) > 1:
         values, history = [v.double() for v in values], [m.double() for m in history]
+    rows = values[0].shape[0]
+    if present.shape[0] > rows:
+        present = present[:rows]
     return ops.variance_gap(values, history, present, decay)
 
 
