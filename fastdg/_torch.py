@@ -251,3 +251,10 @@ def has_kernel(op: Any, key: str) -> bool:
     """Whether an op has a kernel for the dispatch key "CPU" or "CUDA". The method's name is public,
     but it has no documentation and no public class."""
     return op.has_kernel_for_dispatch_key(key)
+
+
+# -- operations --
+
+
+# Softmax with zeros for a row of -inf alone, where the public one has NaN
+safe_softmax: Callable[[Tensor, int], Tensor] = torch._safe_softmax

@@ -322,3 +322,10 @@ def test_kernels_of_ops() -> None:
     assert not _torch.has_kernel(op, "CPU") and not _torch.has_kernel(op, "CUDA")
     library.impl("f", torch.neg, "CPU")
     assert _torch.has_kernel(op, "CPU") and not _torch.has_kernel(op, "CUDA")
+
+
+def test_a_row_without_a_number_has_softmax_zero() -> None:
+    x = torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf], [torch.nan, 0.0]])
+    found = _torch.safe_softmax(x, -1)
+    assert found[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert found[2].isnan().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,20 +79,40 @@ def _module(name: str) -> str:
     return "" if name.startswith("param_groups[") else name.rpartition(".")[0]
 
 
-def refuse_opaque(forward: Forward) -> None:
-    """Raise if a compiled part has the head and other layers."""
-    names = forward.names
+def known_head(
+    forward: Forward, used: Mapping[str, Tensor], before: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """Return ``used``, the head in ``forward``; where a compiled part has the head and other
+    layers, the parameters ``before``, the head of an earlier forward.
+
+    The first forwards of a scripted class are not compiled.
+
+    Raises:
+        RuntimeError: no earlier forward has shown the head.
+    """
+    names, advice = forward.names, None
     layers = {name.rpartition(".")[0] for name in names}
-    if len(names) < 3 and len(layers) < 2:
-        return
-    for node in forward.operations():
-        if node.name() == "CompiledFunctionBackward" or "DifferentiableGraph" in node.name():
-            raise RuntimeError(
-                f"params: 'head' is unknown, since the model's last part is compiled as one "
-                f"operation with {len(names)} parameters. Pass the head's names, "
-                "params=['fc.weight', 'fc.bias'], exclude the head from torch.compile, or compile "
-                "the whole step with fastdg.compiled."
-            )
+    if len(names) > 2 or len(layers) > 1:
+        for node in forward.operations():
+            if node.name() == "CompiledFunctionBackward":
+                advice = (
+                    "exclude the head from torch.compile, or compile the whole step with "
+                    "fastdg.compiled"
+                )
+            elif "DifferentiableGraph" in node.name():
+                advice = (
+                    "or run the scripted model under torch.jit.optimized_execution(False) from its "
+                    "first call on"
+                )
+    if advice is None:
+        return used
+    if before and all(name in used for name in before):
+        return {name: used[name] for name in before}
+    raise RuntimeError(
+        "params: 'head' is unknown, since the model's last part is compiled as one operation with "
+        f"{len(names)} parameters. Pass the head's names, params=['fc.weight', 'fc.bias'], "
+        f"{advice}."
+    )
 
 
 def layers_after(forward: Forward, known: set[int]) -> Tensor | None:

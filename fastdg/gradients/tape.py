@@ -18,7 +18,7 @@ from .checkpoints import reentrant_checkpoints, tensors_inside
 from .engine import Consume, Forward, collect, plan_gradients
 from .errors import in_words, listed, not_a_tensor, reentrant
 from .graph import Graph
-from .heads import head_of, layers_after, refuse_opaque
+from .heads import head_of, known_head, layers_after
 from .scale import backward_scale, mean_scale, unscaled
 from .second import refuse_single_derivatives
 
@@ -156,6 +156,7 @@ class Tape:
         self.params = params
         self.leaf = leaf or (lambda p: p)
         self._warned = self._head_seen = False
+        self._head: list[str] = []  # names of the last head
 
     def resolve(self, losses: Tensor, *, warn: bool = True) -> TrackedForward:
         """Find the selected parameters below ``losses`` ``[N]``, and plan their gradients.
@@ -184,7 +185,10 @@ class Tape:
             used = wanted
         forward = plan_gradients(losses, used, graph)
         if self.params == "head":
-            refuse_opaque(forward)
+            head = known_head(forward, used, self._head)
+            if head is not used:
+                used, forward = dict(head), plan_gradients(losses, head, graph)
+            self._head = list(used)
             self._warn_of_later_layers(forward)
         tracked = self._tracked(graph, used, forward)
         if warn:

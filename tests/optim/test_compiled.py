@@ -339,13 +339,49 @@ def test_a_compiled_model_domain_by_domain(name: str, counters: Counters) -> Non
     assert counters() == (1, 0)
 
 
+SCRIPTED: dict[str, Callable[..., Any]] = {
+    "AgrSum": fastdg.AgrSum,
+    "Fishr": partial(fastdg.Fishr, anneal_steps=0, penalty_weight=3.0),
+    "Fishr, before the anneal": partial(fastdg.Fishr, penalty_weight=3.0),
+}
+
+
+def scripted_twins(name: str) -> list[Any]:
+    """A model of a class of its own: the first forwards of a scripted class are not compiled."""
+
+    class Fresh(nn.Sequential):
+        pass
+
+    layers = lambda: Fresh(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+    return twins(SCRIPTED[name], make=layers)
+
+
 @pytest.mark.filterwarnings("ignore:params.*DifferentiableGraph")
-def test_a_scripted_model() -> None:
-    """After two steps it is one operation."""
-    model, opt, twin, other = twins(fastdg.AgrSum)
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_a_scripted_model(name: str) -> None:
+    """After two steps it is one operation, and its head that of the steps before."""
+    model, opt, twin, other = scripted_twins(name)
     scripted = torch.jit.script(twin)
     eager_steps(model, opt, map(data, range(4)))
     eager_steps(scripted, other, map(data, range(4)))
+    assert "DifferentiableGraph" in scripted(data(0)[0]).grad_fn.name()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     copy.deepcopy(twin)
+
+
+def test_the_head_of_a_scripted_model_that_has_run() -> None:
+    """The first step says what to do."""
+    _, _, model, opt = scripted_twins("Fishr")
+    scripted = torch.jit.script(model)
+    for _ in range(3):
+        scripted(data(0)[0]).sum().backward()
+    with pytest.raises(RuntimeError, match=r"^params: 'head' is unknown.*optimized_execution"):
+        eager_steps(scripted, opt, map(data, range(1)))
+    model, opt, twin, other = scripted_twins("Fishr")
+    scripted = torch.jit.script(twin)
+    eager_steps(model, opt, map(data, range(4)))
+    with torch.jit.optimized_execution(False):
+        eager_steps(scripted, other, map(data, range(4)))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

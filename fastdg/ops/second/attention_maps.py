@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._torch import safe_softmax
 from .. import checks
 from ..dispatch.derivatives import call, not_differentiable
 from ..dispatch.registry import define
@@ -13,7 +14,7 @@ from ..dispatch.registry import define
 def reference(
     scores: Tensor, of_weights: Tensor, up: Tensor, direct: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = torch._safe_softmax(scores, -1)
+    weights = safe_softmax(scores, -1)
 
     def drawn(slope: Tensor) -> Tensor:
         """The gradient by the scores of a function with this gradient by the weights."""
