@@ -253,8 +253,5 @@ def has_kernel(op: Any, key: str) -> bool:
     return op.has_kernel_for_dispatch_key(key)
 
 
-# -- operations --
-
-
 # Softmax with zeros for a row of -inf alone, where the public one has NaN
 safe_softmax: Callable[[Tensor, int], Tensor] = torch._safe_softmax

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fastdg
 from fastdg.gradients import engine
+from fastdg.ops.dispatch import registry
 
 N, WIDTH = 32, 16
 FEW, MANY = 2, 22  # layers
@@ -61,6 +62,7 @@ def test_calls_of_a_step(
 ) -> None:
     """Before the anneal: of each further layer, and of a step besides its layers."""
     monkeypatch.setattr(engine, "_plans", OrderedDict())
+    monkeypatch.setattr(registry, "_forces", False)  # another test may have chosen a backend
     found = {}
     for layers in (FEW, MANY):
         step = step_of(layers, params)
