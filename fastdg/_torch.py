@@ -146,6 +146,13 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor)
 
 
+def has_graph(tensor: Tensor) -> bool:
+    """Return whether gradients reach the tensors from which this one was computed, if any. A view
+    made under ``torch.no_grad`` requires a gradient, but is cut off; nothing public tells it."""
+    cut_off = tensor.grad_fn is None and tensor._base is not None
+    return tensor.requires_grad and not cut_off
+
+
 def version_of(tensor: Tensor) -> int:
     """Return the number of in-place changes. torch compares it only in its own backward."""
     return tensor._version

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._torch import assert_later, dispatch_modes, get_proxy_mode
+from ._torch import assert_later, dispatch_modes, get_proxy_mode, has_graph
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def of_tasks(losses: Any, domains: Any) -> tuple[Any, Any]:
                 f"losses: expected tensors (N,) or 0-dim, got {got} for task {k}. Reduce to one "
                 "loss per sample, such as losses.flatten(1).mean(1), or to their mean."
             )
-        if not x.requires_grad:
+        if not has_graph(x):
             raise ValueError(
                 f"losses: expected losses with their graph, got those of task {k} without. Compute "
                 "them outside torch.no_grad and without detach, or leave them out."

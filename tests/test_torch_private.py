@@ -22,7 +22,8 @@ from fastdg import _torch
 PACKAGE = Path(fastdg.__file__).parent
 # Attributes of torch's objects; of torch's modules every underscore is found
 ATTRIBUTES = {
-    *("_input_metadata", "_sequence_nr", "_forward_cls", "_raw_saved_", "_version", "_orig_mod"),
+    *("_base", "_input_metadata", "_sequence_nr", "_forward_cls", "_raw_saved_", "_version"),
+    "_orig_mod",
     *("_backward_hooks", "_post_accumulate_grad_hooks", "_get_fsdp_state", "_fsdp_param_group"),
     *("_fsdp_param_groups", "_unsharded_param", "_per_optimizer_states", "_current_level"),
     *(
@@ -329,3 +330,14 @@ def test_a_row_without_a_number_has_softmax_zero() -> None:
     found = _torch.safe_softmax(x, -1)
     assert found[:2].tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert found[2].isnan().all()
+
+
+def test_a_view_made_without_gradients_has_no_graph() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    x = leaf * 2
+    with torch.no_grad():
+        view, computed = x.view(2, 1), x + 1
+    assert view.requires_grad and view.grad_fn is None
+    assert [_torch.has_graph(t) for t in (leaf, x, x.view(2, 1), view, computed)] == [
+        *(True, True, True, False, False)
+    ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import has_graph
 from ..domains import tracing
 from ..dtypes import to_statistics_dtype
 from ..gradients.heads import Head, crossed_output, last_output
@@ -146,7 +147,7 @@ def check_logits(logits: Any, losses: Tensor) -> None:
             f"logits: expected a row for each of the {len(losses)} losses, got shape "
             f"{tuple(logits.shape)}."
         )
-    if not logits.requires_grad:
+    if not has_graph(logits):
         raise ValueError(
             "logits: they have no graph. Pass the same tensor from which you compute the losses."
         )

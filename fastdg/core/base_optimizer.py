@@ -211,9 +211,10 @@ def check_result(result: Any, takes: Sequence[str] = ()) -> tuple[Tensor, Tensor
         if len(takes) == 1:
             return *result[:2], {takes[0]: result[2]}
     if not isinstance(result, tuple) or len(result) != 2:
+        got = "None" if result is None else type(result).__name__
         raise TypeError(
             "closure: expected it to return (losses, domains), or to call opt.backward(losses, "
-            f"domains) itself and return the loss, got {type(result).__name__}."
+            f"domains) itself and return the loss, got {got}."
         )
     if isinstance(result[1], Tensor) and result[1].requires_grad:
         raise TypeError(

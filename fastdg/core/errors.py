@@ -79,12 +79,18 @@ def used_twice(name: str) -> RuntimeError:
     )
 
 
-def no_backward(name: str, staged: bool) -> RuntimeError:
+def no_backward(name: str, staged: bool, closure: bool = False) -> RuntimeError:
     """Return the error for a step without a backward, or after staged micro-batches only."""
     if staged:
         return RuntimeError(
             f"{name}.step() needs a final backward before it: since the last step every backward "
             "was called with final=False. Omit final=False in the last call."
+        )
+    if closure:
+        return RuntimeError(
+            f"{name}.step(closure) needs a backward: the closure returned None and did not call "
+            "opt.backward. Return (losses, domains) from it, or call opt.backward(losses, domains) "
+            "in it and return the loss."
         )
     return RuntimeError(
         f"{name}.step() needs a backward before it. Call opt.backward(losses, domains) in place of "

@@ -14,7 +14,7 @@ from ..capture.head_output import HeadOutputs
 from ..distributed.global_batch import GlobalBatch
 from ..domains import as_ids, of_tasks, partition
 from ..dtypes import to_statistics_dtype
-from ..gradients.plain import without_autocast
+from ..gradients.plain import recording, without_autocast
 from ..gradients.tape import TrackedForward, check_losses
 from . import amp, checkpoint, errors
 from .backward import check_reached, poison_if_nonfinite, rollback_on_error
@@ -118,7 +118,7 @@ class DomainOptimizer(Configured):
             tasks = list(losses) if values is not losses else []
             self._of_tasks = bool(tasks)
             self._refuse_used(tasks)
-            with torch.enable_grad(), without_autocast(values):
+            with recording(), without_autocast(values):
                 self._add_micro_batch(values, ids, scaler, inputs, retain_graph)
                 for x in () if retain_graph else tasks:
                     _note(x)[_USED] = True
@@ -280,9 +280,9 @@ class DomainOptimizer(Configured):
                 self._mark_grad_owned()  # an algorithm has written .grad itself
                 self._ready = self._owned_grad is not None
             self._ready |= ready
-        if self._micro_batches or not self._ready:
-            if self._micro_batches or not errors.is_probe(self.base):
-                raise errors.no_backward(type(self).__name__, bool(self._micro_batches))
+        if (staged := bool(self._micro_batches)) or not self._ready:
+            if staged or not errors.is_probe(self.base):
+                raise errors.no_backward(type(self).__name__, staged, closure is not None)
             if is_new(innermost(self.base)):
                 self._step_base()
                 checkpoint.begin(self, [p for p in self._names if p.grad is not None])

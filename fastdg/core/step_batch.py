@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._torch import has_graph
 from ..distributed.global_batch import GlobalBatch
 from ..domains import group_sums
 from ..dtypes import to_statistics_dtype
@@ -148,7 +149,7 @@ class StepBatch:
                     f"{name}: expected one row for each of {len(part.losses)} losses, got shape "
                     f"{tuple(value.shape)}."
                 )
-            if differentiable and not value.requires_grad:
+            if differentiable and not has_graph(value):
                 raise ValueError(
                     f"{name}: expected a tensor with its graph, got one without. Pass the tensor "
                     "of the forward, outside torch.no_grad and without detach."

@@ -52,6 +52,12 @@ def recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad and is_plain(x) and not tracing()
 
 
+def recording() -> AbstractContextManager[Any]:
+    """Enable gradients, in inference mode, too, as autograd's backward does."""
+    inference = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inference else torch.enable_grad()
+
+
 def without_autocast(losses: Any) -> AbstractContextManager[Any]:
     """Disable autocast on the losses' device: a backward has the dtypes of its graph."""
     device = losses.device.type if isinstance(losses, Tensor) else None

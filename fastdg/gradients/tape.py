@@ -312,5 +312,5 @@ def check_losses(losses: Tensor) -> None:
     if losses.grad_fn is None:
         raise ValueError(
             "losses: they have no graph (no grad_fn). Compute them outside torch.no_grad and "
-            "without detach, from a model whose parameters require gradients."
+            "torch.inference_mode, without detach, from a model whose parameters require gradients."
         )

@@ -40,6 +40,8 @@ def around() -> dict[str, Any]:
         "domains": domains,
         "loader": [(x, y, domains)] * 2,
         "dataset": torch.utils.data.TensorDataset(x, y, domains),
+        "held_out_x": x,
+        "held_out_y": y,
         "batches": [(x, y)] * 2,
         "minibatches": [(x, y)] * 2,
         "text_encoder": lambda texts: torch.stack([words[[*map(ord, t)]].sum(0) for t in texts]),

@@ -83,7 +83,8 @@ def with_made_up_inputs(kind: Any) -> Any:
         self: Any, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
     ) -> Tensor:
         names = {"features"} & {*self.takes} or {"logits"}
-        made = dict.fromkeys(names, losses.unsqueeze(1))
+        with torch.inference_mode(False):  # gradients may be off
+            made = dict.fromkeys(names, losses.unsqueeze(1))
         return kind.backward(self, losses, domains, final, **{**made, **inputs})
 
     return type(kind.__name__, (kind,), {"backward": backward, "__module__": __name__})

@@ -124,6 +124,20 @@ def test_closure(case: Case) -> None:
         opt.step(lambda: batch(model)[0].mean())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_backward_where_gradients_are_off(case: Case, mode: Any) -> None:
+    model, opt = case.trained()
+    model2, opt2 = copy.deepcopy((model, opt))
+    opt.zero_grad()
+    losses, domains = batch(model, 7)
+    with mode():
+        opt.backward(losses, domains)
+    assert not any(p.grad.is_inference() for p in model.parameters() if p.grad is not None)
+    opt.step()
+    steps(model2, opt2, [7])
+    same(model, model2)
+
+
 def test_closure_that_calls_backward_itself(case: Case) -> None:
     model, opt = case.trained()
     model2, opt2 = copy.deepcopy((model, opt))
@@ -141,7 +155,7 @@ def test_closure_that_calls_backward_itself(case: Case) -> None:
     assert opt.step(lambda: None) is None  # backward was called before
     steps(model2, opt2, [8])
     same(model, model2)
-    with pytest.raises(RuntimeError, match="needs a backward"):
+    with pytest.raises(RuntimeError, match=r"needs a backward: the closure returned None"):
         opt.step(lambda: None)
     opt.backward(*batch(model, 9))
     with pytest.raises(TypeError, match=r"^closure: .*opt\.backward\(losses, domains\)"):

@@ -56,7 +56,7 @@ def step_of(layers: int, params: str) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize(("params", "of_layer", "of_step"), [("all", 133, 523), ("head", 51, 552)])
+@pytest.mark.parametrize(("params", "of_layer", "of_step"), [("all", 133, 525), ("head", 51, 554)])
 def test_calls_of_a_step(
     monkeypatch: pytest.MonkeyPatch, params: str, of_layer: int, of_step: int
 ) -> None:

@@ -246,3 +246,27 @@ def test_words_for_slips_of_a_first_loop() -> None:
     opt.zero_grad()
     with pytest.raises(RuntimeError, match=r"needs a backward.*zero_grad\(\) before"):
         opt.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("SD", "logits"),
+        ("IBERM", "features"),
+        ("CORAL", "features"),
+        ("IRM", "logits"),
+        ("ERM", ""),
+    ],
+)
+def test_a_view_made_without_gradients_is_refused(kind: str, name: str) -> None:
+    """It says that it requires a gradient, but gives it to nothing."""
+    model = nn.Linear(4, 3)
+    z = model(torch.randn(6, 4))
+    losses = F.cross_entropy(z, torch.arange(6) % 3, reduction="none")
+    opt = getattr(fastdg, kind)(SGD(model.parameters(), lr=0.1))
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"^{name or 'losses'}: .*graph"):
+        if name:
+            opt.backward(losses, torch.arange(6) % 2, **{name: z.view(6, 3)})
+        else:
+            opt.backward([losses.view(6), losses])
+    assert model.weight.grad is None

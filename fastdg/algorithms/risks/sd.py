@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..._torch import has_graph
 from ...core.hyper import check_weight, hyper
 from ...core.term import Term
 from ...dtypes import to_statistics_dtype
@@ -41,7 +42,7 @@ class SD(Term):
     penalty_weight: float = hyper(0.1, check_weight)
 
     def sample_penalty(self, losses: Tensor, *, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if not logits.requires_grad:
+        if not has_graph(logits):
             raise ValueError(
                 "logits: expected a tensor with its graph, got one without. Pass the tensor from "
                 "which the losses are computed."
