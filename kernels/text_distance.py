@@ -89,6 +89,7 @@ def _text_distance_backward_kernel(
         k = tl.load(anchors + around_it + a[:, None] * E + e[None, :], mask=inside, other=0.0)
         towards = tl.sum(k.to(tl.float32) * slope[:, None], 0) - t * down
         value = (towards - s * (inverse * along)) * inverse
+        value *= tl.where(E == 1, 0.0, 1.0)  # one number has no direction: the rest is rounding
         tl.store(out + sample * E + e, tl.where(known, value, float("nan")), mask=e < E)
 
 

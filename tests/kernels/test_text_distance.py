@@ -54,6 +54,12 @@ def test_values_and_gradients(shape: tuple[int, ...], layout: str) -> None:
     torch.testing.assert_close(grad.cpu().double(), want, rtol=1e-4, atol=1e-6)
 
 
+def test_an_embedding_of_one_number_has_no_derivative() -> None:
+    args = texts(50, 4, 6, 1)
+    up = torch.randn(2, 50, device=DEVICE)
+    assert not text_distance.text_distance_backward(*up, *args).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_summed_in_fp32(dtype: torch.dtype) -> None:
     args = [x.to(dtype) if x.is_floating_point() else x for x in texts(5, 3, 4, 40)]
