@@ -173,7 +173,8 @@ class RISE(fastdg.RISE):
     def backward(
         self, losses: Tensor, domains: Tensor, final: bool = True, **inputs: Any
     ) -> Tensor:
-        labels = torch.arange(len(losses)) % 3
+        with torch.inference_mode(False):  # no tensor made in inference mode can be saved
+            labels = torch.arange(len(losses)) % 3
         return super().backward(losses, domains, final, **{"labels": labels, **inputs})
 
 
