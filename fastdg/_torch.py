@@ -229,7 +229,9 @@ def quickly_stepped(step: F) -> F:
             or optimizer._global_optimizer_pre_hooks
             or optimizer._global_optimizer_post_hooks
         )
-        return (watched if hooks else step)(self, *args, **keywords)
+        # A derived class's own step, which calls this one, has a range and calls of its own
+        inner = type(self).step is not run
+        return (watched if hooks and not inner else step)(self, *args, **keywords)
 
     run.hooked = True  # type: ignore[attr-defined]
     return cast("F", run)

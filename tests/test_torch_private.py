@@ -276,6 +276,21 @@ def test_modules_optimizers_and_scalers() -> None:
     assert _torch.takes_scale(torch.optim.SGD(model.parameters(), lr=0.1, fused=True))
 
 
+def test_hooks_of_a_step_that_calls_the_wrappers_run_once() -> None:
+    class Mine(fastdg.ERM):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    model, seen = nn.Linear(2, 2), list[str]()
+    for kind in (fastdg.ERM, Mine, fastdg.ERM, Mine):
+        opt = kind(torch.optim.SGD(model.parameters(), lr=0.1))
+        opt.register_step_pre_hook(lambda *args: seen.append("before"))
+        opt.register_step_post_hook(lambda *args: seen.append("after"))
+        opt.backward(model(torch.ones(2, 2)).sum(1), 0)
+        opt.step()
+    assert seen == ["before", "after"] * 4
+
+
 def test_trees_and_graphs() -> None:
     leaves, spec = _torch.pytree.tree_flatten({"a": 1, "b": [2, 3]})
     assert leaves == _torch.pytree.tree_leaves({"a": 1, "b": [2, 3]}) == [1, 2, 3]
